@@ -1,0 +1,107 @@
+//! The one error type at Warpstep's public seams.
+//!
+//! Every variant says what was wrong, where, what was found, what was expected and what to do. The variant decides the
+//! process exit code (see [`Error::exit_code`]): 2 when the user's input was wrong, 1 when the run itself failed.
+
+use std::path::PathBuf;
+
+/// `Result` with Warpstep's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong, told so that a user knows what to change.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A run file, an override or a flag that is wrong; `place` names file, line and key.
+    #[error("{place}: {problem}")]
+    Config {
+        /// Where: `run.toml:12: optimizer.rule`, `--set`, or a flag.
+        place: String,
+        /// What was found, what was expected, what to do.
+        problem: String,
+    },
+    /// A data file that cannot be used; `path` names it, `problem` the place within it.
+    #[error("{}: {problem}", path.display())]
+    Data {
+        /// The file or folder.
+        path: PathBuf,
+        /// Place within it (line, byte, column), what was found, what was expected.
+        problem: String,
+    },
+    /// A checkpoint that cannot be used.
+    #[error("{}: {problem}", path.display())]
+    Checkpoint {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was found, what was expected, what to do.
+        problem: String,
+    },
+    /// Shapes that do not fit.
+    #[error("{operation}: expected {expected}, found {found}")]
+    Shape {
+        /// The layer or operation.
+        operation: String,
+        /// The shape it takes.
+        expected: String,
+        /// The shape it was given.
+        found: String,
+    },
+    /// The operating system refused something.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// A verb: `read`, `create`, `rename`.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's own words.
+        source: std::io::Error,
+    },
+    /// A device that is not there, or that failed.
+    #[error("{0}")]
+    Device(String),
+    /// The training itself failed: it diverged, or skipped too many steps.
+    #[error("{0}")]
+    Training(String),
+}
+
+impl Error {
+    /// The process exit code that this error asks for: 2 for wrong input, 1 for a run that failed.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Config { .. } | Error::Data { .. } | Error::Checkpoint { .. } | Error::Shape { .. } => 2,
+            Error::Device(_) => 2,
+            Error::Io { source, .. } => match source.kind() {
+                std::io::ErrorKind::NotFound
+                | std::io::ErrorKind::AlreadyExists
+                | std::io::ErrorKind::IsADirectory
+                | std::io::ErrorKind::NotADirectory => 2,
+                _ => 1,
+            },
+            Error::Training(_) => 1,
+        }
+    }
+
+    /// A [`Error::Config`] at `place`.
+    pub fn config(place: impl Into<String>, problem: impl Into<String>) -> Self {
+        Error::Config { place: place.into(), problem: problem.into() }
+    }
+
+    /// A [`Error::Data`] about `path`.
+    pub fn data(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Error::Data { path: path.into(), problem: problem.into() }
+    }
+
+    /// A [`Error::Checkpoint`] about `path`.
+    pub fn checkpoint(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Error::Checkpoint { path: path.into(), problem: problem.into() }
+    }
+
+    /// A [`Error::Io`]: `action` is a verb, as in `cannot read FILE`.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Error::Io { action, path: path.into(), source }
+    }
+
+    /// A [`Error::Shape`].
+    pub fn shape(operation: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Self {
+        Error::Shape { operation: operation.into(), expected: expected.into(), found: found.into() }
+    }
+}
