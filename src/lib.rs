@@ -8,6 +8,7 @@ pub mod model;
 pub mod optim;
 pub mod plan;
 pub mod random;
+pub mod real;
 pub mod train;
 
 pub use error::{Error, Result};

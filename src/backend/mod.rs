@@ -1,1 +1,75 @@
-//! backend.
+//! Backends: what a device must be able to do for a model to be trained on it.
+//!
+//! [`Backend`] is memory plus one small trait an operation family ([`ops`]). A model is written once over it: it emits
+//! operations, plain argument structs that name memory by handles ([`Act`], [`Param`], ...), and a backend runs them.
+//! Operations write into memory they are given: none allocates, none returns a tensor.
+
+pub mod cpu;
+mod memory;
+pub mod op;
+pub mod ops;
+
+pub use memory::{Act, Activations, Arena, Grad, Indices, Memory, Param, State, disjoint};
+pub use op::{Op, StepContext, Use};
+
+use crate::error::Result;
+use crate::real::Real;
+
+/// A device that models are trained on.
+pub trait Backend:
+    ops::Linear
+    + ops::Conv
+    + ops::Pool
+    + ops::BatchNorm
+    + ops::LayerNorm
+    + ops::Embedding
+    + ops::Attention
+    + ops::Activation
+    + ops::Dropout
+    + ops::Elementwise
+    + ops::Loss
+    + Sized
+    + Send
+    + Sync
+    + 'static
+{
+    /// What arithmetic is done in, and what hosts read and write.
+    type Real: Real;
+    /// Memory of the device.
+    type Buffer<T: bytemuck::Pod + Send + Sync>: Send + Sync;
+
+    /// What the device is, for people: `CPU, 2 threads`.
+    fn description(&self) -> String;
+
+    /// A buffer of `len` zeros.
+    ///
+    /// # Errors
+    /// Not enough memory: what was asked and what to change.
+    fn allocate<T: bytemuck::Pod + Send + Sync>(&self, len: usize) -> Result<Self::Buffer<T>>;
+
+    /// Copies host memory into `to`, from element `offset` on (`=`).
+    ///
+    /// # Errors
+    /// A copy that does not fit, or a device that failed.
+    fn upload<T: bytemuck::Pod + Send + Sync>(&self, to: &mut Self::Buffer<T>, offset: usize, from: &[T])
+    -> Result<()>;
+
+    /// Copies `from`, from element `offset` on, into host memory (`=`), after all work before it is done.
+    ///
+    /// # Errors
+    /// A copy that does not fit, or a device that failed.
+    fn download<T: bytemuck::Pod + Send + Sync>(
+        &self,
+        from: &Self::Buffer<T>,
+        offset: usize,
+        to: &mut [T],
+    ) -> Result<()>;
+
+    /// Runs the operations in order. A device that can records them once and replays the recording.
+    ///
+    /// # Errors
+    /// What an operation reports.
+    fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
+        program.iter().try_for_each(|op| op.run(self, memory, step))
+    }
+}

@@ -1,1 +1,177 @@
-//! model.
+//! Models: layers with explicit forward and backward, written once over [`Backend`].
+//!
+//! A [`Layer`] does not compute. When a program is planned it emits operations, those of its forward and, later, those of
+//! its backward, into a [`Planner`]. The result is a [`Program`]: a flat list of operations with a static memory plan,
+//! which a backend runs (or records once and replays).
+
+mod layer;
+pub mod layers;
+mod parameters;
+mod planner;
+mod program;
+
+pub use layer::{Layer, Tensor, Value};
+pub use parameters::{Init, ParamTable};
+pub use planner::{Planner, Row};
+pub use program::Program;
+
+use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, METRICS, MeanSquaredError};
+use crate::backend::{Arena, Backend};
+use crate::error::{Error, Result};
+use crate::real::Real;
+
+/// What a batch's inputs are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// Real values of this shape a sample.
+    Real(Vec<usize>),
+    /// This many tokens a sample.
+    Tokens(usize),
+}
+
+/// What a model is trained to make small.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Loss {
+    /// Softmax and cross-entropy over the last dimension, one target a row.
+    CrossEntropy {
+        /// In `[0, 1)`.
+        label_smoothing: f64,
+        /// The target that does not count.
+        ignore_index: i32,
+    },
+    /// Mean of squared differences.
+    MeanSquaredError,
+    /// Binary cross-entropy of logits.
+    BinaryCrossEntropy,
+}
+
+/// What a program is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Forward, loss and backward; dropout on; batch norm by the batch.
+    Training,
+    /// Forward and loss; dropout off; batch norm by running statistics.
+    Evaluation,
+    /// Forward alone.
+    Inference,
+}
+
+/// A network, its loss, and the parameters that it declared.
+pub struct Model<B: Backend> {
+    root: Box<dyn Layer<B>>,
+    /// What it is trained to make small.
+    pub loss: Loss,
+    parameters: ParamTable,
+}
+
+impl<B: Backend> Model<B> {
+    /// A model of one layer, most often a [`layers::Sequential`]. Its parameters are declared by the first [`Model::plan`].
+    pub fn new(root: Box<dyn Layer<B>>, loss: Loss) -> Self {
+        Model { root, loss, parameters: ParamTable::default() }
+    }
+
+    /// The parameters declared so far.
+    pub fn parameters(&self) -> &ParamTable {
+        &self.parameters
+    }
+
+    /// Plans a program for batches of `batch` samples.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, with the layer's name.
+    pub fn plan(&mut self, input: &Input, batch: usize, mode: Mode) -> Result<Program<B>> {
+        let mut planner = Planner::new(&mut self.parameters, mode);
+        let x = planner.input(input, batch);
+        let input_value = x.value;
+        let y = self.root.forward(&mut planner, x)?;
+        let logits = y.real("model output")?;
+        planner.keep(logits);
+        let output_shape = y.shape.clone();
+        let len: usize = output_shape.iter().product();
+        let classes = output_shape.last().copied().unwrap_or(1);
+        let mut target = None;
+        let mut metrics = None;
+        if mode != Mode::Inference {
+            let values = planner.activation(METRICS);
+            planner.keep(values);
+            metrics = Some(values);
+            let gradient = (mode == Mode::Training).then(|| planner.activation(len));
+            target = Some(match self.loss {
+                Loss::CrossEntropy { label_smoothing, ignore_index } => {
+                    let rows = len / classes.max(1);
+                    let targets = planner.indices(rows);
+                    planner.keep_indices(targets);
+                    planner.emit(CrossEntropy {
+                        logits,
+                        targets,
+                        metrics: values,
+                        dlogits: gradient,
+                        rows,
+                        classes,
+                        label_smoothing,
+                        ignore_index,
+                    });
+                    Value::Tokens(targets)
+                }
+                Loss::MeanSquaredError => {
+                    let target = planner.activation(len);
+                    planner.keep(target);
+                    planner.emit(MeanSquaredError {
+                        prediction: logits,
+                        target,
+                        metrics: values,
+                        dprediction: gradient,
+                        len,
+                    });
+                    Value::Real(target)
+                }
+                Loss::BinaryCrossEntropy => {
+                    let target = planner.activation(len);
+                    planner.keep(target);
+                    planner.emit(BinaryCrossEntropy { logits, target, metrics: values, dlogits: gradient, len });
+                    Value::Real(target)
+                }
+            });
+            if let Some(gradient) = gradient {
+                planner.start_backward();
+                let dy = Tensor { value: Value::Real(gradient), shape: output_shape.clone(), needs_gradient: true };
+                self.root.backward(&mut planner, dy)?;
+            }
+        }
+        planner.finish(input_value, target, metrics, logits, output_shape)
+    }
+
+    /// The arena of this model's parameters with their initial values, laid out in the order that backward finishes them,
+    /// and `slots` optimizer slots of zeros.
+    ///
+    /// # Errors
+    /// No program was planned yet, or not enough memory.
+    pub fn arena(&self, backend: &B, seed: u64, slots: usize) -> Result<Arena<B>> {
+        if self.parameters.is_empty() {
+            return Err(Error::shape("model", "at least one parameter", "none: every layer is without parameters"));
+        }
+        let (layout, ranges) = self.parameters.layout()?;
+        let state_layout = self.parameters.state_layout()?;
+        let len = layout.padded_len();
+        let mut parameters = backend.allocate(len)?;
+        for (index, range) in ranges.iter().enumerate() {
+            let values: Vec<B::Real> =
+                self.parameters.initial(index, seed).into_iter().map(B::Real::from_f64).collect();
+            backend.upload(&mut parameters, range.start, &values)?;
+        }
+        let mut state = backend.allocate(state_layout.padded_len())?;
+        for (index, entry) in state_layout.entries().iter().enumerate() {
+            let values = vec![B::Real::from_f64(self.parameters.initial_state(index)); entry.len];
+            backend.upload(&mut state, entry.offset, &values)?;
+        }
+        Ok(Arena {
+            gradients: backend.allocate(len)?,
+            slots: (0..slots).map(|_| backend.allocate(len)).collect::<Result<_>>()?,
+            layout,
+            ranges,
+            parameters,
+            state_layout,
+            state,
+        })
+    }
+}

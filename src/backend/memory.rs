@@ -1,0 +1,114 @@
+//! Handles to memory and the memory itself: what operations name, and what a backend resolves the names to.
+//!
+//! An operation never holds a pointer. It holds handles, plain numbers that say which activation or parameter is meant;
+//! the tables here give the range of elements. So a program can be copied, printed and captured, and the same program
+//! runs on any backend.
+
+use std::ops::Range;
+
+use super::Backend;
+use crate::error::{Error, Result};
+use crate::plan::ParamLayout;
+
+/// An activation: real values that live for some part of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Act(pub u32);
+
+/// Whole numbers that live for some part of a step: tokens, targets, positions of maxima.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Indices(pub u32);
+
+/// A parameter tensor, by its number in the order of declaration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Param(pub u32);
+
+/// A tensor that is kept from step to step but not trained, such as a running mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct State(pub u32);
+
+/// Where an operation leaves a parameter's gradient.
+///
+/// The first operation of a program that writes it overwrites (`=`), unless the step goes on with an accumulation; every
+/// later one adds (`+=`). So no pass is spent on setting gradients to zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Grad {
+    /// The parameter.
+    pub param: Param,
+    /// Whether this is the program's first write of it.
+    pub first: bool,
+}
+
+/// Parameters, gradients and what else is kept from step to step: one buffer each.
+pub struct Arena<B: Backend> {
+    /// Name to range of elements, in arena order.
+    pub layout: ParamLayout,
+    /// Range of each [`Param`], in the order of declaration.
+    pub ranges: Vec<Range<usize>>,
+    /// Parameters. The padding between tensors stays 0.
+    pub parameters: B::Buffer<B::Real>,
+    /// Gradients, laid out as the parameters are.
+    pub gradients: B::Buffer<B::Real>,
+    /// Optimizer slots, laid out as the parameters are.
+    pub slots: Vec<B::Buffer<B::Real>>,
+    /// Layout of the tensors that are kept but not trained.
+    pub state_layout: ParamLayout,
+    /// Running means and the like; range of [`State`] `i` is entry `i` of the state layout.
+    pub state: B::Buffer<B::Real>,
+}
+
+impl<B: Backend> Arena<B> {
+    /// The elements of a parameter.
+    pub fn range(&self, param: Param) -> Range<usize> {
+        self.ranges[param.0 as usize].clone()
+    }
+
+    /// The elements of a kept tensor.
+    pub fn state_range(&self, state: State) -> Range<usize> {
+        self.state_layout.entries()[state.0 as usize].range()
+    }
+}
+
+/// The memory of a program's activations.
+pub struct Activations<B: Backend> {
+    /// Range of each [`Act`] in `values`.
+    pub ranges: Vec<Range<usize>>,
+    /// Range of each [`Indices`] in `indices`.
+    pub index_ranges: Vec<Range<usize>>,
+    /// Real values.
+    pub values: B::Buffer<B::Real>,
+    /// Whole numbers.
+    pub indices: B::Buffer<i32>,
+}
+
+impl<B: Backend> Activations<B> {
+    /// The elements of an activation.
+    pub fn range(&self, act: Act) -> Range<usize> {
+        self.ranges[act.0 as usize].clone()
+    }
+
+    /// The elements of an index tensor.
+    pub fn index_range(&self, indices: Indices) -> Range<usize> {
+        self.index_ranges[indices.0 as usize].clone()
+    }
+}
+
+/// All memory that an operation can reach.
+pub struct Memory<'a, B: Backend> {
+    /// Parameters, gradients, kept tensors.
+    pub arena: &'a mut Arena<B>,
+    /// Activations of the program that runs.
+    pub activations: &'a mut Activations<B>,
+}
+
+/// Several activations at once, each as a slice of its own, for backends whose buffers are host memory.
+///
+/// # Errors
+/// Two handles that share elements: an operation that reads what it writes, which no operation here does unless it says so.
+pub fn disjoint<'v, T, const N: usize>(
+    values: &'v mut [T],
+    ranges: [Range<usize>; N],
+    operation: &str,
+) -> Result<[&'v mut [T]; N]> {
+    let found = format!("{ranges:?}");
+    values.get_disjoint_mut(ranges).map_err(|_| Error::shape(operation, "operands that share no memory", found))
+}

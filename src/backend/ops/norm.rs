@@ -1,0 +1,254 @@
+use crate::backend::op::op;
+use crate::backend::{Act, Backend, Grad, Memory, Param, State, StepContext};
+use crate::error::Result;
+
+/// Batch normalization (Ioffe and Szegedy 2015), as `torch.nn.BatchNorm1d` and `BatchNorm2d`.
+pub trait BatchNorm: Sized {
+    /// Normalizes by the batch's statistics and moves the running ones.
+    fn batch_norm_forward(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &BatchNormForward,
+        step: &StepContext,
+    ) -> Result<()>
+    where
+        Self: Backend;
+    /// Normalizes by the running statistics.
+    fn batch_norm_inference(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &BatchNormInference,
+        step: &StepContext,
+    ) -> Result<()>
+    where
+        Self: Backend;
+    /// Gradients of [`BatchNormForward`].
+    fn batch_norm_backward(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &BatchNormBackward,
+        step: &StepContext,
+    ) -> Result<()>
+    where
+        Self: Backend;
+}
+
+/// Layer normalization (Ba et al. 2016) and its form without mean (RMS norm, Zhang and Sennrich 2019).
+pub trait LayerNorm: Sized {
+    /// `y = (x - mean) / sqrt(variance + epsilon) * weight + bias`, row by row.
+    fn layer_norm_forward(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &LayerNormForward,
+        step: &StepContext,
+    ) -> Result<()>
+    where
+        Self: Backend;
+    /// Gradients of [`LayerNormForward`].
+    fn layer_norm_backward(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &LayerNormBackward,
+        step: &StepContext,
+    ) -> Result<()>
+    where
+        Self: Backend;
+    /// `y = x / sqrt(mean of x^2 + epsilon) * weight`, row by row.
+    fn rms_norm_forward(&self, memory: &mut Memory<'_, Self>, args: &RmsNormForward, step: &StepContext) -> Result<()>
+    where
+        Self: Backend;
+    /// Gradients of [`RmsNormForward`].
+    fn rms_norm_backward(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &RmsNormBackward,
+        step: &StepContext,
+    ) -> Result<()>
+    where
+        Self: Backend;
+}
+
+op! {
+    /// Batch normalization in training. The variance that normalizes divides by n, the running one by n - 1.
+    BatchNormForward => batch_norm_forward {
+        /// `[batch, channels, spatial]`.
+        x: Act,
+        /// `[channels]`.
+        weight: Param,
+        /// `[channels]`.
+        bias: Param,
+        /// `[channels]`: `running = (1 - momentum) running + momentum batch`.
+        running_mean: State,
+        /// `[channels]`, likewise.
+        running_var: State,
+        /// `[batch, channels, spatial]`, `=`.
+        y: Act,
+        /// `[channels]`: the batch's mean, `=`.
+        mean: Act,
+        /// `[channels]`: `1 / sqrt(variance + epsilon)`, `=`.
+        reciprocal_std: Act,
+        /// Samples.
+        batch: usize,
+        /// Channels.
+        channels: usize,
+        /// Positions a channel (height times width; 1 after a linear layer).
+        spatial: usize,
+        /// Added to the variance.
+        epsilon: f64,
+        /// Share of the batch in the running statistics.
+        momentum: f64,
+    }
+    flops(a) 8 * a.batch * a.channels * a.spatial
+}
+
+op! {
+    /// Batch normalization by running statistics.
+    BatchNormInference => batch_norm_inference {
+        /// `[batch, channels, spatial]`.
+        x: Act,
+        /// `[channels]`.
+        weight: Param,
+        /// `[channels]`.
+        bias: Param,
+        /// `[channels]`.
+        running_mean: State,
+        /// `[channels]`.
+        running_var: State,
+        /// `[batch, channels, spatial]`, `=`.
+        y: Act,
+        /// Samples.
+        batch: usize,
+        /// Channels.
+        channels: usize,
+        /// Positions a channel.
+        spatial: usize,
+        /// Added to the variance.
+        epsilon: f64,
+    }
+    flops(a) 2 * a.batch * a.channels * a.spatial
+}
+
+op! {
+    /// Gradients of [`BatchNormForward`].
+    BatchNormBackward => batch_norm_backward {
+        /// `[batch, channels, spatial]`.
+        x: Act,
+        /// `[batch, channels, spatial]`.
+        dy: Act,
+        /// `[channels]`.
+        weight: Param,
+        /// `[channels]`.
+        mean: Act,
+        /// `[channels]`.
+        reciprocal_std: Act,
+        /// `[batch, channels, spatial]`, `=`.
+        dx: Option<Act>,
+        /// `[channels]`.
+        dweight: Grad,
+        /// `[channels]`.
+        dbias: Grad,
+        /// Samples.
+        batch: usize,
+        /// Channels.
+        channels: usize,
+        /// Positions a channel.
+        spatial: usize,
+    }
+    flops(a) 11 * a.batch * a.channels * a.spatial
+}
+
+op! {
+    /// Layer normalization over the last dimension.
+    LayerNormForward => layer_norm_forward {
+        /// `[rows, width]`.
+        x: Act,
+        /// `[width]`.
+        weight: Param,
+        /// `[width]`.
+        bias: Option<Param>,
+        /// `[rows, width]`, `=`.
+        y: Act,
+        /// `[rows]`, `=`.
+        mean: Act,
+        /// `[rows]`: `1 / sqrt(variance + epsilon)`, `=`.
+        reciprocal_std: Act,
+        /// Number of rows.
+        rows: usize,
+        /// Width of a row.
+        width: usize,
+        /// Added to the variance.
+        epsilon: f64,
+    }
+    flops(a) 8 * a.rows * a.width
+}
+
+op! {
+    /// Gradients of [`LayerNormForward`].
+    LayerNormBackward => layer_norm_backward {
+        /// `[rows, width]`.
+        x: Act,
+        /// `[rows, width]`.
+        dy: Act,
+        /// `[width]`.
+        weight: Param,
+        /// `[rows]`.
+        mean: Act,
+        /// `[rows]`.
+        reciprocal_std: Act,
+        /// `[rows, width]`, `=`.
+        dx: Option<Act>,
+        /// `[width]`.
+        dweight: Grad,
+        /// `[width]`.
+        dbias: Option<Grad>,
+        /// Number of rows.
+        rows: usize,
+        /// Width of a row.
+        width: usize,
+    }
+    flops(a) 13 * a.rows * a.width
+}
+
+op! {
+    /// Root-mean-square normalization over the last dimension.
+    RmsNormForward => rms_norm_forward {
+        /// `[rows, width]`.
+        x: Act,
+        /// `[width]`.
+        weight: Param,
+        /// `[rows, width]`, `=`.
+        y: Act,
+        /// `[rows]`: `1 / sqrt(mean of x^2 + epsilon)`, `=`.
+        reciprocal_rms: Act,
+        /// Number of rows.
+        rows: usize,
+        /// Width of a row.
+        width: usize,
+        /// Added to the mean of squares.
+        epsilon: f64,
+    }
+    flops(a) 4 * a.rows * a.width
+}
+
+op! {
+    /// Gradients of [`RmsNormForward`].
+    RmsNormBackward => rms_norm_backward {
+        /// `[rows, width]`.
+        x: Act,
+        /// `[rows, width]`.
+        dy: Act,
+        /// `[width]`.
+        weight: Param,
+        /// `[rows]`.
+        reciprocal_rms: Act,
+        /// `[rows, width]`, `=`.
+        dx: Option<Act>,
+        /// `[width]`.
+        dweight: Grad,
+        /// Number of rows.
+        rows: usize,
+        /// Width of a row.
+        width: usize,
+    }
+    flops(a) 9 * a.rows * a.width
+}

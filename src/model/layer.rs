@@ -1,0 +1,107 @@
+//! What a layer is, and the tensors that layers hand on.
+
+use super::Planner;
+use crate::backend::{Act, Backend, Indices};
+use crate::error::{Error, Result};
+
+/// A layer: a forward and a backward written next to each other.
+///
+/// Both emit operations into a [`Planner`]. A layer keeps, between the two, the handles that its backward needs. It is
+/// planned anew for each batch shape: `forward` must not rely on what an earlier plan left.
+pub trait Layer<B: Backend>: Send {
+    /// What it is, for tables and errors: `linear`.
+    fn kind(&self) -> &'static str;
+
+    /// Emits the forward of `x` and returns the output.
+    ///
+    /// # Errors
+    /// A shape that does not fit.
+    fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor>;
+
+    /// Emits the backward: from the gradient of the last forward's output to gradients of parameters and of its input.
+    /// Returns none when the input needs no gradient.
+    ///
+    /// # Errors
+    /// As [`Layer::forward`].
+    fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>>;
+}
+
+/// Which memory holds a tensor's values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Real values.
+    Real(Act),
+    /// Whole numbers.
+    Tokens(Indices),
+}
+
+/// A tensor while a program is planned: where its values will be, and its shape, samples first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Where.
+    pub value: Value,
+    /// Shape, outermost first; the first dimension counts samples.
+    pub shape: Vec<usize>,
+    /// Whether anything before it is trained.
+    pub needs_gradient: bool,
+}
+
+impl Tensor {
+    /// The handle of real values.
+    ///
+    /// # Errors
+    /// The tensor holds tokens: `layer` needs an embedding before it.
+    pub fn real(&self, layer: &str) -> Result<Act> {
+        match self.value {
+            Value::Real(act) => Ok(act),
+            Value::Tokens(_) => Err(Error::shape(layer, "real values", "tokens (put an embedding layer before it)")),
+        }
+    }
+
+    /// The handle of tokens.
+    ///
+    /// # Errors
+    /// The tensor holds real values.
+    pub fn tokens(&self, layer: &str) -> Result<Indices> {
+        match self.value {
+            Value::Tokens(indices) => Ok(indices),
+            Value::Real(_) => Err(Error::shape(layer, "tokens (whole numbers)", "real values")),
+        }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Width of the last dimension.
+    pub fn width(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Product of all dimensions but the last.
+    pub fn rows(&self) -> usize {
+        self.shape.split_last().map_or(1, |(_, rest)| rest.iter().product())
+    }
+
+    /// The same values under another shape.
+    pub fn reshaped(mut self, shape: &[usize]) -> Self {
+        debug_assert_eq!(self.len(), shape.iter().product());
+        self.shape = shape.to_vec();
+        self
+    }
+
+    /// The dimensions, where there are `N` of them.
+    ///
+    /// # Errors
+    /// Another number of dimensions; `expected` says what they mean, as `[batch, channels, height, width]`.
+    pub fn dimensions<const N: usize>(&self, layer: &str, expected: &str) -> Result<[usize; N]> {
+        <[usize; N]>::try_from(self.shape.as_slice())
+            .map_err(|_| Error::shape(layer, expected, format!("{:?}", self.shape)))
+    }
+}

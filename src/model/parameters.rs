@@ -1,0 +1,141 @@
+//! The parameters that a model declares: names, shapes, initial values.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::backend::{Param, State};
+use crate::error::{Error, Result};
+use crate::plan::{ParamLayout, ParamSpec};
+use crate::random::{Philox, Purpose, to_unit};
+
+/// How a parameter starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// One value everywhere.
+    Constant(f64),
+    /// Uniform in `[-bound, bound)`.
+    Uniform {
+        /// Half the width.
+        bound: f64,
+    },
+    /// Normal with mean 0.
+    Normal {
+        /// Standard deviation.
+        std: f64,
+    },
+}
+
+impl Init {
+    /// PyTorch's default for linear and convolution layers, weight and bias: uniform within `1 / sqrt(fan_in)`
+    /// (`kaiming_uniform_` with `a = sqrt(5)`).
+    pub fn torch_default(fan_in: usize) -> Self {
+        Init::Uniform { bound: 1.0 / (fan_in.max(1) as f64).sqrt() }
+    }
+
+    /// He et al. 2015, by fan out: normal with standard deviation `sqrt(2 / fan_out)` (ResNet's convolutions).
+    pub fn kaiming_normal(fan: usize) -> Self {
+        Init::Normal { std: (2.0 / fan.max(1) as f64).sqrt() }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Declared {
+    spec: ParamSpec,
+    init: Init,
+}
+
+/// All parameters and kept tensors of a model, in the order of declaration.
+#[derive(Clone, Debug, Default)]
+pub struct ParamTable {
+    parameters: Vec<Declared>,
+    states: Vec<Declared>,
+    by_name: HashMap<String, usize>,
+    state_by_name: HashMap<String, usize>,
+}
+
+impl ParamTable {
+    /// Whether nothing was declared.
+    pub fn is_empty(&self) -> bool {
+        self.parameters.is_empty()
+    }
+
+    /// Names and shapes, in the order of declaration.
+    pub fn specs(&self) -> impl Iterator<Item = &ParamSpec> {
+        self.parameters.iter().map(|p| &p.spec)
+    }
+
+    /// Number of parameters, elements counted.
+    pub fn elements(&self) -> usize {
+        self.specs().map(|s| s.shape.iter().product::<usize>()).sum()
+    }
+
+    /// Declares a parameter, or finds it where an earlier plan declared it.
+    ///
+    /// # Errors
+    /// The name was declared with another shape: the model changed between two plans.
+    pub(super) fn parameter(&mut self, name: String, shape: &[usize], init: Init) -> Result<Param> {
+        declare(&mut self.parameters, &mut self.by_name, name, shape, init).map(Param)
+    }
+
+    /// Declares a kept tensor of one value everywhere.
+    pub(super) fn state(&mut self, name: String, shape: &[usize], value: f64) -> Result<State> {
+        declare(&mut self.states, &mut self.state_by_name, name, shape, Init::Constant(value)).map(State)
+    }
+
+    /// The arena in the order that backward finishes the gradients (the last declared first), and the range of each
+    /// parameter in the order of declaration.
+    pub fn layout(&self) -> Result<(ParamLayout, Vec<Range<usize>>)> {
+        let specs: Vec<ParamSpec> = self.parameters.iter().rev().map(|p| p.spec.clone()).collect();
+        let layout = ParamLayout::new(&specs)?;
+        let ranges = layout.entries().iter().rev().map(|e| e.range()).collect();
+        Ok((layout, ranges))
+    }
+
+    /// The arena of kept tensors, in the order of declaration.
+    pub fn state_layout(&self) -> Result<ParamLayout> {
+        ParamLayout::new(&self.states.iter().map(|s| s.spec.clone()).collect::<Vec<_>>())
+    }
+
+    /// Initial values of parameter `index`: they depend on the seed, the parameter's name and the position alone.
+    pub fn initial(&self, index: usize, seed: u64) -> Vec<f64> {
+        let Declared { spec, init } = &self.parameters[index];
+        let len: usize = spec.shape.iter().product();
+        let stream = Philox::new(seed, Purpose::Initialization, crc32c::crc32c(spec.name.as_bytes()));
+        match *init {
+            Init::Constant(value) => vec![value; len],
+            Init::Uniform { bound } => (0..len.div_ceil(4) as u64)
+                .flat_map(|block| stream.block(block))
+                .take(len)
+                .map(|word| bound * (2.0 * f64::from(to_unit(word)) - 1.0))
+                .collect(),
+            Init::Normal { std } => (0..len as u64).map(|i| std * stream.normal(i)).collect(),
+        }
+    }
+
+    /// Initial value of kept tensor `index`.
+    pub fn initial_state(&self, index: usize) -> f64 {
+        match self.states[index].init {
+            Init::Constant(value) => value,
+            Init::Uniform { .. } | Init::Normal { .. } => 0.0,
+        }
+    }
+}
+
+fn declare(
+    declared: &mut Vec<Declared>,
+    by_name: &mut HashMap<String, usize>,
+    name: String,
+    shape: &[usize],
+    init: Init,
+) -> Result<u32> {
+    if let Some(&index) = by_name.get(&name) {
+        let before = &declared[index].spec.shape;
+        if before != shape {
+            return Err(Error::shape(name, format!("{before:?}, as planned before"), format!("{shape:?}")));
+        }
+        return Ok(index as u32);
+    }
+    by_name.insert(name.clone(), declared.len());
+    declared.push(Declared { spec: ParamSpec { name, shape: shape.to_vec() }, init });
+    Ok(declared.len() as u32 - 1)
+}

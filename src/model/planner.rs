@@ -1,0 +1,281 @@
+//! Where layers emit their operations and declare what these need.
+
+use std::collections::HashSet;
+
+use super::layer::{Tensor, Value};
+use super::parameters::{Init, ParamTable};
+use super::program::Program;
+use super::{Input, Mode};
+use crate::backend::ops::Padding;
+use crate::backend::{Act, Backend, Grad, Indices, Op, Param, State, Use};
+use crate::error::{Error, Result};
+use crate::plan::{Lifetime, MemoryPlan};
+
+/// A line of the model's table: a layer, its output, its cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Dotted name of the layer within the model.
+    pub name: String,
+    /// What it is.
+    pub kind: &'static str,
+    /// Shape of its output, samples first.
+    pub shape: Vec<usize>,
+    /// Parameters declared within it.
+    pub parameters: usize,
+    /// Floating-point operations of its forward.
+    pub flops: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Storage {
+    len: usize,
+    kept: bool,
+}
+
+/// Takes the operations, memory and parameters that layers ask for, and makes a [`Program`] of them.
+pub struct Planner<'a, B: Backend> {
+    parameters: &'a mut ParamTable,
+    mode: Mode,
+    scope: Vec<String>,
+    ops: Vec<Box<dyn Op<B>>>,
+    forward_ops: usize,
+    activations: Vec<Storage>,
+    indices: Vec<Storage>,
+    declared: HashSet<String>,
+    declared_elements: usize,
+    graded: HashSet<Param>,
+    streams: u32,
+    padding: Option<Padding>,
+    rows: Vec<Row>,
+}
+
+impl<'a, B: Backend> Planner<'a, B> {
+    pub(super) fn new(parameters: &'a mut ParamTable, mode: Mode) -> Self {
+        Planner {
+            parameters,
+            mode,
+            scope: Vec::new(),
+            ops: Vec::new(),
+            forward_ops: 0,
+            activations: Vec::new(),
+            indices: Vec::new(),
+            declared: HashSet::new(),
+            declared_elements: 0,
+            graded: HashSet::new(),
+            streams: 0,
+            padding: None,
+            rows: Vec::new(),
+        }
+    }
+
+    /// What the program is for.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Whether dropout is on and batch norm looks at the batch.
+    pub fn training(&self) -> bool {
+        self.mode == Mode::Training
+    }
+
+    /// Runs `plan` with `name` appended to the dotted names of what is declared within.
+    pub fn scoped<T>(&mut self, name: &str, plan: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.scope.push(name.to_owned());
+        let result = plan(self);
+        self.scope.pop();
+        result
+    }
+
+    /// The dotted name of `name` in the present scope; an empty `name` gives the scope's own.
+    pub fn path(&self, name: &str) -> String {
+        let mut parts: Vec<&str> = self.scope.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
+        if !name.is_empty() {
+            parts.push(name);
+        }
+        parts.join(".")
+    }
+
+    /// Declares a parameter under the present scope.
+    ///
+    /// # Errors
+    /// A name that this plan declared already, or another shape than an earlier plan gave it.
+    pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
+        let path = self.path(name);
+        if !self.declared.insert(path.clone()) {
+            return Err(Error::shape("model", "layer names that differ", format!("parameter `{path}` twice")));
+        }
+        self.declared_elements += shape.iter().product::<usize>();
+        self.parameters.parameter(path, shape, init)
+    }
+
+    /// Declares a tensor that is kept but not trained, under the present scope, with one value everywhere at first.
+    ///
+    /// # Errors
+    /// Another shape than an earlier plan gave it.
+    pub fn state(&mut self, name: &str, shape: &[usize], value: f64) -> Result<State> {
+        let path = self.path(name);
+        self.parameters.state(path, shape, value)
+    }
+
+    /// Where the operation emitted next leaves the gradient of `param`: `=` the first time, `+=` after.
+    pub fn gradient(&mut self, param: Param) -> Grad {
+        Grad { param, first: self.graded.insert(param) }
+    }
+
+    /// A new activation of `len` elements. It lives from the first operation that names it to the last.
+    pub fn activation(&mut self, len: usize) -> Act {
+        self.activations.push(Storage { len, kept: false });
+        Act(self.activations.len() as u32 - 1)
+    }
+
+    /// A new activation as a tensor of this shape.
+    pub fn tensor(&mut self, shape: &[usize], needs_gradient: bool) -> (Act, Tensor) {
+        let act = self.activation(shape.iter().product());
+        (act, Tensor { value: Value::Real(act), shape: shape.to_vec(), needs_gradient })
+    }
+
+    /// `len` new whole numbers.
+    pub fn indices(&mut self, len: usize) -> Indices {
+        self.indices.push(Storage { len, kept: false });
+        Indices(self.indices.len() as u32 - 1)
+    }
+
+    /// Keeps an activation for the whole program: inputs, and what hosts read afterwards.
+    pub fn keep(&mut self, act: Act) {
+        self.activations[act.0 as usize].kept = true;
+    }
+
+    /// Keeps whole numbers for the whole program.
+    pub fn keep_indices(&mut self, indices: Indices) {
+        self.indices[indices.0 as usize].kept = true;
+    }
+
+    /// A stream of random numbers that no other layer of this program has. The order of layers decides which.
+    pub fn stream(&mut self) -> u32 {
+        self.streams += 1;
+        self.streams - 1
+    }
+
+    /// Says that the token `pad` of the program's input stands for nothing.
+    pub fn set_padding(&mut self, padding: Padding) {
+        self.padding = Some(padding);
+    }
+
+    /// Which tokens stand for nothing, where an embedding said so.
+    pub fn padding(&self) -> Option<Padding> {
+        self.padding
+    }
+
+    /// Appends an operation.
+    pub fn emit(&mut self, op: impl Op<B> + 'static) {
+        self.ops.push(Box::new(op));
+    }
+
+    /// Runs `forward` of a layer called `name` and notes a [`Row`] of the model's table for it.
+    pub fn layer(
+        &mut self,
+        name: &str,
+        kind: &'static str,
+        forward: impl FnOnce(&mut Self) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let (elements, ops) = (self.declared_elements, self.ops.len());
+        let y = self.scoped(name, forward)?;
+        let path = self.scoped(name, |planner| Ok(planner.path("")))?;
+        self.rows.push(Row {
+            name: path,
+            kind,
+            shape: y.shape.clone(),
+            parameters: self.declared_elements - elements,
+            flops: self.ops[ops..].iter().map(|op| op.flops()).sum(),
+        });
+        Ok(y)
+    }
+
+    pub(super) fn input(&mut self, input: &Input, batch: usize) -> Tensor {
+        match input {
+            Input::Real(shape) => {
+                let shape: Vec<usize> = std::iter::once(batch).chain(shape.iter().copied()).collect();
+                let (act, tensor) = self.tensor(&shape, false);
+                self.keep(act);
+                tensor
+            }
+            Input::Tokens(time) => {
+                let tokens = self.indices(batch * time);
+                self.keep_indices(tokens);
+                Tensor { value: Value::Tokens(tokens), shape: vec![batch, *time], needs_gradient: false }
+            }
+        }
+    }
+
+    pub(super) fn start_backward(&mut self) {
+        self.forward_ops = self.ops.len();
+    }
+
+    pub(super) fn finish(
+        self,
+        input: Value,
+        target: Option<Value>,
+        metrics: Option<Act>,
+        output: Act,
+        output_shape: Vec<usize>,
+    ) -> Result<Program<B>> {
+        let end = self.ops.len();
+        let forward_ops = if self.forward_ops == 0 { end } else { self.forward_ops };
+        let mut lives: Vec<Option<(usize, usize)>> = vec![None; self.activations.len()];
+        let mut index_lives: Vec<Option<(usize, usize)>> = vec![None; self.indices.len()];
+        for (position, op) in self.ops.iter().enumerate() {
+            op.uses(&mut |used| {
+                let life = match used {
+                    Use::Activation(act) => &mut lives[act.0 as usize],
+                    Use::Indices(indices) => &mut index_lives[indices.0 as usize],
+                    Use::Parameter(_) | Use::Gradient(_) | Use::State(_) => return,
+                };
+                *life = Some((life.map_or(position, |(first, _)| first), position));
+            });
+        }
+        let lifetimes = |storage: &[Storage], lives: &[Option<(usize, usize)>]| -> Vec<Lifetime> {
+            storage
+                .iter()
+                .zip(lives)
+                .map(|(s, life)| match (s.kept, life) {
+                    (true, _) => Lifetime { first: 0, last: end, len: s.len },
+                    (false, Some((first, last))) => Lifetime { first: *first, last: *last, len: s.len },
+                    (false, None) => Lifetime { first: 0, last: 0, len: 0 },
+                })
+                .collect()
+        };
+        let values = lifetimes(&self.activations, &lives);
+        let indices = lifetimes(&self.indices, &index_lives);
+        let ungraded: Vec<String> = if self.mode == Mode::Training {
+            self.parameters
+                .specs()
+                .enumerate()
+                .filter(|(i, _)| !self.graded.contains(&Param(*i as u32)))
+                .map(|(_, spec)| spec.name.clone())
+                .collect()
+        } else {
+            Vec::new()
+        };
+        if !ungraded.is_empty() {
+            return Err(Error::shape(
+                "model",
+                "a gradient for every parameter",
+                format!("none for {}", ungraded.join(", ")),
+            ));
+        }
+        Ok(Program {
+            ops: self.ops,
+            forward_ops,
+            values: MemoryPlan::new(&values),
+            value_lifetimes: values,
+            indices: MemoryPlan::new(&indices),
+            index_lifetimes: indices,
+            input,
+            target,
+            metrics,
+            output,
+            output_shape,
+            rows: self.rows,
+        })
+    }
+}

@@ -1,0 +1,211 @@
+//! The two types that training arithmetic is done in: f32, and f64 for checks of gradients and of rounding.
+
+use std::fmt::{Debug, Display};
+use std::iter::Sum;
+
+use num_traits::{Float, NumAssign};
+
+/// f32 or f64, with the elementary functions in a form that compilers turn into vector instructions.
+pub trait Real:
+    Float + NumAssign + bytemuck::Pod + Default + Debug + Display + Sum + Send + Sync + PartialOrd + 'static
+{
+    /// `f32` or `f64`.
+    const NAME: &'static str;
+
+    /// The nearest value to `value`.
+    fn from_f64(value: f64) -> Self;
+    /// The nearest value to `value`.
+    fn from_f32(value: f32) -> Self;
+    /// The value, exactly.
+    fn f64(self) -> f64;
+    /// The nearest f32.
+    fn f32(self) -> f32;
+    /// `e^self`. f32: within 2 units in the last place, 0 below about -87.3, without branches.
+    fn exp_lane(self) -> Self;
+    /// The hyperbolic tangent. f32: within 3 units in the last place of its scale 1, without branches.
+    fn tanh_lane(self) -> Self;
+    /// The error function (Abramowitz and Stegun 7.1; f32 evaluated in f64 where needed).
+    fn erf(self) -> Self;
+}
+
+impl Real for f32 {
+    const NAME: &'static str = "f32";
+
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        f64::from(self)
+    }
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        self
+    }
+
+    /// `2^n * p(r)` with `self = n ln 2 + r`, `|r| <= ln 2 / 2`, and p the Taylor polynomial of degree 7 in Horner form.
+    #[inline(always)]
+    fn exp_lane(self) -> Self {
+        const LN_2_HIGH: f32 = 0.693_145_75; // the upper bits of ln 2: n * LN_2_HIGH is exact for |n| < 2^9
+        const LN_2_LOW: f32 = 1.428_606_8e-6;
+        const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
+        let clamped = if self < -87.336_54 { -87.336_54 } else { self };
+        let clamped = if clamped > 88.722_83 { 88.722_83 } else { clamped };
+        let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+        let n = shifted - ROUND;
+        let r = n.mul_add(-LN_2_LOW, n.mul_add(-LN_2_HIGH, clamped));
+        let p = r
+            .mul_add(1.0 / 5040.0, 1.0 / 720.0)
+            .mul_add(r, 1.0 / 120.0)
+            .mul_add(r, 1.0 / 24.0)
+            .mul_add(r, 1.0 / 6.0)
+            .mul_add(r, 0.5)
+            .mul_add(r, 1.0)
+            .mul_add(r, 1.0);
+        // Two factors, since 2^128 is no f32.
+        let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+        let half = n >> 1;
+        let scale = |k: i32| f32::from_bits(((k + 127) << 23) as u32);
+        let value = p * scale(half) * scale(n - half);
+        let value = if self < -87.336_54 { 0.0 } else { value };
+        let value = if self > 88.722_83 { f32::INFINITY } else { value };
+        if self.is_nan() { self } else { value }
+    }
+
+    /// `(e^2x - 1) / (e^2x + 1)` away from 0, a Taylor polynomial near it.
+    #[inline(always)]
+    fn tanh_lane(self) -> Self {
+        let magnitude = self.abs();
+        let e = (-2.0 * magnitude).exp_lane();
+        let far = (1.0 - e) / (1.0 + e);
+        let s = self * self;
+        let near = s
+            .mul_add(62.0 / 2835.0, -17.0 / 315.0)
+            .mul_add(s, 2.0 / 15.0)
+            .mul_add(s, -1.0 / 3.0)
+            .mul_add(s * magnitude, magnitude);
+        let value = if magnitude < 0.3 { near } else { far };
+        value.copysign(self)
+    }
+
+    #[inline(always)]
+    fn erf(self) -> Self {
+        erf_f64(f64::from(self)) as f32
+    }
+}
+
+impl Real for f64 {
+    const NAME: &'static str = "f64";
+
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        f64::from(value)
+    }
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        self as f32
+    }
+    #[inline(always)]
+    fn exp_lane(self) -> Self {
+        self.exp()
+    }
+    #[inline(always)]
+    fn tanh_lane(self) -> Self {
+        self.tanh()
+    }
+    #[inline(always)]
+    fn erf(self) -> Self {
+        erf_f64(self)
+    }
+}
+
+/// The error function to about 1e-15: Maclaurin's series (A&S 7.1.6) below 2.5, the continued fraction of erfc
+/// (A&S 7.1.14) above.
+fn erf_f64(x: f64) -> f64 {
+    let a = x.abs();
+    if x.is_nan() {
+        return x;
+    }
+    if a < 2.5 {
+        let mut term = a;
+        let mut sum = a;
+        let mut n = 0.0;
+        while term > sum * 1e-17 && term > 0.0 {
+            n += 1.0;
+            term *= 2.0 * a * a / (2.0 * n + 1.0);
+            sum += term;
+        }
+        (std::f64::consts::FRAC_2_SQRT_PI * (-a * a).exp() * sum).copysign(x)
+    } else if a < 6.0 {
+        let mut fraction = 0.0;
+        for k in (1..=60).rev() {
+            fraction = f64::from(k) * 0.5 / (a + fraction);
+        }
+        let erfc = (-a * a).exp() / (std::f64::consts::PI.sqrt() * (a + fraction));
+        (1.0 - erfc).copysign(x)
+    } else {
+        1f64.copysign(x)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for i in -870_000..=887_000 {
+            let x = i as f32 * 1e-4;
+            let truth = f64::from(x).exp();
+            let unit = f64::from(f32::from_bits((truth as f32).to_bits() + 1)) - f64::from(truth as f32);
+            worst = worst.max((f64::from(x.exp_lane()) - truth).abs() / unit);
+        }
+        assert!(worst <= 2.0, "{worst} units");
+        assert_eq!((-200f32).exp_lane(), 0.0);
+        assert_eq!(f32::NEG_INFINITY.exp_lane(), 0.0);
+        assert_eq!(200f32.exp_lane(), f32::INFINITY);
+        assert!(f32::NAN.exp_lane().is_nan());
+        assert_eq!(0f32.exp_lane(), 1.0);
+    }
+
+    #[test]
+    fn tanh_is_within_its_bound() {
+        let mut worst = 0.0f64;
+        for i in -200_000..=200_000 {
+            let x = i as f32 * 1e-4;
+            let truth = f64::from(x).tanh();
+            worst = worst.max((f64::from(x.tanh_lane()) - truth).abs() / truth.abs().max(1e-30));
+        }
+        assert!(worst <= 6e-7, "{worst}");
+    }
+
+    #[test]
+    fn erf_agrees_with_published_values() {
+        // Abramowitz and Stegun, table 7.1, and high-precision values.
+        for (x, value) in [
+            (0.0, 0.0),
+            (0.1, 0.112_462_916_018_284_9),
+            (0.5, 0.520_499_877_813_046_5),
+            (1.0, 0.842_700_792_949_714_9),
+            (2.0, 0.995_322_265_018_952_7),
+            (3.0, 0.999_977_909_503_001_4),
+        ] {
+            assert!((erf_f64(x) - value).abs() < 1e-15, "erf({x}) = {}", erf_f64(x));
+            assert_eq!(erf_f64(-x), -erf_f64(x));
+        }
+    }
+}
