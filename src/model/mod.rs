@@ -8,17 +8,18 @@ mod layer;
 pub mod layers;
 mod parameters;
 mod planner;
+mod probe;
 mod program;
 
 pub use layer::{Layer, Tensor, Value};
 pub use parameters::{Init, ParamTable};
 pub use planner::{Planner, Row};
+pub use probe::{GradientCheck, Probe};
 pub use program::Program;
 
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, METRICS, MeanSquaredError};
 use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
-use crate::real::Real;
 
 /// What a batch's inputs are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,28 +151,6 @@ impl<B: Backend> Model<B> {
         if self.parameters.is_empty() {
             return Err(Error::shape("model", "at least one parameter", "none: every layer is without parameters"));
         }
-        let (layout, ranges) = self.parameters.layout()?;
-        let state_layout = self.parameters.state_layout()?;
-        let len = layout.padded_len();
-        let mut parameters = backend.allocate(len)?;
-        for (index, range) in ranges.iter().enumerate() {
-            let values: Vec<B::Real> =
-                self.parameters.initial(index, seed).into_iter().map(B::Real::from_f64).collect();
-            backend.upload(&mut parameters, range.start, &values)?;
-        }
-        let mut state = backend.allocate(state_layout.padded_len())?;
-        for (index, entry) in state_layout.entries().iter().enumerate() {
-            let values = vec![B::Real::from_f64(self.parameters.initial_state(index)); entry.len];
-            backend.upload(&mut state, entry.offset, &values)?;
-        }
-        Ok(Arena {
-            gradients: backend.allocate(len)?,
-            slots: (0..slots).map(|_| backend.allocate(len)).collect::<Result<_>>()?,
-            layout,
-            ranges,
-            parameters,
-            state_layout,
-            state,
-        })
+        self.parameters.arena(backend, seed, slots)
     }
 }

@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::backend::{Param, State};
+use crate::backend::{Arena, Backend, Param, State};
 use crate::error::{Error, Result};
 use crate::plan::{ParamLayout, ParamSpec};
 use crate::random::{Philox, Purpose, to_unit};
+use crate::real::Real;
 
 /// How a parameter starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -80,6 +81,36 @@ impl ParamTable {
     /// Declares a kept tensor of one value everywhere.
     pub(super) fn state(&mut self, name: String, shape: &[usize], value: f64) -> Result<State> {
         declare(&mut self.states, &mut self.state_by_name, name, shape, Init::Constant(value)).map(State)
+    }
+
+    /// The arena of these parameters with their initial values, laid out in the order that backward finishes them, and
+    /// `slots` optimizer slots of zeros.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    pub fn arena<B: Backend>(&self, backend: &B, seed: u64, slots: usize) -> Result<Arena<B>> {
+        let (layout, ranges) = self.layout()?;
+        let state_layout = self.state_layout()?;
+        let len = layout.padded_len();
+        let mut parameters = backend.allocate(len)?;
+        for (index, range) in ranges.iter().enumerate() {
+            let values: Vec<B::Real> = self.initial(index, seed).into_iter().map(B::Real::from_f64).collect();
+            backend.upload(&mut parameters, range.start, &values)?;
+        }
+        let mut state = backend.allocate(state_layout.padded_len())?;
+        for (index, entry) in state_layout.entries().iter().enumerate() {
+            let values = vec![B::Real::from_f64(self.initial_state(index)); entry.len];
+            backend.upload(&mut state, entry.offset, &values)?;
+        }
+        Ok(Arena {
+            gradients: backend.allocate(len)?,
+            slots: (0..slots).map(|_| backend.allocate(len)).collect::<Result<_>>()?,
+            layout,
+            ranges,
+            parameters,
+            state_layout,
+            state,
+        })
     }
 
     /// The arena in the order that backward finishes the gradients (the last declared first), and the range of each

@@ -1,1 +1,80 @@
-//! The CPU backend.
+//! The CPU backend: ndarray views, products by the gemm crate, threads by rayon.
+//!
+//! Every result has the same bits for any number of threads: work is cut into pieces of fixed size, and what is summed
+//! over pieces is summed in their order.
+
+mod activation;
+mod attention;
+mod batch_norm;
+mod conv;
+mod dropout;
+mod elementwise;
+mod embedding;
+mod layer_norm;
+mod linear;
+mod loss;
+mod parallel;
+mod pool;
+mod product;
+
+use std::marker::PhantomData;
+
+use super::Backend;
+use crate::error::{Error, Result};
+use crate::real::Real;
+
+/// The CPU, computing in `R`: f32 to train, f64 to check gradients.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu<R> {
+    real: PhantomData<R>,
+}
+
+impl<R: Real> Cpu<R> {
+    /// The CPU with the threads of the present rayon pool.
+    pub fn new() -> Self {
+        Cpu { real: PhantomData }
+    }
+}
+
+impl<R: Real> Backend for Cpu<R> {
+    type Real = R;
+    type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
+
+    fn description(&self) -> String {
+        let threads = rayon::current_num_threads();
+        format!("CPU, {threads} thread{}, {}", if threads == 1 { "" } else { "s" }, R::NAME)
+    }
+
+    fn allocate<T: bytemuck::Pod + Send + Sync>(&self, len: usize) -> Result<Vec<T>> {
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(len).map_err(|_| {
+            Error::Device(format!(
+                "not enough memory for {} MiB: make data.batch_size or the model smaller",
+                len.saturating_mul(size_of::<T>()) >> 20
+            ))
+        })?;
+        buffer.resize(len, T::zeroed());
+        Ok(buffer)
+    }
+
+    fn upload<T: bytemuck::Pod + Send + Sync>(&self, to: &mut Vec<T>, offset: usize, from: &[T]) -> Result<()> {
+        let len = to.len();
+        let part = to
+            .get_mut(offset..offset.saturating_add(from.len()))
+            .ok_or_else(|| does_not_fit(len, offset, from.len()))?;
+        part.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn download<T: bytemuck::Pod + Send + Sync>(&self, from: &Vec<T>, offset: usize, to: &mut [T]) -> Result<()> {
+        let part = from
+            .get(offset..offset.saturating_add(to.len()))
+            .ok_or_else(|| does_not_fit(from.len(), offset, to.len()))?;
+        to.copy_from_slice(part);
+        Ok(())
+    }
+}
+
+fn does_not_fit(len: usize, offset: usize, part: usize) -> Error {
+    Error::shape("copy", format!("a part of {len} elements"), format!("{part} elements from {offset} on"))
+}

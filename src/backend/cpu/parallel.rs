@@ -1,0 +1,108 @@
+//! Cutting work into pieces of fixed size, and running a piece with the widest vectors that the processor has.
+
+use rayon::prelude::*;
+
+use crate::real::Real;
+
+/// Elements in a piece of elementwise work: 64 KiB of f32, so that a piece stays in the first-level cache or near it.
+pub(super) const PIECE: usize = 1 << 14;
+
+/// Runs `f` with the widest vector instructions that the processor has. `f` and what it calls must be inlined into it
+/// (`#[inline(always)]`) to gain.
+#[inline(always)]
+pub(super) fn vectorize<T>(f: impl FnOnce() -> T) -> T {
+    struct Run<F>(F);
+    impl<T, F: FnOnce() -> T> pulp::NullaryFnOnce for Run<F> {
+        type Output = T;
+        #[inline(always)]
+        fn call(self) -> T {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Run(f))
+}
+
+/// How many rows of `width` elements make a piece.
+pub(super) fn rows_in_piece(width: usize) -> usize {
+    (PIECE / width.max(1)).max(1)
+}
+
+/// `y[i] = f(x[i])`, `=`.
+pub(super) fn map<R: Real>(y: &mut [R], x: &[R], f: impl Fn(R) -> R + Sync) {
+    let piece = |(y, x): (&mut [R], &[R])| {
+        vectorize(
+            #[inline(always)]
+            || y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x)),
+        )
+    };
+    if y.len() <= PIECE {
+        piece((y, x));
+    } else {
+        y.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).for_each(piece);
+    }
+}
+
+/// `y[i] = f(a[i], b[i])`, `=`.
+pub(super) fn map2<R: Real>(y: &mut [R], a: &[R], b: &[R], f: impl Fn(R, R) -> R + Sync) {
+    let piece = |((y, a), b): ((&mut [R], &[R]), &[R])| {
+        vectorize(
+            #[inline(always)]
+            || y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = f(a, b)),
+        )
+    };
+    if y.len() <= PIECE {
+        piece(((y, a), b));
+    } else {
+        y.par_chunks_mut(PIECE).zip(a.par_chunks(PIECE)).zip(b.par_chunks(PIECE)).for_each(piece);
+    }
+}
+
+/// Adds `bias` to every row of `y` `[rows, bias.len()]`, `+=`.
+pub(super) fn add_to_rows<R: Real>(y: &mut [R], bias: &[R]) {
+    let width = bias.len().max(1);
+    let rows = rows_in_piece(width);
+    let piece = |y: &mut [R]| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for row in y.chunks_exact_mut(width) {
+                    row.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+                }
+            },
+        )
+    };
+    if y.len() <= PIECE {
+        piece(y);
+    } else {
+        y.par_chunks_mut(rows * width).for_each(piece);
+    }
+}
+
+/// `sums = sum over the rows of x` `[rows, sums.len()]`, or `+=` with `accumulate`. Rows are added in their order.
+pub(super) fn sum_rows<R: Real>(sums: &mut [R], x: &[R], accumulate: bool) {
+    const STRIPE: usize = 64;
+    let width = sums.len();
+    if width == 0 {
+        return;
+    }
+    let piece = |(stripe, sums): (usize, &mut [R])| {
+        vectorize(
+            #[inline(always)]
+            || {
+                let start = stripe * STRIPE;
+                let mut total = [R::zero(); STRIPE];
+                for row in x.chunks_exact(width) {
+                    total.iter_mut().zip(&row[start..start + sums.len()]).for_each(|(t, &x)| *t += x);
+                }
+                for (sum, t) in sums.iter_mut().zip(total) {
+                    *sum = if accumulate { *sum + t } else { t };
+                }
+            },
+        )
+    };
+    if x.len() <= PIECE {
+        sums.chunks_mut(STRIPE).enumerate().for_each(piece);
+    } else {
+        sums.par_chunks_mut(STRIPE).enumerate().for_each(piece);
+    }
+}
