@@ -1,19 +1,174 @@
-//! Not there yet.
+//! Batch normalization.
+
+use rayon::prelude::*;
 
 use super::Cpu;
+use super::parallel::{sum, vectorize};
 use crate::backend::ops::{BatchNorm, BatchNormBackward, BatchNormForward, BatchNormInference};
-use crate::backend::{Memory, StepContext};
+use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::Result;
 use crate::real::Real;
 
+/// `sum over samples and positions of f(element)` for one channel; samples in order, their sums in f64.
+#[inline(always)]
+fn channel_sum<R: Real>([batch, channels, spatial]: [usize; 3], channel: usize, f: impl Fn(usize) -> R) -> f64 {
+    vectorize(
+        #[inline(always)]
+        || {
+            let mut total = 0.0;
+            for sample in 0..batch {
+                let start = (sample * channels + channel) * spatial;
+                total += sum(
+                    spatial,
+                    #[inline(always)]
+                    |i| f(start + i),
+                )
+                .f64();
+            }
+            total
+        },
+    )
+}
+
+/// `y = f(channel, position)` for every element, samples in parallel.
+fn by_channel<R: Real>(
+    y: &mut [R],
+    [_, channels, spatial]: [usize; 3],
+    f: impl Fn(usize, std::ops::Range<usize>, &mut [R]) + Sync,
+) {
+    y.par_chunks_mut(channels * spatial).enumerate().for_each(|(sample, y)| {
+        for (channel, y) in y.chunks_exact_mut(spatial).enumerate() {
+            let start = (sample * channels + channel) * spatial;
+            f(channel, start..start + spatial, y);
+        }
+    });
+}
+
 impl<R: Real> BatchNorm for Cpu<R> {
-    fn batch_norm_forward(&self, _: &mut Memory<'_, Self>, _: &BatchNormForward, _: &StepContext) -> Result<()> {
-        unimplemented!()
+    fn batch_norm_forward(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &BatchNormForward,
+        _: &StepContext,
+    ) -> Result<()> {
+        let (arena, activations) = (&mut *memory.arena, &mut *memory.activations);
+        let dimensions = [args.batch, args.channels, args.spatial];
+        let count = args.batch * args.spatial;
+        let ranges = [args.x, args.y, args.mean, args.reciprocal_std].map(|act| activations.range(act));
+        let [x, y, mean, std] = disjoint(&mut activations.values, ranges, "batch norm")?;
+        let x: &[R] = x;
+        let moments: Vec<(f64, f64)> = (0..args.channels)
+            .into_par_iter()
+            .map(|channel| {
+                let m = channel_sum(
+                    dimensions,
+                    channel,
+                    #[inline(always)]
+                    |i| x[i],
+                ) / count as f64;
+                let center = R::from_f64(m);
+                let squares = channel_sum(
+                    dimensions,
+                    channel,
+                    #[inline(always)]
+                    |i| (x[i] - center) * (x[i] - center),
+                );
+                (m, squares / count as f64)
+            })
+            .collect();
+        let (mean_range, var_range) = (arena.state_range(args.running_mean), arena.state_range(args.running_var));
+        let unbiased = count as f64 / (count as f64 - 1.0).max(1.0);
+        for (channel, &(m, variance)) in moments.iter().enumerate() {
+            mean[channel] = R::from_f64(m);
+            std[channel] = R::from_f64(1.0 / (variance + args.epsilon).sqrt());
+            for (at, value) in [(mean_range.start, m), (var_range.start, variance * unbiased)] {
+                let running = &mut arena.state[at + channel];
+                *running = R::from_f64(running.f64() * (1.0 - args.momentum) + args.momentum * value);
+            }
+        }
+        let weight = &arena.parameters[arena.range(args.weight)];
+        let bias = &arena.parameters[arena.range(args.bias)];
+        by_channel(y, dimensions, |channel, range, y| {
+            let (scale, m, b) = (std[channel] * weight[channel], mean[channel], bias[channel]);
+            y.iter_mut().zip(&x[range]).for_each(|(y, &x)| *y = (x - m) * scale + b);
+        });
+        Ok(())
     }
-    fn batch_norm_inference(&self, _: &mut Memory<'_, Self>, _: &BatchNormInference, _: &StepContext) -> Result<()> {
-        unimplemented!()
+
+    fn batch_norm_inference(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &BatchNormInference,
+        _: &StepContext,
+    ) -> Result<()> {
+        let (arena, activations) = (&*memory.arena, &mut *memory.activations);
+        let ranges = [activations.range(args.x), activations.range(args.y)];
+        let [x, y] = disjoint(&mut activations.values, ranges, "batch norm")?;
+        let mean = &arena.state[arena.state_range(args.running_mean)];
+        let variance = &arena.state[arena.state_range(args.running_var)];
+        let weight = &arena.parameters[arena.range(args.weight)];
+        let bias = &arena.parameters[arena.range(args.bias)];
+        let epsilon = R::from_f64(args.epsilon);
+        by_channel(y, [args.batch, args.channels, args.spatial], |channel, range, y| {
+            let scale = weight[channel] / (variance[channel] + epsilon).sqrt();
+            let (m, b) = (mean[channel], bias[channel]);
+            y.iter_mut().zip(&x[range]).for_each(|(y, &x)| *y = (x - m) * scale + b);
+        });
+        Ok(())
     }
-    fn batch_norm_backward(&self, _: &mut Memory<'_, Self>, _: &BatchNormBackward, _: &StepContext) -> Result<()> {
-        unimplemented!()
+
+    fn batch_norm_backward(
+        &self,
+        memory: &mut Memory<'_, Self>,
+        args: &BatchNormBackward,
+        step: &StepContext,
+    ) -> Result<()> {
+        let (arena, activations) = (&mut *memory.arena, &mut *memory.activations);
+        let dimensions = [args.batch, args.channels, args.spatial];
+        let dx_range = args.dx.map_or(0..0, |dx| activations.range(dx));
+        let [x, dy, mean, std] = [args.x, args.dy, args.mean, args.reciprocal_std].map(|act| activations.range(act));
+        let [x, dy, mean, std, dx] = disjoint(&mut activations.values, [x, dy, mean, std, dx_range], "batch norm")?;
+        let (x, dy): (&[R], &[R]) = (x, dy);
+        let sums: Vec<(f64, f64)> = (0..args.channels)
+            .into_par_iter()
+            .map(|channel| {
+                let (m, s) = (mean[channel], std[channel]);
+                let bias = channel_sum(
+                    dimensions,
+                    channel,
+                    #[inline(always)]
+                    |i| dy[i],
+                );
+                let weight = channel_sum(
+                    dimensions,
+                    channel,
+                    #[inline(always)]
+                    |i| dy[i] * ((x[i] - m) * s),
+                );
+                (bias, weight)
+            })
+            .collect();
+        let (weight_range, bias_range) = (arena.range(args.dweight.param), arena.range(args.dbias.param));
+        for (channel, &(bias, weight)) in sums.iter().enumerate() {
+            for (at, grad, value) in [(bias_range.start, args.dbias, bias), (weight_range.start, args.dweight, weight)]
+            {
+                let gradient = &mut arena.gradients[at + channel];
+                let value = R::from_f64(value);
+                *gradient = if step.overwrites(grad) { value } else { *gradient + value };
+            }
+        }
+        if args.dx.is_some() {
+            let weight = &arena.parameters[arena.range(args.weight)];
+            let inverse = 1.0 / (args.batch * args.spatial) as f64;
+            by_channel(dx, dimensions, |channel, range, dx| {
+                let (m, s) = (mean[channel], std[channel]);
+                let scale = weight[channel] * s;
+                let (bias, slope) = (R::from_f64(sums[channel].0 * inverse), R::from_f64(sums[channel].1 * inverse));
+                for ((dx, &x), &dy) in dx.iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
+                    *dx = scale * (dy - bias - (x - m) * s * slope);
+                }
+            });
+        }
+        Ok(())
     }
 }

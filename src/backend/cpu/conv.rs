@@ -1,16 +1,262 @@
-//! Not there yet.
+//! Convolution as products: the windows of a sample become the columns of a matrix.
+
+use ndarray::ArrayView2;
+use rayon::prelude::*;
 
 use super::Cpu;
-use crate::backend::ops::{Conv, Conv2dBackward, Conv2dForward};
-use crate::backend::{Memory, StepContext};
-use crate::error::Result;
+use super::linear::{matrix, matrix_mut};
+use super::parallel::{sum, vectorize};
+use super::product::product_here;
+use crate::backend::ops::{Conv, Conv2dBackward, Conv2dForward, Conv2dGeometry};
+use crate::backend::{Memory, StepContext, disjoint};
+use crate::error::{Error, Result};
 use crate::real::Real;
 
+/// Parts that a batch is cut into, whatever the number of threads: each has its own columns and its own sum of weight
+/// gradients, and the sums are added in order.
+const PARTS: usize = 16;
+
+/// Sizes that follow from a geometry.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// Positions of the output.
+    positions: usize,
+    /// Values under the kernel, in one group.
+    taps: usize,
+    /// Filters of a group.
+    group_filters: usize,
+    /// Elements of a sample, in and out.
+    input: usize,
+    output: usize,
+    /// Elements of the matrix of columns; 0 where the input is that matrix already.
+    columns: usize,
+    /// Samples of a part.
+    part: usize,
+    output_sides: [usize; 2],
+}
+
+fn sizes(g: &Conv2dGeometry) -> Result<Sizes> {
+    let output_sides = g.output().ok_or_else(|| {
+        Error::shape("conv2d", "a kernel that fits the padded input", format!("{:?} in {:?}", g.kernel, g.input))
+    })?;
+    let positions = output_sides[0] * output_sides[1];
+    let group_channels = g.channels / g.groups;
+    let taps = group_channels * g.kernel[0] * g.kernel[1];
+    Ok(Sizes {
+        positions,
+        taps,
+        group_filters: g.filters / g.groups,
+        input: g.channels * g.input[0] * g.input[1],
+        output: g.filters * positions,
+        columns: if is_pointwise(g) { 0 } else { taps * positions },
+        part: g.batch.div_ceil(PARTS).max(1),
+        output_sides,
+    })
+}
+
+/// Whether the input is its own matrix of columns: a 1 x 1 kernel at every position.
+fn is_pointwise(g: &Conv2dGeometry) -> bool {
+    g.kernel == [1, 1] && g.stride == [1, 1] && g.padding == [0, 0]
+}
+
+/// For each row of the output under tap (ky, kx): the input row, and the output columns whose input lies within it.
+#[inline(always)]
+fn tap_rows(
+    g: &Conv2dGeometry,
+    sides: [usize; 2],
+    [ky, kx]: [usize; 2],
+    mut visit: impl FnMut(usize, Option<usize>, std::ops::Range<usize>),
+) {
+    let first = g.padding[1].saturating_sub(kx).div_ceil(g.stride[1]).min(sides[1]);
+    let end = (g.input[1] + g.padding[1]).saturating_sub(kx).div_ceil(g.stride[1]).clamp(first, sides[1]);
+    for oy in 0..sides[0] {
+        let iy = (oy * g.stride[0] + ky).checked_sub(g.padding[0]).filter(|&iy| iy < g.input[0]);
+        visit(oy, iy, first..end);
+    }
+}
+
+/// Writes the columns of one group of one sample: `columns` `[taps, positions]`, `=`.
+fn to_columns<R: Real>(g: &Conv2dGeometry, s: &Sizes, x: &[R], columns: &mut [R]) {
+    let (plane, [kh, kw]) = (g.input[0] * g.input[1], g.kernel);
+    for (tap, line) in columns.chunks_exact_mut(s.positions).enumerate() {
+        let (c, ky, kx) = (tap / (kh * kw), tap / kw % kh, tap % kw);
+        let x = &x[c * plane..(c + 1) * plane];
+        tap_rows(g, s.output_sides, [ky, kx], |oy, iy, inside| {
+            let line = &mut line[oy * s.output_sides[1]..(oy + 1) * s.output_sides[1]];
+            let Some(iy) = iy else {
+                line.fill(R::zero());
+                return;
+            };
+            line[..inside.start].fill(R::zero());
+            line[inside.end..].fill(R::zero());
+            if inside.is_empty() {
+                return;
+            }
+            let start = iy * g.input[1] + inside.start * g.stride[1] + kx - g.padding[1];
+            if g.stride[1] == 1 {
+                line[inside.clone()].copy_from_slice(&x[start..start + inside.len()]);
+            } else {
+                line[inside].iter_mut().enumerate().for_each(|(i, to)| *to = x[start + i * g.stride[1]]);
+            }
+        });
+    }
+}
+
+/// Adds the columns of one group of one sample to where they came from: `x` `+=`.
+fn from_columns<R: Real>(g: &Conv2dGeometry, s: &Sizes, columns: &[R], x: &mut [R]) {
+    let (plane, [kh, kw]) = (g.input[0] * g.input[1], g.kernel);
+    for (tap, line) in columns.chunks_exact(s.positions).enumerate() {
+        let (c, ky, kx) = (tap / (kh * kw), tap / kw % kh, tap % kw);
+        let x = &mut x[c * plane..(c + 1) * plane];
+        tap_rows(g, s.output_sides, [ky, kx], |oy, iy, inside| {
+            let (Some(iy), false) = (iy, inside.is_empty()) else { return };
+            let line = &line[oy * s.output_sides[1]..][inside.clone()];
+            let start = iy * g.input[1] + inside.start * g.stride[1] + kx - g.padding[1];
+            if g.stride[1] == 1 {
+                x[start..start + line.len()].iter_mut().zip(line).for_each(|(x, &c)| *x += c);
+            } else {
+                line.iter().enumerate().for_each(|(i, &c)| x[start + i * g.stride[1]] += c);
+            }
+        });
+    }
+}
+
+/// The columns of a group: written to `scratch`, or the input itself.
+fn columns<'v, R: Real>(g: &Conv2dGeometry, s: &Sizes, x: &'v [R], scratch: &'v mut [R]) -> Result<ArrayView2<'v, R>> {
+    if s.columns == 0 {
+        return matrix(x, s.taps, s.positions, "conv2d input");
+    }
+    to_columns(g, s, x, scratch);
+    matrix(scratch, s.taps, s.positions, "conv2d columns")
+}
+
 impl<R: Real> Conv for Cpu<R> {
-    fn conv2d_forward(&self, _: &mut Memory<'_, Self>, _: &Conv2dForward, _: &StepContext) -> Result<()> {
-        unimplemented!()
+    fn conv2d_workspace(g: &Conv2dGeometry, backward: bool) -> usize {
+        let Ok(s) = sizes(g) else { return 0 };
+        let part = if backward { 2 * s.columns + g.filters * s.taps } else { s.columns };
+        g.batch.div_ceil(s.part) * part
     }
-    fn conv2d_backward(&self, _: &mut Memory<'_, Self>, _: &Conv2dBackward, _: &StepContext) -> Result<()> {
-        unimplemented!()
+
+    fn conv2d_forward(&self, memory: &mut Memory<'_, Self>, args: &Conv2dForward, _: &StepContext) -> Result<()> {
+        let (arena, activations) = (&*memory.arena, &mut *memory.activations);
+        let g = &args.geometry;
+        let s = sizes(g)?;
+        let ranges = [args.x, args.y, args.workspace].map(|act| activations.range(act));
+        let [x, y, workspace] = disjoint(&mut activations.values, ranges, "conv2d")?;
+        let weight = &arena.parameters[arena.range(args.weight)];
+        let bias = args.bias.map(|bias| &arena.parameters[arena.range(bias)]);
+        let part = |x: &[R], y: &mut [R], scratch: &mut [R]| -> Result<()> {
+            for (x, y) in x.chunks_exact(s.input).zip(y.chunks_exact_mut(s.output)) {
+                let groups = x.chunks_exact(s.input / g.groups).zip(y.chunks_exact_mut(s.output / g.groups));
+                for (group, (x, y)) in groups.enumerate() {
+                    let columns = columns(g, &s, x, scratch)?;
+                    let weight = &weight[group * s.group_filters * s.taps..][..s.group_filters * s.taps];
+                    let weight = matrix(weight, s.group_filters, s.taps, "conv2d weight")?;
+                    product_here(matrix_mut(y, s.group_filters, s.positions, "conv2d")?, weight, columns, false);
+                }
+                if let Some(bias) = bias {
+                    vectorize(
+                        #[inline(always)]
+                        || {
+                            for (y, &b) in y.chunks_exact_mut(s.positions).zip(bias) {
+                                y.iter_mut().for_each(|y| *y += b);
+                            }
+                        },
+                    );
+                }
+            }
+            Ok(())
+        };
+        let samples = x.par_chunks(s.part * s.input).zip(y.par_chunks_mut(s.part * s.output));
+        if s.columns == 0 {
+            samples.try_for_each(|(x, y)| part(x, y, &mut []))
+        } else {
+            samples.zip(workspace.par_chunks_mut(s.columns)).try_for_each(|((x, y), scratch)| part(x, y, scratch))
+        }
     }
+
+    fn conv2d_backward(&self, memory: &mut Memory<'_, Self>, args: &Conv2dBackward, step: &StepContext) -> Result<()> {
+        let (arena, activations) = (&mut *memory.arena, &mut *memory.activations);
+        let g = &args.geometry;
+        let s = sizes(g)?;
+        let dx_range = args.dx.map_or(0..0, |dx| activations.range(dx));
+        let [x, dy, work] = [args.x, args.dy, args.workspace].map(|act| activations.range(act));
+        let [x, dy, workspace, dx] = disjoint(&mut activations.values, [x, dy, work, dx_range], "conv2d")?;
+        if let Some(dbias) = args.dbias {
+            let range = arena.range(dbias.param);
+            bias_gradient(&mut arena.gradients[range], dy, &s, !step.overwrites(dbias));
+        }
+        let weight = &arena.parameters[arena.range(args.weight)];
+        let dweight_len = g.filters * s.taps;
+        let part_work = 2 * s.columns + dweight_len;
+        let part = |x: &[R], dy: &[R], mut dx: Option<&mut [R]>, work: &mut [R]| -> Result<()> {
+            let (dweight, scratch) = work.split_at_mut(dweight_len);
+            let (column_scratch, dcolumn_scratch) = scratch.split_at_mut(s.columns);
+            for (sample, (x, dy)) in x.chunks_exact(s.input).zip(dy.chunks_exact(s.output)).enumerate() {
+                for group in 0..g.groups {
+                    let inputs = group * s.input / g.groups..(group + 1) * s.input / g.groups;
+                    let filters = group * s.group_filters * s.taps..(group + 1) * s.group_filters * s.taps;
+                    let dy = &dy[group * s.output / g.groups..(group + 1) * s.output / g.groups];
+                    let dy = matrix(dy, s.group_filters, s.positions, "conv2d gradient")?;
+                    let columns = columns(g, &s, &x[inputs.clone()], column_scratch)?;
+                    let dweight = &mut dweight[filters.clone()];
+                    let dweight = matrix_mut(dweight, s.group_filters, s.taps, "conv2d weight gradient")?;
+                    product_here(dweight, dy, columns.t(), sample > 0);
+                    if let Some(dx) = &mut dx {
+                        let dx = &mut dx[sample * s.input..(sample + 1) * s.input][inputs];
+                        let weight = matrix(&weight[filters], s.group_filters, s.taps, "conv2d weight")?;
+                        if s.columns == 0 {
+                            product_here(matrix_mut(dx, s.taps, s.positions, "conv2d")?, weight.t(), dy, false);
+                        } else {
+                            let dcolumns = matrix_mut(dcolumn_scratch, s.taps, s.positions, "conv2d columns")?;
+                            product_here(dcolumns, weight.t(), dy, false);
+                            dx.fill(R::zero());
+                            from_columns(g, &s, dcolumn_scratch, dx);
+                        }
+                    }
+                }
+            }
+            Ok(())
+        };
+        let inputs = x.par_chunks(s.part * s.input).zip(dy.par_chunks(s.part * s.output));
+        let inputs = inputs.zip(workspace.par_chunks_mut(part_work));
+        if args.dx.is_some() {
+            inputs
+                .zip(dx.par_chunks_mut(s.part * s.input))
+                .try_for_each(|(((x, dy), work), dx)| part(x, dy, Some(dx), work))?;
+        } else {
+            inputs.try_for_each(|((x, dy), work)| part(x, dy, None, work))?;
+        }
+        let range = arena.range(args.dweight.param);
+        let dweight = &mut arena.gradients[range];
+        if step.overwrites(args.dweight) {
+            dweight.fill(R::zero());
+        }
+        for work in workspace.chunks_exact(part_work) {
+            dweight.iter_mut().zip(work).for_each(|(d, &w)| *d += w);
+        }
+        Ok(())
+    }
+}
+
+/// `gradient[f] = sum of dy over samples and positions`, samples in order.
+fn bias_gradient<R: Real>(gradient: &mut [R], dy: &[R], s: &Sizes, accumulate: bool) {
+    gradient.par_iter_mut().enumerate().for_each(|(f, gradient)| {
+        let total = vectorize(
+            #[inline(always)]
+            || {
+                let mut total = R::zero();
+                for sample in dy.chunks_exact(s.output) {
+                    let plane = &sample[f * s.positions..(f + 1) * s.positions];
+                    total += sum(
+                        plane.len(),
+                        #[inline(always)]
+                        |i| plane[i],
+                    );
+                }
+                total
+            },
+        );
+        *gradient = if accumulate { *gradient + total } else { total };
+    });
 }

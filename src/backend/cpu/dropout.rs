@@ -1,13 +1,38 @@
-//! Not there yet.
+//! Dropout.
+
+use rayon::prelude::*;
 
 use super::Cpu;
+use super::parallel::PIECE;
 use crate::backend::ops::{Dropout, DropoutApply};
-use crate::backend::{Memory, StepContext};
+use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::Result;
+use crate::random::{Philox, Purpose, to_unit};
 use crate::real::Real;
 
+/// First position of a micro-batch in a dropout stream.
+pub(super) fn first_position(step: &StepContext) -> u64 {
+    step.micro_step << 40
+}
+
 impl<R: Real> Dropout for Cpu<R> {
-    fn dropout(&self, _: &mut Memory<'_, Self>, _: &DropoutApply, _: &StepContext) -> Result<()> {
-        unimplemented!()
+    fn dropout(&self, memory: &mut Memory<'_, Self>, args: &DropoutApply, step: &StepContext) -> Result<()> {
+        let activations = &mut *memory.activations;
+        let ranges = [activations.range(args.x), activations.range(args.y)];
+        let [x, y] = disjoint(&mut activations.values, ranges, "dropout")?;
+        let stream = Philox::new(step.seed, Purpose::Dropout, args.stream);
+        let probability = args.probability as f32;
+        let scale = R::from_f64(1.0 / (1.0 - args.probability));
+        let first = first_position(step);
+        y.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).enumerate().for_each(|(piece, (y, x))| {
+            let start = first + (piece * PIECE) as u64;
+            for (i, (y, x)) in y.chunks_mut(4).zip(x.chunks(4)).enumerate() {
+                let words = stream.block(start / 4 + i as u64);
+                for ((y, &x), word) in y.iter_mut().zip(x).zip(words) {
+                    *y = if to_unit(word) < probability { R::zero() } else { x * scale };
+                }
+            }
+        });
+        Ok(())
     }
 }

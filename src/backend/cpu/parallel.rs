@@ -106,3 +106,22 @@ pub(super) fn sum_rows<R: Real>(sums: &mut [R], x: &[R], accumulate: bool) {
         sums.par_chunks_mut(STRIPE).enumerate().for_each(piece);
     }
 }
+
+/// `sum of f(i) for i < len`, in 16 lanes that are added up in order at the end: the same bits at any vector width.
+#[inline(always)]
+pub(super) fn sum<R: Real>(len: usize, f: impl Fn(usize) -> R) -> R {
+    const LANES: usize = 16;
+    let mut lanes = [R::zero(); LANES];
+    let whole = len / LANES * LANES;
+    let mut start = 0;
+    while start < whole {
+        for (lane, total) in lanes.iter_mut().enumerate() {
+            *total += f(start + lane);
+        }
+        start += LANES;
+    }
+    for (lane, i) in (whole..len).enumerate() {
+        lanes[lane] += f(i);
+    }
+    lanes.iter().fold(R::zero(), |a, &b| a + b)
+}

@@ -4,6 +4,8 @@ use crate::error::Result;
 
 /// Two-dimensional convolution (cross-correlation, as `torch.nn.Conv2d`).
 pub trait Conv: Sized {
+    /// Elements of workspace that the forward, or the backward, wants.
+    fn conv2d_workspace(geometry: &Conv2dGeometry, backward: bool) -> usize;
     /// `y = x * w + b`.
     fn conv2d_forward(&self, memory: &mut Memory<'_, Self>, args: &Conv2dForward, step: &StepContext) -> Result<()>
     where
@@ -65,6 +67,8 @@ op! {
         bias: Option<Param>,
         /// `[batch, filters, output height, output width]`, `=`.
         y: Act,
+        /// [`Conv::conv2d_workspace`] elements; what is left there means nothing.
+        workspace: Act,
         /// Sizes.
         geometry: Conv2dGeometry,
     }
@@ -82,6 +86,8 @@ op! {
         weight: Param,
         /// `[batch, channels, height, width]`, `=`; none when nothing before this layer is trained.
         dx: Option<Act>,
+        /// [`Conv::conv2d_workspace`] elements; what is left there means nothing.
+        workspace: Act,
         /// As the weight.
         dweight: Grad,
         /// `[filters]`.
