@@ -1,10 +1,26 @@
 //! The layers. Each is a forward and a backward written next to each other.
 
+mod activation;
+mod attention;
 mod combine;
+mod conv;
+mod dropout;
+mod embedding;
 mod linear;
+mod norm;
+mod pool;
+mod shape;
 
+pub use activation::{Activation, Swiglu};
+pub use attention::{Attention, RotaryOptions, SelfAttention, SelfAttentionOptions};
 pub use combine::{Residual, Sequential};
+pub use conv::Conv2d;
+pub use dropout::Dropout;
+pub use embedding::{Embedding, Positions};
 pub use linear::Linear;
+pub use norm::{BatchNorm, LayerNorm, RmsNorm};
+pub use pool::{AveragePool2d, MaxPool2d, Window};
+pub use shape::{AsPicture, Flatten, MeanOverTime, Parallel};
 
 use crate::error::{Error, Result};
 
