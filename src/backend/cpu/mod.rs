@@ -16,6 +16,9 @@ mod loss;
 mod parallel;
 mod pool;
 mod product;
+mod update;
+
+pub use update::{average, update};
 
 use std::marker::PhantomData;
 

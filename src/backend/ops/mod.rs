@@ -12,6 +12,7 @@ mod linear;
 mod loss;
 mod norm;
 mod pool;
+mod update;
 
 pub use activation::*;
 pub use attention::*;
@@ -22,3 +23,4 @@ pub use linear::*;
 pub use loss::*;
 pub use norm::*;
 pub use pool::*;
+pub use update::*;

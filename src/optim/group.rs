@@ -1,0 +1,238 @@
+//! Optimizer options, parameter groups, and the plan of an update that they make for a layout.
+
+use regex::Regex;
+
+use super::{Clip, MuonScale, Rule, RuleStep, StepParams};
+use crate::error::{Error, Result};
+use crate::plan::{ALIGNMENT, ParamLayout};
+use crate::real::Real;
+
+/// Parameters that a pattern names, and what is different for them.
+#[derive(Clone, Debug)]
+pub struct GroupPattern {
+    /// `optimizer.groups.pattern`: a regular expression, found anywhere in the parameter's name.
+    pub pattern: Regex,
+    /// `optimizer.groups.learning_rate_scale`: factor of the learning rate.
+    pub learning_rate_scale: f64,
+    /// `optimizer.groups.weight_decay`.
+    pub weight_decay: Option<f64>,
+    /// `optimizer.groups.rule`.
+    pub rule: Option<Rule>,
+}
+
+/// Options of the optimizer. The run file's key stands in the text of each field.
+#[derive(Clone, Debug)]
+pub struct OptimizerOptions {
+    /// `optimizer.rule` and its constants.
+    pub rule: Rule,
+    /// `optimizer.learning_rate`: the schedule's peak.
+    pub learning_rate: f64,
+    /// `optimizer.weight_decay`.
+    pub weight_decay: f64,
+    /// `optimizer.decay`: `"decoupled"` or `"coupled"`.
+    pub decoupled: bool,
+    /// `optimizer.decay_on = "matrices"`: no decay on tensors of fewer than two dimensions, norms and biases that is.
+    pub decay_matrices_only: bool,
+    /// `optimizer.clip`.
+    pub clip: Clip,
+    /// `optimizer.groups`: the first pattern that fits counts.
+    pub groups: Vec<GroupPattern>,
+}
+
+impl OptimizerOptions {
+    /// A rule with nothing besides.
+    pub fn new(rule: Rule, learning_rate: f64) -> Self {
+        OptimizerOptions {
+            rule,
+            learning_rate,
+            weight_decay: 0.0,
+            decoupled: rule.decouples_decay(),
+            decay_matrices_only: false,
+            clip: Clip::default(),
+            groups: Vec::new(),
+        }
+    }
+
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// The run file's key, what was found, what was expected.
+    pub fn validate(&self) -> Result<()> {
+        let wrong = |key: &str, found: f64, expected: &str| {
+            Err(Error::config(format!("optimizer.{key}"), format!("found {found}, expected {expected}")))
+        };
+        let at_least_zero = |x: f64| x >= 0.0 && x.is_finite();
+        if !(self.learning_rate > 0.0 && self.learning_rate.is_finite()) {
+            return wrong("learning_rate", self.learning_rate, "a number above 0");
+        }
+        if !at_least_zero(self.weight_decay) {
+            return wrong("weight_decay", self.weight_decay, "a number of 0 or more");
+        }
+        for group in &self.groups {
+            if !at_least_zero(group.learning_rate_scale) {
+                return wrong("groups.learning_rate_scale", group.learning_rate_scale, "a number of 0 or more");
+            }
+            if let Some(decay) = group.weight_decay.filter(|&d| !at_least_zero(d)) {
+                return wrong("groups.weight_decay", decay, "a number of 0 or more");
+            }
+        }
+        for rule in self.groups.iter().filter_map(|g| g.rule).chain([self.rule]) {
+            let (fractions, epsilon): (Vec<(&str, f64)>, Option<f64>) = match rule {
+                Rule::Sgd => (vec![], None),
+                Rule::Momentum { momentum, dampening, nesterov, .. } => {
+                    if nesterov && (dampening != 0.0 || momentum <= 0.0) {
+                        return wrong("dampening", dampening, "0, and a momentum above 0, with nesterov");
+                    }
+                    if !(0.0..=1.0).contains(&dampening) {
+                        return wrong("dampening", dampening, "a number from 0 to 1");
+                    }
+                    (vec![("momentum", momentum)], None)
+                }
+                Rule::Lars { momentum, trust } => {
+                    if !(trust > 0.0 && trust.is_finite()) {
+                        return wrong("trust", trust, "a number above 0");
+                    }
+                    (vec![("momentum", momentum)], None)
+                }
+                Rule::Muon { momentum, .. } => (vec![("momentum", momentum)], None),
+                Rule::Adam { betas, epsilon } | Rule::Lamb { betas, epsilon } => {
+                    (vec![("betas", betas[0]), ("betas", betas[1])], Some(epsilon))
+                }
+                Rule::Lion { betas } => (vec![("betas", betas[0]), ("betas", betas[1])], None),
+            };
+            for (key, value) in fractions {
+                if !(0.0..1.0).contains(&value) {
+                    return wrong(key, value, "a number from 0 to below 1");
+                }
+            }
+            if let Some(epsilon) = epsilon.filter(|&e| !at_least_zero(e)) {
+                return wrong("epsilon", epsilon, "a number of 0 or more");
+            }
+        }
+        self.clip.validate()
+    }
+}
+
+/// What a group of parameters is updated by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Group {
+    /// The rule.
+    pub rule: Rule,
+    /// Factor of the learning rate.
+    pub learning_rate_scale: f64,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// Whether the decay is decoupled.
+    pub decoupled: bool,
+}
+
+impl Group {
+    /// The rule's constants for this step.
+    pub fn step<T: Real>(&self, step: &StepParams) -> RuleStep<T> {
+        let learning_rate = step.learning_rate * self.learning_rate_scale;
+        RuleStep::new(&self.rule, learning_rate, self.weight_decay, self.decoupled, step.step)
+    }
+}
+
+/// A tensor in the plan of an update.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorPlan {
+    /// First element in the arena.
+    pub offset: usize,
+    /// Number of elements.
+    pub len: usize,
+    /// Number of output units: the first dimension, or 1 for fewer than two dimensions.
+    pub units: usize,
+    /// Its group.
+    pub group: u8,
+}
+
+/// The plan of an update: made once for a layout, interpreted by every backend.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UpdatePlan {
+    /// The groups.
+    pub groups: Vec<Group>,
+    /// The group of each block of [`ALIGNMENT`] elements.
+    pub block_groups: Vec<u8>,
+    /// The tensors, in arena order.
+    pub tensors: Vec<TensorPlan>,
+    /// How gradients are clipped.
+    pub clip: Clip,
+    /// Names of the slots: the longest list of the groups' rules.
+    pub slots: &'static [&'static str],
+}
+
+impl UpdatePlan {
+    /// The plan of `options` for the tensors of `layout`.
+    ///
+    /// # Errors
+    /// Options that do not validate, more than 256 groups, or a pattern that names no parameter.
+    pub fn new(options: &OptimizerOptions, layout: &ParamLayout) -> Result<Self> {
+        options.validate()?;
+        let mut groups: Vec<Group> = Vec::new();
+        let mut tensors = Vec::new();
+        let mut block_groups = vec![0u8; layout.padded_len() / ALIGNMENT];
+        let mut used = vec![false; options.groups.len()];
+        for entry in layout.entries() {
+            let found = options.groups.iter().position(|g| g.pattern.is_match(&entry.name));
+            if let Some(index) = found {
+                used[index] = true;
+            }
+            let pattern = found.map(|index| &options.groups[index]);
+            let matrix = entry.shape.len() >= 2;
+            let rule = pattern.and_then(|p| p.rule).unwrap_or(options.rule);
+            let (rule, decoupled) = match rule {
+                Rule::Muon { .. } if !matrix || is_table(&entry.name) => {
+                    (Rule::Adam { betas: [0.9, 0.95], epsilon: 1e-8 }, true)
+                }
+                rule => (rule, options.decoupled),
+            };
+            let default_decay = if options.decay_matrices_only && !matrix { 0.0 } else { options.weight_decay };
+            let group = Group {
+                rule,
+                learning_rate_scale: pattern.map_or(1.0, |p| p.learning_rate_scale),
+                weight_decay: pattern.and_then(|p| p.weight_decay).unwrap_or(default_decay),
+                decoupled,
+            };
+            let index = groups.iter().position(|g| *g == group).unwrap_or_else(|| {
+                groups.push(group);
+                groups.len() - 1
+            });
+            let group = u8::try_from(index)
+                .map_err(|_| Error::config("optimizer.groups", "found more than 256 groups, expected at most 256"))?;
+            let blocks = entry.offset / ALIGNMENT..(entry.offset + entry.len).div_ceil(ALIGNMENT);
+            block_groups[blocks].fill(group);
+            let units = if matrix { entry.shape[0] } else { 1 };
+            tensors.push(TensorPlan { offset: entry.offset, len: entry.len, units, group });
+        }
+        if let Some(index) = used.iter().position(|used| !used) {
+            let names: Vec<&str> = layout.entries().iter().map(|e| e.name.as_str()).take(8).collect();
+            return Err(Error::config(
+                "optimizer.groups.pattern",
+                format!(
+                    "found `{}`, which names no parameter; expected a pattern that fits one of {}, ..",
+                    options.groups[index].pattern,
+                    names.join(", ")
+                ),
+            ));
+        }
+        let slots = groups.iter().map(|g| g.rule.slots()).max_by_key(|s| s.len()).unwrap_or(&[]);
+        Ok(UpdatePlan { groups, block_groups, tensors, clip: options.clip, slots })
+    }
+}
+
+/// Whether a parameter is a table of vectors or the output layer, which Muon leaves to AdamW.
+fn is_table(name: &str) -> bool {
+    name.split('.').any(|part| matches!(part, "wte" | "wpe" | "lm_head" | "embedding" | "positions" | "head"))
+}
+
+impl MuonScale {
+    /// The factor for a matrix of `rows` and `columns`.
+    pub fn factor(self, rows: usize, columns: usize) -> f64 {
+        let (rows, columns) = (rows as f64, columns as f64);
+        match self {
+            MuonScale::Original => (rows / columns).max(1.0).sqrt(),
+            MuonScale::MatchRmsAdamw => 0.2 * rows.max(columns).sqrt(),
+        }
+    }
+}
