@@ -1,3 +1,7 @@
 //! Training: the step, the loop around it, checkpoints, metrics, and what a run leaves behind.
 
+pub mod files;
+pub mod metrics;
 pub mod options;
+pub mod step;
+pub mod summary;

@@ -1,0 +1,49 @@
+//! Writing so that a file is there whole or not at all.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Writes `bytes` to `path`: aside, flushed to the disk, then renamed over what was there.
+///
+/// # Errors
+/// What the operating system refuses; `path` is then as it was.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let aside = aside(path);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&aside)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|e| Error::io("write", &aside, e))?;
+    rename(&aside, path)
+}
+
+/// Renames `from` to `to` and flushes the folder that holds them.
+///
+/// # Errors
+/// What the operating system refuses.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|e| Error::io("rename", from, e))?;
+    match to.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => sync(Path::new(".")),
+        Some(parent) => sync(parent),
+        None => Ok(()),
+    }
+}
+
+/// Flushes a file or a folder to the disk.
+///
+/// # Errors
+/// What the operating system refuses.
+pub fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io("flush", path, e))
+}
+
+/// A hidden name beside `path` that nobody reads.
+pub fn aside(path: &Path) -> PathBuf {
+    let name = path.file_name().map_or_else(|| "file".into(), |n| n.to_string_lossy().into_owned());
+    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+}

@@ -1,0 +1,89 @@
+//! summary.json: how a run went, in one object.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::files::write_whole;
+use crate::error::{Error, Result};
+
+/// Loss and accuracy of one split.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// Mean loss; null when it is no finite number.
+    pub loss: Option<f64>,
+    /// Share of right predictions, where predictions can be right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+}
+
+/// Scores by split.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SplitScores {
+    /// The step they were taken at.
+    #[serde(default)]
+    pub step: u64,
+    /// Of the training split, as seen while training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train: Option<Scores>,
+    /// Of the validation split.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<Scores>,
+    /// Of the test split.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Scores>,
+}
+
+/// The contents of summary.json.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// At the end.
+    #[serde(rename = "final")]
+    pub last: SplitScores,
+    /// Where the validation split was best.
+    pub best: SplitScores,
+    /// Updates done.
+    pub steps: u64,
+    /// Seconds of training, evaluations and checkpoints included.
+    pub seconds: f64,
+    /// Updates a second, evaluations and checkpoints not counted.
+    pub steps_per_s: f64,
+    /// What it ran on.
+    pub device: String,
+    /// Number of parameters.
+    pub parameters: usize,
+    /// Steps skipped for gradients that were not finite.
+    pub skipped_steps: u64,
+    /// Peak resident size of the process; none where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+    /// Version of Warpstep.
+    pub version: String,
+}
+
+impl Summary {
+    /// Writes it to `path`, whole or not at all.
+    ///
+    /// # Errors
+    /// What the operating system refuses.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::io("write", path, e.into()))?;
+        text.push(b'\n');
+        write_whole(path, &text)
+    }
+
+    /// Reads it from `path`.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is no summary.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        serde_json::from_slice(&text).map_err(|e| Error::data(path, format!("expected a summary: {e}")))
+    }
+}
+
+/// Peak resident size of this process in bytes (`VmHWM` of Linux); none elsewhere.
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
