@@ -91,7 +91,7 @@ impl Tensor {
 
     /// The same values under another shape.
     pub fn reshaped(mut self, shape: &[usize]) -> Self {
-        debug_assert_eq!(self.len(), shape.iter().product());
+        debug_assert_eq!(self.len(), shape.iter().product::<usize>());
         self.shape = shape.to_vec();
         self
     }
