@@ -8,6 +8,7 @@ mod layer;
 pub mod layers;
 mod parameters;
 mod planner;
+pub mod presets;
 mod probe;
 mod program;
 

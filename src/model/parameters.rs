@@ -65,6 +65,11 @@ impl ParamTable {
         self.parameters.iter().map(|p| &p.spec)
     }
 
+    /// A parameter by its name.
+    pub fn find(&self, name: &str) -> Option<(Param, &ParamSpec)> {
+        self.by_name.get(name).map(|&index| (Param(index as u32), &self.parameters[index].spec))
+    }
+
     /// Number of parameters, elements counted.
     pub fn elements(&self) -> usize {
         self.specs().map(|s| s.shape.iter().product::<usize>()).sum()

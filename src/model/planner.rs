@@ -108,6 +108,17 @@ impl<'a, B: Backend> Planner<'a, B> {
         self.parameters.parameter(path, shape, init)
     }
 
+    /// A parameter that this plan declared before, by its whole dotted name, and its shape: for layers that share one.
+    ///
+    /// # Errors
+    /// No layer before has declared it.
+    pub fn shared(&self, path: &str) -> Result<(Param, Vec<usize>)> {
+        match self.parameters.find(path) {
+            Some((param, spec)) if self.declared.contains(path) => Ok((param, spec.shape.clone())),
+            _ => Err(Error::shape("model", format!("a layer before that declares `{path}`"), "none")),
+        }
+    }
+
     /// Declares a tensor that is kept but not trained, under the present scope, with one value everywhere at first.
     ///
     /// # Errors

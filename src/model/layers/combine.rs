@@ -80,7 +80,7 @@ impl<B: Backend> Residual<B> {
 }
 
 /// Emits `a + b`.
-fn add<B: Backend>(planner: &mut Planner<'_, B>, a: Tensor, b: Tensor) -> Result<Tensor> {
+pub(super) fn add<B: Backend>(planner: &mut Planner<'_, B>, a: Tensor, b: Tensor) -> Result<Tensor> {
     if a.shape != b.shape {
         return Err(Error::shape("residual", format!("two branches of {:?}", a.shape), format!("{:?}", b.shape)));
     }

@@ -122,3 +122,59 @@ impl<B: Backend> Layer<B> for Positions {
         Ok(needs_gradient.then_some(dy))
     }
 }
+
+/// Token vectors plus learned position vectors, as at the foot of GPT-2: `[batch, time] -> [batch, time, width]`. Parameters
+/// `wte.weight` `[vocabulary, width]` and `wpe.weight` `[positions, width]`.
+#[derive(Debug)]
+pub struct TokenAndPosition {
+    vocabulary: usize,
+    positions: usize,
+    width: usize,
+    init: Init,
+    saved: Option<(Indices, [Param; 2], [usize; 2])>,
+}
+
+impl TokenAndPosition {
+    /// Tables of `vocabulary` tokens and `positions` positions, normal with deviation 0.02 at first (GPT-2's).
+    pub fn new(vocabulary: usize, positions: usize, width: usize) -> Self {
+        TokenAndPosition { vocabulary, positions, width, init: Init::Normal { std: 0.02 }, saved: None }
+    }
+}
+
+impl<B: Backend> Layer<B> for TokenAndPosition {
+    fn kind(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
+        let tokens = x.tokens("embedding")?;
+        let [batch, time] = x.dimensions("embedding", "[batch, time]")?;
+        let TokenAndPosition { vocabulary, width, init, .. } = *self;
+        if time > self.positions {
+            return Err(Error::shape("positions", format!("at most {} positions", self.positions), time.to_string()));
+        }
+        let weight = planner.scoped("wte", |planner| planner.parameter("weight", &[vocabulary, width], init))?;
+        let table = planner.scoped("wpe", |planner| planner.parameter("weight", &[self.positions, width], init))?;
+        let (y, output) = planner.tensor(&[batch, time, width], true);
+        planner.emit(EmbeddingForward { tokens, weight, positions: Some(table), y, batch, time, width, vocabulary });
+        self.saved = Some((tokens, [weight, table], [batch, time]));
+        Ok(output)
+    }
+
+    fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>> {
+        let (tokens, [weight, table], [batch, time]) = planned(self.saved.take(), "embedding")?;
+        let dweight = planner.gradient(weight);
+        let dpositions = Some(planner.gradient(table));
+        planner.emit(EmbeddingBackward {
+            tokens,
+            dy: dy.real("embedding")?,
+            dweight,
+            dpositions,
+            batch,
+            time,
+            width: self.width,
+            vocabulary: self.vocabulary,
+        });
+        Ok(None)
+    }
+}

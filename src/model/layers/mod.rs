@@ -10,17 +10,19 @@ mod linear;
 mod norm;
 mod pool;
 mod shape;
+mod transformer;
 
 pub use activation::{Activation, Swiglu};
 pub use attention::{Attention, RotaryOptions, SelfAttention, SelfAttentionOptions};
 pub use combine::{Residual, Sequential};
 pub use conv::Conv2d;
 pub use dropout::Dropout;
-pub use embedding::{Embedding, Positions};
-pub use linear::Linear;
+pub use embedding::{Embedding, Positions, TokenAndPosition};
+pub use linear::{Linear, TiedLinear};
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
 pub use pool::{AveragePool2d, MaxPool2d, Window};
 pub use shape::{AsPicture, Flatten, MeanOverTime, Parallel};
+pub use transformer::{BlockOptions, FeedForward, HiddenActivation, NormKind, TransformerBlock};
 
 use crate::error::{Error, Result};
 
