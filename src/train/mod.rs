@@ -1,7 +1,9 @@
 //! Training: the step, the loop around it, checkpoints, metrics, and what a run leaves behind.
 
+pub mod checkpoint;
 pub mod files;
 pub mod metrics;
 pub mod options;
 pub mod step;
 pub mod summary;
+pub mod tensors;

@@ -163,6 +163,11 @@ impl<B: Backend + Update> Trainer<B> {
         self.average.as_mut().map(|(_, buffer)| (&self.backend, buffer))
     }
 
+    /// Forgets the average of weights: evaluations then take the parameters themselves.
+    pub fn drop_average(&mut self) {
+        self.average = None;
+    }
+
     /// The device and the arena, to write into.
     pub fn parts_mut(&mut self) -> (&B, &mut Arena<B>) {
         (&self.backend, &mut self.arena)

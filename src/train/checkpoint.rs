@@ -1,0 +1,311 @@
+//! Checkpoints: a folder each, written aside, flushed, then renamed.
+//!
+//! `step-00001000/` holds `model.safetensors`, `optimizer.safetensors`, `ema.safetensors` where weights are averaged, and
+//! `state.json`. Beside them the files `latest` and `best` hold the name of one folder each.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::files;
+use super::step::{Counters, Trainer};
+use super::summary::SplitScores;
+use super::tensors::{self, TensorMap};
+use crate::backend::ops::Update;
+use crate::backend::{Arena, Backend};
+use crate::error::{Error, Result};
+
+/// Version of the format of `state.json`.
+const FORMAT: u32 = 1;
+
+/// Everything of a run that is no tensor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    /// Version of this format.
+    pub format: u32,
+    /// Steps done, skipped ones counted.
+    pub step: u64,
+    /// Micro-batches seen: the position in the data, and that of every random number.
+    pub micro_step: u64,
+    /// Updates applied.
+    pub applied_steps: u64,
+    /// Steps skipped.
+    pub skipped_steps: u64,
+    /// Key of every random number.
+    pub seed: u64,
+    /// Seconds of training so far.
+    pub seconds: f64,
+    /// Of these, seconds spent in steps.
+    pub step_seconds: f64,
+    /// Where the validation split was best.
+    pub best: Option<SplitScores>,
+    /// Evaluations since then.
+    pub evaluations_without_improvement: u32,
+    /// blake3 of the part of the configuration that decides the numbers.
+    pub config_hash: String,
+    /// The schedule, in words.
+    pub schedule: String,
+    /// Version of Warpstep that wrote it.
+    pub version: String,
+}
+
+impl RunState {
+    /// The state of a run that has not begun.
+    pub fn new(seed: u64, config_hash: String, schedule: String) -> Self {
+        RunState {
+            format: FORMAT,
+            step: 0,
+            micro_step: 0,
+            applied_steps: 0,
+            skipped_steps: 0,
+            seed,
+            seconds: 0.0,
+            step_seconds: 0.0,
+            best: None,
+            evaluations_without_improvement: 0,
+            config_hash,
+            schedule,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// The counts, for the trainer.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            step: self.step,
+            micro_step: self.micro_step,
+            applied: self.applied_steps,
+            skipped: self.skipped_steps,
+        }
+    }
+
+    /// Takes over the trainer's counts.
+    pub fn set_counters(&mut self, counters: Counters) {
+        self.step = counters.step;
+        self.micro_step = counters.micro_step;
+        self.applied_steps = counters.applied;
+        self.skipped_steps = counters.skipped;
+    }
+}
+
+/// Which checkpoint of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The newest.
+    Latest,
+    /// The one with the best validation figure.
+    Best,
+}
+
+impl Which {
+    fn file(self) -> &'static str {
+        match self {
+            Which::Latest => "latest",
+            Which::Best => "best",
+        }
+    }
+}
+
+/// Name of the folder of the checkpoint at `step`.
+pub fn folder_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// Writes a checkpoint into `folder` (a run's `checkpoints`) and makes it the latest. Returns its folder.
+///
+/// # Errors
+/// What the operating system or the device refuses; what was there before stays whole.
+pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<PathBuf> {
+    fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+    let name = folder_name(state.step);
+    let path = folder.join(&name);
+    if path.exists() {
+        // The same step of the same run has the same bits: what is there is what would be written.
+        point(folder, Which::Latest, &name)?;
+        return Ok(path);
+    }
+    let aside = files::aside(&path);
+    remove(&aside)?;
+    fs::create_dir(&aside).map_err(|e| Error::io("create", &aside, e))?;
+    let metadata = HashMap::from([
+        ("format".to_owned(), "pt".to_owned()),
+        ("warpstep".to_owned(), state.version.clone()),
+        ("step".to_owned(), state.step.to_string()),
+    ]);
+    let (model, optimizer, average) = snapshot(trainer)?;
+    tensors::write(&aside.join("model.safetensors"), &model, metadata.clone())?;
+    tensors::write(&aside.join("optimizer.safetensors"), &optimizer, metadata.clone())?;
+    if let Some(average) = average {
+        tensors::write(&aside.join("ema.safetensors"), &average, metadata)?;
+    }
+    let mut text = serde_json::to_vec_pretty(state).map_err(|e| Error::io("write", &path, e.into()))?;
+    text.push(b'\n');
+    files::write_whole(&aside.join("state.json"), &text)?;
+    files::sync(&aside)?;
+    files::rename(&aside, &path)?;
+    point(folder, Which::Latest, &name)?;
+    Ok(path)
+}
+
+/// The tensors of a trainer: the model's with what it keeps, the optimizer's, the average of weights.
+///
+/// # Errors
+/// A device that failed.
+pub fn snapshot<B: Backend + Update>(trainer: &Trainer<B>) -> Result<(TensorMap, TensorMap, Option<TensorMap>)> {
+    let (arena, backend) = (trainer.arena(), trainer.backend());
+    let mut model = TensorMap::new();
+    tensors::download(backend, &arena.parameters, &arena.layout, "", &mut model)?;
+    tensors::download(backend, &arena.state, &arena.state_layout, "", &mut model)?;
+    let mut optimizer = TensorMap::new();
+    for (slot, name) in arena.slots.iter().zip(trainer.update_plan().slots) {
+        tensors::download(backend, slot, &arena.layout, &format!("{name}."), &mut optimizer)?;
+    }
+    let average = match trainer.average() {
+        Some(average) => {
+            let mut map = TensorMap::new();
+            tensors::download(backend, average, &arena.layout, "", &mut map)?;
+            tensors::download(backend, &arena.state, &arena.state_layout, "", &mut map)?;
+            Some(map)
+        }
+        None => None,
+    };
+    Ok((model, optimizer, average))
+}
+
+/// Writes which checkpoint is the latest or the best.
+///
+/// # Errors
+/// What the operating system refuses.
+pub fn point(folder: &Path, which: Which, name: &str) -> Result<()> {
+    files::write_whole(&folder.join(which.file()), format!("{name}\n").as_bytes())
+}
+
+/// The checkpoint that `latest` or `best` names; none where the run has none yet.
+///
+/// # Errors
+/// A name that is no checkpoint of this run.
+pub fn find(folder: &Path, which: Which) -> Result<Option<PathBuf>> {
+    let file = folder.join(which.file());
+    if !file.exists() {
+        return Ok(None);
+    }
+    let name = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
+    let path = folder.join(name.trim());
+    if name.trim().is_empty() || !path.join("state.json").is_file() {
+        return Err(Error::checkpoint(
+            file,
+            format!("found `{}`, expected the name of a checkpoint folder beside it", name.trim()),
+        ));
+    }
+    Ok(Some(path))
+}
+
+/// Removes all but the newest `keep` checkpoints; the best stays besides, and so do folders of other names.
+///
+/// # Errors
+/// What the operating system refuses.
+pub fn prune(folder: &Path, keep: usize) -> Result<()> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .map_err(|e| Error::io("read", folder, e))?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.strip_prefix("step-").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit())))
+        .collect();
+    names.sort();
+    let best = find(folder, Which::Best)?;
+    let remove_up_to = names.len().saturating_sub(keep);
+    for name in &names[..remove_up_to] {
+        let path = folder.join(name);
+        if best.as_deref() != Some(path.as_path()) {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io("remove", path, e)),
+    }
+}
+
+/// Removes what a killed run left unfinished, and checkpoints after `step`.
+///
+/// # Errors
+/// What the operating system refuses.
+pub fn sweep(folder: &Path, step: u64) -> Result<()> {
+    let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let later = name.strip_prefix("step-").and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n > step);
+        let unfinished = name.starts_with('.') && name.ends_with(".tmp");
+        if later || (unfinished && entry.path().is_dir()) {
+            remove(&entry.path())?;
+        } else if unfinished {
+            fs::remove_file(entry.path()).map_err(|e| Error::io("remove", entry.path(), e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads `state.json` of a checkpoint.
+///
+/// # Errors
+/// A file that is missing, damaged, or of another format.
+pub fn read_state(path: &Path) -> Result<RunState> {
+    let file = path.join("state.json");
+    let text = fs::read(&file).map_err(|e| Error::io("read", &file, e))?;
+    let state: RunState = serde_json::from_slice(&text)
+        .map_err(|e| Error::checkpoint(&file, format!("expected the state of a run, found a damaged file ({e})")))?;
+    if state.format != FORMAT {
+        let problem = format!("found format {}, expected {FORMAT}; use the Warpstep it was made with", state.format);
+        return Err(Error::checkpoint(file, problem));
+    }
+    Ok(state)
+}
+
+/// Reads a checkpoint into a trainer.
+///
+/// # Errors
+/// A file that is missing or damaged, or a checkpoint of another model or optimizer.
+pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Result<RunState> {
+    let state = read_state(path)?;
+    let slots = trainer.update_plan().slots;
+    let (backend, arena) = trainer.parts_mut();
+    load_model(&path.join("model.safetensors"), backend, arena)?;
+    let file = path.join("optimizer.safetensors");
+    let mut optimizer = tensors::read(&file)?;
+    for (slot, name) in arena.slots.iter_mut().zip(slots) {
+        tensors::upload(backend, slot, &arena.layout, &format!("{name}."), &mut optimizer, &file)?;
+    }
+    tensors::nothing_left(&optimizer, &file)?;
+    let layout = arena.layout.clone();
+    if let Some((backend, average)) = trainer.average_mut() {
+        let file = path.join("ema.safetensors");
+        let mut values = tensors::read(&file)?;
+        tensors::upload(backend, average, &layout, "", &mut values, &file)?;
+    }
+    trainer.set_counters(state.counters());
+    Ok(state)
+}
+
+/// Reads a model's parameters and kept tensors from a safetensors file.
+///
+/// # Errors
+/// A file that is missing or damaged, or is of another model.
+pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+    let mut model = tensors::read(file)?;
+    let Arena { layout, parameters, state_layout, state, .. } = arena;
+    tensors::upload(backend, parameters, layout, "", &mut model, file)?;
+    tensors::upload(backend, state, state_layout, "", &mut model, file)?;
+    tensors::nothing_left(&model, file)
+}
+
+/// The file of a checkpoint that a model is evaluated by: the average of weights where there is one.
+pub fn weights_file(path: &Path) -> PathBuf {
+    let average = path.join("ema.safetensors");
+    if average.is_file() { average } else { path.join("model.safetensors") }
+}

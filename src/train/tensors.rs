@@ -1,0 +1,155 @@
+//! Named tensors in safetensors files, under the names that their PyTorch twins have.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use super::files;
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::plan::ParamLayout;
+use crate::real::Real;
+
+/// A tensor on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostTensor {
+    /// Its shape, outermost first.
+    pub shape: Vec<usize>,
+    /// Its values.
+    pub values: Vec<f32>,
+}
+
+/// Tensors by name.
+pub type TensorMap = BTreeMap<String, HostTensor>;
+
+/// Copies the tensors of an arena to the host; `prefix` goes before each name.
+///
+/// # Errors
+/// A device that failed.
+pub fn download<B: Backend>(
+    backend: &B,
+    buffer: &B::Buffer<B::Real>,
+    layout: &ParamLayout,
+    prefix: &str,
+    into: &mut TensorMap,
+) -> Result<()> {
+    for entry in layout.entries() {
+        let mut values = vec![B::Real::from_f64(0.0); entry.len];
+        backend.download(buffer, entry.offset, &mut values)?;
+        let values = values.into_iter().map(Real::f32).collect();
+        into.insert(format!("{prefix}{}", entry.name), HostTensor { shape: entry.shape.clone(), values });
+    }
+    Ok(())
+}
+
+/// Copies tensors into an arena; `prefix` goes before each name. Taken tensors are removed from `tensors`.
+///
+/// # Errors
+/// A tensor that is missing or has another shape: `path` is said to be of another model.
+pub fn upload<B: Backend>(
+    backend: &B,
+    buffer: &mut B::Buffer<B::Real>,
+    layout: &ParamLayout,
+    prefix: &str,
+    tensors: &mut TensorMap,
+    path: &Path,
+) -> Result<()> {
+    for entry in layout.entries() {
+        let name = format!("{prefix}{}", entry.name);
+        let Some(tensor) = tensors.remove(&name) else {
+            let near = tensors.keys().min_by_key(|k| strsim::levenshtein(k, &name));
+            let has = near.map_or_else(|| "nothing more".to_owned(), |n| format!("`{n}`"));
+            return Err(Error::checkpoint(
+                path,
+                format!(
+                    "is of another model: expected tensor `{name}` {:?}, found {has}; use the run file it was made with",
+                    entry.shape
+                ),
+            ));
+        };
+        if tensor.shape != entry.shape {
+            return Err(Error::checkpoint(
+                path,
+                format!(
+                    "is of another model: expected `{name}` of shape {:?}, found {:?}; use the run file it was made with",
+                    entry.shape, tensor.shape
+                ),
+            ));
+        }
+        let values: Vec<B::Real> = tensor.values.into_iter().map(B::Real::from_f32).collect();
+        backend.upload(buffer, entry.offset, &values)?;
+    }
+    Ok(())
+}
+
+/// Says what is wrong when tensors are left that the model has no place for.
+///
+/// # Errors
+/// A tensor is left, other than PyTorch's `num_batches_tracked`.
+pub fn nothing_left(tensors: &TensorMap, path: &Path) -> Result<()> {
+    match tensors.keys().find(|name| !name.ends_with("num_batches_tracked")) {
+        None => Ok(()),
+        Some(name) => Err(Error::checkpoint(
+            path,
+            format!(
+                "is of another model: found tensor `{name}`, which this one has not; use the run file it was made with"
+            ),
+        )),
+    }
+}
+
+/// Writes tensors to a safetensors file and flushes it.
+///
+/// # Errors
+/// What the operating system refuses.
+pub fn write(path: &Path, tensors: &TensorMap, metadata: HashMap<String, String>) -> Result<()> {
+    let refused = |e: safetensors::SafeTensorError| Error::io("write", path, std::io::Error::other(e.to_string()));
+    let views: Vec<(&str, TensorView<'_>)> = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            let bytes: &[u8] = bytemuck::cast_slice(&tensor.values);
+            TensorView::new(Dtype::F32, tensor.shape.clone(), bytes).map(|view| (name.as_str(), view))
+        })
+        .collect::<std::result::Result<_, _>>()
+        .map_err(refused)?;
+    safetensors::serialize_to_file(views, Some(metadata), path).map_err(refused)?;
+    files::sync(path)
+}
+
+/// Reads all tensors of a safetensors file; f16, bf16 and f64 become f32, other types are left out.
+///
+/// # Errors
+/// A file that cannot be read, or is cut short or damaged.
+pub fn read(path: &Path) -> Result<TensorMap> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+        Error::checkpoint(path, format!("expected a whole safetensors file, found one cut short or damaged ({e})"))
+    })?;
+    let mut tensors = TensorMap::new();
+    for (name, view) in file.iter() {
+        let data = view.data();
+        let values: Vec<f32> = match view.dtype() {
+            Dtype::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Dtype::F16 => data.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            Dtype::BF16 => data.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            Dtype::F64 => data
+                .chunks_exact(8)
+                .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32)
+                .collect(),
+            _ => continue,
+        };
+        tensors.insert(name.to_owned(), HostTensor { shape: view.shape().to_vec(), values });
+    }
+    Ok(tensors)
+}
+
+/// The blake3 hash of a tensor's shape and bytes.
+pub fn hash(tensor: &HostTensor) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    for &dimension in &tensor.shape {
+        hasher.update(&(dimension as u64).to_le_bytes());
+    }
+    hasher.update(bytemuck::cast_slice(&tensor.values));
+    hasher.finalize()
+}
