@@ -1,7 +1,221 @@
-//! Whole models, each from options that a run file can give.
+//! Whole models, each from options that a run file can give. Each preset's options stand beside its builder.
 
+mod audio_cnn;
+mod cnn;
+mod dense;
 mod gpt;
+mod list;
+mod resnet;
+mod text_cnn;
 mod text_encoder;
 
+pub use audio_cnn::AudioCnnOptions;
+pub use cnn::CnnOptions;
+pub use dense::{LinearOptions, MlpOptions};
 pub use gpt::{GptOptions, GptPositions};
+pub use list::LayerOptions;
+pub use resnet::{ResNetOptions, ResNetStem};
+pub use text_cnn::TextCnnOptions;
 pub use text_encoder::TextEncoderOptions;
+
+use super::layers::{Activation, Dropout, Sequential};
+use super::{Loss, Model};
+use crate::backend::Backend;
+use crate::backend::ops::ActivationKind;
+use crate::error::{Error, Result};
+
+/// What a model is to tell of a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// One of so many classes.
+    Classes(usize),
+    /// So many values.
+    Values(usize),
+    /// The token after each token.
+    NextToken,
+}
+
+/// What a preset has to fit: the data on one side, the targets on the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fit {
+    /// Number of distinct tokens, where inputs are tokens.
+    pub vocabulary: Option<usize>,
+    /// Tokens a sample, where inputs are tokens.
+    pub context: Option<usize>,
+    /// What is to be told.
+    pub goal: Goal,
+    /// The token that stands for nothing, where there is one.
+    pub padding: Option<i32>,
+    /// Outputs a sample; set by [`ModelOptions::build`] by goal and loss.
+    pub outputs: usize,
+}
+
+/// A preset with its options, or a list of layers.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Preset {
+    /// `linear`: linear regression.
+    Linear(LinearOptions),
+    /// `logistic`: logistic regression.
+    Logistic(LinearOptions),
+    /// `mlp`.
+    Mlp(MlpOptions),
+    /// `cnn`.
+    Cnn(CnnOptions),
+    /// `resnet`.
+    ResNet(ResNetOptions),
+    /// `gpt`, `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
+    Gpt(GptOptions),
+    /// `text_cnn`.
+    TextCnn(TextCnnOptions),
+    /// `text_encoder`.
+    TextEncoder(TextEncoderOptions),
+    /// `audio_cnn`.
+    AudioCnn(AudioCnnOptions),
+    /// `[[model.layers]]`.
+    Layers(Vec<LayerOptions>),
+}
+
+/// `model.loss`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LossKind {
+    /// `cross_entropy`: for classes and tokens.
+    CrossEntropy,
+    /// `mean_squared_error`: for values.
+    MeanSquaredError,
+    /// `binary_cross_entropy`: for values from 0 to 1, or two classes.
+    BinaryCrossEntropy,
+}
+
+/// The `[model]` table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelOptions {
+    /// `model.preset` and its options.
+    pub preset: Preset,
+    /// `model.loss`; where not given, cross-entropy for classes (binary for `logistic` with two), squares for values.
+    pub loss: Option<LossKind>,
+    /// `model.label_smoothing` (default 0).
+    pub label_smoothing: f64,
+}
+
+/// The target that does not count, as PyTorch's `ignore_index`.
+const IGNORE: i32 = -100;
+
+impl ModelOptions {
+    /// The model for this data.
+    ///
+    /// # Errors
+    /// An option out of its range, or a preset that does not fit the data.
+    pub fn build<B: Backend>(&self, fit: &Fit) -> Result<Model<B>> {
+        check(
+            "label_smoothing",
+            (0.0..1.0).contains(&self.label_smoothing),
+            self.label_smoothing,
+            "a number from 0 to below 1",
+        )?;
+        let binary = match (&self.preset, self.loss, fit.goal) {
+            (_, Some(LossKind::BinaryCrossEntropy), _) => true,
+            (Preset::Logistic(_), None, Goal::Classes(2)) => true,
+            _ => false,
+        };
+        let (loss, outputs) = match (fit.goal, self.loss) {
+            (Goal::Classes(2), _) if binary => (Loss::BinaryCrossEntropy, 1),
+            (Goal::Values(width), _) if binary => (Loss::BinaryCrossEntropy, width),
+            (Goal::Classes(classes), None | Some(LossKind::CrossEntropy)) => (self.cross_entropy(), classes),
+            (Goal::Values(width), None | Some(LossKind::MeanSquaredError)) => (Loss::MeanSquaredError, width),
+            (Goal::NextToken, None | Some(LossKind::CrossEntropy)) => (self.cross_entropy(), fit.tokens("layers")?),
+            (goal, Some(loss)) => {
+                return Err(Error::config(
+                    "model.loss",
+                    format!("found {loss:?}, which does not fit targets of {goal:?}"),
+                ));
+            }
+        };
+        let fit = Fit { outputs, ..*fit };
+        let needs_class = |preset: &str| match fit.goal {
+            Goal::NextToken => Err(Error::config(
+                "model.preset",
+                format!("found \"{preset}\", which tells of whole samples, expected \"gpt\" for text"),
+            )),
+            Goal::Classes(_) | Goal::Values(_) => Ok(()),
+        };
+        let layers = match &self.preset {
+            Preset::Linear(options) | Preset::Logistic(options) => {
+                needs_class("linear")?;
+                options.build(&fit)?
+            }
+            Preset::Mlp(options) => {
+                needs_class("mlp")?;
+                options.build(&fit)?
+            }
+            Preset::Cnn(options) => options.build(&fit)?,
+            Preset::ResNet(options) => options.build(&fit)?,
+            Preset::TextCnn(options) => {
+                needs_class("text_cnn")?;
+                options.build(&fit)?
+            }
+            Preset::AudioCnn(options) => options.build(&fit)?,
+            Preset::Layers(list) => list::build(list, &fit)?,
+            Preset::TextEncoder(options) => {
+                needs_class("text_encoder")?;
+                let options = TextEncoderOptions { label_smoothing: self.label_smoothing, ..options.clone() };
+                let context = fit.context.unwrap_or(0);
+                return options.build(fit.tokens("text_encoder")?, context, fit.padding, fit.outputs);
+            }
+            Preset::Gpt(options) => return self.gpt(options, &fit),
+        };
+        Ok(Model::new(Box::new(layers), loss))
+    }
+
+    fn gpt<B: Backend>(&self, options: &GptOptions, fit: &Fit) -> Result<Model<B>> {
+        if fit.goal != Goal::NextToken {
+            return Err(Error::config(
+                "model.preset",
+                "found \"gpt\", which tells the next token, expected data of format \"text\" or \"tokens\"",
+            ));
+        }
+        let options = GptOptions { label_smoothing: self.label_smoothing, ..options.clone() };
+        options.build(fit.tokens("gpt")?, fit.context.unwrap_or(0))
+    }
+
+    fn cross_entropy(&self) -> Loss {
+        Loss::CrossEntropy { label_smoothing: self.label_smoothing, ignore_index: IGNORE }
+    }
+}
+
+impl Fit {
+    /// The vocabulary.
+    ///
+    /// # Errors
+    /// The data holds no tokens.
+    pub fn tokens(&self, preset: &str) -> Result<usize> {
+        self.vocabulary.ok_or_else(|| {
+            Error::config(
+                "model.preset",
+                format!("found \"{preset}\", which takes tokens, with data of real values; expected another preset"),
+            )
+        })
+    }
+}
+
+/// Checks a preset's number.
+fn check(key: &str, fits: bool, found: impl std::fmt::Display, expected: &str) -> Result<()> {
+    if fits {
+        return Ok(());
+    }
+    Err(Error::config(format!("model.{key}"), format!("found {found}, expected {expected}")))
+}
+
+/// Checks a probability of dropout.
+fn check_dropout(dropout: f64) -> Result<()> {
+    check("dropout", (0.0..1.0).contains(&dropout), dropout, "a number from 0 to below 1")
+}
+
+/// Appends an activation, and dropout where there is some, under PyTorch's running numbers.
+fn push_numbered<B: Backend>(layers: &mut Sequential<B>, number: &mut usize, kind: ActivationKind, dropout: f64) {
+    layers.push(number.to_string(), Box::new(Activation::new(kind)));
+    *number += 1;
+    if dropout > 0.0 {
+        layers.push(number.to_string(), Box::new(Dropout::new(dropout)));
+        *number += 1;
+    }
+}
