@@ -1,6 +1,6 @@
 //! Named tensors in safetensors files, under the names that their PyTorch twins have.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -11,17 +11,7 @@ use crate::error::{Error, Result};
 use crate::plan::ParamLayout;
 use crate::real::Real;
 
-/// A tensor on the host.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HostTensor {
-    /// Its shape, outermost first.
-    pub shape: Vec<usize>,
-    /// Its values.
-    pub values: Vec<f32>,
-}
-
-/// Tensors by name.
-pub type TensorMap = BTreeMap<String, HostTensor>;
+pub use crate::model::interop::{HostTensor, TensorMap};
 
 /// Copies the tensors of an arena to the host; `prefix` goes before each name.
 ///

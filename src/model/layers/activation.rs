@@ -68,7 +68,7 @@ impl<B: Backend> Layer<B> for Swiglu {
 
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
         let act = x.real("swiglu")?;
-        if x.width() % 2 != 0 {
+        if !x.width().is_multiple_of(2) {
             return Err(Error::shape("swiglu", "an even width", format!("{:?}", x.shape)));
         }
         let width = x.width() / 2;

@@ -173,7 +173,7 @@ impl<B: Backend> Layer<B> for SelfAttention {
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
         let SelfAttentionOptions { heads, kv_heads, causal, bias, dropout, rotary, init } = self.options.clone();
         let width = x.width();
-        if heads == 0 || width % heads != 0 {
+        if heads == 0 || !width.is_multiple_of(heads) {
             let found = format!("width {width}, {heads} heads");
             return Err(Error::shape("self_attention", "a width that is a multiple of the heads", found));
         }

@@ -150,7 +150,7 @@ impl GptOptions {
             return wrong("norm_epsilon", self.norm_epsilon.to_string(), "a number above 0".into());
         }
         if let GptPositions::Rotary(rotary) = self.positions {
-            if (self.width / self.heads) % 2 != 0 {
+            if !(self.width / self.heads).is_multiple_of(2) {
                 let heads = format!("an even width a head for rotary positions ({} heads)", self.heads);
                 return wrong("width", self.width.to_string(), heads);
             }
