@@ -1,0 +1,138 @@
+//! Samples of real values.
+
+use std::sync::Arc;
+
+use super::super::augment::Augment;
+use super::super::{Affine, Dataset, Draw, InputMut, InputSpec, Pick, TargetMut, TargetSpec};
+use crate::error::{Error, Result};
+
+/// Values that are decoded when they are read.
+pub(crate) trait Decode: Send + Sync {
+    /// Writes the raw values of one sample (`=`).
+    fn decode(&self, index: usize, out: &mut [f32]) -> Result<()>;
+}
+
+/// The raw values of all samples, one after the other.
+pub(crate) enum Values {
+    Bytes(Vec<u8>),
+    Floats(Vec<f32>),
+    Files(Box<dyn Decode>),
+}
+
+/// All samples of a source, whatever split they belong to.
+pub(crate) struct RealTable {
+    pub shape: Vec<usize>,
+    /// The first dimension that has its own mean; values are `[samples, channels, ..]`.
+    pub channels: usize,
+    /// The raw value that stands for 1.
+    pub full_scale: f32,
+    /// The raw value of nothing: black, silence.
+    pub background: f32,
+    pub values: Values,
+}
+
+impl RealTable {
+    /// Values in one sample.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The raw values of sample `index` (`=`).
+    pub fn raw(&self, index: usize, out: &mut [f32]) -> Result<()> {
+        let elements = self.elements();
+        match &self.values {
+            Values::Bytes(values) => {
+                let values = &values[index * elements..][..elements];
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = f32::from(*value));
+            }
+            Values::Floats(values) => out.copy_from_slice(&values[index * elements..][..elements]),
+            Values::Files(files) => files.decode(index, out)?,
+        }
+        Ok(())
+    }
+}
+
+/// The targets of all samples.
+pub(crate) enum TargetTable {
+    Class { labels: Vec<i32>, names: Vec<String> },
+    Real { values: Vec<f32>, width: usize },
+}
+
+impl TargetTable {
+    pub fn spec(&self) -> TargetSpec {
+        match self {
+            TargetTable::Class { names, .. } => TargetSpec::Class { names: names.clone() },
+            TargetTable::Real { width, .. } => TargetSpec::Real { width: *width },
+        }
+    }
+
+    /// Writes the targets of sample `index` (`=`).
+    pub fn read(&self, index: usize, out: TargetMut<'_>) -> Result<()> {
+        match self {
+            TargetTable::Class { labels, .. } => out.index()?[0] = labels[index],
+            TargetTable::Real { values, width } => out.real()?.copy_from_slice(&values[index * width..][..*width]),
+        }
+        Ok(())
+    }
+
+    /// How many of `indices` each class has.
+    pub fn counts(&self, indices: &[u32]) -> Option<Vec<usize>> {
+        let TargetTable::Class { labels, names } = self else { return None };
+        let mut counts = vec![0; names.len()];
+        for index in indices {
+            counts[labels[*index as usize] as usize] += 1;
+        }
+        Some(counts)
+    }
+}
+
+/// One split of a [`RealTable`].
+pub(crate) struct RealView {
+    pub table: Arc<RealTable>,
+    pub targets: Arc<TargetTable>,
+    pub indices: Vec<u32>,
+    pub affine: Affine,
+    pub augment: Option<Augment>,
+}
+
+impl Dataset for RealView {
+    fn len(&self) -> usize {
+        self.indices.len()
+    }
+
+    fn input(&self) -> InputSpec {
+        InputSpec::Real { shape: self.table.shape.clone() }
+    }
+
+    fn target(&self) -> TargetSpec {
+        self.targets.spec()
+    }
+
+    fn read(&self, pick: Pick, draw: Option<Draw>, input: InputMut<'_>, target: TargetMut<'_>) -> Result<()> {
+        let index = self.indices[super::sample(pick, self.len())?] as usize;
+        let values = input.real()?;
+        let elements = self.table.elements();
+        if values.len() != elements {
+            return Err(Error::shape("data", format!("room for {elements} values"), values.len().to_string()));
+        }
+        if let Values::Bytes(bytes) = &self.table.values {
+            let plane = elements / self.table.channels;
+            let bytes = &bytes[index * elements..][..elements];
+            for (channel, (values, bytes)) in values.chunks_mut(plane).zip(bytes.chunks(plane)).enumerate() {
+                let (scale, shift) = (self.affine.scale[channel], self.affine.shift[channel]);
+                values.iter_mut().zip(bytes).for_each(|(value, byte)| *value = f32::from(*byte) * scale + shift);
+            }
+        } else {
+            self.table.raw(index, values)?;
+            self.affine.apply(values);
+        }
+        if let (Some(augment), Some(draw)) = (&self.augment, draw) {
+            augment.apply(values, draw, index);
+        }
+        self.targets.read(index, target)
+    }
+
+    fn class_counts(&self) -> Option<Vec<usize>> {
+        self.targets.counts(&self.indices)
+    }
+}

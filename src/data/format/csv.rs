@@ -1,0 +1,292 @@
+//! Tables of numbers.
+
+use std::path::Path;
+
+use ::csv::{ByteRecord, ErrorKind, ReaderBuilder, Trim};
+
+use super::super::augment::Subject;
+use super::super::dataset::{RealTable, TargetTable, Values};
+use super::super::options::{Column, CsvOptions, Normalize, TargetKind};
+use super::super::preprocess::Recipe;
+use super::super::source::{self, Lookup};
+use super::{Pool, not_empty, numbered};
+use crate::error::{Error, Result};
+
+/// The columns that are used, by number.
+#[derive(Clone, Debug)]
+struct Columns {
+    names: Option<Vec<String>>,
+    width: usize,
+    features: Vec<usize>,
+    targets: Vec<usize>,
+}
+
+/// What one file holds.
+struct Table {
+    columns: Columns,
+    /// `[rows, features]`.
+    features: Vec<f32>,
+    /// `[rows, targets]`.
+    targets: Vec<String>,
+    lines: Vec<u64>,
+}
+
+/// Opens the table, and those of the other splits where they have files of their own.
+pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
+    let path = lookup.find(&options.path)?;
+    let delimiter = delimiter(options, &path)?;
+    let mut table = read(options, &path, delimiter)?;
+    let features = table.columns.features.len();
+    let width = table.columns.targets.len();
+    let kind = options.target_type.unwrap_or_else(|| {
+        let text = width == 1 && table.targets.iter().any(|cell| cell.parse::<f64>().is_err());
+        if text { TargetKind::Class } else { TargetKind::Real }
+    });
+    if kind == TargetKind::Class && width != 1 {
+        return Err(Error::config(
+            "data.target",
+            format!("found {width} columns, expected one where they are classes"),
+        ));
+    }
+    let train = table.lines.len();
+    let known: std::collections::HashSet<String> = match kind {
+        TargetKind::Class => table.targets.iter().cloned().collect(),
+        TargetKind::Real => Default::default(),
+    };
+    let mut real = Vec::new();
+    if kind == TargetKind::Real {
+        real = numbers(&path, &table)?;
+    }
+    let mut ends = [train; 2];
+    for (file, end) in [&options.validation, &options.test].into_iter().zip(0..) {
+        if let Some(file) = file {
+            let path = lookup.find(file)?;
+            let more = read(options, &path, delimiter)?;
+            if more.columns.features.len() != features || more.columns.targets.len() != width {
+                return Err(Error::data(
+                    path,
+                    format!(
+                        "has {} feature and {} target columns, expected {features} and {width} as in the training file",
+                        more.columns.features.len(),
+                        more.columns.targets.len()
+                    ),
+                ));
+            }
+            match kind {
+                TargetKind::Real => real.extend(numbers(&path, &more)?),
+                TargetKind::Class => {
+                    if let Some(row) = more.targets.iter().position(|t| !known.contains(t)) {
+                        return Err(Error::data(
+                            path,
+                            format!(
+                                "line {}: found the class {:?}, which the training file does not have",
+                                more.lines[row], more.targets[row]
+                            ),
+                        ));
+                    }
+                }
+            }
+            table.features.extend(more.features);
+            table.targets.extend(more.targets);
+            table.lines.extend(more.lines);
+        }
+        ends[end] = table.lines.len();
+    }
+    let targets = match kind {
+        TargetKind::Real => TargetTable::Real { values: real, width },
+        TargetKind::Class => {
+            let (names, labels) = numbered(table.targets.iter().map(String::as_str));
+            TargetTable::Class { labels, names }
+        }
+    };
+    let shape = options.shape.clone().unwrap_or_else(|| vec![features]);
+    if shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)) != Some(features) {
+        return Err(Error::config(
+            "data.shape",
+            format!("found {shape:?}, expected a shape of {features} values, the feature columns"),
+        ));
+    }
+    let channels = if shape.len() == 3 { shape[0] } else { features };
+    let picture = shape.len() == 3;
+    let columns = table.columns;
+    Ok(Pool {
+        place: path,
+        table: RealTable { shape, channels, full_scale: 1.0, background: 0.0, values: Values::Floats(table.features) },
+        targets,
+        names: None,
+        pattern: None,
+        own_validation: train..ends[0],
+        own_test: ends[0]..ends[1],
+        subject: if picture { Subject::Picture } else { Subject::Other },
+        normalize: Normalize::None,
+        recipe: Recipe::Values {
+            names: columns.names.map(|n| columns.features.iter().map(|c| n[*c].clone()).collect()),
+            numbers: columns.features,
+            width: columns.width,
+            delimiter,
+        },
+    })
+}
+
+fn delimiter(options: &CsvOptions, path: &Path) -> Result<char> {
+    let tab = path.to_string_lossy().trim_end_matches(".gz").ends_with(".tsv");
+    let delimiter = options.delimiter.unwrap_or(if tab { '\t' } else { ',' });
+    if !delimiter.is_ascii() {
+        return Err(Error::config("data.delimiter", format!("found {delimiter:?}, expected one ASCII character")));
+    }
+    Ok(delimiter)
+}
+
+fn numbers(path: &Path, table: &Table) -> Result<Vec<f32>> {
+    let width = table.columns.targets.len();
+    let place = |i: usize| (table.lines[i / width], table.columns.targets[i % width]);
+    table
+        .targets
+        .iter()
+        .enumerate()
+        .map(|(i, cell)| {
+            let (line, column) = place(i);
+            number(path, line, column, &table.columns, cell)
+        })
+        .collect()
+}
+
+fn number(path: &Path, line: u64, column: usize, columns: &Columns, cell: &str) -> Result<f32> {
+    match cell.parse::<f32>() {
+        Ok(value) if value.is_finite() => Ok(value),
+        _ => {
+            let name =
+                columns.names.as_ref().and_then(|n| n.get(column)).map_or(String::new(), |n| format!(" ({n:?})"));
+            let advice = if cell.is_empty() {
+                "fill the cell or leave the row out"
+            } else {
+                "correct the cell, or leave the column out by data.features"
+            };
+            Err(Error::data(
+                path,
+                format!("line {line}, column {column}{name}: found {cell:?}, expected a finite number; {advice}"),
+            ))
+        }
+    }
+}
+
+fn read(options: &CsvOptions, path: &Path, delimiter: char) -> Result<Table> {
+    let bytes = source::read(path)?;
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    let mut reader =
+        ReaderBuilder::new().has_headers(false).delimiter(delimiter as u8).trim(Trim::All).from_reader(bytes);
+    let mut record = ByteRecord::new();
+    let mut columns: Option<Columns> = None;
+    let mut table = (Vec::new(), Vec::new(), Vec::new());
+    while reader.read_byte_record(&mut record).map_err(|e| told(path, &e))? {
+        let line = record.position().map_or(0, |p| p.line());
+        let cell = |column: usize| {
+            let bytes = record.get(column).unwrap_or_default();
+            std::str::from_utf8(bytes).map_err(|_| {
+                let text = String::from_utf8_lossy(bytes);
+                Error::data(
+                    path,
+                    format!("line {line}, column {column}: {text:?} is not UTF-8; convert the file to UTF-8"),
+                )
+            })
+        };
+        let columns = match &columns {
+            Some(columns) => columns,
+            None => {
+                let cells = (0..record.len()).map(cell).collect::<Result<Vec<_>>>()?;
+                let header = options.header.unwrap_or_else(|| cells.iter().all(|c| c.parse::<f64>().is_err()));
+                let chosen = choose(options, path, header.then_some(&cells[..]), cells.len())?;
+                let chosen = columns.insert(chosen);
+                if header {
+                    continue;
+                }
+                chosen
+            }
+        };
+        for column in &columns.features {
+            table.0.push(number(path, line, *column, columns, cell(*column)?)?);
+        }
+        for column in &columns.targets {
+            let text = cell(*column)?;
+            if text.is_empty() {
+                number(path, line, *column, columns, text)?;
+            }
+            table.1.push(text.to_string());
+        }
+        table.2.push(line);
+    }
+    not_empty(path, "row", table.2.len())?;
+    let Some(columns) = columns else { return Err(Error::data(path, "is empty")) };
+    Ok(Table { columns, features: table.0, targets: table.1, lines: table.2 })
+}
+
+fn told(path: &Path, error: &::csv::Error) -> Error {
+    match error.kind() {
+        ErrorKind::UnequalLengths { pos, expected_len, len } => Error::data(
+            path,
+            format!(
+                "line {}: found {len} cells, expected {expected_len} as in the first line",
+                pos.as_ref().map_or(0, |p| p.line())
+            ),
+        ),
+        _ => Error::data(path, format!("is not a CSV table: {error}")),
+    }
+}
+
+/// The columns that the options name.
+fn choose(options: &CsvOptions, path: &Path, header: Option<&[&str]>, width: usize) -> Result<Columns> {
+    let find = |key: &str, column: &Column| -> Result<usize> {
+        match (column, header) {
+            (Column::Number(number), _) => {
+                let index = if *number < 0 { *number + width as i64 } else { *number };
+                usize::try_from(index).ok().filter(|i| *i < width).ok_or_else(|| {
+                    Error::config(
+                        key,
+                        format!(
+                            "found column {number}, but {} has {width} columns, 0 to {}",
+                            path.display(),
+                            width.saturating_sub(1)
+                        ),
+                    )
+                })
+            }
+            (Column::Name(name), Some(header)) => header.iter().position(|h| h == name).ok_or_else(|| {
+                Error::config(
+                    key,
+                    format!("found {name:?}, but {} has the columns {}", path.display(), header.join(", ")),
+                )
+            }),
+            (Column::Name(name), None) => Err(Error::config(
+                key,
+                format!(
+                    "found {name:?}, but {} has no header line; give numbers, or data.header = true",
+                    path.display()
+                ),
+            )),
+        }
+    };
+    let mut targets = Vec::new();
+    for column in &options.target {
+        targets.push(find("data.target", column)?);
+    }
+    if targets.is_empty() {
+        targets.push(width.saturating_sub(1));
+    }
+    let features = match &options.features {
+        Some(columns) => columns.iter().map(|c| find("data.features", c)).collect::<Result<Vec<_>>>()?,
+        None => (0..width).filter(|c| !targets.contains(c)).collect(),
+    };
+    if features.is_empty() {
+        return Err(Error::data(
+            path,
+            format!(
+                "has {width} column(s), expected at least one feature besides the target; is data.delimiter right?"
+            ),
+        ));
+    }
+    if let Some(both) = features.iter().find(|c| targets.contains(c)) {
+        return Err(Error::config("data.features", format!("found column {both}, which is a target too")));
+    }
+    let names = header.map(|h| h.iter().map(|c| c.to_string()).collect());
+    Ok(Columns { names, width, features, targets })
+}

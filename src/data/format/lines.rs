@@ -1,0 +1,149 @@
+//! One labelled text a line: a file a class, or `label<TAB>text`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::super::dataset::{LabelledTokens, TargetTable};
+use super::super::options::{LinesOptions, SplitOptions};
+use super::super::preprocess::Recipe;
+use super::super::source::{Lookup, children, read_text};
+use super::super::words::Words;
+use super::super::{Dataset, Splits, split};
+use super::{not_empty, numbered};
+use crate::error::{Error, Result};
+
+/// All lines, before they are split.
+#[derive(Default)]
+struct Lines {
+    texts: Vec<String>,
+    labels: Vec<String>,
+    ordinals: Vec<u32>,
+    files: Vec<String>,
+}
+
+/// The splits of labelled lines and what `predict` needs.
+pub(crate) fn open(
+    options: &LinesOptions,
+    splits: &SplitOptions,
+    lookup: &Lookup,
+    seed: u64,
+) -> Result<(PathBuf, Splits, Recipe)> {
+    if options.length == Some(0) {
+        return Err(Error::config("data.length", "found 0, expected 1 or more"));
+    }
+    let place = lookup.find(&options.path)?;
+    let mut lines = Lines::default();
+    if !options.classes.is_empty() {
+        for (class, file) in &options.classes {
+            let beside = place.join(file);
+            lines.add_class(&if beside.is_file() { beside } else { lookup.find(file)? }, class)?;
+        }
+    } else if place.is_dir() {
+        for (class, file) in by_name(&place)? {
+            lines.add_class(&file, &class)?;
+        }
+    } else {
+        lines.add_labelled(&place)?;
+    }
+    let train = lines.texts.len();
+    not_empty(&place, "line", train)?;
+    let known: std::collections::HashSet<String> = lines.labels.iter().cloned().collect();
+    if known.len() < 2 {
+        return Err(Error::data(place, format!("found the one class {known:?}, expected two or more")));
+    }
+    let mut ends = [train; 2];
+    for (file, end) in [&options.validation, &options.test].into_iter().zip(&mut ends) {
+        if let Some(file) = file {
+            let path = lookup.find(file)?;
+            let first = lines.texts.len();
+            lines.add_labelled(&path)?;
+            if let Some(i) = (first..lines.texts.len()).find(|i| !known.contains(&lines.labels[*i])) {
+                return Err(Error::data(
+                    path,
+                    format!(
+                        "line {}: found the class {:?}, which the training lines do not have",
+                        lines.ordinals[i] + 1,
+                        lines.labels[i]
+                    ),
+                ));
+            }
+        }
+        *end = lines.texts.len();
+    }
+    let (names, labels) = numbered(lines.labels.iter().map(String::as_str));
+    let facts = split::Facts {
+        len: lines.texts.len(),
+        classes: Some(&labels),
+        ordinals: Some(&lines.ordinals),
+        names: Some(&lines.files),
+        pattern: None,
+        own_validation: train..ends[0],
+        own_test: ends[0].max(train)..ends[1].max(ends[0]),
+    };
+    let parts = split::divide(&place, &facts, splits, seed)?;
+    let text = |i: &u32| lines.texts[*i as usize].as_str();
+    let words =
+        Words::build(parts.train.iter().map(text), options.words, options.lowercase, options.min_count, options.length);
+    let (length, vocabulary) = (words.length(), words.vocabulary());
+    let values: Arc<Vec<i32>> = Arc::new(lines.texts.iter().flat_map(|t| words.encode(t)).collect());
+    let targets = Arc::new(TargetTable::Class { labels, names });
+    let view = |indices: Vec<u32>| -> Arc<dyn Dataset> {
+        let (values, targets) = (Arc::clone(&values), Arc::clone(&targets));
+        Arc::new(LabelledTokens { values, length, vocabulary, targets, indices })
+    };
+    let held = |indices: Vec<u32>| (!indices.is_empty()).then(|| view(indices));
+    let splits = Splits { validation: held(parts.validation), test: held(parts.test), train: view(parts.train) };
+    Ok((place, splits, Recipe::Line { words }))
+}
+
+/// The files of a folder with the class that each name tells: its stem, or its ending where all stems are the same.
+fn by_name(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let files: Vec<PathBuf> = children(folder)?.into_iter().filter(|p| p.is_file()).collect();
+    not_empty(folder, "text file", files.len())?;
+    let stem = |p: &Path| p.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let same = files.len() > 1 && files.iter().all(|f| stem(f) == stem(&files[0]));
+    let ending = |p: &Path| p.extension().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(files.into_iter().map(|f| (if same { ending(&f) } else { stem(&f) }, f)).collect())
+}
+
+impl Lines {
+    fn push(&mut self, path: &Path, ordinal: usize, label: &str, text: &str) {
+        self.texts.push(text.to_string());
+        self.labels.push(label.to_string());
+        self.ordinals.push(ordinal as u32);
+        self.files.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+    }
+
+    /// Every line of a file that is not blank is a sample of `class`.
+    fn add_class(&mut self, path: &Path, class: &str) -> Result<()> {
+        let text = read_text(path)?;
+        let before = self.texts.len();
+        for (ordinal, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+            if !line.trim().is_empty() {
+                self.push(path, ordinal, class, line);
+            }
+        }
+        not_empty(path, "line", self.texts.len() - before)
+    }
+
+    /// Every line of a file that is not blank is a label, a tab and a text.
+    fn add_labelled(&mut self, path: &Path) -> Result<()> {
+        let text = read_text(path)?;
+        let before = self.texts.len();
+        for (ordinal, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+            if line.trim().is_empty() {
+                continue;
+            }
+            match line.split_once('\t') {
+                Some((label, text)) if !label.trim().is_empty() => self.push(path, ordinal, label.trim(), text),
+                _ => {
+                    return Err(Error::data(
+                        path,
+                        format!("line {}: found no label, expected a label, a tab and a text", ordinal + 1),
+                    ));
+                }
+            }
+        }
+        not_empty(path, "line", self.texts.len() - before)
+    }
+}

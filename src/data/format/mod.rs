@@ -1,0 +1,87 @@
+//! What bytes mean: one file a format.
+
+pub(crate) mod audio;
+pub(crate) mod csv;
+pub(crate) mod digits;
+pub(crate) mod idx;
+pub(crate) mod images;
+pub(crate) mod inline;
+pub(crate) mod lines;
+pub(crate) mod text;
+pub(crate) mod tokens;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use regex::Regex;
+
+use super::augment::Subject;
+use super::dataset::{RealTable, TargetTable};
+use super::options::Normalize;
+use super::preprocess::Recipe;
+use super::source::{ClassFile, Held};
+use crate::error::{Error, Result};
+
+/// All real-valued samples of a source, before they are split.
+pub(crate) struct Pool {
+    /// What errors about the whole are said of.
+    pub place: PathBuf,
+    pub table: RealTable,
+    pub targets: TargetTable,
+    /// The file of each sample, for split rules.
+    pub names: Option<Vec<String>>,
+    pub pattern: Option<Regex>,
+    pub own_validation: Range<usize>,
+    pub own_test: Range<usize>,
+    pub subject: Subject,
+    pub normalize: Normalize,
+    pub recipe: Recipe,
+}
+
+/// Sorts class names: by value where all are whole numbers, else by their letters.
+pub fn natural_order(names: &mut [String]) {
+    if names.iter().all(|n| n.parse::<i64>().is_ok()) {
+        names.sort_by_key(|n| n.parse::<i64>().unwrap_or(0));
+    } else {
+        names.sort();
+    }
+}
+
+/// The distinct names in their natural order, and the number of each of `cells`.
+fn numbered<'a>(cells: impl Iterator<Item = &'a str> + Clone) -> (Vec<String>, Vec<i32>) {
+    let mut names: Vec<String> = {
+        let distinct: std::collections::BTreeSet<&str> = cells.clone().collect();
+        distinct.into_iter().map(str::to_string).collect()
+    };
+    natural_order(&mut names);
+    let number: std::collections::HashMap<&str, i32> =
+        names.iter().enumerate().map(|(i, n)| (n.as_str(), i as i32)).collect();
+    let labels = cells.map(|c| number[c]).collect();
+    (names, labels)
+}
+
+/// The samples that files hold out themselves; `files` are sorted by that.
+fn held(files: &[ClassFile], what: Held) -> Range<usize> {
+    files.partition_point(|f| f.held < what)..files.partition_point(|f| f.held <= what)
+}
+
+/// Fills `out` by reading every file into its own chunk, on all cores; the error is that of the first file that has one.
+fn read_all<T: Send, F: Sync>(
+    files: &[F],
+    out: &mut [T],
+    each: usize,
+    read: impl Fn(&F, &mut [T]) -> Result<()> + Sync,
+) -> Result<()> {
+    use rayon::prelude::*;
+    let results: Vec<Result<()>> =
+        files.par_iter().zip(out.par_chunks_mut(each)).map(|(file, out)| read(file, out)).collect();
+    results.into_iter().collect()
+}
+
+/// An empty source is no source.
+fn not_empty(place: &Path, what: &str, count: usize) -> Result<()> {
+    if count == 0 {
+        return Err(Error::data(place, format!("holds no {what}, expected at least one")));
+    }
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! Batches read ahead by threads of their own.
+//!
+//! Thread `t` of `n` reads batches `t, t + n, ..` into its own bounded ring; the caller takes them in turn, so they come in
+//! order whatever the threads do. Buffers that the caller hands back are used again.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
+
+use super::{Batch, Dataset, Draw, InputMut, Inputs, Pick, Sampler, SamplerOptions, TargetMut, Targets};
+use crate::error::{Error, Result};
+
+/// How far ahead batches are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefetch {
+    /// Batches that wait, all threads together.
+    pub batches: usize,
+    /// Threads.
+    pub threads: usize,
+}
+
+impl Default for Prefetch {
+    fn default() -> Self {
+        Prefetch { batches: 4, threads: 1 }
+    }
+}
+
+/// Reads `picks` into `batch` (`=`), which takes their number of samples. `draw` as in [`Dataset::read`].
+///
+/// # Errors
+/// As [`Dataset::read`].
+pub fn read_batch(dataset: &dyn Dataset, picks: &[Pick], draw: Option<Draw>, batch: &mut Batch) -> Result<()> {
+    let input = dataset.input();
+    let (inputs_each, targets_each) = (input.elements(), dataset.target().elements(&input));
+    let samples = picks.len();
+    match &mut batch.inputs {
+        Inputs::Real(values) => values.resize(samples * inputs_each, 0.0),
+        Inputs::Tokens(values) => values.resize(samples * inputs_each, 0),
+    }
+    match &mut batch.targets {
+        Targets::Index(values) => values.resize(samples * targets_each, 0),
+        Targets::Real(values) => values.resize(samples * targets_each, 0.0),
+    }
+    batch.samples = samples;
+    for (i, pick) in picks.iter().enumerate() {
+        let (inputs, targets) = (i * inputs_each..(i + 1) * inputs_each, i * targets_each..(i + 1) * targets_each);
+        let input = match &mut batch.inputs {
+            Inputs::Real(values) => InputMut::Real(&mut values[inputs]),
+            Inputs::Tokens(values) => InputMut::Tokens(&mut values[inputs]),
+        };
+        let target = match &mut batch.targets {
+            Targets::Index(values) => TargetMut::Index(&mut values[targets]),
+            Targets::Real(values) => TargetMut::Real(&mut values[targets]),
+        };
+        dataset.read(*pick, draw, input, target)?;
+    }
+    Ok(())
+}
+
+/// Which batches a loader gives.
+enum Plan {
+    Training(Sampler),
+    Evaluation { len: usize, batch_size: usize },
+}
+
+impl Plan {
+    fn batch(&self, batch: u64, picks: &mut Vec<Pick>) -> Option<Draw> {
+        match self {
+            Plan::Training(sampler) => Some(sampler.batch(batch, picks)),
+            Plan::Evaluation { len, batch_size } => {
+                let first = (batch as usize).saturating_mul(*batch_size).min(*len);
+                picks.clear();
+                picks.extend((first..(first + batch_size).min(*len)).map(Pick::Sample));
+                None
+            }
+        }
+    }
+}
+
+struct Worker {
+    /// None once the loader is dropped, so that a thread that waits for room sees it.
+    full: Option<Receiver<Result<Batch>>>,
+    empty: Sender<Batch>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// An iterator of batches that threads read ahead. It ends after an error; dropping it stops its threads.
+pub struct Loader {
+    workers: Vec<Worker>,
+    /// Batches given so far.
+    given: u64,
+    /// Batches until the end; none for training, which has no end.
+    total: Option<u64>,
+    failed: bool,
+}
+
+impl Loader {
+    /// Training batches `first_batch, first_batch + 1, ..` without end.
+    ///
+    /// # Errors
+    /// As [`Sampler::new`]; no thread can be started.
+    pub fn train(
+        dataset: Arc<dyn Dataset>,
+        options: SamplerOptions,
+        first_batch: u64,
+        prefetch: Prefetch,
+    ) -> Result<Self> {
+        let sampler = Sampler::new(&*dataset, options)?;
+        Loader::start(dataset, Plan::Training(sampler), first_batch, None, prefetch)
+    }
+
+    /// All samples in order, once, without augmentations; the last batch may be smaller.
+    ///
+    /// # Errors
+    /// `batch_size` is 0; no thread can be started.
+    pub fn batches(dataset: Arc<dyn Dataset>, batch_size: usize, prefetch: Prefetch) -> Result<Self> {
+        if batch_size == 0 {
+            return Err(Error::config("data.batch_size", "found 0, expected 1 or more"));
+        }
+        let len = dataset.len();
+        let total = len.div_ceil(batch_size) as u64;
+        Loader::start(dataset, Plan::Evaluation { len, batch_size }, 0, Some(total), prefetch)
+    }
+
+    fn start(
+        dataset: Arc<dyn Dataset>,
+        plan: Plan,
+        first: u64,
+        total: Option<u64>,
+        prefetch: Prefetch,
+    ) -> Result<Self> {
+        let plan = Arc::new(plan);
+        let threads = prefetch.threads.max(1);
+        let depth = prefetch.batches.div_ceil(threads).max(1);
+        let mut workers = Vec::with_capacity(threads);
+        for thread in 0..threads {
+            let (full_in, full_out) = sync_channel(depth);
+            let (empty_in, empty_out) = channel();
+            let (dataset, plan) = (Arc::clone(&dataset), Arc::clone(&plan));
+            let handle = std::thread::Builder::new()
+                .name(format!("data-{thread}"))
+                .spawn(move || {
+                    let mut numbers = (first + thread as u64..).step_by(threads);
+                    match total {
+                        Some(total) => {
+                            work(&*dataset, &plan, &mut numbers.take_while(|n| *n < total), &full_in, &empty_out)
+                        }
+                        None => work(&*dataset, &plan, &mut numbers, &full_in, &empty_out),
+                    }
+                })
+                .map_err(|e| Error::Training(format!("cannot start a thread that reads data: {e}")))?;
+            workers.push(Worker { full: Some(full_out), empty: empty_in, thread: Some(handle) });
+        }
+        Ok(Loader { workers, given: 0, total, failed: false })
+    }
+
+    /// Hands a batch back, so that its memory is used again.
+    pub fn recycle(&mut self, batch: Batch) {
+        // The batch came from the thread whose turn it was last; a thread that has ended needs none.
+        let last = (self.given.saturating_sub(1) % self.workers.len() as u64) as usize;
+        let _ = self.workers[last].empty.send(batch);
+    }
+}
+
+/// Reads the batches `numbers` until there are no more, or nobody takes them.
+fn work(
+    dataset: &dyn Dataset,
+    plan: &Plan,
+    numbers: &mut dyn Iterator<Item = u64>,
+    full: &SyncSender<Result<Batch>>,
+    empty: &Receiver<Batch>,
+) {
+    let (input, target) = (dataset.input(), dataset.target());
+    let mut picks = Vec::new();
+    for number in numbers {
+        let draw = plan.batch(number, &mut picks);
+        let mut batch = empty.try_recv().unwrap_or_else(|_| Batch::zeros(&input, &target, picks.len()));
+        let read = read_batch(dataset, &picks, draw, &mut batch);
+        let failed = read.is_err();
+        if full.send(read.map(|()| batch)).is_err() || failed {
+            return;
+        }
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<Batch>;
+
+    fn next(&mut self) -> Option<Result<Batch>> {
+        if self.failed || self.total.is_some_and(|total| self.given >= total) {
+            return None;
+        }
+        let turn = (self.given % self.workers.len() as u64) as usize;
+        let received = self.workers[turn].full.as_ref().and_then(|full| full.recv().ok());
+        let batch = received.unwrap_or_else(|| Err(Error::Training("a thread that reads data ended early".into())));
+        self.failed = batch.is_err();
+        self.given += 1;
+        Some(batch)
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        for worker in &mut self.workers {
+            worker.full = None;
+        }
+        for thread in self.workers.iter_mut().filter_map(|w| w.thread.take()) {
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! From a user's own file to the input that a model was trained on. Kept with every checkpoint, as JSON.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::format::audio;
+use super::format::images::Form;
+use super::log_mel::{LogMel, LogMelOptions};
+use super::source;
+use super::tokenizer::Tokenizer;
+use super::words::Words;
+use super::{Affine, InputSpec, Inputs, TargetSpec};
+use crate::error::{Error, Result};
+
+/// How a kind of file becomes an input.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Recipe {
+    /// A PNG or JPEG, brought to this size; its white becomes `full_scale`.
+    Image {
+        /// 1 or 3.
+        channels: usize,
+        /// Pixels.
+        height: usize,
+        /// Pixels.
+        width: usize,
+        /// The value of white before normalization.
+        full_scale: f32,
+    },
+    /// Rows of numbers.
+    Values {
+        /// Names of the features, where the training table named them.
+        names: Option<Vec<String>>,
+        /// Their numbers in the training table.
+        numbers: Vec<usize>,
+        /// Columns of the training table.
+        width: usize,
+        /// What stands between two cells.
+        delimiter: char,
+    },
+    /// A WAV file.
+    Audio {
+        /// Hz; a file must have the same.
+        sample_rate: u32,
+        /// To which it is cut or padded.
+        samples: usize,
+        /// The log-mel picture, or none for the waveform.
+        log_mel: Option<LogMelOptions>,
+    },
+    /// A text that is continued.
+    Text {
+        /// Its tokenizer.
+        tokenizer: Tokenizer,
+    },
+    /// Tokens that are continued.
+    Tokens {
+        /// Number of distinct tokens.
+        vocabulary: usize,
+        /// The tokenizer, where it is known.
+        tokenizer: Option<Tokenizer>,
+    },
+    /// A line of text.
+    Line {
+        /// Its vocabulary.
+        words: Words,
+    },
+}
+
+impl Recipe {
+    /// Rows of `count` numbers, without names.
+    pub(crate) fn values(count: usize) -> Self {
+        Recipe::Values { names: None, numbers: (0..count).collect(), width: count, delimiter: ',' }
+    }
+}
+
+/// One sample of a user's file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UserSample {
+    /// File, and line where a file holds several.
+    pub name: String,
+    /// `[1, ..shape]`.
+    pub input: Inputs,
+}
+
+/// What `predict` and `generate` need to know of the data a model was trained on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Preprocess {
+    /// What a sample's input is.
+    pub input: InputSpec,
+    /// What a sample's target is, with the names of the classes.
+    pub target: TargetSpec,
+    /// How a file becomes an input.
+    pub recipe: Recipe,
+    /// Normalization of real inputs.
+    pub affine: Option<Affine>,
+}
+
+impl Preprocess {
+    /// As JSON.
+    ///
+    /// # Errors
+    /// The encoder's own; none in practice.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string(self).map_err(|e| Error::data("preprocess", format!("cannot be written as JSON: {e}")))
+    }
+
+    /// From JSON.
+    ///
+    /// # Errors
+    /// Text that [`Preprocess::to_json`] did not write.
+    pub fn from_json(json: &str) -> Result<Self> {
+        serde_json::from_str(json).map_err(|e| Error::data("preprocess", format!("is not preprocessing JSON: {e}")))
+    }
+
+    /// Names of the classes, where targets are classes.
+    pub fn class_names(&self) -> Option<&[String]> {
+        match &self.target {
+            TargetSpec::Class { names } => Some(names),
+            _ => None,
+        }
+    }
+
+    /// The tokenizer for `generate`, where the model continues text.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        match &self.recipe {
+            Recipe::Text { tokenizer } => Some(tokenizer),
+            Recipe::Tokens { tokenizer, .. } => tokenizer.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// The samples of a user's file: one of a picture or a recording, one a row of a table, one a line of text.
+    ///
+    /// # Errors
+    /// A file of another kind, or one that is damaged.
+    pub fn file(&self, path: &Path) -> Result<Vec<UserSample>> {
+        let name = path.display().to_string();
+        match &self.recipe {
+            Recipe::Image { channels, height, width, full_scale } => {
+                let form = Form { channels: *channels, height: *height, width: *width, resize: true };
+                if !matches!(channels, 1 | 3) {
+                    return Err(Error::data(
+                        path,
+                        format!("the model takes pictures of {channels} channels, a file has 1 or 3"),
+                    ));
+                }
+                let mut pixels = vec![0; form.elements()];
+                form.read(path, &mut pixels)?;
+                let values = pixels.into_iter().map(|p| f32::from(p) * (full_scale / 255.0)).collect();
+                Ok(vec![self.sample(name, values)])
+            }
+            Recipe::Audio { sample_rate, samples, log_mel } => {
+                let wave = audio::read_wave(path)?;
+                if wave.sample_rate != *sample_rate {
+                    return Err(Error::data(
+                        path,
+                        format!(
+                            "has {} samples a second, but the model was trained on {sample_rate}; bring it to that rate",
+                            wave.sample_rate
+                        ),
+                    ));
+                }
+                let transform = log_mel.as_ref().map(|mel| LogMel::new(mel, *sample_rate, *samples)).transpose()?;
+                let mut values = vec![0.0; self.input.elements()];
+                audio::features(wave.samples, *samples, transform.as_ref(), &mut values)?;
+                Ok(vec![self.sample(name, values)])
+            }
+            _ => self.text(&source::read_text(path)?, path),
+        }
+    }
+
+    /// The samples of a text: one a line. `path` is where it is from, for names and errors.
+    ///
+    /// # Errors
+    /// A line that does not fit; a model that takes no text.
+    pub fn text(&self, text: &str, path: &Path) -> Result<Vec<UserSample>> {
+        let lines = text.trim_start_matches('\u{feff}').lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        let name = |line: usize| format!("{}:{}", path.display(), line + 1);
+        match &self.recipe {
+            Recipe::Line { words } => Ok(lines
+                .map(|(i, line)| UserSample { name: name(i), input: Inputs::Tokens(words.encode(line)) })
+                .collect()),
+            Recipe::Values { names, numbers, width, delimiter } => {
+                let mut columns: Option<Vec<usize>> = None;
+                let mut samples = Vec::new();
+                for (i, line) in lines {
+                    let cells: Vec<&str> = line.split(*delimiter).map(|c| c.trim().trim_matches('"')).collect();
+                    if columns.is_none()
+                        && let Some(names) = names
+                        && let Some(found) = names.iter().map(|n| cells.iter().position(|c| c == n)).collect()
+                    {
+                        columns = Some(found);
+                        continue;
+                    }
+                    let unnamed: Vec<usize> = match cells.len() {
+                        n if n == numbers.len() => (0..n).collect(),
+                        n if n == *width => numbers.clone(),
+                        _ => Vec::new(),
+                    };
+                    let chosen = columns.as_ref().unwrap_or(&unnamed);
+                    if chosen.is_empty() {
+                        let expected = numbers.len();
+                        let problem =
+                            format!("line {}: found {} cells, expected {expected} features", i + 1, cells.len());
+                        return Err(Error::data(path, problem));
+                    }
+                    let number = |column: &usize| -> Result<f32> {
+                        let cell = cells.get(*column).copied().unwrap_or_default();
+                        cell.parse::<f32>().ok().filter(|v| v.is_finite()).ok_or_else(|| {
+                            Error::data(
+                                path,
+                                format!("line {}, column {column}: found {cell:?}, expected a finite number", i + 1),
+                            )
+                        })
+                    };
+                    samples.push(self.sample(name(i), chosen.iter().map(number).collect::<Result<_>>()?));
+                }
+                Ok(samples)
+            }
+            Recipe::Text { .. } | Recipe::Tokens { .. } => Err(Error::data(
+                path,
+                "the model continues text and predicts no class of a file; use `warpstep generate`",
+            )),
+            Recipe::Image { .. } => Err(Error::data(path, "the model takes pictures: give a PNG or JPEG file")),
+            Recipe::Audio { .. } => Err(Error::data(path, "the model takes recordings: give a WAV file")),
+        }
+    }
+
+    fn sample(&self, name: String, mut values: Vec<f32>) -> UserSample {
+        if let Some(affine) = &self.affine {
+            affine.apply(&mut values);
+        }
+        UserSample { name, input: Inputs::Real(values) }
+    }
+}

@@ -1,0 +1,160 @@
+//! Where bytes live: the places in which a path is looked for, whole files (gzip or not), mapped files, class folders.
+
+mod bytes;
+mod folder;
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+pub use bytes::{map, read, read_text};
+pub(crate) use folder::{ClassFile, Held, by_class, children, files_with};
+
+/// The places in which a relative path is looked for, first to last.
+#[derive(Clone, Debug)]
+pub struct Lookup {
+    places: Vec<PathBuf>,
+}
+
+impl Lookup {
+    /// Beside the run file (`base`, or the working directory where there is none), then `$WARPSTEP_DATA`, then
+    /// `../shared/data`.
+    pub fn new(base: Option<&Path>) -> Self {
+        let base = base.filter(|b| !b.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut places = vec![base.to_path_buf()];
+        if let Some(folder) = std::env::var_os("WARPSTEP_DATA").filter(|f| !f.is_empty()) {
+            places.push(folder.into());
+        }
+        places.push(PathBuf::from("../shared/data"));
+        Lookup { places }
+    }
+
+    /// The file or folder that `path` means; `path.gz` counts too where `path` itself is not there.
+    ///
+    /// # Errors
+    /// All the places looked in, where it is in none.
+    pub fn find(&self, path: &Path) -> Result<PathBuf> {
+        if path.as_os_str().is_empty() {
+            return Err(Error::config("data.path", "found no path, expected a file or folder"));
+        }
+        let mut packed = path.as_os_str().to_owned();
+        packed.push(".gz");
+        for candidate in self.candidates(path) {
+            if candidate.exists() {
+                return Ok(candidate);
+            }
+            let packed = candidate.with_file_name(Path::new(&packed).file_name().unwrap_or_default());
+            if packed.is_file() {
+                return Ok(packed);
+            }
+        }
+        Err(Error::data(path, format!("not found; looked for {}; {}", self.told(path), self.advice(path))))
+    }
+
+    /// The files that `path` means, in the order of their names: its last part may hold `*` and `?`.
+    ///
+    /// # Errors
+    /// All the places looked in, where nothing fits.
+    pub fn find_all(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if !name.contains(['*', '?']) {
+            return Ok(vec![self.find(path)?]);
+        }
+        for candidate in self.candidates(path) {
+            let folder = candidate.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !folder.is_dir() {
+                continue;
+            }
+            let found: Vec<PathBuf> = children(folder)?
+                .into_iter()
+                .filter(|f| f.is_file() && f.file_name().is_some_and(|n| fits(&name, &n.to_string_lossy())))
+                .collect();
+            if !found.is_empty() {
+                return Ok(found);
+            }
+        }
+        Err(Error::data(path, format!("no file fits; looked for {}; {}", self.told(path), self.advice(path))))
+    }
+
+    fn candidates<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = PathBuf> + 'a {
+        let places = if path.is_absolute() { &self.places[..1] } else { &self.places[..] };
+        places.iter().map(move |place| place.join(path))
+    }
+
+    fn told(&self, path: &Path) -> String {
+        self.candidates(path).map(|c| c.display().to_string()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn advice(&self, path: &Path) -> &'static str {
+        if path.is_absolute() {
+            "correct the path"
+        } else {
+            "correct data.path, or let WARPSTEP_DATA name the folder that holds it"
+        }
+    }
+}
+
+/// Whether `name` fits `pattern`, in which `*` stands for any characters and `?` for one.
+fn fits(pattern: &str, name: &str) -> bool {
+    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
+    let (mut p, mut n) = (0, 0);
+    let mut star: Option<(usize, usize)> = None;
+    while n < name.len() {
+        if p < pattern.len() && pattern[p] == '*' {
+            star = Some((p, n));
+            p += 1;
+        } else if p < pattern.len() && (pattern[p] == '?' || pattern[p] == name[n]) {
+            p += 1;
+            n += 1;
+        } else if let Some((at, from)) = star {
+            star = Some((at, from + 1));
+            p = at + 1;
+            n = from + 1;
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|c| *c == '*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_characters() {
+        for (pattern, name, expected) in [
+            ("*.bin", "a.bin", true),
+            ("fineweb_train_*.bin", "fineweb_train_000001.bin", true),
+            ("fineweb_train_*.bin", "fineweb_val_000001.bin", false),
+            ("a?c", "abc", true),
+            ("a?c", "ac", false),
+            ("*a*b*", "xxaxxbxx", true),
+            ("*a*b*", "xxbxxaxx", false),
+            ("*", "", true),
+        ] {
+            assert_eq!(fits(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_told_with_every_place_looked_in() {
+        let lookup = Lookup { places: vec!["/nowhere/a".into(), "/nowhere/b".into()] };
+        let error = lookup.find(Path::new("mnist")).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let text = error.to_string();
+        assert!(text.contains("/nowhere/a/mnist, /nowhere/b/mnist"), "{text}");
+        assert!(text.contains("WARPSTEP_DATA"), "{text}");
+    }
+
+    #[test]
+    fn the_first_place_that_has_the_file_wins_and_a_packed_file_counts() -> Result<(), Box<dyn std::error::Error>> {
+        let (a, b) = (tempfile::tempdir()?, tempfile::tempdir()?);
+        let lookup = Lookup { places: vec![a.path().into(), b.path().into()] };
+        std::fs::write(b.path().join("x.txt"), "b")?;
+        assert_eq!(lookup.find(Path::new("x.txt"))?, b.path().join("x.txt"));
+        std::fs::write(a.path().join("x.txt.gz"), "a")?;
+        assert_eq!(lookup.find(Path::new("x.txt"))?, a.path().join("x.txt.gz"));
+        Ok(())
+    }
+}
