@@ -181,16 +181,16 @@ fn picture(values: &[f32], channels: usize, height: usize, width: usize, spectru
     let mut text = String::new();
     for row in 0..rows {
         let row = if spectrum { rows - 1 - row } else { row };
-        text.push_str("  ");
+        let mut line = String::from("  ");
         for value in &grey[row * columns..][..columns] {
             let shade = char::from(SHADES[(((value - low) * scale) as usize).min(SHADES.len() - 1)]);
-            text.push(shade);
+            line.push(shade);
             if !spectrum {
                 // A letter is about twice as high as it is wide.
-                text.push(shade);
+                line.push(shade);
             }
         }
-        text.truncate(text.trim_end().len().max(0));
+        text.push_str(line.trim_end());
         text.push('\n');
     }
     text

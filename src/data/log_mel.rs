@@ -78,7 +78,7 @@ impl LogMel {
         let n_fft = options.n_fft.unwrap_or_else(|| ((rate * 0.025).ceil() as usize).next_power_of_two());
         let hop = options.hop.unwrap_or_else(|| ((rate * 0.01).round() as usize).max(1));
         let max_hz = options.max_hz.unwrap_or(rate / 2.0);
-        if !(4..=1 << 20).contains(&n_fft) || n_fft % 2 != 0 {
+        if !(4..=1 << 20).contains(&n_fft) || !n_fft.is_multiple_of(2) {
             return wrong("n_fft", n_fft.to_string(), "an even number from 4 to 1048576".into());
         }
         if n_fft / 2 >= samples {

@@ -47,8 +47,11 @@ pub struct Sampler {
     options: SamplerOptions,
     batches_per_epoch: u64,
     /// The orders of the last even and the last odd pass that was asked for.
-    orders: [Mutex<Option<(u64, Arc<Vec<u32>>)>>; 2],
+    orders: [Mutex<Option<Order>>; 2],
 }
+
+/// A pass and the order of its samples.
+type Order = (u64, Arc<Vec<u32>>);
 
 impl Sampler {
     /// A sampler over `dataset`.
