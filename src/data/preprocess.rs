@@ -110,7 +110,48 @@ impl Preprocess {
     /// # Errors
     /// Text that [`Preprocess::to_json`] did not write.
     pub fn from_json(json: &str) -> Result<Self> {
-        serde_json::from_str(json).map_err(|e| Error::data("preprocess", format!("is not preprocessing JSON: {e}")))
+        let preprocess: Preprocess = serde_json::from_str(json)
+            .map_err(|e| Error::data("preprocess", format!("is not preprocessing JSON: {e}")))?;
+        preprocess.check()?;
+        Ok(preprocess)
+    }
+
+    /// Whether the parts fit each other; a damaged file must not ask for all the memory there is.
+    fn check(&self) -> Result<()> {
+        const MOST: usize = 1 << 28;
+        let wrong = |what: String| Err(Error::data("preprocess", format!("{what}; the checkpoint is damaged")));
+        let product = |shape: &[usize]| shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).unwrap_or(usize::MAX);
+        let elements = match &self.input {
+            InputSpec::Real { shape } => product(shape),
+            InputSpec::Tokens { context, .. } => *context,
+        };
+        if !(1..=MOST).contains(&elements) {
+            return wrong(format!("an input has {elements} values, expected 1 to {MOST}"));
+        }
+        let made = match &self.recipe {
+            Recipe::Image { channels, height, width, .. } => product(&[*channels, *height, *width]),
+            Recipe::Values { numbers, .. } => numbers.len(),
+            Recipe::Audio { samples, .. } if !(1..=MOST).contains(samples) => *samples,
+            Recipe::Audio { sample_rate, samples, log_mel: Some(mel) } => {
+                LogMel::new(mel, *sample_rate, *samples)?.shape().iter().product()
+            }
+            Recipe::Audio { samples, log_mel: None, .. } => *samples,
+            Recipe::Line { words } => words.length(),
+            Recipe::Text { .. } | Recipe::Tokens { .. } => elements,
+        };
+        if made != elements {
+            return wrong(format!("an input has {elements} values, but a file becomes {made}"));
+        }
+        if let Some(affine) = &self.affine {
+            let channels = affine.scale.len();
+            if channels == 0 || affine.shift.len() != channels || !elements.is_multiple_of(channels) {
+                return wrong(format!(
+                    "the normalization has {channels} scales and {} shifts for {elements} values",
+                    affine.shift.len()
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Names of the classes, where targets are classes.
@@ -166,7 +207,8 @@ impl Preprocess {
                 audio::features(wave.samples, *samples, transform.as_ref(), &mut values)?;
                 Ok(vec![self.sample(name, values)])
             }
-            _ => self.text(&source::read_text(path)?, path),
+            Recipe::Text { .. } | Recipe::Tokens { .. } => self.text("", path),
+            Recipe::Line { .. } | Recipe::Values { .. } => self.text(&source::read_text(path)?, path),
         }
     }
 

@@ -11,10 +11,12 @@ use super::super::options::{AudioFeatures, AudioOptions, Normalize};
 use super::super::preprocess::Recipe;
 use super::super::source::{ClassFile, Held, Lookup, by_class, files_with};
 use super::super::split;
-use super::{Pool, held, not_empty, numbered, read_all};
+use super::{Pool, held, not_empty, numbered, read_all, room};
 use crate::error::{Error, Result};
 
 const ENDINGS: [&str; 2] = ["wav", "wave"];
+/// Highest sample rate that a file may tell of, in Hz.
+const FASTEST: u32 = 768_000;
 
 /// One recording, mixed down to one channel, in -1 to 1.
 pub(crate) struct Wave {
@@ -43,7 +45,7 @@ pub(crate) fn open(options: &AudioOptions, lookup: &Lookup) -> Result<Pool> {
         None => vec![samples],
     };
     let each: usize = shape.iter().product();
-    let mut values = vec![0f32; each * files.len()];
+    let mut values = room::<f32>(&place, files.len(), each)?;
     let first_path = files[0].path.clone();
     read_all(&files, &mut values, each, |file, out| {
         let wave = read_wave(&file.path)?;
@@ -152,8 +154,11 @@ pub(crate) fn read_wave(path: &Path) -> Result<Wave> {
     let damaged = |e: hound::Error| wrong(format!("is not a WAV file that can be read ({e}); fetch the file again"));
     let mut reader = WavReader::new(&bytes[..]).map_err(damaged)?;
     let spec = reader.spec();
-    if spec.channels == 0 || spec.sample_rate == 0 {
-        return Err(wrong(format!("has {} channels and {} samples a second", spec.channels, spec.sample_rate)));
+    if spec.channels == 0 || !(1..=FASTEST).contains(&spec.sample_rate) {
+        return Err(wrong(format!(
+            "has {} channels and {} samples a second, expected 1 or more and 1 to {FASTEST}",
+            spec.channels, spec.sample_rate
+        )));
     }
     let values: Vec<f32> = match (spec.sample_format, spec.bits_per_sample) {
         (SampleFormat::Float, 32) => reader.samples::<f32>().collect::<Result<_, _>>().map_err(damaged)?,

@@ -10,7 +10,7 @@ use super::super::dataset::{Decode, RealTable, TargetTable, Values};
 use super::super::options::{Color, ImagesOptions, Normalize};
 use super::super::preprocess::Recipe;
 use super::super::source::{ClassFile, Held, Lookup, by_class};
-use super::{Pool, held, read_all};
+use super::{Pool, held, read_all, room};
 use crate::error::{Error, Result};
 
 /// Decoded pictures are kept in memory up to this size.
@@ -40,7 +40,7 @@ pub(crate) fn open(options: &ImagesOptions, lookup: &Lookup) -> Result<Pool> {
     };
     let bytes = form.elements().saturating_mul(files.len());
     let values = if options.cache.unwrap_or(bytes <= CACHE_BYTES) {
-        let mut values = vec![0u8; bytes];
+        let mut values = room::<u8>(&place, files.len(), form.elements())?;
         read_all(&files, &mut values, form.elements(), |file, out| form.read(&file.path, out))?;
         Values::Bytes(values)
     } else {
@@ -109,7 +109,10 @@ impl Form {
 
 fn decode(path: &Path) -> Result<DynamicImage> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let wrong = |e: String| Error::data(path, format!("is not a picture that can be read ({e}); expected PNG or JPEG"));
+    let wrong = |e: String| {
+        let reason = e.split_whitespace().collect::<Vec<_>>().join(" ");
+        Error::data(path, format!("is not a picture that can be read ({reason}); expected PNG or JPEG"))
+    };
     let picture = ImageReader::new(Cursor::new(bytes))
         .with_guessed_format()
         .map_err(|e| wrong(e.to_string()))?

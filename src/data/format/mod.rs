@@ -78,6 +78,23 @@ fn read_all<T: Send, F: Sync>(
     results.into_iter().collect()
 }
 
+/// Zeros for `count` samples of `each` values.
+fn room<T: Clone + Default>(place: &Path, count: usize, each: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    let total = count.saturating_mul(each);
+    if values.try_reserve_exact(total).is_err() {
+        let gib = total as f64 * size_of::<T>() as f64 / (1u64 << 30) as f64;
+        return Err(Error::data(
+            place,
+            format!(
+                "{count} samples of {each} values need {gib:.1} GiB of memory, more than there is; make them smaller"
+            ),
+        ));
+    }
+    values.resize(total, T::default());
+    Ok(values)
+}
+
 /// An empty source is no source.
 fn not_empty(place: &Path, what: &str, count: usize) -> Result<()> {
     if count == 0 {
