@@ -1,1 +1,311 @@
-//! config.
+//! The run file: typed, validated, every error with file, line, key, what was found and what was expected.
+//!
+//! Each part of Warpstep owns its options; this composes them. Read by the command line alone.
+
+mod data;
+mod model;
+mod optimizer;
+mod section;
+mod tree;
+
+use std::path::{Path, PathBuf};
+
+use toml_edit::{DocumentMut, Item};
+
+use section::Section;
+use tree::{Entry, Node};
+
+use crate::data::DataOptions;
+use crate::error::{Error, Result};
+use crate::model::presets::{ModelOptions, Preset};
+use crate::optim::{OptimizerOptions, Schedule};
+use crate::train::options::{Cadence, EarlyStopping, Length, Metric, TrainOptions};
+
+/// What to train on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The best that works.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A CUDA device by its number.
+    Cuda(u32),
+    /// A CUDA device in software.
+    Emulated,
+}
+
+/// A run file, read and checked.
+#[derive(Clone, Debug)]
+pub struct RunFile {
+    /// The file.
+    pub path: PathBuf,
+    /// Folder that relative paths are looked for in first.
+    pub base: PathBuf,
+    /// `run.name`: name of the run; that of the file where not given.
+    pub name: String,
+    /// `run.out`: the run folder; `runs/NAME` where not given.
+    pub out: PathBuf,
+    /// `run.device`.
+    pub device: DeviceChoice,
+    /// `run.threads`: threads of the CPU backend; one a processor where not given.
+    pub threads: Option<usize>,
+    /// The trainer's options.
+    pub train: TrainOptions,
+    /// `[data]`.
+    pub data: DataOptions,
+    /// `[model]`.
+    pub model: ModelOptions,
+    /// `[optimizer]`.
+    pub optimizer: OptimizerOptions,
+    /// `[schedule]`.
+    pub schedule: Schedule,
+    /// The run file with every default filled in.
+    pub resolved: String,
+    /// The part of it that decides the numbers.
+    pub identity: String,
+    tree: Entry,
+}
+
+/// Keys that do not decide the numbers of a run.
+const NOT_IDENTITY: [&str; 6] = ["name", "out", "base", "device", "threads", "log_every_steps"];
+
+impl RunFile {
+    /// Reads and checks a run file, with `--set` assignments applied.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is no TOML, or holds something that is not expected.
+    pub fn read(path: &Path, assignments: &[String]) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        let name = path.display().to_string();
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let at = e.utf8_error().valid_up_to();
+            Error::config(name.clone(), format!("found bytes that are no UTF-8 at byte {at}, expected a TOML text"))
+        })?;
+        Self::from_text(&text, path, assignments)
+    }
+
+    /// As [`RunFile::read`], from the text of the file at `path`.
+    ///
+    /// # Errors
+    /// As [`RunFile::read`].
+    pub fn from_text(text: &str, path: &Path, assignments: &[String]) -> Result<Self> {
+        let mut tree = tree::parse(text, &path.display().to_string())?;
+        for assignment in assignments {
+            tree::set(&mut tree, assignment)?;
+        }
+        let mut root = Section::root(tree.clone())?;
+        let mut run = root.section("run")?;
+        let stem = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+        let name: String = run.or("name", stem)?;
+        let out = run.or("out", Path::new("runs").join(&name))?;
+        let base = run.or("base", absolute)?;
+        let device = device(&mut run)?;
+        precision(&mut run)?;
+        // On one CPU the bits are the same whatever is asked; the key decides once there are several devices.
+        run.or("reproducible", false)?;
+        let threads = run.optional("threads")?;
+        if threads == Some(0) {
+            return Err(run.error("threads", "found 0, expected 1 or more"));
+        }
+
+        let mut data_section = root.section("data")?;
+        let data = data::data(&mut data_section)?;
+        let batch_size = data_section.or("batch_size", 32usize)?;
+        let mut model_section = root.section("model")?;
+        let model = model::model(&mut model_section)?;
+        let language_model = matches!(model.preset, Preset::Gpt(_) | Preset::TextEncoder(_));
+        let mut optimizer_section = root.section("optimizer")?;
+        let optimizer = optimizer::optimizer(&mut optimizer_section, language_model)?;
+        let mut schedule_section = root.section("schedule")?;
+        let schedule = optimizer::schedule(&mut schedule_section)?;
+        let train = train_options(&mut root, &mut run, batch_size, optimizer.accumulate, optimizer.ema)?;
+
+        root.close("run", run, false)?;
+        root.close("data", data_section, false)?;
+        root.close("model", model_section, false)?;
+        root.close("optimizer", optimizer_section, false)?;
+        root.close("schedule", schedule_section, false)?;
+        let mut document = DocumentMut::new();
+        *document.as_table_mut() = section::table(in_order(root.finish()?));
+        let resolved = document.to_string();
+        let run_file = RunFile {
+            path: path.to_owned(),
+            base,
+            name,
+            out,
+            device,
+            threads,
+            train,
+            data,
+            model,
+            optimizer: optimizer.optimizer,
+            schedule,
+            resolved,
+            identity: identity(document),
+            tree,
+        };
+        run_file.check().map_err(|e| run_file.locate(e))?;
+        Ok(run_file)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.train.validate()?;
+        self.optimizer.validate()?;
+        if let Length::Steps(steps) = self.train.length {
+            self.schedule.validate(steps, self.optimizer.learning_rate)?;
+        }
+        Ok(())
+    }
+
+    /// Puts file and line before the key of an error that a part reported.
+    pub fn locate(&self, error: Error) -> Error {
+        let Error::Config { place, problem } = error else { return error };
+        let mut node = &self.tree.node;
+        let mut found = None;
+        for key in place.split('.') {
+            let (key, index) = match key.split_once('[') {
+                Some((key, index)) => (key, index.trim_end_matches(']').parse::<usize>().ok()),
+                None => (key, None),
+            };
+            let Node::Table(entries) = node else { break };
+            let Some(mut entry) = entries.get(key) else { break };
+            if let (Some(index), Node::Array(items)) = (index, &entry.node) {
+                entry = items.get(index).unwrap_or(entry);
+            }
+            found = Some(&entry.place);
+            node = &entry.node;
+        }
+        match found {
+            Some(at) => Error::config(format!("{at}: {place}"), problem),
+            None if SECTIONS.iter().any(|s| place.starts_with(s)) => {
+                Error::config(format!("{}: {place}", self.path.display()), problem)
+            }
+            None => Error::config(place, problem),
+        }
+    }
+}
+
+const SECTIONS: [&str; 8] =
+    ["run", "data", "model", "optimizer", "schedule", "evaluate", "checkpoint", "early_stopping"];
+
+/// The sections in the order in which a reader expects them.
+fn in_order(mut resolved: Vec<(String, Item)>) -> Vec<(String, Item)> {
+    resolved.sort_by_key(|(key, _)| SECTIONS.iter().position(|s| s == key).unwrap_or(SECTIONS.len()));
+    resolved
+}
+
+fn identity(mut document: DocumentMut) -> String {
+    document.remove("checkpoint");
+    if let Some(run) = document.get_mut("run").and_then(Item::as_table_mut) {
+        NOT_IDENTITY.iter().for_each(|key| {
+            run.remove(key);
+        });
+    }
+    if let Some(data) = document.get_mut("data").and_then(Item::as_table_mut) {
+        ["prefetch", "threads"].iter().for_each(|key| {
+            data.remove(key);
+        });
+    }
+    document.to_string()
+}
+
+fn device(run: &mut Section) -> Result<DeviceChoice> {
+    let found: String = run.or("device", "auto".to_owned())?;
+    match found.as_str() {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "emulated" => Ok(DeviceChoice::Emulated),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        other => match other.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(number)) => Ok(DeviceChoice::Cuda(number)),
+            _ => Err(run.error("device", format!("found {other:?}, expected auto, cpu, cuda, cuda:N or emulated"))),
+        },
+    }
+}
+
+fn precision(run: &mut Section) -> Result<()> {
+    let lower = run.choice_or("precision", &[("f32", false), ("tf32", true), ("bf16", true), ("f16", true)], "f32")?;
+    if lower {
+        return Err(run.error("precision", "the CPU computes in f32; expected \"f32\" (the others need a CUDA device)"));
+    }
+    Ok(())
+}
+
+fn train_options(
+    root: &mut Section,
+    run: &mut Section,
+    batch_size: usize,
+    accumulate: u32,
+    ema: Option<f64>,
+) -> Result<TrainOptions> {
+    let defaults = TrainOptions::default();
+    let seed = run.or("seed", defaults.seed)?;
+    let length = match (run.optional("steps")?, run.optional("epochs")?) {
+        (Some(steps), None) => Length::Steps(steps),
+        (None, Some(epochs)) => Length::Epochs(epochs),
+        (None, None) => return Err(run.error("steps", "missing; expected run.steps or run.epochs")),
+        (Some(_), Some(_)) => return Err(run.error("epochs", "found both steps and epochs, expected one of them")),
+    };
+    let log_every_steps = run.or("log_every_steps", defaults.log_every_steps)?;
+    let max_skipped_steps = run.or("max_skipped_steps", defaults.max_skipped_steps)?;
+    let mut evaluate = root.section("evaluate")?;
+    let evaluate_cadence = cadence(&mut evaluate, defaults.evaluate)?;
+    let evaluate_batches = evaluate.optional("batches")?;
+    let best = evaluate.choice_or("best", &[("loss", Metric::Loss), ("accuracy", Metric::Accuracy)], "loss")?;
+    root.close("evaluate", evaluate, false)?;
+    let mut checkpoint = root.section("checkpoint")?;
+    let checkpoint_cadence = cadence(&mut checkpoint, defaults.checkpoint)?;
+    let keep = checkpoint.or("keep", defaults.keep)?;
+    root.close("checkpoint", checkpoint, false)?;
+    let early_stopping = if root.has("early_stopping") {
+        let mut section = root.section("early_stopping")?;
+        let options =
+            EarlyStopping { patience: section.required("patience")?, min_delta: section.or("min_delta", 0.0)? };
+        if options.patience == 0 {
+            return Err(section.error("patience", "found 0, expected 1 or more"));
+        }
+        root.close("early_stopping", section, false)?;
+        Some(options)
+    } else {
+        root.section("early_stopping")?;
+        None
+    };
+    Ok(TrainOptions {
+        seed,
+        length,
+        batch_size,
+        accumulate,
+        log_every_steps,
+        evaluate: evaluate_cadence,
+        evaluate_batches,
+        best,
+        checkpoint: checkpoint_cadence,
+        keep,
+        early_stopping,
+        ema,
+        max_skipped_steps,
+    })
+}
+
+/// `every_steps` or `every_epochs`; 0 stands for never.
+fn cadence(section: &mut Section, default: Cadence) -> Result<Cadence> {
+    match (section.optional("every_steps")?, section.optional::<f64>("every_epochs")?) {
+        (Some(0), None) => Ok(Cadence::Never),
+        (Some(steps), None) => Ok(Cadence::Steps(steps)),
+        (None, Some(0.0)) => Ok(Cadence::Never),
+        (None, Some(epochs)) => Ok(Cadence::Epochs(epochs)),
+        (Some(_), Some(_)) => {
+            Err(section.error("every_epochs", "found both every_steps and every_epochs, expected one of them"))
+        }
+        (None, None) => {
+            match default {
+                Cadence::Steps(steps) => section.or("every_steps", steps).map(drop)?,
+                Cadence::Epochs(epochs) => section.or("every_epochs", epochs).map(drop)?,
+                Cadence::Never => {}
+            }
+            Ok(default)
+        }
+    }
+}

@@ -218,8 +218,15 @@ pub fn train<B: Backend + Update>(run: Run<B>, observers: &mut [&mut dyn Observe
 
 /// Makes or checks the run folder; returns the checkpoint to go on from.
 fn prepare_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> Result<Option<PathBuf>> {
-    const OURS: [&str; 7] =
-        ["config.toml", "metrics.jsonl", "summary.json", "report.html", "preprocess.json", "tensorboard", "checkpoints"];
+    const OURS: [&str; 7] = [
+        "config.toml",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "preprocess.json",
+        "tensorboard",
+        "checkpoints",
+    ];
     let folder = &run.folder;
     let has_run = OURS.iter().any(|name| folder.join(name).exists());
     match run.start {
@@ -521,7 +528,8 @@ impl<B: Backend + Update> Loop<B> {
             let (backend, arena) = self.trainer.parts_mut();
             checkpoint::load_model(&checkpoint::weights_file(&path), backend, arena)?;
             self.trainer.drop_average();
-            let loader = Loader::batches(Arc::clone(&dataset), self.options.batch_size.min(dataset.len()), self.prefetch)?;
+            let loader =
+                Loader::batches(Arc::clone(&dataset), self.options.batch_size.min(dataset.len()), self.prefetch)?;
             best.test = Some(scores(self.trainer.evaluate(loader)?, has_accuracy(&*dataset)));
         }
         let summary = Summary {

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod files;
+pub mod looping;
 pub mod metrics;
 pub mod options;
 pub mod step;
