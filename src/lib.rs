@@ -1,6 +1,7 @@
 //! Warpstep trains models: a run file goes in; a trained model, its curves and its checkpoints come out.
 
 pub mod backend;
+pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;

@@ -1,1 +1,7 @@
-fn main() {}
+//! The `warpstep` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    warpstep::cli::main()
+}

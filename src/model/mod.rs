@@ -24,7 +24,7 @@ use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
 
 /// What a batch's inputs are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// Real values of this shape a sample.
     Real(Vec<usize>),

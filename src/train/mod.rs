@@ -2,9 +2,12 @@
 
 pub mod checkpoint;
 pub mod files;
+pub mod infer;
 pub mod looping;
 pub mod metrics;
 pub mod options;
+pub mod progress;
 pub mod step;
 pub mod summary;
 pub mod tensors;
+pub mod verify;

@@ -1,0 +1,115 @@
+//! `warpstep eval`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+
+use super::assemble::{Trained, build_model, open_data};
+use crate::backend::cpu::Cpu;
+use crate::data::TargetSpec;
+use crate::error::Error;
+use crate::train::checkpoint::{self, Which};
+use crate::train::looping::model_input;
+use crate::train::step::{Trainer, TrainerParts};
+
+/// Which split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Split {
+    /// Trained on
+    Train,
+    /// Looked at during training
+    Validation,
+    /// Looked at once, at the end
+    Test,
+}
+
+/// Which checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WhichArg {
+    /// The newest
+    Latest,
+    /// The one with the best validation figure
+    Best,
+}
+
+impl From<WhichArg> for Which {
+    fn from(which: WhichArg) -> Self {
+        match which {
+            WhichArg::Latest => Which::Latest,
+            WhichArg::Best => Which::Best,
+        }
+    }
+}
+
+/// Options of `eval`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  warpstep eval runs/digits
+  warpstep eval runs/digits/checkpoints/step-00000500 --split validation")]
+pub(crate) struct Options {
+    /// A run folder, or a checkpoint folder within one
+    #[arg(value_name = "RUN")]
+    run: PathBuf,
+    /// The split; test where there is one, else validation
+    #[arg(long)]
+    split: Option<Split>,
+    /// The checkpoint; best where there is one, else latest
+    #[arg(long)]
+    checkpoint: Option<WhichArg>,
+    /// Print a JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    let trained = Trained::open(&options.run, options.checkpoint.map(Which::from))?;
+    let data = open_data(&trained.run)?;
+    let splits = &data.splits;
+    let (name, dataset) = match options.split {
+        Some(Split::Train) => ("train", Some(&splits.train)),
+        Some(Split::Validation) => ("validation", splits.validation.as_ref()),
+        Some(Split::Test) => ("test", splits.test.as_ref()),
+        None if splits.test.is_some() => ("test", splits.test.as_ref()),
+        None => ("validation", splits.validation.as_ref()),
+    };
+    let dataset = dataset.ok_or_else(|| {
+        Error::config(
+            "--split",
+            format!("the run's data has no {name} split; set data.split.{name}, or choose another"),
+        )
+    })?;
+    let mut trainer = Trainer::new(TrainerParts {
+        backend: Cpu::<f32>::new(),
+        model: build_model(&trained.run, &data.preprocess)?,
+        input: model_input(data.input()),
+        batch_size: 1.max(trained.run.train.batch_size.min(2)),
+        accumulate: 1,
+        optimizer: &trained.run.optimizer,
+        ema: None,
+        seed: trained.run.train.seed,
+    })?;
+    let (backend, arena) = trainer.parts_mut();
+    checkpoint::load_model(&checkpoint::weights_file(&trained.checkpoint), backend, arena)?;
+    let size = trained.run.train.batch_size.min(dataset.len().max(1));
+    let sums = trainer.evaluate(data.batches(&Arc::clone(dataset), size)?)?;
+    let accuracy = (!matches!(dataset.target(), TargetSpec::Real { .. })).then(|| sums.accuracy());
+    if options.json {
+        let value = serde_json::json!({
+            "split": name, "samples": dataset.len(), "loss": sums.mean(), "accuracy": accuracy,
+            "checkpoint": trained.checkpoint.display().to_string(),
+        });
+        println!("{value}");
+    } else {
+        let accuracy = accuracy.map_or_else(String::new, |a| format!("  accuracy {:.2} %", 100.0 * a));
+        println!(
+            "{name}  {} samples  loss {:.4}{accuracy}  ({})",
+            dataset.len(),
+            sums.mean(),
+            trained.checkpoint.display()
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}

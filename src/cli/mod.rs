@@ -1,0 +1,105 @@
+//! The command line: one file a command.
+
+mod assemble;
+mod completions;
+mod data;
+mod eval;
+mod generate;
+mod predict;
+mod train;
+mod verify;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::Error;
+
+/// Trains models: a run file goes in; a trained model, its curves and its checkpoints come out.
+#[derive(Debug, Parser)]
+#[command(name = "warpstep", version, about, arg_required_else_help = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model from a run file
+    Train(train::Options),
+    /// Loss and accuracy of a trained model on a split of its data
+    Eval(eval::Options),
+    /// Class and probability, or value, for files
+    Predict(predict::Options),
+    /// Text from a trained GPT
+    Generate(generate::Options),
+    /// Look at a run's data
+    #[command(subcommand)]
+    Data(data::Options),
+    /// Prove on your own run that stopping and resuming changes no bit
+    VerifyResume(verify::Options),
+    /// Completions for a shell
+    Completions(completions::Options),
+}
+
+/// A run file and what changes it.
+#[derive(Debug, Args)]
+pub(crate) struct RunFileArgs {
+    /// The run file
+    #[arg(value_name = "RUN.toml")]
+    pub file: PathBuf,
+    /// Override a key, as in --set optimizer.learning_rate=3e-4 (may be given several times)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Device: auto, cpu, cuda, cuda:N or emulated
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Threads of the CPU backend
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// Parses the arguments, runs the command, prints the error: the exit code is 0 when done, 1 when the run failed, 2 when the
+/// input was wrong, 130 and 143 after SIGINT and SIGTERM.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version go to standard output with 0, a usage error to standard error with 2.
+            let code = if e.use_stderr() { 2 } else { 0 };
+            let _ = e.print();
+            return ExitCode::from(code);
+        }
+    };
+    let result = match cli.command {
+        Command::Train(options) => train::run(options),
+        Command::Eval(options) => eval::run(&options),
+        Command::Predict(options) => predict::run(&options),
+        Command::Generate(options) => generate::run(&options),
+        Command::Data(options) => data::run(options),
+        Command::VerifyResume(options) => verify::run(options),
+        Command::Completions(options) => completions::run(&options),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => report(&error),
+    }
+}
+
+/// Prints an error in one line and gives its exit code. A reader of our output that has gone is none.
+fn report(error: &anyhow::Error) -> ExitCode {
+    let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
+    let ours = error.downcast_ref::<Error>();
+    let gone = match ours {
+        Some(Error::Io { source, .. }) => broken_pipe(source),
+        _ => error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe),
+    };
+    if gone {
+        return ExitCode::SUCCESS;
+    }
+    let text = format!("{error:#}");
+    let line: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    eprintln!("error: {}", line.join(" "));
+    ExitCode::from(ours.map_or(1, Error::exit_code))
+}

@@ -1,0 +1,100 @@
+//! `warpstep predict`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::assemble::Trained;
+use super::eval::WhichArg;
+use crate::data::UserSample;
+use crate::error::Error;
+use crate::train::checkpoint::Which;
+use crate::train::infer::softmax;
+use crate::train::looping::model_input;
+
+/// Options of `predict`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  warpstep predict runs/digits seven.png
+  warpstep predict runs/sentiment --text 'a joy from start to end'")]
+pub(crate) struct Options {
+    /// A run folder, or a checkpoint folder within one
+    #[arg(value_name = "RUN")]
+    run: PathBuf,
+    /// Pictures, recordings, tables or texts, as the model was trained on
+    #[arg(value_name = "FILE", required_unless_present = "text")]
+    files: Vec<PathBuf>,
+    /// A line of text, or a row of a table, in place of files
+    #[arg(long, conflicts_with = "files")]
+    text: Option<String>,
+    /// Classes to name for each sample
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    top: usize,
+    /// The checkpoint; best where there is one, else latest
+    #[arg(long)]
+    checkpoint: Option<WhichArg>,
+    /// Print a JSON object for each sample
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    let trained = Trained::open(&options.run, options.checkpoint.map(Which::from))?;
+    if trained.preprocess.tokenizer().is_some() {
+        return Err(Error::config(
+            options.run.display().to_string(),
+            "holds a language model: use `warpstep generate`",
+        )
+        .into());
+    }
+    let samples: Vec<UserSample> = match &options.text {
+        Some(text) => trained.preprocess.text(text, Path::new("--text"))?,
+        None => {
+            let mut samples = Vec::new();
+            for file in &options.files {
+                samples.extend(trained.preprocess.file(file)?);
+            }
+            samples
+        }
+    };
+    let mut predictor = trained.predictor()?;
+    let input = model_input(&trained.preprocess.input);
+    let mut out = std::io::stdout().lock();
+    for sample in &samples {
+        let (output, _) = predictor.run(&input, &sample.input, 1)?;
+        let Some(names) = trained.preprocess.class_names() else {
+            let line = if options.json {
+                serde_json::json!({ "sample": sample.name, "values": output }).to_string()
+            } else {
+                let values: Vec<String> = output.iter().map(f32::to_string).collect();
+                format!("{}  {}", sample.name, values.join(" "))
+            };
+            writeln!(out, "{line}")?;
+            continue;
+        };
+        // One logit for two classes: logistic regression.
+        let probabilities = match output.as_slice() {
+            [logit] if names.len() == 2 => softmax(&[0.0, *logit]),
+            logits => softmax(logits),
+        };
+        let mut order: Vec<usize> = (0..probabilities.len().min(names.len())).collect();
+        order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
+        order.truncate(options.top.max(1));
+        let line = if options.json {
+            let classes: Vec<_> = order
+                .iter()
+                .map(|&i| serde_json::json!({ "class": names[i], "probability": probabilities[i] }))
+                .collect();
+            serde_json::json!({ "sample": sample.name, "classes": classes }).to_string()
+        } else {
+            let classes: Vec<String> =
+                order.iter().map(|&i| format!("{} {:.2} %", names[i], 100.0 * probabilities[i])).collect();
+            format!("{}  {}", sample.name, classes.join("  "))
+        };
+        writeln!(out, "{line}")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

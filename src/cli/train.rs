@@ -1,0 +1,166 @@
+//! `warpstep train`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+
+use clap::Args;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::RunFileArgs;
+use super::assemble::{build_model, open_data};
+use crate::backend::cpu::Cpu;
+use crate::config::RunFile;
+use crate::data::OpenedData;
+use crate::error::{Error, Result};
+use crate::model::{Mode, Model};
+use crate::optim::UpdatePlan;
+use crate::train::looping::{End, Run, Start, model_input, train};
+use crate::train::progress::{Progress, Show, grouped};
+
+/// Options of `train`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  warpstep train examples/digits.toml
+  warpstep train run.toml --set optimizer.learning_rate=3e-4 --out runs/second
+  warpstep train run.toml --resume")]
+pub(crate) struct Options {
+    #[command(flatten)]
+    run: RunFileArgs,
+    /// Run folder (run.out, or runs/NAME, where not given)
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Go on with the run in the run folder
+    #[arg(long, conflicts_with = "overwrite")]
+    resume: bool,
+    /// Replace the run in the run folder
+    #[arg(long)]
+    overwrite: bool,
+    /// Print shapes, parameters, memory and arithmetic, and train nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON lines
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print nothing but errors
+    #[arg(long)]
+    quiet: bool,
+}
+
+/// Runs it.
+pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
+    let run_file = options.run.read()?;
+    let data = open_data(&run_file)?;
+    if options.dry_run {
+        print!("{}", dry_run(&run_file, &data)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let start = match (options.resume, options.overwrite) {
+        (true, _) => Start::Resume,
+        (false, true) => Start::Overwrite,
+        (false, false) => Start::New,
+    };
+    let folder = options.out.clone().unwrap_or_else(|| run_file.out.clone());
+    let show = match (options.json, options.quiet) {
+        (true, _) => Show::Json,
+        (false, true) => Show::Quiet,
+        (false, false) => Show::Auto,
+    };
+    let mut run = make_run(&run_file, &data, &folder, start)?;
+    run.interrupt = signals()?;
+    let mut progress = Progress::new(show);
+    let outcome = train(run, &mut [&mut progress]).map_err(|e| run_file.locate(e))?;
+    match outcome.end {
+        End::Interrupted(signal) => {
+            if show != Show::Quiet {
+                eprintln!("interrupted: a checkpoint was written; go on with --resume");
+            }
+            Ok(ExitCode::from(128 + signal as u8))
+        }
+        End::Completed | End::StoppedEarly | End::Abandoned => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The run of a run file in this folder.
+pub(crate) fn make_run(run: &RunFile, data: &OpenedData, folder: &Path, start: Start) -> Result<Run<Cpu<f32>>> {
+    Ok(Run {
+        backend: Cpu::new(),
+        model: build_model(run, &data.preprocess)?,
+        options: run.train.clone(),
+        optimizer: run.optimizer.clone(),
+        schedule: run.schedule.clone(),
+        splits: data.splits.clone(),
+        sampling: data.sampling,
+        drop_last: data.drop_last,
+        prefetch: data.prefetch,
+        folder: folder.to_owned(),
+        config: run.resolved.clone(),
+        identity: run.identity.clone(),
+        preprocess: data.preprocess.to_json()?,
+        start,
+        interrupt: Arc::default(),
+        abandon_at: None,
+    })
+}
+
+/// A number that SIGINT and SIGTERM set to their own. A second signal ends the process at once.
+fn signals() -> Result<Arc<AtomicUsize>> {
+    let interrupt = Arc::new(AtomicUsize::new(0));
+    let second = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&second))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&second)))
+            .and_then(|_| signal_hook::flag::register_usize(signal, Arc::clone(&interrupt), signal as usize))
+            .map_err(|e| Error::io("listen to", "signals", e))?;
+    }
+    Ok(interrupt)
+}
+
+/// The model's table, its memory and its arithmetic.
+fn dry_run(run: &RunFile, data: &OpenedData) -> Result<String> {
+    let mut model: Model<Cpu<f32>> = build_model(run, &data.preprocess)?;
+    let input = model_input(data.input());
+    let program = model.plan(&input, run.train.batch_size, Mode::Training)?;
+    let (layout, _) = model.parameters().layout()?;
+    let plan = UpdatePlan::new(&run.optimizer, &layout).map_err(|e| run.locate(e))?;
+    let mut text = String::new();
+    let name_width = program.rows.iter().map(|r| r.name.len()).max().unwrap_or(0).max(5);
+    text +=
+        &format!("{:<name_width$}  {:<16} {:<24} {:>14} {:>12}\n", "layer", "kind", "output", "parameters", "MFLOP");
+    for row in &program.rows {
+        let shape = format!("{:?}", row.shape);
+        text += &format!(
+            "{:<name_width$}  {:<16} {:<24} {:>14} {:>12.3}\n",
+            row.name,
+            row.kind,
+            shape,
+            grouped(row.parameters as u64),
+            row.flops as f64 / 1e6
+        );
+    }
+    let element = size_of::<f32>();
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+    let arena = layout.padded_len() * element;
+    let copies = 2 + plan.slots.len() + usize::from(run.train.ema.is_some());
+    let activations = program.activation_bytes(element);
+    let flops = program.flops() * u64::from(run.train.accumulate);
+    text += &format!(
+        "\nparameters            {}\noptimizer slots       {}\n\
+         memory, parameters    {:.1} MiB (parameters, gradients, slots: {copies} x {:.1} MiB)\n\
+         memory, activations   {:.1} MiB at batch {}\nmemory, together      {:.1} MiB\n\
+         arithmetic a step     {:.3} GFLOP ({} micro-batch{} of {})\n",
+        grouped(layout.parameters() as u64),
+        if plan.slots.is_empty() { "none".to_owned() } else { plan.slots.join(", ") },
+        mib(arena * copies),
+        mib(arena),
+        mib(activations),
+        run.train.batch_size,
+        mib(arena * copies + activations),
+        flops as f64 / 1e9,
+        run.train.accumulate,
+        if run.train.accumulate == 1 { "" } else { "es" },
+        run.train.batch_size,
+    );
+    Ok(text)
+}

@@ -1,0 +1,210 @@
+//! What a run shows while it goes: a live line on a terminal, plain lines into a pipe, JSON lines where asked.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::looping::{Event, Observer, Started};
+use super::metrics::{Record, SplitName};
+use super::summary::{Scores, Summary};
+use crate::error::{Error, Result};
+
+/// How a run is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Show {
+    /// A live line on a terminal, plain lines otherwise.
+    Auto,
+    /// One JSON object a line on standard output.
+    Json,
+    /// Nothing but errors.
+    Quiet,
+}
+
+/// Shows a run.
+pub struct Progress {
+    show: Show,
+    bar: Option<ProgressBar>,
+    first_step: u64,
+    steps: u64,
+    steps_per_epoch: f64,
+    began: Instant,
+    last_line: Option<Instant>,
+}
+
+/// Time between two plain lines at least.
+const QUIET: Duration = Duration::from_secs(2);
+
+impl Progress {
+    /// Shows a run in this way.
+    pub fn new(show: Show) -> Self {
+        Progress {
+            show,
+            bar: None,
+            first_step: 0,
+            steps: 0,
+            steps_per_epoch: 1.0,
+            began: Instant::now(),
+            last_line: None,
+        }
+    }
+
+    fn line(&self, text: &str) -> Result<()> {
+        match &self.bar {
+            Some(bar) => {
+                bar.println(text);
+                Ok(())
+            }
+            None => print_line(text),
+        }
+    }
+
+    fn start(&mut self, started: &Started<'_>) -> Result<()> {
+        self.first_step = started.first_step;
+        self.steps = started.steps;
+        self.steps_per_epoch = started.steps_per_epoch;
+        self.began = Instant::now();
+        let Started { folder, device, parameters, samples, first_step, steps, .. } = *started;
+        print_line(&format!(
+            "{} parameters on {device}; {} training samples, {:.1} steps an epoch",
+            grouped(parameters as u64),
+            grouped(samples as u64),
+            self.steps_per_epoch
+        ))?;
+        let from = if first_step > 0 { format!(" from step {}", grouped(first_step)) } else { String::new() };
+        print_line(&format!("{} steps{from} into {}", grouped(steps), folder.display()))?;
+        if std::io::stdout().is_terminal() {
+            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
+            if let Ok(style) = ProgressStyle::with_template("{wide_bar:.cyan/blue} {pos}/{len}  {msg}") {
+                bar.set_style(style.progress_chars("━╸─"));
+            }
+            bar.set_position(first_step);
+            self.bar = Some(bar);
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, record: &Record) -> Result<()> {
+        if record.split != SplitName::Train {
+            return self.line(&evaluation_line(record));
+        }
+        let done = record.step.saturating_sub(self.first_step).max(1) as f64;
+        let left = self.steps.saturating_sub(record.step) as f64 * self.began.elapsed().as_secs_f64() / done;
+        let speed = match (record.samples_per_s, record.tokens_per_s) {
+            (_, Some(tokens)) => format!("{} tokens/s", rounded(tokens)),
+            (Some(samples), None) => format!("{} samples/s", rounded(samples)),
+            (None, None) => String::new(),
+        };
+        let rate = record.lr.map_or_else(String::new, |lr| format!("  lr {lr:.2e}"));
+        let skipped = if record.skipped > 0 { format!("  skipped {}", record.skipped) } else { String::new() };
+        let text = format!("loss {:.4}{rate}  {speed}  {} left{skipped}", record.loss, duration(left));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(record.step);
+                bar.set_message(text);
+                Ok(())
+            }
+            None => {
+                let due = self.last_line.is_none_or(|last| last.elapsed() >= QUIET) || record.step == self.steps;
+                if !due {
+                    return Ok(());
+                }
+                self.last_line = Some(Instant::now());
+                print_line(&format!("step {}/{}  {text}", record.step, self.steps))
+            }
+        }
+    }
+
+    fn finish(&mut self, summary: &Summary) -> Result<()> {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+        let mut text = format!("done: {} steps in {}", grouped(summary.steps), duration(summary.seconds));
+        let mut add = |name: &str, scores: Option<Scores>| {
+            if let Some(Scores { loss, accuracy }) = scores {
+                let loss = loss.map_or_else(|| "not finite".to_owned(), |l| format!("{l:.4}"));
+                let accuracy = accuracy.map_or_else(String::new, |a| format!(", accuracy {:.2} %", 100.0 * a));
+                text += &format!("\n  {name:<11} loss {loss}{accuracy}");
+            }
+        };
+        add("train", summary.last.train);
+        add("validation", summary.last.validation);
+        add("test", summary.last.test);
+        if summary.best.step != summary.last.step {
+            add(&format!("best (step {}), validation", summary.best.step), summary.best.validation);
+            add("best, test", summary.best.test);
+        }
+        if let Some(bytes) = summary.peak_memory_bytes {
+            text += &format!("\n  peak memory {} MiB", bytes >> 20);
+        }
+        print_line(&text)
+    }
+}
+
+impl Observer for Progress {
+    fn event(&mut self, event: &Event<'_>) -> Result<()> {
+        match (self.show, event) {
+            (Show::Quiet, _) => Ok(()),
+            (Show::Json, Event::Record(record)) => print_json(record),
+            (Show::Json, Event::Finished(summary)) => print_json(summary),
+            (Show::Json, _) => Ok(()),
+            (Show::Auto, Event::Started(started)) => self.start(started),
+            (Show::Auto, Event::Record(record)) => self.record(record),
+            (Show::Auto, Event::Note(text)) => self.line(text),
+            (Show::Auto, Event::Checkpoint(_)) => Ok(()),
+            (Show::Auto, Event::Finished(summary)) => self.finish(summary),
+        }
+    }
+}
+
+fn evaluation_line(record: &Record) -> String {
+    let split = match record.split {
+        SplitName::Train => "train",
+        SplitName::Validation => "validation",
+        SplitName::Test => "test",
+    };
+    let accuracy = record.accuracy.map_or_else(String::new, |a| format!("  accuracy {:.2} %", 100.0 * a));
+    format!("step {} (epoch {:.2})  {split}  loss {:.4}{accuracy}", record.step, record.epoch, record.loss)
+}
+
+/// Writes a line to standard output. A reader that has gone is no error: the run goes on.
+fn print_line(text: &str) -> Result<()> {
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("write to", "standard output", e)),
+        _ => Ok(()),
+    }
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(|e| Error::io("write to", "standard output", e.into()))?;
+    print_line(&text)
+}
+
+/// `1234567` as `1,234,567`.
+pub fn grouped(value: u64) -> String {
+    let digits = value.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn rounded(value: f64) -> String {
+    if value >= 100.0 { grouped(value.round() as u64) } else { format!("{value:.1}") }
+}
+
+/// Seconds as `1 h 02 min`, `3 min 04 s` or `5.6 s`.
+pub fn duration(seconds: f64) -> String {
+    let whole = seconds.max(0.0).round() as u64;
+    if whole >= 3600 {
+        format!("{} h {:02} min", whole / 3600, whole / 60 % 60)
+    } else if whole >= 60 {
+        format!("{} min {:02} s", whole / 60, whole % 60)
+    } else {
+        format!("{seconds:.1} s")
+    }
+}
