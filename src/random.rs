@@ -70,6 +70,31 @@ impl Philox {
         self.block(position / 4)[(position % 4) as usize]
     }
 
+    /// The words from `position` on, `=`: in vectors of 16 blocks where the compiler may use them.
+    #[inline(always)]
+    pub fn words(&self, position: u64, words: &mut [u32]) {
+        const BLOCKS: usize = 16;
+        let mut at = position;
+        let mut rest = words;
+        while !rest.is_empty() {
+            let skip = (at % 4) as usize;
+            if skip == 0 && rest.len() >= 4 * BLOCKS {
+                let (now, later) = rest.split_at_mut(4 * BLOCKS);
+                for (block, now) in now.chunks_exact_mut(4).enumerate() {
+                    now.copy_from_slice(&self.block(at / 4 + block as u64));
+                }
+                at += 4 * BLOCKS as u64;
+                rest = later;
+            } else {
+                let count = (4 - skip).min(rest.len());
+                let (now, later) = rest.split_at_mut(count);
+                now.copy_from_slice(&self.block(at / 4)[skip..skip + count]);
+                at += count as u64;
+                rest = later;
+            }
+        }
+    }
+
     /// A uniform value in `[0, 1)` with 24 bits.
     #[inline]
     pub fn uniform(&self, position: u64) -> f32 {

@@ -17,24 +17,25 @@ fn sigmoid<R: Real>(x: R) -> R {
     R::one() / (R::one() + (-x).exp_lane())
 }
 
-/// `sqrt(2 / pi)` and the cubic's coefficient, of the tanh form of GELU.
-const GELU_SCALE: f64 = 0.797_884_560_802_865_4;
+/// `2 sqrt(2 / pi)` and the cubic's coefficient, of the tanh form of GELU.
+const GELU_SCALE: f64 = 1.595_769_121_605_730_8;
 const GELU_CUBIC: f64 = 0.044715;
 
+/// `x / 2 (1 + tanh(u)) = x sigmoid(2 u)`.
 #[inline(always)]
 fn gelu_tanh<R: Real>(x: R) -> R {
-    let half = R::from_f64(0.5);
-    let inner = R::from_f64(GELU_SCALE) * (x * x * x).mul_add(R::from_f64(GELU_CUBIC), x);
-    half * x * (R::one() + inner.tanh_lane())
+    let cubic = R::from_f64(GELU_SCALE * GELU_CUBIC);
+    let double_inner = x * (x * x).mul_add(cubic, R::from_f64(GELU_SCALE));
+    x / (R::one() + (-double_inner).exp_lane())
 }
 
 #[inline(always)]
 fn gelu_tanh_slope<R: Real>(x: R) -> R {
-    let half = R::from_f64(0.5);
-    let scale = R::from_f64(GELU_SCALE);
-    let t = (scale * (x * x * x).mul_add(R::from_f64(GELU_CUBIC), x)).tanh_lane();
-    let inner_slope = scale * (x * x).mul_add(R::from_f64(3.0 * GELU_CUBIC), R::one());
-    half * (R::one() + t) + half * x * (R::one() - t * t) * inner_slope
+    let cubic = R::from_f64(GELU_SCALE * GELU_CUBIC);
+    let squared = x * x;
+    let s = sigmoid(x * squared.mul_add(cubic, R::from_f64(GELU_SCALE)));
+    let inner_slope = squared.mul_add(R::from_f64(3.0) * cubic, R::from_f64(GELU_SCALE));
+    (x * inner_slope * (R::one() - s)).mul_add(s, s)
 }
 
 #[inline(always)]

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::{rows_in_piece, sum, vectorize};
+use super::parallel::{dot, rows_in_piece, sum_of, two_sums, vectorize};
 use crate::backend::ops::{LayerNorm, LayerNormBackward, LayerNormForward, RmsNormBackward, RmsNormForward};
 use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::Result;
@@ -18,8 +18,58 @@ fn add_partials<R: Real>(gradient: &mut [R], partials: &[Vec<R>], part: usize, o
     if overwrite {
         gradient.fill(R::zero());
     }
-    for partial in partials {
-        gradient.iter_mut().zip(&partial[part * width..]).for_each(|(g, &p)| *g += p);
+    vectorize(
+        #[inline(always)]
+        || {
+            for partial in partials {
+                gradient.iter_mut().zip(&partial[part * width..]).for_each(|(g, &p)| *g += p);
+            }
+        },
+    );
+}
+
+/// Mean and `1 / sqrt(variance + epsilon)` of a row.
+#[inline(always)]
+fn row_statistics<R: Real>(x: &[R], inverse: R, epsilon: R) -> (R, R) {
+    let total = sum_of(
+        x,
+        #[inline(always)]
+        |x| x,
+    );
+    let mean = total * inverse;
+    let squares = sum_of(
+        x,
+        #[inline(always)]
+        |x| (x - mean) * (x - mean),
+    );
+    (mean, R::one() / (squares * inverse + epsilon).sqrt())
+}
+
+/// Gradients of one row of layer norm; `statistics` are mean and reciprocal deviation, `inverse` is 1 / width.
+#[inline(always)]
+fn layer_norm_row<R: Real>(dx: &mut [R], [x, dy, weight]: [&[R]; 3], [mean, s]: [R; 2], inverse: R) {
+    let (a, b) = two_sums(
+        [x, dy, weight],
+        #[inline(always)]
+        |x, dy, weight| (dy * weight, dy * weight * ((x - mean) * s)),
+    );
+    let (a, b) = (a * inverse, b * inverse);
+    for (((dx, &x), &dy), &weight) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
+        *dx = s * (dy * weight - a - (x - mean) * s * b);
+    }
+}
+
+/// Gradients of one row of RMS norm.
+#[inline(always)]
+fn rms_norm_row<R: Real>(dx: &mut [R], [x, dy, weight]: [&[R]; 3], s: R, inverse: R) {
+    let (b, _) = two_sums(
+        [x, dy, weight],
+        #[inline(always)]
+        |x, dy, weight| (dy * weight * (x * s), R::zero()),
+    );
+    let b = b * inverse;
+    for (((dx, &x), &dy), &weight) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
+        *dx = s * (dy * weight - x * s * b);
     }
 }
 
@@ -47,22 +97,18 @@ impl<R: Real> LayerNorm for Cpu<R> {
                     || {
                         let lines = y.chunks_exact_mut(width).zip(x.chunks_exact(width));
                         for ((y, x), (mean, std)) in lines.zip(mean.iter_mut().zip(std)) {
-                            let m = sum(
-                                x.len(),
-                                #[inline(always)]
-                                |i| x[i],
-                            ) * inverse;
-                            let variance = sum(
-                                x.len(),
-                                #[inline(always)]
-                                |i| (x[i] - m) * (x[i] - m),
-                            ) * inverse;
-                            let s = R::one() / (variance + epsilon).sqrt();
-                            for i in 0..width {
-                                y[i] = (x[i] - m) * s * weight[i];
-                            }
-                            if let Some(bias) = bias {
-                                y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+                            let (m, s) = row_statistics(x, inverse, epsilon);
+                            match bias {
+                                Some(bias) => {
+                                    for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                                        *y = (x - m) * s * w + b;
+                                    }
+                                }
+                                None => {
+                                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                                        *y = (x - m) * s * w;
+                                    }
+                                }
                             }
                             (*mean, *std) = (m, s);
                         }
@@ -97,25 +143,15 @@ impl<R: Real> LayerNorm for Cpu<R> {
                         let x = &x[row * width..(row + 1) * width];
                         let dy = &dy[row * width..(row + 1) * width];
                         let (m, s) = (mean[row], std[row]);
-                        for i in 0..width {
-                            dweight[i] = dy[i].mul_add((x[i] - m) * s, dweight[i]);
-                            dbias[i] += dy[i];
+                        for ((dweight, &x), &dy) in dweight.iter_mut().zip(x).zip(dy) {
+                            *dweight = dy.mul_add((x - m) * s, *dweight);
+                        }
+                        if args.dbias.is_some() {
+                            dbias.iter_mut().zip(dy).for_each(|(dbias, &dy)| *dbias += dy);
                         }
                         if let Some(dx) = &mut dx {
                             let dx = &mut dx[local * width..(local + 1) * width];
-                            let a = sum(
-                                width,
-                                #[inline(always)]
-                                |i| dy[i] * weight[i],
-                            ) * inverse;
-                            let b = sum(
-                                width,
-                                #[inline(always)]
-                                |i| dy[i] * weight[i] * ((x[i] - m) * s),
-                            ) * inverse;
-                            for i in 0..width {
-                                dx[i] = s * (dy[i] * weight[i] - a - (x[i] - m) * s * b);
-                            }
+                            layer_norm_row(dx, [x, dy, weight], [m, s], inverse);
                         }
                     }
                 },
@@ -151,14 +187,10 @@ impl<R: Real> LayerNorm for Cpu<R> {
                 #[inline(always)]
                 || {
                     for ((y, x), rms) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(rms) {
-                        let squares = sum(
-                            width,
-                            #[inline(always)]
-                            |i| x[i] * x[i],
-                        ) * inverse;
+                        let squares = dot(x, x) * inverse;
                         let s = R::one() / (squares + epsilon).sqrt();
-                        for i in 0..width {
-                            y[i] = x[i] * s * weight[i];
+                        for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                            *y = x * s * w;
                         }
                         *rms = s;
                     }
@@ -191,19 +223,12 @@ impl<R: Real> LayerNorm for Cpu<R> {
                         let x = &x[row * width..(row + 1) * width];
                         let dy = &dy[row * width..(row + 1) * width];
                         let s = rms[row];
-                        for i in 0..width {
-                            dweight[i] = dy[i].mul_add(x[i] * s, dweight[i]);
+                        for ((dweight, &x), &dy) in dweight.iter_mut().zip(x).zip(dy) {
+                            *dweight = dy.mul_add(x * s, *dweight);
                         }
                         if let Some(dx) = &mut dx {
                             let dx = &mut dx[local * width..(local + 1) * width];
-                            let b = sum(
-                                width,
-                                #[inline(always)]
-                                |i| dy[i] * weight[i] * (x[i] * s),
-                            ) * inverse;
-                            for i in 0..width {
-                                dx[i] = s * (dy[i] * weight[i] - x[i] * s * b);
-                            }
+                            rms_norm_row(dx, [x, dy, weight], s, inverse);
                         }
                     }
                 },

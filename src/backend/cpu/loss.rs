@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::{PIECE, rows_in_piece, vectorize};
+use super::parallel::{LANES, PIECE, fold_lanes, rows_in_piece, sum_lanes, sum_of, vectorize};
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, Loss, METRICS, MeanSquaredError};
 use crate::backend::{Act, Memory, StepContext, disjoint};
 use crate::error::{Error, Result};
@@ -25,19 +25,42 @@ fn write_metrics<R: Real>(metrics: &mut [R], partials: &[Partial], counted: usiz
     }
 }
 
-/// Largest value of a row, in lanes.
+/// The largest value of a row.
 #[inline(always)]
 fn row_max<R: Real>(row: &[R]) -> R {
-    const LANES: usize = 16;
     let mut lanes = [R::neg_infinity(); LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest = chunks.remainder();
+    let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
             *lane = if x > *lane { x } else { *lane };
         }
     }
-    lanes.iter().chain(rest).fold(R::neg_infinity(), |a, &b| if b > a { b } else { a })
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = if x > *lane { x } else { *lane };
+    }
+    fold_lanes(
+        lanes,
+        #[inline(always)]
+        |a, b| if b > a { b } else { a },
+    )
+}
+
+/// `e^(x - max)`, `=`; gives the sum.
+#[inline(always)]
+fn exponentials<R: Real>(to: &mut [R], row: &[R], max: R) -> R {
+    let mut lanes = [R::zero(); LANES];
+    let ((to, to_rest), (row, row_rest)) = (to.as_chunks_mut::<LANES>(), row.as_chunks::<LANES>());
+    for (to, x) in to.iter_mut().zip(row) {
+        for ((to, &x), lane) in to.iter_mut().zip(x).zip(&mut lanes) {
+            *to = (x - max).exp_lane();
+            *lane += *to;
+        }
+    }
+    for ((to, &x), lane) in to_rest.iter_mut().zip(row_rest).zip(&mut lanes) {
+        *to = (x - max).exp_lane();
+        *lane += *to;
+    }
+    sum_lanes(lanes)
 }
 
 /// Loss and gradient of one row; returns the loss and whether the prediction is right.
@@ -49,30 +72,35 @@ fn cross_entropy_row<R: Real>(
     smoothing: R,
     scale: R,
 ) -> (f64, bool) {
-    const LANES: usize = 16;
     let max = row_max(row);
-    let mut lanes = [R::zero(); LANES];
-    let mut total = [R::zero(); LANES];
-    for chunk in row.chunks(LANES) {
-        for (i, &x) in chunk.iter().enumerate() {
-            lanes[i] += (x - max).exp_lane();
-            total[i] += x - max;
-        }
-    }
-    let sum: R = lanes.iter().copied().sum();
-    let log_sum = sum.ln();
     let classes = R::from_f64(row.len() as f64);
-    let smooth = total.iter().copied().sum::<R>() / classes - log_sum;
-    let picked = row[target] - max - log_sum;
-    let loss = -((R::one() - smoothing) * picked + smoothing * smooth);
-    if let Some(gradient) = gradient {
-        let inverse = scale / sum;
-        let uniform = smoothing / classes * scale;
-        for (d, &x) in gradient.iter_mut().zip(row) {
-            *d = (x - max).exp_lane() * inverse - uniform;
+    let sum = match gradient {
+        Some(gradient) => {
+            let sum = exponentials(gradient, row, max);
+            let inverse = scale / sum;
+            let uniform = smoothing / classes * scale;
+            gradient.iter_mut().for_each(|d| *d = *d * inverse - uniform);
+            gradient[target] -= (R::one() - smoothing) * scale;
+            sum
         }
-        gradient[target] -= (R::one() - smoothing) * scale;
-    }
+        None => sum_of(
+            row,
+            #[inline(always)]
+            |x| (x - max).exp_lane(),
+        ),
+    };
+    let log_sum = sum.ln();
+    let picked = row[target] - max - log_sum;
+    let loss = if smoothing == R::zero() {
+        -picked
+    } else {
+        let total = sum_of(
+            row,
+            #[inline(always)]
+            |x| x - max,
+        );
+        -((R::one() - smoothing) * picked + smoothing * (total / classes - log_sum))
+    };
     let right = row[target] == max && row[..target].iter().all(|&x| x < max);
     (loss.f64(), right)
 }

@@ -22,7 +22,7 @@ pub use update::{average, update};
 
 use std::marker::PhantomData;
 
-use super::Backend;
+use super::{Backend, Memory, Op, StepContext};
 use crate::error::{Error, Result};
 use crate::real::Real;
 
@@ -75,6 +75,11 @@ impl<R: Real> Backend for Cpu<R> {
             .ok_or_else(|| does_not_fit(from.len(), offset, to.len()))?;
         to.copy_from_slice(part);
         Ok(())
+    }
+
+    /// Within the pool: an operation then reaches the threads without waking them through a queue.
+    fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
+        rayon::scope(|_| program.iter().try_for_each(|op| op.run(self, memory, step)))
     }
 }
 

@@ -107,10 +107,91 @@ pub(super) fn sum_rows<R: Real>(sums: &mut [R], x: &[R], accumulate: bool) {
     }
 }
 
-/// `sum of f(i) for i < len`, in 16 lanes that are added up in order at the end: the same bits at any vector width.
+/// Values that are worked on side by side: one vector of f32 on the widest processors.
+pub(super) const LANES: usize = 16;
+
+/// One such vector.
+pub(super) type Lanes<R> = [R; LANES];
+
+/// The lanes joined by `f`, half with half: the same bits at any vector width.
+#[inline(always)]
+pub(super) fn fold_lanes<R: Real>(mut lanes: Lanes<R>, f: impl Fn(R, R) -> R) -> R {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The sum of the lanes.
+#[inline(always)]
+pub(super) fn sum_lanes<R: Real>(lanes: Lanes<R>) -> R {
+    fold_lanes(
+        lanes,
+        #[inline(always)]
+        |a, b| a + b,
+    )
+}
+
+/// `sum of f(x)`, in lanes.
+#[inline(always)]
+pub(super) fn sum_of<R: Real>(x: &[R], f: impl Fn(R) -> R) -> R {
+    let mut lanes = [R::zero(); LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for x in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(x) {
+            *lane += f(x);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x);
+    }
+    sum_lanes(lanes)
+}
+
+/// `sum of a * b`, in lanes.
+#[inline(always)]
+pub(super) fn dot<R: Real>(a: &[R], b: &[R]) -> R {
+    let mut lanes = [R::zero(); LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane = a.mul_add(b, *lane);
+        }
+    }
+    for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+        *lane = a.mul_add(b, *lane);
+    }
+    sum_lanes(lanes)
+}
+
+/// Two sums over three slices of one length, of what `f(a, b, c)` gives, in lanes.
+#[inline(always)]
+pub(super) fn two_sums<R: Real>([a, b, c]: [&[R]; 3], f: impl Fn(R, R, R) -> (R, R)) -> (R, R) {
+    let (mut first, mut second) = ([R::zero(); LANES], [R::zero(); LANES]);
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let (c, c_rest) = c.as_chunks::<LANES>();
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for i in 0..LANES {
+            let (x, y) = f(a[i], b[i], c[i]);
+            first[i] += x;
+            second[i] += y;
+        }
+    }
+    for (i, ((&a, &b), &c)) in a_rest.iter().zip(b_rest).zip(c_rest).enumerate() {
+        let (x, y) = f(a, b, c);
+        first[i] += x;
+        second[i] += y;
+    }
+    (sum_lanes(first), sum_lanes(second))
+}
+
+/// `sum of f(i) for i < len`, in lanes that are added up at the end: the same bits at any vector width.
 #[inline(always)]
 pub(super) fn sum<R: Real>(len: usize, f: impl Fn(usize) -> R) -> R {
-    const LANES: usize = 16;
     let mut lanes = [R::zero(); LANES];
     let whole = len / LANES * LANES;
     let mut start = 0;
@@ -123,5 +204,5 @@ pub(super) fn sum<R: Real>(len: usize, f: impl Fn(usize) -> R) -> R {
     for (lane, i) in (whole..len).enumerate() {
         lanes[lane] += f(i);
     }
-    lanes.iter().fold(R::zero(), |a, &b| a + b)
+    sum_lanes(lanes)
 }
