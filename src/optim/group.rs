@@ -79,7 +79,10 @@ impl OptimizerOptions {
         for rule in self.groups.iter().filter_map(|g| g.rule).chain([self.rule]) {
             let (fractions, epsilon): (Vec<(&str, f64)>, Option<f64>) = match rule {
                 Rule::Sgd => (vec![], None),
-                Rule::Momentum { momentum, dampening, nesterov, .. } => {
+                Rule::Momentum { momentum, dampening, nesterov, gamma, .. } => {
+                    if !(gamma > 0.0 && gamma.is_finite()) {
+                        return wrong("gamma", gamma, "a number above 0");
+                    }
                     if nesterov && (dampening != 0.0 || momentum <= 0.0) {
                         return wrong("dampening", dampening, "0, and a momentum above 0, with nesterov");
                     }
@@ -105,8 +108,9 @@ impl OptimizerOptions {
                     return wrong(key, value, "a number from 0 to below 1");
                 }
             }
-            if let Some(epsilon) = epsilon.filter(|&e| !at_least_zero(e)) {
-                return wrong("epsilon", epsilon, "a number of 0 or more");
+            // In f32, where 0 would make 0 / 0 of parameters whose gradients were always 0.
+            if let Some(epsilon) = epsilon.filter(|&e| !(e as f32 > 0.0 && e.is_finite())) {
+                return wrong("epsilon", epsilon, "a number above 0");
             }
         }
         self.clip.validate()
@@ -127,10 +131,14 @@ pub struct Group {
 }
 
 impl Group {
+    /// The group's learning rate.
+    pub fn learning_rate(&self, step: &StepParams) -> f64 {
+        step.learning_rate * self.learning_rate_scale
+    }
+
     /// The rule's constants for this step.
     pub fn step<T: Real>(&self, step: &StepParams) -> RuleStep<T> {
-        let learning_rate = step.learning_rate * self.learning_rate_scale;
-        RuleStep::new(&self.rule, learning_rate, self.weight_decay, self.decoupled, step.step)
+        RuleStep::new(&self.rule, self.learning_rate(step), self.weight_decay, self.decoupled, step.step)
     }
 }
 
@@ -145,6 +153,13 @@ pub struct TensorPlan {
     pub units: usize,
     /// Its group.
     pub group: u8,
+}
+
+impl TensorPlan {
+    /// Elements of an output unit, at least 1.
+    pub fn unit(&self) -> usize {
+        (self.len / self.units.max(1)).max(1)
+    }
 }
 
 /// The plan of an update: made once for a layout, interpreted by every backend.
@@ -223,7 +238,9 @@ impl UpdatePlan {
 
 /// Whether a parameter is a table of vectors or the output layer, which Muon leaves to AdamW.
 fn is_table(name: &str) -> bool {
-    name.split('.').any(|part| matches!(part, "wte" | "wpe" | "lm_head" | "embedding" | "positions" | "head"))
+    name.split('.').any(|part| {
+        matches!(part, "wte" | "wpe" | "lm_head" | "embedding" | "positions" | "head" | "classifier" | "fc")
+    })
 }
 
 impl MuonScale {

@@ -8,8 +8,12 @@
 //! 4. weight decay: coupled `g = g + weight_decay * theta`, or decoupled `theta = theta * (1 - lr * weight_decay)`;
 //! 5. the [`Rule`].
 //!
-//! If n is not finite the step is skipped: parameters and slots stay as they were, to the bit, and the count of applied
-//! steps, which tells the first step and corrects Adam's bias, does not move.
+//! The divisor's reciprocal is taken in f64 and rounded once, as every other constant of a step is; a divisor that is a
+//! power of 2 divides exactly. Squares are summed in f64, so n is finite where every gradient is.
+//!
+//! If a gradient is not finite (before the value clip, which would hide it), n is not, and the step is skipped: parameters
+//! and slots stay as they were, to the bit, and the count of applied steps, which tells the first step and corrects Adam's
+//! bias, does not move. So the step after a skipped first one is still the first.
 
 mod clip;
 mod group;
@@ -39,7 +43,7 @@ pub struct StepParams {
 pub struct StepOutcome {
     /// Norm of all gradients, after the division and the value clip, before the norm clip.
     pub grad_norm: f64,
-    /// What the global norm clip multiplied gradients by; 1 when it did nothing.
+    /// The least factor that a norm clip multiplied gradients by; 1 when it did nothing.
     pub clip_coefficient: f64,
     /// Whether the norm was not finite, so that nothing was changed.
     pub skipped: bool,

@@ -50,14 +50,16 @@ pub enum Rule {
         /// For the update, for the moment.
         betas: [f64; 2],
     },
-    /// LAMB (You et al. 2020): Adam's direction plus decay, scaled tensor by tensor to the weights' norm.
+    /// LAMB (You et al. 2020): Adam's direction plus decay, scaled tensor by tensor to the weights' norm. Coupled decay is
+    /// the paper's: part of the direction.
     Lamb {
         /// Decay of the first and second moment.
         betas: [f64; 2],
         /// Added to the root of the second moment.
         epsilon: f64,
     },
-    /// LARS (You et al. 2017): momentum with a learning rate of each tensor's own, `trust |theta| / (|g| + wd |theta|)`.
+    /// LARS (You et al. 2017): momentum with a learning rate of each tensor's own, `trust |theta| / (|g| + wd |theta|)`
+    /// (1 where a norm is 0). Coupled decay is the paper's.
     Lars {
         /// Decay of the velocity.
         momentum: f64,
@@ -88,11 +90,6 @@ impl Rule {
         }
     }
 
-    /// Whether the rule looks at whole tensors, not at elements alone.
-    pub fn is_tensor_wise(&self) -> bool {
-        matches!(self, Rule::Lamb { .. } | Rule::Lars { .. } | Rule::Muon { .. })
-    }
-
     /// Whether weight decay is decoupled where the user does not say.
     pub fn decouples_decay(&self) -> bool {
         matches!(self, Rule::Lion { .. } | Rule::Muon { .. })
@@ -120,6 +117,8 @@ pub struct RuleStep<T> {
     pub epsilon: T,
     /// `lr / (1 - beta1^t)`.
     pub corrected_rate: T,
+    /// `1 / (1 - beta1^t)`.
+    pub correction: T,
     /// `1 / sqrt(1 - beta2^t)`.
     pub root_correction: T,
     /// Polyak's gamma.
@@ -156,7 +155,7 @@ impl<T: Real> RuleStep<T> {
                 feed = 1.0 - momentum;
             }
         }
-        let steps = step.min(i32::MAX as u64) as i32;
+        let correction = 1.0 / (1.0 - power(a, step));
         let r = T::from_f64;
         RuleStep {
             learning_rate: r(learning_rate),
@@ -167,8 +166,9 @@ impl<T: Real> RuleStep<T> {
             feed: r(feed),
             feed_b: r(1.0 - b),
             epsilon: r(epsilon),
-            corrected_rate: r(learning_rate / (1.0 - a.powi(steps))),
-            root_correction: r(1.0 / (1.0 - b.powi(steps)).sqrt()),
+            corrected_rate: r(learning_rate * correction),
+            correction: r(correction),
+            root_correction: r(1.0 / (1.0 - power(b, step)).sqrt()),
             gamma: r(gamma),
         }
     }
@@ -219,6 +219,32 @@ impl<T: Real> RuleStep<T> {
         ((-self.corrected_rate).mul_add(m / self.denominator(v), theta), m, v)
     }
 
+    /// LAMB's direction, from the new moments.
+    #[inline(always)]
+    pub fn lamb_direction(&self, theta: T, m: T, v: T) -> T {
+        self.coupled.mul_add(theta, self.correction * m / self.denominator(v))
+    }
+
+    /// LAMB, with the learning rate of the tensor. Returns the parameter.
+    #[inline(always)]
+    pub fn lamb(&self, theta: T, m: T, v: T, rate: T) -> T {
+        (-rate).mul_add(self.lamb_direction(theta, m, v), theta * self.shrink)
+    }
+
+    /// LARS, with the learning rate of the tensor. Returns parameter and velocity.
+    #[inline(always)]
+    pub fn lars(&self, theta: T, g: T, v: T, rate: T) -> (T, T) {
+        let v = self.a.mul_add(v, rate * g);
+        (theta - v, v)
+    }
+
+    /// What Muon makes orthogonal, and the momentum.
+    #[inline(always)]
+    pub fn muon(&self, g: T, m: T, nesterov: bool) -> (T, T) {
+        let m = self.feed.mul_add(g - m, m);
+        (if nesterov { self.a.mul_add(m - g, g) } else { m }, m)
+    }
+
     /// Lion. Returns parameter and moment.
     #[inline(always)]
     pub fn lion(&self, theta: T, g: T, m: T) -> (T, T) {
@@ -233,4 +259,17 @@ impl<T: Real> RuleStep<T> {
         };
         ((-self.learning_rate).mul_add(sign, theta), self.b.mul_add(m, self.feed_b * g))
     }
+}
+
+/// `base^exponent` by squaring: multiplications alone, so the same bits on every device.
+fn power(mut base: f64, mut exponent: u64) -> f64 {
+    let mut result = 1.0;
+    while exponent > 0 {
+        if exponent & 1 == 1 {
+            result *= base;
+        }
+        base *= base;
+        exponent >>= 1;
+    }
+    result
 }

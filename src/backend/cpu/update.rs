@@ -1,24 +1,29 @@
 //! The fused update: a pass for the norm, a pass for everything else.
 //!
 //! Bytes a parameter, f32: 4 for the norm; then 12 (SGD), 20 (momentum) or 28 (Adam), and 4 more where gradients are set to
-//! 0 in the same pass. LAMB, LARS and Muon look at whole tensors and take further passes.
+//! 0 in the same pass. The adaptive clip finds each unit's norms in the second pass, while they are in cache. LARS reads
+//! parameters and gradients, LAMB parameters and moments, a second time; Muon multiplies matrices.
+//!
+//! Tensors are cut into pieces of fixed size, and what is summed over pieces is summed in their order: the same bits for
+//! any number of threads. Padding is not touched.
+
+mod muon;
+mod pieces;
 
 use rayon::prelude::*;
 
+use self::pieces::{Arrays, Piece, cut, squares};
 use super::Cpu;
-use super::parallel::{sum, vectorize};
-use super::product::product;
+use super::parallel::vectorize;
 use crate::backend::Arena;
 use crate::backend::ops::Update;
 use crate::error::{Error, Result};
-use crate::optim::{Clip, Group, MomentumForm, NormClip, Rule, RuleStep, StepOutcome, StepParams, UpdatePlan};
+use crate::optim::{Group, MomentumForm, NormClip, Rule, RuleStep, StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
 use crate::real::Real;
 
-/// Elements of a piece of the arena: a multiple of [`ALIGNMENT`], fixed, so that sums do not depend on threads.
+/// Elements of a piece, fixed, so that sums do not depend on threads.
 const PIECE: usize = 1 << 15;
-/// Elements that are summed in the arena's own type before the sum goes on in f64.
-const BLOCK: usize = 1 << 10;
 
 impl<R: Real> Update for Cpu<R> {
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
@@ -51,10 +56,12 @@ pub fn average<R: Real>(average: &mut [R], parameters: &[R], decay: f64) -> Resu
 }
 
 /// One update of a whole arena, as [`crate::optim`] defines it. All slices are laid out as the plan's layout says; slots
-/// are those that the plan names.
+/// are those that the plan names, zeros before the first update.
+///
+/// Gradients are read, or read and set to 0 where `step` says so; what is in the padding stays as it is.
 ///
 /// # Errors
-/// Slices that do not fit the plan.
+/// Slices that do not fit the plan; a learning rate or divisor that is not a finite number.
 pub fn update<R: Real>(
     parameters: &mut [R],
     gradients: &mut [R],
@@ -62,6 +69,49 @@ pub fn update<R: Real>(
     plan: &UpdatePlan,
     step: &StepParams,
 ) -> Result<StepOutcome> {
+    check(parameters, gradients, slots, plan, step)?;
+    let mut slots = slots.iter_mut().map(|slot| &mut **slot);
+    let mut arrays = Arrays {
+        theta: parameters,
+        gradient: gradients,
+        first: slots.next().unwrap_or_default(),
+        second: slots.next().unwrap_or_default(),
+    };
+    let scale = Scale {
+        divide: R::from_f64(1.0 / step.divisor),
+        bound: plan.clip.value.map_or(R::infinity(), R::from_f64),
+        coefficient: R::one(),
+    };
+    let mut pieces = cut(arrays.all(), plan, PIECE);
+    let gradients = sums(plan, &pieces, |piece| scale.checked_squares(piece.arrays.gradient));
+    let grad_norm = gradients.iter().sum::<f64>().sqrt();
+    if !grad_norm.is_finite() {
+        drop(pieces);
+        if step.zero_gradients {
+            arrays.gradient.fill(R::zero());
+        }
+        return Ok(StepOutcome { grad_norm, clip_coefficient: 1.0, skipped: true });
+    }
+    let global = plan.clip.coefficient(grad_norm);
+    let coefficients: Vec<f64> = match plan.clip.norm {
+        NormClip::Tensor { max_norm } => gradients.iter().map(|s| (max_norm / (s.sqrt() + 1e-6)).min(1.0)).collect(),
+        NormClip::Off | NormClip::Global { .. } | NormClip::Adaptive { .. } => vec![global; gradients.len()],
+    };
+    let pass = Pass {
+        plan,
+        step,
+        scales: coefficients.iter().map(|&c| Scale { coefficient: R::from_f64(c), ..scale }).collect(),
+        rules: plan.groups.iter().map(|group| group.step(step)).collect(),
+    };
+    let lars = pass.lars_rates(&pieces);
+    let least: Vec<f64> = pieces.par_iter_mut().map(|piece| pass.piece(piece, &lars)).collect();
+    pass.finish_lamb(&mut pieces);
+    drop(pieces);
+    let clip_coefficient = least.into_iter().chain(coefficients).fold(pass.muon(&mut arrays), f64::min);
+    Ok(StepOutcome { grad_norm, clip_coefficient, skipped: false })
+}
+
+fn check<R>(parameters: &[R], gradients: &[R], slots: &[&mut [R]], plan: &UpdatePlan, step: &StepParams) -> Result<()> {
     let len = plan.block_groups.len() * ALIGNMENT;
     let lens = [parameters.len(), gradients.len()].into_iter().chain(slots.iter().map(|s| s.len()));
     if lens.clone().any(|l| l != len) || slots.len() < plan.slots.len() {
@@ -71,62 +121,23 @@ pub fn update<R: Real>(
             format!("{:?}", lens.collect::<Vec<_>>()),
         ));
     }
-    let mut outcome = StepOutcome { clip_coefficient: 1.0, ..StepOutcome::default() };
-    let divide = R::from_f64(1.0 / step.divisor);
-    let bound = plan.clip.value.map_or(R::infinity(), R::from_f64);
-    let norm = squares(gradients, divide, bound).sqrt();
-    outcome.grad_norm = norm;
-    if !norm.is_finite() {
-        outcome.skipped = true;
-        if step.zero_gradients {
-            gradients.fill(R::zero());
-        }
-        return Ok(outcome);
+    let StepParams { learning_rate, divisor, step, .. } = *step;
+    if !learning_rate.is_finite() || !divisor.is_finite() || divisor <= 0.0 || step == 0 {
+        let found = format!("{learning_rate}, {divisor} and step {step}");
+        return Err(Error::shape("update", "a finite learning rate, a divisor above 0, steps counted from 1", found));
     }
-    outcome.clip_coefficient = plan.clip.coefficient(norm);
-    let mut scale = Scale { divide, bound, coefficient: R::from_f64(outcome.clip_coefficient) };
-    if matches!(plan.clip.norm, NormClip::Tensor { .. } | NormClip::Adaptive { .. }) {
-        clip_tensors(parameters, gradients, plan, &scale);
-        scale = Scale { divide: R::one(), bound: R::infinity(), coefficient: R::one() };
-    }
-    let mut tail = slots.iter_mut();
-    let first = tail.next().map_or(&mut [][..], |s| &mut **s);
-    let second = tail.next().map_or(&mut [][..], |s| &mut **s);
-    if plan.groups.iter().any(|g| g.rule.is_tensor_wise()) {
-        for tensor in &plan.tensors {
-            let range = tensor.offset..tensor.offset + tensor.len;
-            let slot = |slot: &[R]| if slot.is_empty() { 0..0 } else { range.clone() };
-            let (a, b) = (slot(first), slot(second));
-            let arrays = Arrays {
-                theta: &mut parameters[range.clone()],
-                gradient: &mut gradients[range],
-                first: &mut first[a],
-                second: &mut second[b],
-            };
-            tensor_wise(arrays, tensor.units, &plan.groups[usize::from(tensor.group)], &scale, step);
-        }
-        return Ok(outcome);
-    }
-    let pieces = parameters.par_chunks_mut(PIECE).zip(gradients.par_chunks_mut(PIECE)).enumerate();
-    let run = |piece: usize, arrays: Arrays<'_, R>| {
-        let blocks = &plan.block_groups[piece * (PIECE / ALIGNMENT)..][..arrays.theta.len() / ALIGNMENT];
-        by_group(blocks, arrays, |group, arrays| element_wise(arrays, &plan.groups[usize::from(group)], &scale, step));
-    };
-    match (first.is_empty(), second.is_empty()) {
-        (true, _) => pieces.for_each(|(i, (theta, gradient))| {
-            run(i, Arrays { theta, gradient, first: &mut [], second: &mut [] });
-        }),
-        (false, true) => pieces.zip(first.par_chunks_mut(PIECE)).for_each(|((i, (theta, gradient)), first)| {
-            run(i, Arrays { theta, gradient, first, second: &mut [] });
-        }),
-        (false, false) => pieces
-            .zip(first.par_chunks_mut(PIECE).zip(second.par_chunks_mut(PIECE)))
-            .for_each(|((i, (theta, gradient)), (first, second))| run(i, Arrays { theta, gradient, first, second })),
-    }
-    Ok(outcome)
+    Ok(())
 }
 
-/// What the gradient goes through before decay.
+/// `f` of every piece, in parallel, summed over the pieces of each tensor in their order.
+fn sums<R: Real>(plan: &UpdatePlan, pieces: &[Piece<'_, R>], f: impl Fn(&Piece<'_, R>) -> f64 + Sync) -> Vec<f64> {
+    let partial: Vec<f64> = pieces.par_iter().map(&f).collect();
+    let mut sums = vec![0.0; plan.tensors.len()];
+    pieces.iter().zip(partial).for_each(|(piece, partial)| sums[piece.tensor] += partial);
+    sums
+}
+
+/// What the gradient goes through before decay: steps 1 to 3.
 #[derive(Clone, Copy)]
 struct Scale<R> {
     divide: R,
@@ -135,9 +146,38 @@ struct Scale<R> {
 }
 
 impl<R: Real> Scale<R> {
+    /// Divided, clipped by value, then by norm.
     #[inline(always)]
     fn of(&self, gradient: R) -> R {
         clamp(gradient * self.divide, self.bound) * self.coefficient
+    }
+
+    /// The sum of squares of what [`Scale::of`] gives.
+    fn squares(&self, gradients: &[R]) -> f64 {
+        vectorize(
+            #[inline(always)]
+            || {
+                squares(
+                    [gradients],
+                    #[inline(always)]
+                    |[g]| self.of(g),
+                )
+            },
+        )
+    }
+
+    /// As [`Scale::squares`], but not finite where a gradient is not, which the value clip would hide.
+    fn checked_squares(&self, gradients: &[R]) -> f64 {
+        vectorize(
+            #[inline(always)]
+            || {
+                squares(
+                    [gradients],
+                    #[inline(always)]
+                    |[g]| (g * self.divide).mul_add(R::zero(), self.of(g)),
+                )
+            },
+        )
     }
 }
 
@@ -148,94 +188,164 @@ fn clamp<R: Real>(g: R, bound: R) -> R {
     if g < -bound { -bound } else { g }
 }
 
-/// The same elements of every arena.
-struct Arrays<'a, R> {
-    theta: &'a mut [R],
-    gradient: &'a mut [R],
-    first: &'a mut [R],
-    second: &'a mut [R],
-}
-
-/// `sum of clamp(g / divisor)^2`: blocks in 16 lanes of the arena's type, blocks and pieces in f64, all in order.
-fn squares<R: Real>(gradients: &[R], divide: R, bound: R) -> f64 {
-    let piece = |piece: &[R]| {
-        vectorize(
-            #[inline(always)]
-            || {
-                let mut total = 0.0;
-                for block in piece.chunks(BLOCK) {
-                    total += sum(
-                        block.len(),
-                        #[inline(always)]
-                        |i| {
-                            let g = clamp(block[i] * divide, bound);
-                            g * g
-                        },
-                    )
-                    .f64();
-                }
-                total
-            },
-        )
-    };
-    if gradients.len() <= PIECE {
-        return piece(gradients);
-    }
-    let partials: Vec<f64> = gradients.par_chunks(PIECE).map(piece).collect();
-    partials.iter().sum()
-}
-
-/// Steps 1 to 3 for clips that look at tensors: the gradients are written back, divided and clipped.
-fn clip_tensors<R: Real>(parameters: &[R], gradients: &mut [R], plan: &UpdatePlan, scale: &Scale<R>) {
-    for tensor in &plan.tensors {
-        let range = tensor.offset..tensor.offset + tensor.len;
-        let (theta, gradient) = (&parameters[range.clone()], &mut gradients[range]);
-        gradient.par_chunks_mut(PIECE).for_each(|g| g.iter_mut().for_each(|g| *g = scale.of(*g)));
-        let norm = |values: &[R]| squares(values, R::one(), R::infinity()).sqrt();
-        match plan.clip {
-            Clip { norm: NormClip::Tensor { max_norm }, .. } => {
-                let coefficient = R::from_f64((max_norm / (norm(gradient) + 1e-6)).min(1.0));
-                gradient.par_chunks_mut(PIECE).for_each(|g| g.iter_mut().for_each(|g| *g *= coefficient));
-            }
-            Clip { norm: NormClip::Adaptive { clipping, epsilon }, .. } => {
-                let unit = (tensor.len / tensor.units.max(1)).max(1);
-                gradient.par_chunks_mut(unit).zip(theta.par_chunks(unit)).for_each(|(gradient, theta)| {
-                    let most = clipping * norm(theta).max(epsilon);
-                    let found = norm(gradient);
-                    if found > most {
-                        let coefficient = R::from_f64(most / found);
-                        gradient.iter_mut().for_each(|g| *g *= coefficient);
-                    }
-                });
-            }
-            Clip { norm: NormClip::Off | NormClip::Global { .. }, .. } => {}
-        }
-    }
-}
-
-/// Calls `run` for each run of blocks of one group.
-fn by_group<R>(blocks: &[u8], mut arrays: Arrays<'_, R>, run: impl Fn(u8, Arrays<'_, R>)) {
-    for blocks in blocks.chunk_by(|a, b| a == b) {
-        let len = blocks.len() * ALIGNMENT;
-        let (theta, rest_theta) = arrays.theta.split_at_mut(len);
-        let (gradient, rest_gradient) = arrays.gradient.split_at_mut(len);
-        let (first, rest_first) = arrays.first.split_at_mut(len.min(arrays.first.len()));
-        let (second, rest_second) = arrays.second.split_at_mut(len.min(arrays.second.len()));
-        run(blocks[0], Arrays { theta, gradient, first, second });
-        arrays = Arrays { theta: rest_theta, gradient: rest_gradient, first: rest_first, second: rest_second };
-    }
-}
-
-/// Steps 1 to 6 in one pass, for the rules that look at elements alone.
-fn element_wise<R: Real>(arrays: Arrays<'_, R>, group: &Group, scale: &Scale<R>, step: &StepParams) {
-    let r: RuleStep<R> = group.step(step);
-    let Arrays { theta, gradient, first, second } = arrays;
-    let zero = step.zero_gradients;
+/// The sum of squares of the values.
+fn plain_squares<R: Real>(values: &[R]) -> f64 {
     vectorize(
         #[inline(always)]
         || {
-            let pairs = theta.iter_mut().zip(gradient.iter());
-            match group.rule {
+            squares(
+                [values],
+                #[inline(always)]
+                |[x]| x,
+            )
+        },
+    )
+}
+
+/// What each tensor and each group is updated by, once the norm is known.
+struct Pass<'a, R> {
+    plan: &'a UpdatePlan,
+    step: &'a StepParams,
+    /// Steps 1 to 3 of each tensor.
+    scales: Vec<Scale<R>>,
+    /// The rule's constants of each group.
+    rules: Vec<RuleStep<R>>,
+}
+
+impl<R: Real> Pass<'_, R> {
+    fn group(&self, tensor: usize) -> (&Group, &RuleStep<R>) {
+        let group = usize::from(self.plan.tensors[tensor].group);
+        (&self.plan.groups[group], &self.rules[group])
+    }
+
+    /// How many elements of a tensor go through steps 1 to 3 together.
+    fn unit(&self, tensor: usize) -> usize {
+        match self.plan.clip.norm {
+            NormClip::Adaptive { .. } => self.plan.tensors[tensor].unit(),
+            NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => usize::MAX,
+        }
+    }
+
+    /// Steps 1 to 3 of one unit, and the coefficient of its adaptive clip.
+    fn unit_scale(&self, tensor: usize, theta: &[R], gradient: &[R]) -> (Scale<R>, f64) {
+        let scale = self.scales[tensor];
+        let NormClip::Adaptive { clipping, epsilon } = self.plan.clip.norm else { return (scale, 1.0) };
+        let most = clipping * plain_squares(theta).sqrt().max(epsilon);
+        let norm = scale.squares(gradient).sqrt();
+        if norm <= most {
+            return (scale, 1.0);
+        }
+        let coefficient = most / norm.max(1e-6);
+        (Scale { coefficient: R::from_f64(coefficient), ..scale }, coefficient)
+    }
+
+    /// `rate * ratio(norms)` of each tensor that `applies` names, 0 for the others; rounded once.
+    fn rates(&self, applies: fn(&Rule) -> bool, ratio: impl Fn(&Group, usize) -> f64) -> Vec<R> {
+        let rate = |tensor: usize| {
+            let group = self.group(tensor).0;
+            let rate = if applies(&group.rule) { group.learning_rate(self.step) * ratio(group, tensor) } else { 0.0 };
+            R::from_f64(rate)
+        };
+        (0..self.plan.tensors.len()).map(rate).collect()
+    }
+
+    /// The learning rate of each tensor under LARS.
+    fn lars_rates(&self, pieces: &[Piece<'_, R>]) -> Vec<R> {
+        let is_lars = |rule: &Rule| matches!(rule, Rule::Lars { .. });
+        if !self.plan.groups.iter().any(|group| is_lars(&group.rule)) {
+            return Vec::new();
+        }
+        let only = |piece: &Piece<'_, R>, f: &dyn Fn() -> f64| {
+            if is_lars(&self.group(piece.tensor).0.rule) { f() } else { 0.0 }
+        };
+        let weights = sums(self.plan, pieces, |piece| only(piece, &|| plain_squares(piece.arrays.theta)));
+        let slopes = sums(self.plan, pieces, |piece| {
+            only(piece, &|| {
+                let unit = self.unit(piece.tensor);
+                let units = piece.arrays.theta.chunks(unit).zip(piece.arrays.gradient.chunks(unit));
+                units.map(|(t, g)| self.unit_scale(piece.tensor, t, g).0.squares(g)).sum()
+            })
+        });
+        self.rates(is_lars, |group, tensor| {
+            let Rule::Lars { trust, .. } = group.rule else { return 1.0 };
+            let (weights, slope) = (weights[tensor].sqrt(), slopes[tensor].sqrt());
+            let decay = if group.decoupled { 0.0 } else { group.weight_decay };
+            if weights > 0.0 && slope > 0.0 { trust * weights / (slope + decay * weights) } else { 1.0 }
+        })
+    }
+
+    /// The second half of LAMB: the norms of weights and directions, then the step along the directions.
+    fn finish_lamb(&self, pieces: &mut [Piece<'_, R>]) {
+        let is_lamb = |rule: &Rule| matches!(rule, Rule::Lamb { .. });
+        if !self.plan.groups.iter().any(|group| is_lamb(&group.rule)) {
+            return;
+        }
+        let lamb = |piece: &Piece<'_, R>| Some(self.group(piece.tensor)).filter(|(group, _)| is_lamb(&group.rule));
+        let weights = sums(self.plan, pieces, |piece| lamb(piece).map_or(0.0, |_| plain_squares(piece.arrays.theta)));
+        let directions = sums(self.plan, pieces, |piece| {
+            let Some((_, r)) = lamb(piece) else { return 0.0 };
+            let Arrays { theta, first, second, .. } = &piece.arrays;
+            vectorize(
+                #[inline(always)]
+                || {
+                    squares(
+                        [&**theta, &**first, &**second],
+                        #[inline(always)]
+                        |[t, m, v]| r.lamb_direction(t, m, v),
+                    )
+                },
+            )
+        });
+        let rates = self.rates(is_lamb, |_, tensor| {
+            let (weights, direction) = (weights[tensor].sqrt(), directions[tensor].sqrt());
+            if weights > 0.0 && direction > 0.0 { weights / direction } else { 1.0 }
+        });
+        pieces.par_iter_mut().for_each(|piece| {
+            let Some((_, r)) = lamb(piece) else { return };
+            let rate = rates[piece.tensor];
+            let Arrays { theta, first, second, .. } = piece.arrays.all();
+            vectorize(
+                #[inline(always)]
+                || {
+                    for ((t, &m), &v) in theta.iter_mut().zip(&*first).zip(&*second) {
+                        *t = r.lamb(*t, m, v, rate);
+                    }
+                },
+            );
+        });
+    }
+
+    /// Steps 1 to 6 of a piece: all of them for rules that look at elements alone and for LARS, the moments for LAMB,
+    /// nothing for Muon. Returns the least coefficient of the adaptive clip.
+    fn piece(&self, piece: &mut Piece<'_, R>, lars: &[R]) -> f64 {
+        let tensor = piece.tensor;
+        let (group, r) = self.group(tensor);
+        if matches!(group.rule, Rule::Muon { .. }) {
+            return 1.0;
+        }
+        let lars = lars.get(tensor).copied().unwrap_or_default();
+        let mut least = 1.0f64;
+        for arrays in piece.arrays.all().chunks(self.unit(tensor)) {
+            let (scale, coefficient) = self.unit_scale(tensor, arrays.theta, arrays.gradient);
+            least = least.min(coefficient);
+            element_wise(arrays, &group.rule, r, &scale, lars);
+        }
+        if self.step.zero_gradients {
+            piece.arrays.gradient.fill(R::zero());
+        }
+        least
+    }
+}
+
+/// Steps 1 to 5 of every element.
+fn element_wise<R: Real>(arrays: Arrays<'_, R>, rule: &Rule, r: &RuleStep<R>, scale: &Scale<R>, lars: R) {
+    let Arrays { theta, gradient, first, second } = arrays;
+    let (r, scale) = (*r, *scale);
+    vectorize(
+        #[inline(always)]
+        || {
+            let pairs = theta.iter_mut().zip(&*gradient);
+            match *rule {
                 Rule::Sgd => {
                     for (theta, &g) in pairs {
                         let (g, t) = r.decay(*theta, scale.of(g));
@@ -261,7 +371,7 @@ fn element_wise<R: Real>(arrays: Arrays<'_, R>, group: &Group, scale: &Scale<R>,
                     }
                 }
                 Rule::Adam { .. } => {
-                    for ((theta, &g), (m, v)) in pairs.zip(first.iter_mut().zip(second)) {
+                    for (((theta, &g), m), v) in pairs.zip(first).zip(second) {
                         let (g, t) = r.decay(*theta, scale.of(g));
                         (*theta, *m, *v) = r.adam(t, g, *m, *v);
                     }
@@ -272,91 +382,19 @@ fn element_wise<R: Real>(arrays: Arrays<'_, R>, group: &Group, scale: &Scale<R>,
                         (*theta, *m) = r.lion(t, g, *m);
                     }
                 }
-                Rule::Lamb { .. } | Rule::Lars { .. } | Rule::Muon { .. } => {}
-            }
-            if zero {
-                gradient.fill(R::zero());
+                Rule::Lars { .. } => {
+                    for ((theta, &g), v) in pairs.zip(first) {
+                        let (g, t) = r.decay(*theta, scale.of(g));
+                        (*theta, *v) = r.lars(t, g, *v, lars);
+                    }
+                }
+                Rule::Lamb { .. } => {
+                    for ((&g, m), v) in gradient.iter().zip(first).zip(second) {
+                        (*m, *v) = r.moments(scale.of(g), *m, *v);
+                    }
+                }
+                Rule::Muon { .. } => {}
             }
         },
     );
-}
-
-/// The update of one tensor, for plans in which some rule looks at whole tensors.
-fn tensor_wise<R: Real>(arrays: Arrays<'_, R>, units: usize, group: &Group, scale: &Scale<R>, step: &StepParams) {
-    let r: RuleStep<R> = group.step(step);
-    let norm = |values: &[R]| squares(values, R::one(), R::infinity()).sqrt();
-    let Arrays { theta, gradient, first, second } = arrays;
-    match group.rule {
-        Rule::Lamb { .. } => {
-            gradient.iter_mut().for_each(|g| *g = scale.of(*g));
-            // The direction takes the gradient's place.
-            let decay = R::from_f64(group.weight_decay);
-            let corrected = r.corrected_rate / r.learning_rate;
-            for (((g, m), v), &t) in gradient.iter_mut().zip(first).zip(second).zip(theta.iter()) {
-                (*m, *v) = r.moments(*g, *m, *v);
-                *g = decay.mul_add(t, corrected * *m / r.denominator(*v));
-            }
-            let (weights, direction) = (norm(theta), norm(gradient));
-            let trust = if weights > 0.0 && direction > 0.0 { weights / direction } else { 1.0 };
-            let rate = r.learning_rate * R::from_f64(trust);
-            theta.iter_mut().zip(gradient.iter()).for_each(|(t, &g)| *t = (-rate).mul_add(g, *t));
-        }
-        Rule::Lars { trust, .. } => {
-            gradient.iter_mut().for_each(|g| *g = scale.of(*g));
-            let (weights, slope) = (norm(theta), norm(gradient));
-            let ratio = if weights > 0.0 && slope > 0.0 {
-                trust * weights / (slope + group.weight_decay * weights)
-            } else {
-                1.0
-            };
-            let rate = r.learning_rate * R::from_f64(ratio);
-            let decay = R::from_f64(group.weight_decay);
-            for ((t, &g), v) in theta.iter_mut().zip(gradient.iter()).zip(first) {
-                *v = r.a.mul_add(*v, rate * decay.mul_add(*t, g));
-                *t -= *v;
-            }
-        }
-        Rule::Muon { nesterov, steps, scale: muon, .. } => {
-            let columns = theta.len() / units.max(1);
-            for (g, m) in gradient.iter_mut().zip(first) {
-                let scaled = scale.of(*g);
-                *m = r.feed.mul_add(scaled - *m, *m);
-                *g = if nesterov { r.a.mul_add(*m - scaled, scaled) } else { *m };
-            }
-            let direction = orthogonal(gradient, units, columns, steps);
-            let rate = r.learning_rate * R::from_f64(muon.factor(units, columns));
-            theta.iter_mut().zip(direction).for_each(|(t, d)| *t = (-rate).mul_add(d, *t * r.shrink));
-        }
-        Rule::Sgd | Rule::Momentum { .. } | Rule::Adam { .. } | Rule::Lion { .. } => {
-            element_wise(Arrays { theta, gradient, first, second }, group, scale, step);
-            return;
-        }
-    }
-    if step.zero_gradients {
-        gradient.fill(R::zero());
-    }
-}
-
-/// Newton and Schulz's quintic iteration towards the nearest semi-orthogonal matrix (Jordan 2024): `[rows, columns]`.
-fn orthogonal<R: Real>(matrix: &[R], rows: usize, columns: usize, steps: u32) -> Vec<R> {
-    use ndarray::{Array2, ArrayView2};
-    let [a, b, c] = [3.4445, -4.7750, 2.0315].map(R::from_f64);
-    let Ok(view) = ArrayView2::from_shape((rows, columns), matrix) else { return matrix.to_vec() };
-    let tall = rows > columns;
-    let mut x = if tall { view.t().as_standard_layout().into_owned() } else { view.to_owned() };
-    let norm = R::from_f64(squares(matrix, R::one(), R::infinity()).sqrt().max(1e-7));
-    x.mapv_inplace(|value| value / norm);
-    let side = x.nrows();
-    let mut gram = Array2::<R>::zeros((side, side));
-    let mut square = gram.clone();
-    let mut next = Array2::<R>::zeros(x.raw_dim());
-    for _ in 0..steps {
-        product(gram.view_mut(), x.view(), x.t(), false);
-        product(square.view_mut(), gram.view(), gram.view(), false);
-        gram.zip_mut_with(&square, |g, &s| *g = b * *g + c * s);
-        product(next.view_mut(), gram.view(), x.view(), false);
-        x.zip_mut_with(&next, |x, &n| *x = a.mul_add(*x, n));
-    }
-    let x = if tall { x.t().as_standard_layout().into_owned() } else { x };
-    x.into_raw_vec_and_offset().0
 }

@@ -1,0 +1,88 @@
+//! Muon: matrices one after another, each by products of matrices.
+
+use ndarray::{Array2, ArrayView2};
+use rayon::prelude::*;
+
+use super::pieces::{Arrays, piece_len};
+use super::{PIECE, Pass, plain_squares};
+use crate::backend::cpu::parallel::vectorize;
+use crate::backend::cpu::product::product;
+use crate::optim::Rule;
+use crate::real::Real;
+
+impl<R: Real> Pass<'_, R> {
+    /// Updates Muon's matrices. Returns the least coefficient of the adaptive clip.
+    pub(super) fn muon(&self, arrays: &mut Arrays<'_, R>) -> f64 {
+        let mut least = 1.0f64;
+        for (index, tensor) in self.plan.tensors.iter().enumerate() {
+            let (group, r) = self.group(index);
+            let Rule::Muon { nesterov, steps, scale, .. } = group.rule else { continue };
+            let range = tensor.offset..tensor.offset + tensor.len;
+            let theta = &mut arrays.theta[range.clone()];
+            let gradient = &mut arrays.gradient[range.clone()];
+            let momentum = &mut arrays.first[range];
+            let mut direction = vec![R::zero(); tensor.len];
+            let (piece, unit) = (piece_len(self.plan, index, PIECE), self.unit(index));
+            let halves = (direction.par_chunks_mut(piece), momentum.par_chunks_mut(piece));
+            let found: Vec<f64> = (halves.0.zip(halves.1))
+                .zip(theta.par_chunks(piece).zip(gradient.par_chunks(piece)))
+                .map(|((direction, momentum), (theta, gradient))| {
+                    let mut least = 1.0f64;
+                    let kept = direction.chunks_mut(unit).zip(momentum.chunks_mut(unit));
+                    for ((d, m), (t, g)) in kept.zip(theta.chunks(unit).zip(gradient.chunks(unit))) {
+                        let (scale, coefficient) = self.unit_scale(index, t, g);
+                        least = least.min(coefficient);
+                        vectorize(
+                            #[inline(always)]
+                            || {
+                                for ((d, m), (&t, &g)) in d.iter_mut().zip(m).zip(t.iter().zip(g)) {
+                                    let (g, _) = r.decay(t, scale.of(g));
+                                    (*d, *m) = r.muon(g, *m, nesterov);
+                                }
+                            },
+                        );
+                    }
+                    least
+                })
+                .collect();
+            least = found.into_iter().fold(least, f64::min);
+            let columns = tensor.unit();
+            let direction = orthogonal(&direction, tensor.units, columns, steps);
+            let rate = R::from_f64(group.learning_rate(self.step) * scale.factor(tensor.units, columns));
+            theta.par_chunks_mut(PIECE).zip(direction.par_chunks(PIECE)).for_each(|(theta, direction)| {
+                vectorize(
+                    #[inline(always)]
+                    || theta.iter_mut().zip(direction).for_each(|(t, &d)| *t = (-rate).mul_add(d, *t * r.shrink)),
+                );
+            });
+            if self.step.zero_gradients {
+                gradient.fill(R::zero());
+            }
+        }
+        least
+    }
+}
+
+/// Newton and Schulz's quintic iteration towards the nearest semi-orthogonal matrix (Jordan 2024): `[rows, columns]`.
+fn orthogonal<R: Real>(matrix: &[R], rows: usize, columns: usize, steps: u32) -> Vec<R> {
+    let [a, b, c] = [3.4445, -4.7750, 2.0315].map(R::from_f64);
+    let Ok(view) = ArrayView2::from_shape((rows, columns), matrix) else { return matrix.to_vec() };
+    let tall = rows > columns;
+    let mut x = if tall { view.t().as_standard_layout().into_owned() } else { view.to_owned() };
+    let squares: Vec<f64> = matrix.par_chunks(PIECE).map(plain_squares).collect();
+    let norm = R::from_f64(squares.iter().sum::<f64>().sqrt().max(1e-7));
+    x.mapv_inplace(|value| value / norm);
+    let side = x.nrows();
+    let mut gram = Array2::<R>::zeros((side, side));
+    let mut square = gram.clone();
+    let mut next = Array2::<R>::zeros(x.raw_dim());
+    for _ in 0..steps {
+        product(gram.view_mut(), x.view(), x.t(), false);
+        product(square.view_mut(), gram.view(), gram.view(), false);
+        gram.zip_mut_with(&square, |g, &s| *g = b * *g + c * s);
+        product(next.view_mut(), gram.view(), x.view(), false);
+        x.zip_mut_with(&next, |x, &n| *x = a.mul_add(*x, n));
+    }
+    let x = if tall { x.t().as_standard_layout().into_owned() } else { x };
+    x.into_raw_vec_and_offset().0
+}

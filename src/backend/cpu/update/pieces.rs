@@ -1,0 +1,97 @@
+//! The arena cut into pieces, and sums of squares over them.
+
+use crate::optim::{NormClip, UpdatePlan};
+use crate::real::Real;
+
+/// The same elements of every arena; a slot that the rule does not keep is empty.
+pub(super) struct Arrays<'a, R> {
+    pub theta: &'a mut [R],
+    pub gradient: &'a mut [R],
+    pub first: &'a mut [R],
+    pub second: &'a mut [R],
+}
+
+impl<'a, R> Arrays<'a, R> {
+    /// All of it, borrowed again.
+    pub fn all(&mut self) -> Arrays<'_, R> {
+        Arrays { theta: self.theta, gradient: self.gradient, first: self.first, second: self.second }
+    }
+
+    /// The first `len` elements, and the rest.
+    pub fn split_at(self, len: usize) -> (Arrays<'a, R>, Arrays<'a, R>) {
+        let (theta, rest_theta) = self.theta.split_at_mut(len);
+        let (gradient, rest_gradient) = self.gradient.split_at_mut(len);
+        let (first, rest_first) = self.first.split_at_mut(len.min(self.first.len()));
+        let (second, rest_second) = self.second.split_at_mut(len.min(self.second.len()));
+        let rest = Arrays { theta: rest_theta, gradient: rest_gradient, first: rest_first, second: rest_second };
+        (Arrays { theta, gradient, first, second }, rest)
+    }
+
+    /// Runs of `len` elements, the last of what is left.
+    pub fn chunks(self, len: usize) -> impl Iterator<Item = Arrays<'a, R>> {
+        let mut rest = Some(self);
+        std::iter::from_fn(move || {
+            let arrays = rest.take().filter(|arrays| !arrays.theta.is_empty())?;
+            let len = len.min(arrays.theta.len());
+            let (chunk, left) = arrays.split_at(len);
+            rest = Some(left);
+            Some(chunk)
+        })
+    }
+}
+
+/// A part of a tensor, at most a piece long (one unit long, where the adaptive clip meets larger units).
+pub(super) struct Piece<'a, R> {
+    /// Index of the tensor in the plan.
+    pub tensor: usize,
+    pub arrays: Arrays<'a, R>,
+}
+
+/// Elements of a tensor's pieces: `piece`, or a multiple of its unit where a clip looks at units.
+pub(super) fn piece_len(plan: &UpdatePlan, tensor: usize, piece: usize) -> usize {
+    match plan.clip.norm {
+        NormClip::Adaptive { .. } => {
+            let unit = plan.tensors[tensor].unit();
+            (piece / unit).max(1) * unit
+        }
+        NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => piece,
+    }
+}
+
+/// The arena in pieces, in arena order, without the padding.
+pub(super) fn cut<'a, R>(arrays: Arrays<'a, R>, plan: &UpdatePlan, piece: usize) -> Vec<Piece<'a, R>> {
+    let mut pieces = Vec::with_capacity(plan.tensors.len() + arrays.theta.len() / piece);
+    let (mut rest, mut start) = (arrays, 0);
+    for (index, tensor) in plan.tensors.iter().enumerate() {
+        let (_, from_tensor) = rest.split_at(tensor.offset - start);
+        let (of_tensor, after) = from_tensor.split_at(tensor.len);
+        let of_tensor = of_tensor.chunks(piece_len(plan, index, piece));
+        pieces.extend(of_tensor.map(|arrays| Piece { tensor: index, arrays }));
+        (rest, start) = (after, tensor.offset + tensor.len);
+    }
+    pieces
+}
+
+/// Lanes of a sum of squares.
+const LANES: usize = 32;
+
+/// `sum of f(x)^2` over the elements of slices of the same length: in f64, in 32 lanes that are added up in order at the
+/// end, so the same bits at any vector width. No square of an f32 overflows it.
+#[inline(always)]
+pub(super) fn squares<R: Real, const N: usize>(slices: [&[R]; N], f: impl Fn([R; N]) -> R) -> f64 {
+    let len = slices.iter().map(|slice| slice.len()).min().unwrap_or(0);
+    let mut lanes = [0.0f64; LANES];
+    let split = slices.map(|slice| slice[..len].as_chunks::<LANES>());
+    for row in 0..len / LANES {
+        let rows = split.map(|(rows, _)| &rows[row]);
+        for (lane, total) in lanes.iter_mut().enumerate() {
+            let x = f(rows.map(|row| row[lane])).f64();
+            *total = x.mul_add(x, *total);
+        }
+    }
+    for (lane, total) in lanes.iter_mut().enumerate().take(len % LANES) {
+        let x = f(split.map(|(_, tail)| tail[lane])).f64();
+        *total = x.mul_add(x, *total);
+    }
+    lanes.iter().sum()
+}
