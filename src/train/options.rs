@@ -93,7 +93,7 @@ impl Default for TrainOptions {
             evaluate: Cadence::Epochs(1.0),
             evaluate_batches: None,
             best: Metric::Loss,
-            checkpoint: Cadence::Epochs(1.0),
+            checkpoint: Cadence::Steps(1000),
             keep: 3,
             early_stopping: None,
             ema: None,
