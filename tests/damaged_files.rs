@@ -192,7 +192,7 @@ fn damaged_csv_is_read_or_refused() -> TestResult {
     let file = write(folder.path(), "a.csv", text.as_bytes())?;
     survives(
         "csv",
-        &[file.clone()],
+        std::slice::from_ref(&file),
         Some(&file),
         FormatOptions::Csv(CsvOptions { path: file.clone(), ..Default::default() }),
     )
@@ -253,7 +253,7 @@ fn damaged_text_is_read_or_refused() -> TestResult {
     let file = write(folder.path(), "a.txt", text.as_bytes())?;
     for tokenizer in [TokenizerKind::Characters, TokenizerKind::Bytes, TokenizerKind::Gpt2] {
         let text = TextOptions { path: file.clone(), tokenizer, context: 8, ..Default::default() };
-        survives("text", &[file.clone()], None, FormatOptions::Text(text))?;
+        survives("text", std::slice::from_ref(&file), None, FormatOptions::Text(text))?;
     }
     Ok(())
 }
@@ -268,7 +268,7 @@ fn damaged_tokens_are_read_or_refused() -> TestResult {
     for (name, bytes) in [("nanogpt.bin", plain), ("llmc.bin", headed)] {
         let file = write(folder.path(), name, &bytes)?;
         let tokens = TokensOptions { path: file.clone(), context: 8, vocabulary: 100, ..Default::default() };
-        survives(name, &[file.clone()], None, FormatOptions::Tokens(tokens))?;
+        survives(name, std::slice::from_ref(&file), None, FormatOptions::Tokens(tokens))?;
     }
     Ok(())
 }
@@ -279,7 +279,7 @@ fn damaged_lines_are_read_or_refused() -> TestResult {
     let one =
         write(folder.path(), "all.tsv", "good\tA fine film ✓\nbad\tIt's not\ngood\tfine, fine\nbad\tno\n".as_bytes())?;
     let lines = |path: &Path| FormatOptions::Lines(LinesOptions { path: path.into(), ..Default::default() });
-    survives("labelled lines", &[one.clone()], Some(&one), lines(&one))?;
+    survives("labelled lines", std::slice::from_ref(&one), Some(&one), lines(&one))?;
     let (a, b) = (
         write(folder.path(), "set/x.neg", b"it's bad\nso bad\n")?,
         write(folder.path(), "set/x.pos", b"fine\nso fine\n")?,

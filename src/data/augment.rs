@@ -133,7 +133,7 @@ impl Augment {
             self.shift(values, 0, by, false);
         }
         if options.time_mask > 0 || options.frequency_mask > 0 {
-            let mean = (values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len().max(1) as f64) as f32;
+            let mean = mean(values);
             for mask in 0..options.masks as u64 {
                 let block = words.block(base + MASKS + mask);
                 self.mask(values, band(block[0], block[1], options.time_mask, self.width), mean, false);
@@ -214,6 +214,17 @@ impl Augment {
             }
         }
     }
+}
+
+/// The mean, summed in eight lanes so that additions need not wait for each other.
+fn mean(values: &[f32]) -> f32 {
+    let mut lanes = [0f32; 8];
+    let chunks = values.chunks_exact(8);
+    let rest: f32 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value);
+    }
+    (lanes.iter().sum::<f32>() + rest) / values.len().max(1) as f32
 }
 
 /// A whole number below `bound` from one random word.

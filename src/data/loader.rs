@@ -31,7 +31,18 @@ impl Default for Prefetch {
 /// As [`Dataset::read`].
 pub fn read_batch(dataset: &dyn Dataset, picks: &[Pick], draw: Option<Draw>, batch: &mut Batch) -> Result<()> {
     let input = dataset.input();
-    let (inputs_each, targets_each) = (input.elements(), dataset.target().elements(&input));
+    let each = (input.elements(), dataset.target().elements(&input));
+    read_sized(dataset, picks, draw, batch, each)
+}
+
+/// [`read_batch`] for a dataset whose samples have `inputs_each` values and `targets_each` targets.
+fn read_sized(
+    dataset: &dyn Dataset,
+    picks: &[Pick],
+    draw: Option<Draw>,
+    batch: &mut Batch,
+    (inputs_each, targets_each): (usize, usize),
+) -> Result<()> {
     let samples = picks.len();
     match &mut batch.inputs {
         Inputs::Real(values) => values.resize(samples * inputs_each, 0.0),
@@ -171,11 +182,12 @@ fn work(
     empty: &Receiver<Batch>,
 ) {
     let (input, target) = (dataset.input(), dataset.target());
+    let each = (input.elements(), target.elements(&input));
     let mut picks = Vec::new();
     for number in numbers {
         let draw = plan.batch(number, &mut picks);
         let mut batch = empty.try_recv().unwrap_or_else(|_| Batch::zeros(&input, &target, picks.len()));
-        let read = read_batch(dataset, &picks, draw, &mut batch);
+        let read = read_sized(dataset, &picks, draw, &mut batch, each);
         let failed = read.is_err();
         if full.send(read.map(|()| batch)).is_err() || failed {
             return;

@@ -46,16 +46,18 @@ pub(crate) fn affine(how: &Normalize, table: &RealTable, train: &[u32], place: &
     };
     let mut result = Affine { scale: Vec::with_capacity(channels), shift: Vec::with_capacity(channels) };
     for (channel, (mean, std)) in mean.into_iter().zip(std).enumerate() {
-        if !(std > 0.0 && std.is_finite() && mean.is_finite()) {
-            if *how == Normalize::Dataset && std == 0.0 && mean.is_finite() {
-                // A column that never changes tells nothing: it becomes 0.
-                result.scale.push(unit);
-                result.shift.push(-mean as f32);
-                continue;
-            }
-            if *how == Normalize::Dataset {
-                return Err(Error::data(place, format!("channel {channel} has mean {mean} and deviation {std}")));
-            }
+        let finite = mean.is_finite() && std.is_finite();
+        let measured = *how == Normalize::Dataset;
+        if finite && std > 0.0 {
+            result.scale.push((f64::from(unit) / std) as f32);
+            result.shift.push((-mean / std) as f32);
+        } else if finite && measured {
+            // A channel that never changes tells nothing: it becomes 0.
+            result.scale.push(unit);
+            result.shift.push(-mean as f32);
+        } else if measured {
+            return Err(Error::data(place, format!("channel {channel} has mean {mean} and deviation {std}")));
+        } else {
             return Err(Error::config(
                 "data.normalize",
                 format!(
@@ -63,8 +65,6 @@ pub(crate) fn affine(how: &Normalize, table: &RealTable, train: &[u32], place: &
                 ),
             ));
         }
-        result.scale.push((f64::from(unit) / std) as f32);
-        result.shift.push((-mean / std) as f32);
     }
     Ok(result)
 }

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::format::audio;
 use super::format::images::Form;
+use super::format::{self, audio};
 use super::log_mel::{LogMel, LogMelOptions};
 use super::source;
 use super::tokenizer::Tokenizer;
@@ -217,48 +217,20 @@ impl Preprocess {
     /// # Errors
     /// A line that does not fit; a model that takes no text.
     pub fn text(&self, text: &str, path: &Path) -> Result<Vec<UserSample>> {
-        let lines = text.trim_start_matches('\u{feff}').lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        let name = |line: usize| format!("{}:{}", path.display(), line + 1);
+        let text = text.trim_start_matches('\u{feff}');
         match &self.recipe {
-            Recipe::Line { words } => Ok(lines
-                .map(|(i, line)| UserSample { name: name(i), input: Inputs::Tokens(words.encode(line)) })
-                .collect()),
+            Recipe::Line { words } => {
+                let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+                let sample = |(i, line): (usize, &str)| UserSample {
+                    name: format!("{}:{}", path.display(), i + 1),
+                    input: Inputs::Tokens(words.encode(line)),
+                };
+                Ok(lines.map(sample).collect())
+            }
             Recipe::Values { names, numbers, width, delimiter } => {
-                let mut columns: Option<Vec<usize>> = None;
-                let mut samples = Vec::new();
-                for (i, line) in lines {
-                    let cells: Vec<&str> = line.split(*delimiter).map(|c| c.trim().trim_matches('"')).collect();
-                    if columns.is_none()
-                        && let Some(names) = names
-                        && let Some(found) = names.iter().map(|n| cells.iter().position(|c| c == n)).collect()
-                    {
-                        columns = Some(found);
-                        continue;
-                    }
-                    let unnamed: Vec<usize> = match cells.len() {
-                        n if n == numbers.len() => (0..n).collect(),
-                        n if n == *width => numbers.clone(),
-                        _ => Vec::new(),
-                    };
-                    let chosen = columns.as_ref().unwrap_or(&unnamed);
-                    if chosen.is_empty() {
-                        let expected = numbers.len();
-                        let problem =
-                            format!("line {}: found {} cells, expected {expected} features", i + 1, cells.len());
-                        return Err(Error::data(path, problem));
-                    }
-                    let number = |column: &usize| -> Result<f32> {
-                        let cell = cells.get(*column).copied().unwrap_or_default();
-                        cell.parse::<f32>().ok().filter(|v| v.is_finite()).ok_or_else(|| {
-                            Error::data(
-                                path,
-                                format!("line {}, column {column}: found {cell:?}, expected a finite number", i + 1),
-                            )
-                        })
-                    };
-                    samples.push(self.sample(name(i), chosen.iter().map(number).collect::<Result<_>>()?));
-                }
-                Ok(samples)
+                let known = format::csv::Known { names: names.as_deref(), numbers, width: *width };
+                let rows = format::csv::user_rows(text, path, *delimiter, known)?;
+                Ok(rows.into_iter().map(|(line, row)| self.sample(format!("{}:{line}", path.display()), row)).collect())
             }
             Recipe::Text { .. } | Recipe::Tokens { .. } => Err(Error::data(
                 path,

@@ -95,6 +95,14 @@ pub(crate) struct RealView {
     pub augment: Option<Augment>,
 }
 
+/// `values = bytes * scale + shift`, by the widest instructions that the machine has.
+fn convert(values: &mut [f32], bytes: &[u8], scale: f32, shift: f32) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || values.iter_mut().zip(bytes).for_each(|(value, byte)| *value = f32::from(*byte) * scale + shift),
+    );
+}
+
 impl Dataset for RealView {
     fn len(&self) -> usize {
         self.indices.len()
@@ -120,7 +128,7 @@ impl Dataset for RealView {
             let bytes = &bytes[index * elements..][..elements];
             for (channel, (values, bytes)) in values.chunks_mut(plane).zip(bytes.chunks(plane)).enumerate() {
                 let (scale, shift) = (self.affine.scale[channel], self.affine.shift[channel]);
-                values.iter_mut().zip(bytes).for_each(|(value, byte)| *value = f32::from(*byte) * scale + shift);
+                convert(values, bytes, scale, shift);
             }
         } else {
             self.table.raw(index, values)?;

@@ -290,3 +290,54 @@ fn choose(options: &CsvOptions, path: &Path, header: Option<&[&str]>, width: usi
     let names = header.map(|h| h.iter().map(|c| c.to_string()).collect());
     Ok(Columns { names, width, features, targets })
 }
+
+/// The columns of the table that a model was trained on.
+pub(crate) struct Known<'a> {
+    pub names: Option<&'a [String]>,
+    pub numbers: &'a [usize],
+    pub width: usize,
+}
+
+/// The features of a user's rows, with their lines: by name under a header with all the names; else every cell of a row
+/// that has the features alone, or those with their numbers in the training table.
+pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'_>) -> Result<Vec<(u64, Vec<f32>)>> {
+    let Known { names, numbers, width } = known;
+    let mut reader = ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        .delimiter(u8::try_from(delimiter).unwrap_or(b','))
+        .trim(Trim::All)
+        .from_reader(text.as_bytes());
+    let mut named: Option<Vec<usize>> = None;
+    let mut rows = Vec::new();
+    for record in reader.records() {
+        let record = record.map_err(|e| told(path, &e))?;
+        let line = record.position().map_or(0, |p| p.line());
+        if named.is_none() && rows.is_empty() {
+            let place = |name: &String| record.iter().position(|cell| cell == name);
+            named = names.and_then(|names| names.iter().map(place).collect());
+            if named.is_some() {
+                continue;
+            }
+        }
+        let columns: Vec<usize> = match &named {
+            Some(named) => named.clone(),
+            None if record.len() == numbers.len() => (0..numbers.len()).collect(),
+            None if record.len() == width => numbers.to_vec(),
+            None => {
+                return Err(Error::data(
+                    path,
+                    format!("line {line}: found {} cells, expected the {} features", record.len(), numbers.len()),
+                ));
+            }
+        };
+        let number = |column: &usize| {
+            let cell = record.get(*column).unwrap_or_default();
+            cell.parse::<f32>().ok().filter(|v| v.is_finite()).ok_or_else(|| {
+                Error::data(path, format!("line {line}, column {column}: found {cell:?}, expected a finite number"))
+            })
+        };
+        rows.push((line, columns.iter().map(number).collect::<Result<_>>()?));
+    }
+    Ok(rows)
+}

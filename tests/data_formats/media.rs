@@ -1,0 +1,236 @@
+//! Pictures and recordings.
+
+use super::*;
+
+#[test]
+fn digits_need_no_file_and_hold_out_a_fifth() -> TestResult {
+    let data = open(&DataOptions::new(FormatOptions::Digits), None, 1)?;
+    assert_eq!(sizes(&data), [1438, 0, 359]);
+    assert_eq!(*data.input(), InputSpec::Real { shape: vec![1, 8, 8] });
+    let batch = read(&*data.splits.train, &(0..1438).map(Pick::Sample).collect::<Vec<_>>())?;
+    let values = reals(&batch.inputs);
+    assert!(values.iter().all(|v| (0.0..=1.0).contains(v)) && values.contains(&1.0));
+    let counts = data.splits.train.class_counts().ok_or("no counts")?;
+    assert!(counts.iter().all(|c| (138..150).contains(c)), "{counts:?}");
+    let page = inspect(&data)?;
+    assert!(page.contains("train 1,438, test 359") && page.contains("[1, 8, 8]"), "{page}");
+    Ok(())
+}
+
+#[test]
+fn mnist_has_its_counts_and_its_published_mean_and_deviation() -> TestResult {
+    let Some(path) = shared("mnist") else { return Ok(()) };
+    let mut options = DataOptions::new(FormatOptions::Idx(IdxOptions { path: Some(path), ..Default::default() }));
+    options.normalize = Some(Normalize::Dataset);
+    let data = open(&options, None, 1)?;
+    assert_eq!(sizes(&data), [60_000, 0, 10_000]);
+    assert_eq!(*data.input(), InputSpec::Real { shape: vec![1, 28, 28] });
+    // The first labels of the two files.
+    let first: Vec<Pick> = (0..5).map(Pick::Sample).collect();
+    assert_eq!(labels(&read(&*data.splits.train, &first)?.targets), [5, 0, 4, 1, 9]);
+    let test = data.splits.test.as_ref().ok_or("no test split")?;
+    assert_eq!(labels(&read(&**test, &first)?.targets), [7, 2, 1, 0, 4]);
+    // Published: mean 0.1307, deviation 0.3081.
+    let affine = data.preprocess.affine.as_ref().ok_or("no normalization")?;
+    let std = 1.0 / (affine.scale[0] * 255.0);
+    let mean = -affine.shift[0] * std;
+    assert!((mean - 0.1307).abs() < 5e-5 && (std - 0.3081).abs() < 5e-5, "{mean} {std}");
+    let mut held = options.clone();
+    held.split = split(Some(Part::Count(5000)), None);
+    assert_eq!(sizes(&open(&held, None, 1)?), [55_000, 5_000, 10_000]);
+    held.split = split(None, Some(Part::Fraction(0.1)));
+    refused(&held, &["data.split.test", "10000"]);
+    Ok(())
+}
+
+#[test]
+fn fsdd_has_its_counts_and_the_test_is_told_by_the_index() -> TestResult {
+    let Some(path) = shared("fsdd") else { return Ok(()) };
+    let pattern = Some(r"(?P<class>\d)_(?P<speaker>\w+)_(?P<index>\d+)".to_string());
+    let mut options =
+        DataOptions::new(FormatOptions::Audio(AudioOptions { path: path.clone(), pattern, ..Default::default() }));
+    options.split = split(None, Some(Part::Range { field: "index".into(), from: 0, to: 4 }));
+    let data = open(&options, None, 1)?;
+    assert_eq!(sizes(&data), [2700, 0, 300]);
+    assert_eq!(*data.input(), InputSpec::Real { shape: vec![1, 40, 101] });
+    assert_eq!(data.splits.train.class_counts(), Some(vec![270; 10]));
+    // `predict` sees a file as the evaluation does.
+    let test = data.splits.test.as_ref().ok_or("no test split")?;
+    let batch = read(&**test, &[Pick::Sample(0)])?;
+    let user = Preprocess::from_json(&data.preprocess.to_json()?)?.file(&path.join("0_george_0.wav"))?;
+    assert_eq!(reals(&user[0].input), reals(&batch.inputs));
+    assert!(inspect(&data)?.contains("class 0"));
+    Ok(())
+}
+
+/// An IDX file of bytes.
+fn idx(dims: &[u32], values: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0, 0, 8, dims.len() as u8];
+    dims.iter().for_each(|d| bytes.extend(d.to_be_bytes()));
+    bytes.extend(values);
+    bytes
+}
+
+fn idx_options(folder: &Path) -> DataOptions {
+    DataOptions::new(FormatOptions::Idx(IdxOptions { path: Some(folder.into()), ..Default::default() }))
+}
+
+#[test]
+fn idx_files_that_disagree_are_refused() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let write = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes);
+    let options = idx_options(folder.path());
+    refused(&options, &["train", "images"]);
+    write("train-images-idx3-ubyte", &idx(&[3, 2, 2], &[7; 12]))?;
+    refused(&options, &["data.labels"]);
+    write("train-labels-idx1-ubyte", &idx(&[2], &[0, 1]))?;
+    refused(&options, &["holds 2 labels", "3 samples"]);
+    write("train-labels-idx1-ubyte", &idx(&[3], &[0, 1, 2]))?;
+    assert_eq!(sizes(&open(&options, None, 1)?), [3, 0, 0]);
+    write("t10k-images-idx3-ubyte", &idx(&[1, 2, 2], &[7; 4]))?;
+    write("t10k-labels-idx1-ubyte", &idx(&[1], &[3]))?;
+    refused(&options, &["t10k-labels", "label 0 is 3", "0 to 2"]);
+    write("train-images-idx3-ubyte", &idx(&[3, 2, 2], &[7; 11]))?;
+    refused(&options, &["holds 27 bytes", "expected 28"]);
+    write("train-images-idx3-ubyte", b"\x89PNG....")?;
+    refused(&options, &["expected an IDX file"]);
+    write("train-images-idx3-ubyte", &idx(&[u32::MAX, u32::MAX, u32::MAX, u32::MAX], &[]))?;
+    refused(&options, &["expected far more"]);
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(&idx(&[3, 2, 2], &[7; 12]))?;
+    let packed = packed.finish()?;
+    write("train-images-idx3-ubyte", &packed[..packed.len() - 9])?;
+    refused(&options, &["gzip", "cut short"]);
+    let mut wrong = options.clone();
+    wrong.format = FormatOptions::Idx(IdxOptions::default());
+    refused(&wrong, &["data.images"]);
+    Ok(())
+}
+
+#[test]
+fn idx_gives_its_pixels_and_validation_is_taken_from_the_training_samples() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let pixels: Vec<u8> = (0..40).collect();
+    std::fs::write(folder.path().join("train-images.idx3-ubyte"), idx(&[10, 2, 2], &pixels))?;
+    std::fs::write(folder.path().join("train-labels.idx1-ubyte"), idx(&[10], &[0, 1, 0, 1, 0, 1, 0, 1, 0, 1]))?;
+    let mut options = idx_options(folder.path());
+    options.normalize = Some(Normalize::Given { mean: vec![0.5], std: vec![0.25] });
+    options.split = split(Some(Part::Fraction(0.2)), None);
+    let data = open(&options, None, 3)?;
+    assert_eq!(sizes(&data), [8, 2, 0]);
+    assert_eq!(data.splits.validation.as_ref().and_then(|s| s.class_counts()), Some(vec![1, 1]));
+    options.split = SplitOptions::default();
+    let batch = read(&*open(&options, None, 3)?.splits.train, &[Pick::Sample(9)])?;
+    for (value, pixel) in reals(&batch.inputs).iter().zip(&pixels[36..]) {
+        assert!((value - (f32::from(*pixel) / 255.0 - 0.5) / 0.25).abs() < 1e-5);
+    }
+    Ok(())
+}
+
+#[test]
+fn images_are_found_by_class_and_folders_of_their_own_are_the_other_splits() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let root = folder.path();
+    for (part, class, shade, count) in
+        [("train", "cat", 255u8, 3), ("train", "dog", 0, 2), ("test", "cat", 128, 1), ("val", "dog", 64, 1)]
+    {
+        let place = root.join(part).join(class);
+        std::fs::create_dir_all(&place)?;
+        for i in 0..count {
+            image::GrayImage::from_pixel(5, 4, image::Luma([shade])).save(place.join(format!("{i}.png")))?;
+        }
+    }
+    let images = ImagesOptions { path: root.into(), ..Default::default() };
+    for cache in [Some(true), Some(false)] {
+        let options = DataOptions::new(FormatOptions::Images(ImagesOptions { cache, ..images.clone() }));
+        let data = open(&options, None, 1)?;
+        assert_eq!(sizes(&data), [5, 1, 1]);
+        assert_eq!(*data.input(), InputSpec::Real { shape: vec![1, 4, 5] });
+        let batch = read(&*data.splits.train, &[Pick::Sample(0), Pick::Sample(4)])?;
+        assert_eq!(reals(&batch.inputs), [[1.0; 20], [0.0; 20]].concat());
+        assert_eq!(labels(&batch.targets), [0, 1]);
+        let user = data.preprocess.file(&root.join("val/dog/0.png"))?;
+        let validation = data.splits.validation.as_ref().ok_or("no validation split")?;
+        assert_eq!(reals(&user[0].input), reals(&read(&**validation, &[Pick::Sample(0)])?.inputs));
+    }
+    let colored =
+        ImagesOptions { resize: Some([2, 2]), color: Some(warpstep::data::options::Color::Rgb), ..images.clone() };
+    let data = open(&DataOptions::new(FormatOptions::Images(colored)), None, 1)?;
+    assert_eq!(*data.input(), InputSpec::Real { shape: vec![3, 2, 2] });
+    image::GrayImage::new(6, 4).save(root.join("train/dog/9.png"))?;
+    let options = DataOptions::new(FormatOptions::Images(images));
+    refused(&options, &["9.png", "4 high and 6 wide", "data.resize"]);
+    std::fs::write(root.join("train/dog/9.png"), b"no picture")?;
+    refused(&options, &["9.png", "PNG or JPEG"]);
+    std::fs::remove_file(root.join("train/dog/9.png"))?;
+    std::fs::create_dir(root.join("train/emu"))?;
+    refused(&options, &["emu", "empty"]);
+    std::fs::remove_dir(root.join("train/emu"))?;
+    std::fs::create_dir(root.join("test/fox"))?;
+    refused(&options, &["fox", "training split"]);
+    Ok(())
+}
+
+fn write_wave(path: &Path, spec: hound::WavSpec, samples: &[i32]) -> TestResult {
+    let mut writer = hound::WavWriter::create(path, spec)?;
+    for sample in samples {
+        match spec.sample_format {
+            hound::SampleFormat::Int => writer.write_sample(*sample)?,
+            hound::SampleFormat::Float => writer.write_sample(*sample as f32 / 64.0)?,
+        }
+    }
+    writer.finalize()?;
+    Ok(())
+}
+
+#[test]
+fn wave_files_of_every_width_give_the_same_samples() -> TestResult {
+    use hound::SampleFormat::{Float, Int};
+    let folder = tempfile::tempdir()?;
+    let root = folder.path();
+    for (i, (bits_per_sample, sample_format)) in
+        [(8, Int), (16, Int), (24, Int), (32, Int), (32, Float)].into_iter().enumerate()
+    {
+        let class = root.join(format!("{}", i % 2));
+        std::fs::create_dir_all(&class)?;
+        let spec = hound::WavSpec { channels: 2, sample_rate: 8000, bits_per_sample, sample_format };
+        let unit = if sample_format == Float { 1 } else { 1 << (bits_per_sample - 7) };
+        // Left 32/64, right 16/64, then left -64/64, right 0.
+        write_wave(&class.join(format!("{i}.wav")), spec, &[32 * unit, 16 * unit, -64 * unit, 0])?;
+    }
+    let audio = AudioOptions {
+        path: root.into(),
+        samples: Some(3),
+        features: AudioFeatures::Waveform,
+        ..AudioOptions::default()
+    };
+    let options = DataOptions::new(FormatOptions::Audio(audio));
+    let data = open(&options, None, 1)?;
+    let batch = read(&*data.splits.train, &(0..5).map(Pick::Sample).collect::<Vec<_>>())?;
+    for wave in reals(&batch.inputs).chunks(3) {
+        assert_eq!(wave, [0.375, -0.5, 0.0]);
+    }
+    let spec = hound::WavSpec { channels: 1, sample_rate: 16_000, bits_per_sample: 16, sample_format: Int };
+    write_wave(&root.join("1/odd.wav"), spec, &[1, 2, 3])?;
+    refused(&options, &["odd.wav", "16000", "8000"]);
+    write_wave(&root.join("1/odd.wav"), hound::WavSpec { sample_rate: 8000, ..spec }, &[])?;
+    refused(&options, &["odd.wav", "no samples"]);
+    Ok(())
+}
+
+#[test]
+fn a_name_that_the_pattern_does_not_match_is_told() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let spec =
+        hound::WavSpec { channels: 1, sample_rate: 8000, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
+    write_wave(&folder.path().join("3_theo_0.wav"), spec, &[1; 100])?;
+    let with = |pattern: &str, parts: &[&str]| {
+        let pattern = Some(pattern.to_string());
+        let audio = AudioOptions { path: folder.path().into(), pattern, ..AudioOptions::default() };
+        refused(&DataOptions::new(FormatOptions::Audio(audio)), parts);
+    };
+    with(r"(?P<class>[a-z]+)_\d", &["3_theo_0.wav", "does not match"]);
+    with(r"(\d)_.*", &["group named class"]);
+    with(r"(?P<class>\d", &["data.pattern", "no regular expression"]);
+    Ok(())
+}

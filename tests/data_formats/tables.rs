@@ -1,0 +1,101 @@
+//! Tables of numbers: CSV files and rows in the run file.
+
+use super::*;
+
+fn csv_options(path: PathBuf) -> CsvOptions {
+    CsvOptions { path, ..CsvOptions::default() }
+}
+
+#[test]
+fn csv_columns_are_found_by_name_and_by_number() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.csv");
+    std::fs::write(&path, "width,kind,height\n1, big ,2\n3,small,4\n5,big,6.5\n")?;
+    let mut csv = csv_options(path.clone());
+    csv.target = vec![Column::Name("kind".into())];
+    let data = open(&DataOptions::new(FormatOptions::Csv(csv.clone())), None, 1)?;
+    let batch = read(&*data.splits.train, &(0..3).map(Pick::Sample).collect::<Vec<_>>())?;
+    assert_eq!(reals(&batch.inputs), [1.0, 2.0, 3.0, 4.0, 5.0, 6.5]);
+    assert_eq!(labels(&batch.targets), [0, 1, 0]);
+    assert_eq!(data.preprocess.class_names(), Some(&["big".to_string(), "small".to_string()][..]));
+    // A user's rows, with and without the header, in another order.
+    for rows in ["height,width\n2,1\n", "1,2\n", "1,big,2\n"] {
+        let user = data.preprocess.text(rows, Path::new("rows"))?;
+        assert_eq!(reals(&user[0].input), [1.0, 2.0], "{rows}");
+    }
+    csv.target = vec![Column::Number(-1)];
+    csv.features = Some(vec![Column::Number(0)]);
+    let data = open(&DataOptions::new(FormatOptions::Csv(csv.clone())), None, 1)?;
+    let batch = read(&*data.splits.train, &[Pick::Sample(2)])?;
+    assert_eq!((reals(&batch.inputs), &batch.targets), (&[5.0][..], &Targets::Real(vec![6.5])));
+    csv.target_type = Some(TargetKind::Class);
+    let data = open(&DataOptions::new(FormatOptions::Csv(csv)), None, 1)?;
+    assert_eq!(data.preprocess.class_names().map(<[String]>::len), Some(3));
+    Ok(())
+}
+
+#[test]
+fn csv_cells_that_are_no_numbers_are_told_with_line_and_column() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.csv");
+    let with = |text: &[u8], target: Column, parts: &[&str]| -> TestResult {
+        std::fs::write(&path, text)?;
+        let csv = CsvOptions { target: vec![target], ..csv_options(path.clone()) };
+        refused(&DataOptions::new(FormatOptions::Csv(csv)), parts);
+        Ok(())
+    };
+    let last = || Column::Number(-1);
+    with(b"a,b,y\n1,2,3\n4,,6\n", last(), &["line 3", "column 1 (\"b\")", "\"\""])?;
+    with(b"a,b,y\n1,2,3\n4,NaN,6\n", last(), &["line 3", "column 1", "NaN"])?;
+    with(b"a,b,y\n1,2,3\n4,inf,6\n", last(), &["line 3", "inf"])?;
+    with(b"a,b,y\n1,2,3\n4,5\n", last(), &["line 3", "found 2 cells, expected 3"])?;
+    with(b"a,b,y\n1,2,3\n4,\xff,6\n", last(), &["line 3", "UTF-8"])?;
+    with(b"a,b,y\n1,2,\n", last(), &["line 2", "column 2"])?;
+    with(b"a,b,y\n", last(), &["holds no row"])?;
+    with(b"", last(), &["holds no row"])?;
+    with(b"a;b;y\n1;2;3\n", last(), &["delimiter"])?;
+    with(b"a,b,y\n1,2,3\n", Column::Name("z".into()), &["data.target", "a, b, y"])?;
+    with(b"a,b,y\n1,2,3\n", Column::Number(7), &["data.target", "0 to 2"])?;
+    Ok(())
+}
+
+#[test]
+fn inline_rows_are_the_samples() -> TestResult {
+    let inputs = vec![vec![1.0, 2.0], vec![2.0, 4.0], vec![3.0, 6.0]];
+    let targets = InlineTargets::Real(vec![vec![1.0], vec![3.0], vec![5.0]]);
+    let inline = |inputs: &[Vec<f32>], targets: &InlineTargets| {
+        DataOptions::new(FormatOptions::Inline(InlineOptions { inputs: inputs.to_vec(), targets: targets.clone() }))
+    };
+    let data = open(&inline(&inputs, &targets), None, 1)?;
+    let batch = read(&*data.splits.train, &(0..3).map(Pick::Sample).collect::<Vec<_>>())?;
+    assert_eq!(reals(&batch.inputs), [1.0, 2.0, 2.0, 4.0, 3.0, 6.0]);
+    assert_eq!(batch.targets, Targets::Real(vec![1.0, 3.0, 5.0]));
+    refused(&inline(&inputs[..2], &targets), &["data.targets", "found 3 targets, expected 2"]);
+    refused(&inline(&[vec![1.0], vec![2.0, 3.0], vec![1.0]], &targets), &["row 1"]);
+    refused(&inline(&[vec![1.0], vec![f32::NAN], vec![1.0]], &targets), &["row 1 has NaN"]);
+    refused(&inline(&[], &targets), &["data.inputs"]);
+    Ok(())
+}
+
+#[test]
+fn columns_are_normalized_by_the_training_split_alone_and_a_constant_one_becomes_zero() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let (path, test) = (folder.path().join("a.csv"), folder.path().join("test.csv"));
+    std::fs::write(&path, "a,b,y\n1,7,0\n2,7,1\n3,7,0\n6,7,1\n")?;
+    std::fs::write(&test, "b,y,a\n8,1,100\n")?;
+    let target = vec![Column::Name("y".into())];
+    let features = Some(vec![Column::Name("a".into()), Column::Name("b".into())]);
+    let csv = CsvOptions { target, features, test: Some(test), ..csv_options(path) };
+    let mut options = DataOptions::new(FormatOptions::Csv(csv));
+    options.normalize = Some(Normalize::Dataset);
+    let data = open(&options, None, 1)?;
+    let batch = read(&*data.splits.train, &(0..4).map(Pick::Sample).collect::<Vec<_>>())?;
+    let std = 3.5f32.sqrt();
+    for (row, expected) in reals(&batch.inputs).chunks(2).zip([1.0, 2.0, 3.0, 6.0]) {
+        assert!((row[0] - (expected - 3.0) / std).abs() < 1e-6 && row[1] == 0.0, "{row:?}");
+    }
+    let unseen = read(&**data.splits.test.as_ref().ok_or("no test split")?, &[Pick::Sample(0)])?;
+    let row = reals(&unseen.inputs);
+    assert!((row[0] - 97.0 / std).abs() < 1e-4 && row[1] == 1.0, "{row:?}");
+    Ok(())
+}
