@@ -36,7 +36,7 @@ pub use options::{DataOptions, FormatOptions};
 pub use preprocess::{Preprocess, Recipe, UserSample};
 pub use sampler::{Sampler, SamplerOptions, Share};
 pub use tokenizer::{GPT2_END_OF_TEXT, GPT2_VOCABULARY, Tokenizer, TokenizerKind};
-pub use words::{Cleaning, Words};
+pub use words::{Cleaning, PAD, UNKNOWN, Words};
 
 /// What one sample's input is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
