@@ -10,7 +10,7 @@ use crate::model::layers::{
 };
 
 /// `preset = "audio_cnn"`: stages of 3 x 3 convolution, batch norm, ReLU and 2 x 2 max pooling over `[1, mels, frames]`, the
-/// mean over what is left, dropout, a linear layer. Convolutions start normal by fan out (He et al. 2015).
+/// mean over the frames that are left, dropout, a linear layer over channels and mels. Convolutions start normal by fan out (He et al. 2015).
 #[derive(Clone, Debug, PartialEq)]
 pub struct AudioCnnOptions {
     /// `model.channels`: filters of each stage (default `[16, 32, 64]`).
@@ -49,7 +49,7 @@ impl AudioCnnOptions {
         }
         Ok(Sequential::new()
             .then("stages", stages)
-            .then("mean", AveragePool2d::new(Window::global()))
+            .then("mean", AveragePool2d::new(Window::tiled([1, 0])))
             .then("flatten", Flatten::new())
             .then("dropout", Dropout::new(self.dropout))
             .then("fc", Linear::new(fit.outputs)))
