@@ -64,9 +64,10 @@ impl<R: Real> Shape<R> {
     }
 
     /// Row blocks: first row, number of rows, number of keys that they can see.
-    fn blocks(&self) -> impl Iterator<Item = [usize; 3]> + use<R> {
+    fn blocks(&self) -> impl DoubleEndedIterator<Item = [usize; 3]> + use<R> {
         let (time, causal) = (self.geometry.time, self.geometry.causal);
-        (0..time).step_by(BLOCK).map(move |first| {
+        (0..time.div_ceil(BLOCK)).map(move |block| {
+            let first = block * BLOCK;
             let end = (first + BLOCK).min(time);
             [first, end - first, if causal { end } else { time }]
         })
@@ -157,7 +158,7 @@ impl<R: Real> Shape<R> {
                             p.iter_mut().zip(f).for_each(|(p, &f)| *p *= inverse * f);
                         }
                     } else {
-                        line.iter_mut().flatten().for_each(|p| *p *= inverse);
+                        line.as_flattened_mut().iter_mut().for_each(|p| *p *= inverse);
                     }
                 }
             },
@@ -211,13 +212,13 @@ impl<R: Real> Shape<R> {
         let column = |column: usize| qkv.slice(s![sample, .., column, ..]);
         let (key, value) = (column(g.heads + group), column(g.heads + g.kv_heads + group));
         let Gradients { queries, key: mut dkey, value: mut dvalue } = gradients;
-        dkey.fill(R::zero());
-        dvalue.fill(R::zero());
         let first_head = group * queries.len();
         for (i, mut dquery) in queries.into_iter().enumerate() {
             let head = first_head + i;
             let (y, dy) = (y.slice(s![sample, .., head, ..]), dy.slice(s![sample, .., head, ..]));
-            for [first, rows, keys] in self.blocks() {
+            // The last block first: it sees every key, so it can overwrite and the others add.
+            for [first, rows, keys] in self.blocks().rev() {
+                let adds = i > 0 || first + rows < g.time;
                 let (p, dp) = (&mut p[..rows * self.stride()], &mut dp[..rows * self.stride()]);
                 let query = column(head);
                 let query = query.slice(s![first..first + rows, ..]);
@@ -229,9 +230,9 @@ impl<R: Real> Shape<R> {
                 let lse = &log_sum_exp[i * g.time + first..][..rows];
                 self.score_gradients(p, dp, [lse, &deltas], [sample, head, first], factors);
                 let (p, ds) = (block(p, rows, keys)?, block(dp, rows, keys)?);
-                self.multiply(dvalue.slice_mut(s![..keys, ..]), p.t(), dout, true);
+                self.multiply(dvalue.slice_mut(s![..keys, ..]), p.t(), dout, adds);
                 self.multiply(dquery.slice_mut(s![first..first + rows, ..]), ds, key, false);
-                self.multiply(dkey.slice_mut(s![..keys, ..]), ds.t(), query, true);
+                self.multiply(dkey.slice_mut(s![..keys, ..]), ds.t(), query, adds);
             }
         }
         Ok(())

@@ -1,0 +1,138 @@
+//! Layer normalization and RMS normalization.
+
+use warpstep::backend::cpu::Cpu;
+use warpstep::backend::ops::*;
+use warpstep::real::Real;
+
+use crate::*;
+
+const EPSILON: f64 = 1e-5;
+
+struct Case {
+    rows: usize,
+    width: usize,
+    x: Vec<f64>,
+    dy: Vec<f64>,
+    weight: Vec<f64>,
+    bias: Vec<f64>,
+}
+
+fn cases(seed: u64) -> impl Iterator<Item = Case> {
+    let sizes = [(1, 1), (1, 7), (3, 16), (65, 17), (64, 64), (200, 130)];
+    sizes.into_iter().map(move |(rows, width)| Case {
+        rows,
+        width,
+        x: normal(seed, 0, rows * width).iter().map(|v| f64::from((2.0 * v + 0.5) as f32)).collect(),
+        dy: normal(seed, 1, rows * width),
+        weight: normal(seed, 2, width),
+        bias: normal(seed, 3, width),
+    })
+}
+
+/// y, dx, dweight, dbias, by the formulas; without `mean` for RMS norm.
+fn reference<R: Real>(case: &Case, with_mean: bool) -> Vec<Vec<f64>> {
+    let Case { rows, width, .. } = *case;
+    let (x, dy) = (cast::<R>(&case.x), cast::<R>(&case.dy));
+    let (weight, bias) = (cast::<R>(&case.weight), cast::<R>(&case.bias));
+    let n = R::from_f64(width as f64);
+    let (mut y, mut dx) = (vec![R::zero(); rows * width], vec![R::zero(); rows * width]);
+    let (mut dweight, mut dbias) = (vec![R::zero(); width], vec![R::zero(); width]);
+    for row in 0..rows {
+        let at = row * width..(row + 1) * width;
+        let (x, dy) = (&x[at.clone()], &dy[at.clone()]);
+        let mean = if with_mean { x.iter().copied().sum::<R>() / n } else { R::zero() };
+        let variance = x.iter().map(|&x| (x - mean) * (x - mean)).sum::<R>() / n;
+        let s = R::one() / (variance + R::from_f64(EPSILON)).sqrt();
+        let normal: Vec<R> = x.iter().map(|&x| (x - mean) * s).collect();
+        let scaled: Vec<R> = dy.iter().zip(&weight).map(|(&d, &w)| d * w).collect();
+        let a = if with_mean { scaled.iter().copied().sum::<R>() / n } else { R::zero() };
+        let b = scaled.iter().zip(&normal).map(|(&d, &v)| d * v).sum::<R>() / n;
+        for i in 0..width {
+            y[at.start + i] = normal[i] * weight[i] + if with_mean { bias[i] } else { R::zero() };
+            dx[at.start + i] = s * (scaled[i] - a - normal[i] * b);
+            dweight[i] += dy[i] * normal[i];
+            dbias[i] += dy[i];
+        }
+    }
+    vec![wide(&y), wide(&dx), wide(&dweight), wide(&dbias)]
+}
+
+#[test]
+fn layer_norm_is_what_the_paper_says() {
+    for case in cases(fresh_seed()) {
+        let Case { rows, width, .. } = case;
+        let what = format!("layer norm [{rows}, {width}]");
+        let found = same_bits(&what, || {
+            let mut bed = Bed::<Cpu<f32>>::cpu();
+            let (x, dy) = (bed.real(&case.x), bed.real(&case.dy));
+            let (weight, bias) = (bed.parameter(&case.weight), bed.parameter(&case.bias));
+            let (y, mean, reciprocal_std) = (bed.empty(rows * width), bed.empty(rows), bed.empty(rows));
+            let epsilon = EPSILON;
+            let bias_of = Some(bias);
+            let forward = LayerNormForward { x, weight, bias: bias_of, y, mean, reciprocal_std, rows, width, epsilon };
+            let forward = bed.run(&forward).unwrap();
+            let (mean, reciprocal_std) = (bed.real(&forward.get(mean)), bed.real(&forward.get(reciprocal_std)));
+            let dx = Some(bed.empty(rows * width));
+            let (dweight, dbias) = (first(weight), Some(first(bias)));
+            let backward = LayerNormBackward { x, dy, weight, mean, reciprocal_std, dx, dweight, dbias, rows, width };
+            let backward = bed.run(&backward).unwrap();
+            vec![forward.get(y), backward.get(dx.unwrap()), backward.gradient(weight), backward.gradient(bias)]
+        });
+        judge(&what, &found, &reference::<f32>(&case, true), &reference::<f64>(&case, true));
+    }
+}
+
+#[test]
+fn rms_norm_is_what_the_paper_says() {
+    for case in cases(fresh_seed()) {
+        let Case { rows, width, .. } = case;
+        let what = format!("rms norm [{rows}, {width}]");
+        let found = same_bits(&what, || {
+            let mut bed = Bed::<Cpu<f32>>::cpu();
+            let (x, dy) = (bed.real(&case.x), bed.real(&case.dy));
+            let weight = bed.parameter(&case.weight);
+            let (y, reciprocal_rms) = (bed.empty(rows * width), bed.empty(rows));
+            let epsilon = EPSILON;
+            let forward = bed.run(&RmsNormForward { x, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap();
+            let reciprocal_rms = bed.real(&forward.get(reciprocal_rms));
+            let dx = Some(bed.empty(rows * width));
+            let dweight = first(weight);
+            let backward = RmsNormBackward { x, dy, weight, reciprocal_rms, dx, dweight, rows, width };
+            let backward = bed.run(&backward).unwrap();
+            vec![forward.get(y), backward.get(dx.unwrap()), backward.gradient(weight)]
+        });
+        let cut = |mut reference: Vec<Vec<f64>>| {
+            reference.truncate(3);
+            reference
+        };
+        judge(&what, &found, &cut(reference::<f32>(&case, false)), &cut(reference::<f64>(&case, false)));
+    }
+}
+
+#[test]
+fn a_later_write_of_a_gradient_adds() {
+    let mut bed = Bed::<Cpu<f32>>::cpu();
+    let (x, dy) = (bed.real(&[1.0, -1.0]), bed.real(&[0.5, 0.25]));
+    let weight = bed.parameter(&[1.0, 1.0]);
+    let (mean, reciprocal_std) = (bed.real(&[0.0]), bed.real(&[1.0]));
+    let gradient = |bed: &Bed<Cpu<f32>>, first| {
+        let dweight = Grad { param: weight, first };
+        let op = LayerNormBackward {
+            x,
+            dy,
+            weight,
+            mean,
+            reciprocal_std,
+            dx: None,
+            dweight,
+            dbias: None,
+            rows: 1,
+            width: 2,
+        };
+        bed.run(&op).unwrap().gradient(weight)
+    };
+    assert_eq!(gradient(&bed, true), [0.5, -0.25]);
+    assert_eq!(gradient(&bed, false), [1.5, 0.75]);
+    bed.step.accumulate = true;
+    assert_eq!(gradient(&bed, true), [1.5, 0.75]);
+}

@@ -1,0 +1,205 @@
+//! Every operation of a backend against a plain reference in f64, on odd sizes, with any number of threads.
+//!
+//! One bed serves every backend: it holds memory, runs an operation, and gives back what it left.
+
+mod activation;
+mod attention;
+mod embedding;
+mod layer_norm;
+mod loss;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use warpstep::backend::cpu::Cpu;
+use warpstep::backend::{Act, Activations, Arena, Backend, Grad, Indices, Memory, Op, Param, StepContext};
+use warpstep::plan::{ParamLayout, ParamSpec};
+use warpstep::random::{Philox, Purpose};
+use warpstep::real::Real;
+
+/// A seed of the moment, printed, so that a failure can be seen again.
+pub fn fresh_seed() -> u64 {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+    println!("seed {seed}");
+    seed
+}
+
+/// Normal values that f32 holds exactly; the same for a seed and a name of the tensor.
+pub fn normal(seed: u64, tensor: u32, len: usize) -> Vec<f64> {
+    let stream = Philox::new(seed, Purpose::Augmentation, tensor);
+    (0..len as u64).map(|i| f64::from(stream.normal(i) as f32)).collect()
+}
+
+/// Whole numbers below `bound`.
+pub fn whole(seed: u64, tensor: u32, len: usize, bound: u64) -> Vec<i32> {
+    let stream = Philox::new(seed, Purpose::Shuffle, tensor);
+    (0..len as u64).map(|i| stream.below(i, bound) as i32).collect()
+}
+
+/// Values as a reference in `R` takes them.
+pub fn cast<R: Real>(values: &[f64]) -> Vec<R> {
+    values.iter().map(|&v| R::from_f64(v)).collect()
+}
+
+/// Values as they are compared.
+pub fn wide<R: Real>(values: &[R]) -> Vec<f64> {
+    values.iter().map(|v| v.f64()).collect()
+}
+
+/// Memory for one operation on a backend.
+pub struct Bed<B: Backend> {
+    backend: B,
+    values: Vec<B::Real>,
+    ranges: Vec<std::ops::Range<usize>>,
+    indices: Vec<i32>,
+    index_ranges: Vec<std::ops::Range<usize>>,
+    parameters: Vec<Vec<f64>>,
+    /// The step under which operations run.
+    pub step: StepContext,
+}
+
+impl<R: Real> Bed<Cpu<R>> {
+    /// A bed on the CPU.
+    pub fn cpu() -> Self {
+        Bed::new(Cpu::new())
+    }
+}
+
+impl<B: Backend> Bed<B> {
+    /// A bed without memory.
+    pub fn new(backend: B) -> Self {
+        Bed {
+            backend,
+            values: Vec::new(),
+            ranges: Vec::new(),
+            indices: Vec::new(),
+            index_ranges: Vec::new(),
+            parameters: Vec::new(),
+            step: StepContext { seed: 7, micro_step: 3, accumulate: false },
+        }
+    }
+
+    /// An activation of these values.
+    pub fn real(&mut self, values: &[f64]) -> Act {
+        let start = self.values.len();
+        self.values.extend(values.iter().map(|&v| B::Real::from_f64(v)));
+        self.ranges.push(start..self.values.len());
+        Act(self.ranges.len() as u32 - 1)
+    }
+
+    /// An activation that holds nothing of meaning, as planned memory does.
+    pub fn empty(&mut self, len: usize) -> Act {
+        self.real(&vec![f64::NAN; len])
+    }
+
+    /// Whole numbers.
+    pub fn whole(&mut self, values: &[i32]) -> Indices {
+        let start = self.indices.len();
+        self.indices.extend_from_slice(values);
+        self.index_ranges.push(start..self.indices.len());
+        Indices(self.index_ranges.len() as u32 - 1)
+    }
+
+    /// A parameter of these values. Its gradient holds 1 at first.
+    pub fn parameter(&mut self, values: &[f64]) -> Param {
+        self.parameters.push(values.to_vec());
+        Param(self.parameters.len() as u32 - 1)
+    }
+
+    /// Runs an operation.
+    pub fn run(&self, op: &dyn Op<B>) -> warpstep::Result<Ran<B>> {
+        let specs: Vec<ParamSpec> = (self.parameters.iter().enumerate())
+            .map(|(i, values)| ParamSpec { name: format!("p{i}"), shape: vec![values.len()] })
+            .collect();
+        let layout = ParamLayout::new(&specs)?;
+        let ranges: Vec<_> = layout.entries().iter().map(|e| e.range()).collect();
+        let backend = &self.backend;
+        let mut parameters = backend.allocate(layout.padded_len())?;
+        let mut gradients = backend.allocate(layout.padded_len())?;
+        for (range, values) in ranges.iter().zip(&self.parameters) {
+            backend.upload(&mut parameters, range.start, &cast::<B::Real>(values))?;
+            backend.upload(&mut gradients, range.start, &vec![B::Real::from_f64(1.0); values.len()])?;
+        }
+        let state_layout = ParamLayout::new(&[])?;
+        let state = backend.allocate(0)?;
+        let mut arena = Arena { layout, ranges, parameters, gradients, slots: Vec::new(), state_layout, state };
+        let mut values = backend.allocate(self.values.len())?;
+        backend.upload(&mut values, 0, &self.values)?;
+        let mut indices = backend.allocate(self.indices.len())?;
+        backend.upload(&mut indices, 0, &self.indices)?;
+        let (ranges, index_ranges) = (self.ranges.clone(), self.index_ranges.clone());
+        let mut activations = Activations { ranges, index_ranges, values, indices };
+        let mut memory = Memory { arena: &mut arena, activations: &mut activations };
+        op.run(backend, &mut memory, &self.step)?;
+        let mut values = self.values.clone();
+        backend.download(&activations.values, 0, &mut values)?;
+        let mut gradients = vec![B::Real::from_f64(0.0); arena.layout.padded_len()];
+        backend.download(&arena.gradients, 0, &mut gradients)?;
+        Ok(Ran { values, ranges: activations.ranges, gradients, gradient_ranges: arena.ranges })
+    }
+}
+
+/// What an operation left.
+pub struct Ran<B: Backend> {
+    values: Vec<B::Real>,
+    ranges: Vec<std::ops::Range<usize>>,
+    gradients: Vec<B::Real>,
+    gradient_ranges: Vec<std::ops::Range<usize>>,
+}
+
+impl<B: Backend> Ran<B> {
+    /// An activation.
+    pub fn get(&self, act: Act) -> Vec<f64> {
+        wide(&self.values[self.ranges[act.0 as usize].clone()])
+    }
+
+    /// A parameter's gradient.
+    pub fn gradient(&self, param: Param) -> Vec<f64> {
+        wide(&self.gradients[self.gradient_ranges[param.0 as usize].clone()])
+    }
+}
+
+/// The first write of a gradient.
+pub fn first(param: Param) -> Grad {
+    Grad { param, first: true }
+}
+
+/// Runs `work` with 1, 2, 3 and 8 threads and asks for the same bits.
+pub fn same_bits(what: &str, work: impl Fn() -> Vec<Vec<f64>> + Sync) -> Vec<Vec<f64>> {
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(&work)
+    };
+    let alone = with(1);
+    for threads in [2, 3, 8] {
+        let found = with(threads);
+        for (tensor, (a, b)) in alone.iter().zip(&found).enumerate() {
+            assert_eq!(a.len(), b.len());
+            let differs = a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{what}: tensor {tensor} differs with {threads} threads");
+        }
+    }
+    alone
+}
+
+/// Compares what f32 gave with the reference in f64: at most twice the error of the reference in f32, or the rounding of the
+/// largest value.
+pub fn judge(what: &str, found: &[Vec<f64>], plain: &[Vec<f64>], reference: &[Vec<f64>]) {
+    assert_eq!(found.len(), reference.len(), "{what}");
+    for (tensor, ((found, plain), reference)) in found.iter().zip(plain).zip(reference).enumerate() {
+        assert_eq!(found.len(), reference.len(), "{what}: tensor {tensor}");
+        let worst = |values: &[f64]| {
+            values.iter().zip(reference).map(|(a, b)| if a == b { 0.0 } else { (a - b).abs() }).fold(0.0, nan_max)
+        };
+        let size = reference.iter().map(|v| v.abs()).fold(0.0, nan_max);
+        let (error, allowed) = (worst(found), 2.0 * worst(plain) + f64::from(f32::EPSILON) * size);
+        assert!(
+            error <= allowed,
+            "{what}: tensor {tensor}: error {error:e}, allowed {allowed:e}, values up to {size:e}"
+        );
+    }
+}
+
+/// The larger; what is no number counts as the largest.
+fn nan_max(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
+}
