@@ -24,7 +24,8 @@ pub trait Real:
     fn exp_lane(self) -> Self;
     /// The hyperbolic tangent. f32: within 3 units in the last place of its scale 1, without branches.
     fn tanh_lane(self) -> Self;
-    /// The error function (Abramowitz and Stegun 7.1; f32 evaluated in f64 where needed).
+    /// The error function. f64: to about 1e-15 (Abramowitz and Stegun 7.1). f32: within 1.5e-7, and within 2e-7 of the value
+    /// itself, without branches.
     fn erf(self) -> Self;
 }
 
@@ -93,9 +94,29 @@ impl Real for f32 {
         value.copysign(self)
     }
 
+    /// Below 1, x times a polynomial in x^2; above, `1 - e^-q` with a polynomial q. Both were fitted for the smallest largest
+    /// error (1.2e-9 and 1.3e-9 before rounding).
     #[inline(always)]
     fn erf(self) -> Self {
-        erf_f64(f64::from(self)) as f32
+        let s = self * self;
+        let near = 7.853_858e-5f32
+            .mul_add(s, -8.010_192_5e-4)
+            .mul_add(s, 5.188_327_7e-3)
+            .mul_add(s, -2.685_381_1e-2)
+            .mul_add(s, 1.128_358_5e-1)
+            .mul_add(s, -3.761_262_6e-1)
+            .mul_add(s, 1.128_379_1);
+        let a = self.abs();
+        let a = if a > 4.0 { 4.0 } else { a }; // erf(4) is 1 in f32
+        let q = (-1.915_046e-4f32)
+            .mul_add(a, 2.999_545e-3)
+            .mul_add(a, -2.205_201_4e-2)
+            .mul_add(a, 1.035_669_2e-1)
+            .mul_add(a, 6.376e-1)
+            .mul_add(a, 1.127_426_1)
+            .mul_add(a, 2.564_41e-4);
+        let far = (1.0 - (-q).exp_lane()).copysign(self);
+        if self.abs() < 1.0 { self * near } else { far }
     }
 }
 
@@ -191,6 +212,22 @@ mod tests {
             worst = worst.max((f64::from(x.tanh_lane()) - truth).abs() / truth.abs().max(1e-30));
         }
         assert!(worst <= 6e-7, "{worst}");
+    }
+
+    #[test]
+    fn erf_in_f32_is_within_its_bounds() {
+        let (mut worst, mut relative) = (0.0f64, 0.0f64);
+        for i in 1..=60_000 {
+            let x = i as f32 * 1e-4;
+            let truth = erf_f64(f64::from(x));
+            let error = (f64::from(Real::erf(x)) - truth).abs();
+            (worst, relative) = (worst.max(error), relative.max(error / truth));
+            assert_eq!(Real::erf(-x), -Real::erf(x));
+        }
+        assert!(worst <= 1.5e-7 && relative <= 2e-7, "{worst:e}, relative {relative:e}");
+        let ends = [0.0, f32::INFINITY, f32::NEG_INFINITY].map(<f32 as Real>::erf);
+        assert_eq!(ends, [0.0, 1.0, -1.0]);
+        assert!(<f32 as Real>::erf(f32::NAN).is_nan());
     }
 
     #[test]
