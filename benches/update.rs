@@ -14,16 +14,15 @@ use warpstep::optim::{Clip, MomentumForm, NormClip, OptimizerOptions, Rule, Step
 use warpstep::plan::{ParamLayout, ParamSpec};
 
 const ADAM: Rule = Rule::Adam { betas: [0.9, 0.95], epsilon: 1e-8 };
-const MOMENTUM: Rule = Rule::Momentum {
-    form: MomentumForm::Pytorch,
-    momentum: 0.9,
-    dampening: 0.0,
-    nesterov: false,
-    gamma: 1.0,
-};
+const MOMENTUM: Rule =
+    Rule::Momentum { form: MomentumForm::Pytorch, momentum: 0.9, dampening: 0.0, nesterov: false, gamma: 1.0 };
 /// Name, rule, bytes a parameter with the global-norm clip.
-const RULES: [(&str, Rule, u64); 4] =
-    [("sgd", Rule::Sgd, 16), ("momentum", MOMENTUM, 24), ("lion", Rule::Lion { betas: [0.9, 0.99] }, 24), ("adamw", ADAM, 32)];
+const RULES: [(&str, Rule, u64); 4] = [
+    ("sgd", Rule::Sgd, 16),
+    ("momentum", MOMENTUM, 24),
+    ("lion", Rule::Lion { betas: [0.9, 0.99] }, 24),
+    ("adamw", ADAM, 32),
+];
 
 /// Arenas of one matrix, and what updates them.
 struct Run {
@@ -37,7 +36,8 @@ struct Run {
 
 impl Run {
     fn new(rule: Rule, norm: NormClip, shapes: &[Vec<usize>]) -> Self {
-        let spec = |(i, shape): (usize, &Vec<usize>)| ParamSpec { name: format!("layer.{i}.weight"), shape: shape.clone() };
+        let spec =
+            |(i, shape): (usize, &Vec<usize>)| ParamSpec { name: format!("layer.{i}.weight"), shape: shape.clone() };
         let specs: Vec<ParamSpec> = shapes.iter().enumerate().map(spec).collect();
         let layout = ParamLayout::new(&specs).unwrap();
         let mut options = OptimizerOptions::new(rule, 1e-3);
@@ -60,8 +60,10 @@ impl Run {
     }
 }
 
+/// Each thread copies one part of the whole in one go: large enough for the C library to write past the caches.
 fn copy(to: &mut [f32], from: &[f32]) {
-    to.par_chunks_mut(1 << 15).zip(from.par_chunks(1 << 15)).for_each(|(to, from)| to.copy_from_slice(from));
+    let part = from.len().div_ceil(rayon::current_num_threads());
+    to.par_chunks_mut(part).zip(from.par_chunks(part)).for_each(|(to, from)| to.copy_from_slice(from));
     black_box(to);
 }
 
@@ -80,7 +82,10 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn beside_a_copy(parameters: usize) {
     const TIMES: usize = 25;
     let (from, mut to) = (vec![1.0f32; parameters], vec![0.0f32; parameters]);
-    println!("{parameters} parameters, f32, global-norm clip, {} threads, medians of {TIMES}:", rayon::current_num_threads());
+    println!(
+        "{parameters} parameters, f32, global-norm clip, {} threads, medians of {TIMES}:",
+        rayon::current_num_threads()
+    );
     let zeroed = [("momentum, gradients set to 0", MOMENTUM, 28)];
     for (name, rule, bytes) in RULES.into_iter().chain(zeroed) {
         let mut run = Run::new(rule, NormClip::Global { max_norm: 1e9 }, &[vec![parameters]]);
@@ -130,7 +135,8 @@ fn main() {
     let parameters = std::env::var("WARPSTEP_BENCH_PARAMETERS").ok().and_then(|n| n.parse().ok()).unwrap_or(50_000_000);
     beside_a_copy(parameters);
     let mut criterion = Criterion::default().configure_from_args();
-    let mlp = [(256, 784), (128, 256), (10, 128)].map(|(outputs, inputs)| [vec![outputs, inputs], vec![outputs]]).concat();
+    let mlp =
+        [(256, 784), (128, 256), (10, 128)].map(|(outputs, inputs)| [vec![outputs, inputs], vec![outputs]]).concat();
     tables(&mut criterion, "mlp 784-256-128-10", &mlp);
     tables(&mut criterion, "12 blocks of 768", &vec![vec![3072, 768]; 12]);
     criterion.final_summary();

@@ -2,7 +2,7 @@
 //!
 //! Bytes a parameter, f32: 4 for the norm; then 12 (SGD), 20 (momentum) or 28 (Adam), and 4 more where gradients are set to
 //! 0 in the same pass. The adaptive clip finds each unit's norms in the second pass, while they are in cache. LARS reads
-//! parameters and gradients, LAMB parameters and moments, a second time; Muon multiplies matrices.
+//! parameters and gradients, LAMB reads parameters and moments, a second time; Muon multiplies matrices.
 //!
 //! Tensors are cut into pieces of fixed size, and what is summed over pieces is summed in their order: the same bits for
 //! any number of threads. Padding is not touched.
@@ -104,10 +104,11 @@ pub fn update<R: Real>(
         rules: plan.groups.iter().map(|group| group.step(step)).collect(),
     };
     let lars = pass.lars_rates(&pieces);
-    let least: Vec<f64> = pieces.par_iter_mut().map(|piece| pass.piece(piece, &lars)).collect();
-    pass.finish_lamb(&mut pieces);
+    let found: Vec<Found> = pieces.par_iter_mut().map(|piece| pass.piece(piece, &lars)).collect();
+    pass.finish_lamb(&mut pieces, &found);
     drop(pieces);
-    let clip_coefficient = least.into_iter().chain(coefficients).fold(pass.muon(&mut arrays), f64::min);
+    let least = found.iter().map(|found| found.coefficient).fold(pass.muon(&mut arrays), f64::min);
+    let clip_coefficient = coefficients.into_iter().fold(least, f64::min);
     Ok(StepOutcome { grad_norm, clip_coefficient, skipped: false })
 }
 
@@ -274,32 +275,22 @@ impl<R: Real> Pass<'_, R> {
         })
     }
 
-    /// The second half of LAMB: the norms of weights and directions, then the step along the directions.
-    fn finish_lamb(&self, pieces: &mut [Piece<'_, R>]) {
+    /// The second half of LAMB: the step along the directions, by the ratio of the norms that the first half found.
+    fn finish_lamb(&self, pieces: &mut [Piece<'_, R>], found: &[Found]) {
         let is_lamb = |rule: &Rule| matches!(rule, Rule::Lamb { .. });
         if !self.plan.groups.iter().any(|group| is_lamb(&group.rule)) {
             return;
         }
-        let lamb = |piece: &Piece<'_, R>| Some(self.group(piece.tensor)).filter(|(group, _)| is_lamb(&group.rule));
-        let weights = sums(self.plan, pieces, |piece| lamb(piece).map_or(0.0, |_| plain_squares(piece.arrays.theta)));
-        let directions = sums(self.plan, pieces, |piece| {
-            let Some((_, r)) = lamb(piece) else { return 0.0 };
-            let Arrays { theta, first, second, .. } = &piece.arrays;
-            vectorize(
-                #[inline(always)]
-                || {
-                    squares(
-                        [&**theta, &**first, &**second],
-                        #[inline(always)]
-                        |[t, m, v]| r.lamb_direction(t, m, v),
-                    )
-                },
-            )
-        });
+        let mut norms = vec![(0.0f64, 0.0f64); self.plan.tensors.len()];
+        for (piece, found) in pieces.iter().zip(found) {
+            norms[piece.tensor].0 += found.weights;
+            norms[piece.tensor].1 += found.directions;
+        }
         let rates = self.rates(is_lamb, |_, tensor| {
-            let (weights, direction) = (weights[tensor].sqrt(), directions[tensor].sqrt());
+            let (weights, direction) = (norms[tensor].0.sqrt(), norms[tensor].1.sqrt());
             if weights > 0.0 && direction > 0.0 { weights / direction } else { 1.0 }
         });
+        let lamb = |piece: &Piece<'_, R>| Some(self.group(piece.tensor)).filter(|(group, _)| is_lamb(&group.rule));
         pieces.par_iter_mut().for_each(|piece| {
             let Some((_, r)) = lamb(piece) else { return };
             let rate = rates[piece.tensor];
@@ -316,25 +307,48 @@ impl<R: Real> Pass<'_, R> {
     }
 
     /// Steps 1 to 6 of a piece: all of them for rules that look at elements alone and for LARS, the moments for LAMB,
-    /// nothing for Muon. Returns the least coefficient of the adaptive clip.
-    fn piece(&self, piece: &mut Piece<'_, R>, lars: &[R]) -> f64 {
+    /// nothing for Muon.
+    fn piece(&self, piece: &mut Piece<'_, R>, lars: &[R]) -> Found {
         let tensor = piece.tensor;
         let (group, r) = self.group(tensor);
+        let mut found = Found { coefficient: 1.0, weights: 0.0, directions: 0.0 };
         if matches!(group.rule, Rule::Muon { .. }) {
-            return 1.0;
+            return found;
         }
         let lars = lars.get(tensor).copied().unwrap_or_default();
-        let mut least = 1.0f64;
         for arrays in piece.arrays.all().chunks(self.unit(tensor)) {
             let (scale, coefficient) = self.unit_scale(tensor, arrays.theta, arrays.gradient);
-            least = least.min(coefficient);
+            found.coefficient = found.coefficient.min(coefficient);
             element_wise(arrays, &group.rule, r, &scale, lars);
+        }
+        if matches!(group.rule, Rule::Lamb { .. }) {
+            let Arrays { theta, first, second, .. } = &piece.arrays;
+            found.weights = plain_squares(theta);
+            found.directions = vectorize(
+                #[inline(always)]
+                || {
+                    squares(
+                        [&**theta, &**first, &**second],
+                        #[inline(always)]
+                        |[t, m, v]| r.lamb_direction(t, m, v),
+                    )
+                },
+            );
         }
         if self.step.zero_gradients {
             piece.arrays.gradient.fill(R::zero());
         }
-        least
+        found
     }
+}
+
+/// What the pass over a piece found.
+struct Found {
+    /// The least coefficient of the adaptive clip.
+    coefficient: f64,
+    /// LAMB's sums of squares: of the weights, and of the directions.
+    weights: f64,
+    directions: f64,
 }
 
 /// Steps 1 to 5 of every element.
