@@ -1,10 +1,12 @@
 //! The command line: one file a command.
 
 mod assemble;
+mod bench;
 mod completions;
 mod data;
 mod eval;
 mod generate;
+mod plot;
 mod predict;
 mod train;
 mod verify;
@@ -34,11 +36,16 @@ enum Command {
     Predict(predict::Options),
     /// Text from a trained GPT
     Generate(generate::Options),
+    /// Draw curves of runs, or a schedule, as SVG or PNG
+    #[command(subcommand)]
+    Plot(plot::Options),
     /// Look at a run's data
     #[command(subcommand)]
     Data(data::Options),
     /// Prove on your own run that stopping and resuming changes no bit
     VerifyResume(verify::Options),
+    /// Time whole steps and the update alone
+    Bench(bench::Options),
     /// Completions for a shell
     Completions(completions::Options),
 }
@@ -77,8 +84,10 @@ pub fn main() -> ExitCode {
         Command::Eval(options) => eval::run(&options),
         Command::Predict(options) => predict::run(&options),
         Command::Generate(options) => generate::run(&options),
+        Command::Plot(options) => plot::run(&options),
         Command::Data(options) => data::run(options),
         Command::VerifyResume(options) => verify::run(options),
+        Command::Bench(options) => bench::run(&options),
         Command::Completions(options) => completions::run(&options),
     };
     match result {

@@ -15,9 +15,11 @@ use crate::config::RunFile;
 use crate::data::OpenedData;
 use crate::error::{Error, Result};
 use crate::model::{Mode, Model};
-use crate::optim::UpdatePlan;
+use crate::optim::{NormClip, UpdatePlan};
 use crate::train::looping::{End, Run, Start, model_input, train};
 use crate::train::progress::{Progress, Show, grouped};
+use crate::train::report::Report;
+use crate::train::tensorboard::TensorBoard;
 
 /// Options of `train`.
 #[derive(Debug, Args)]
@@ -69,8 +71,13 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     };
     let mut run = make_run(&run_file, &data, &folder, start)?;
     run.interrupt = signals()?;
-    let mut progress = Progress::new(show);
-    let outcome = train(run, &mut [&mut progress]).map_err(|e| run_file.locate(e))?;
+    let clip = match run_file.optimizer.clip.norm {
+        NormClip::Global { max_norm } => Some(max_norm),
+        NormClip::Off | NormClip::Tensor { .. } | NormClip::Adaptive { .. } => None,
+    };
+    // The report reads what the run wrote, so it comes before the progress says that all is done.
+    let (mut board, mut report, mut progress) = (TensorBoard::new(), Report::new(clip), Progress::new(show));
+    let outcome = train(run, &mut [&mut board, &mut report, &mut progress]).map_err(|e| run_file.locate(e))?;
     match outcome.end {
         End::Interrupted(signal) => {
             if show != Show::Quiet {

@@ -1,13 +1,17 @@
 //! Training: the step, the loop around it, checkpoints, metrics, and what a run leaves behind.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod files;
 pub mod infer;
 pub mod looping;
 pub mod metrics;
 pub mod options;
+pub mod plot;
 pub mod progress;
+pub mod report;
 pub mod step;
 pub mod summary;
+pub mod tensorboard;
 pub mod tensors;
 pub mod verify;

@@ -1,0 +1,180 @@
+//! report.html: one self-contained page about a run.
+
+use std::path::Path;
+
+use super::files::write_whole;
+use super::looping::{Event, Observer};
+use super::metrics::{Record, SplitName, read_metrics};
+use super::plot::{charts, svg};
+use super::progress::{duration, grouped};
+use super::summary::{Scores, Summary};
+use crate::error::{Error, Result};
+
+/// Writes report.html at the end of a run.
+#[derive(Debug)]
+pub struct Report {
+    folder: std::path::PathBuf,
+    /// Bound of the norm clip, drawn into the chart of gradient norms.
+    pub clip: Option<f64>,
+}
+
+impl Report {
+    /// Writes once the run has ended.
+    pub fn new(clip: Option<f64>) -> Self {
+        Report { folder: std::path::PathBuf::new(), clip }
+    }
+}
+
+impl Observer for Report {
+    fn event(&mut self, event: &Event<'_>) -> Result<()> {
+        match event {
+            Event::Started(started) => {
+                started.folder.clone_into(&mut self.folder);
+                Ok(())
+            }
+            Event::Finished(_) => write(&self.folder, self.clip),
+            Event::Record(_) | Event::Checkpoint(_) | Event::Note(_) => Ok(()),
+        }
+    }
+}
+
+/// Writes report.html of the run in `folder`, from its config.toml, metrics.jsonl and summary.json.
+///
+/// # Errors
+/// A file of these that cannot be read, or what the operating system refuses.
+pub fn write(folder: &Path, clip: Option<f64>) -> Result<()> {
+    let records = read_metrics(&folder.join("metrics.jsonl"))?;
+    let summary = Summary::read(&folder.join("summary.json"))?;
+    let file = folder.join("config.toml");
+    let config = std::fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
+    let name = folder.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned());
+    let page = page(&name, &summary, &records, &config, clip)?;
+    write_whole(&folder.join("report.html"), page.as_bytes())
+}
+
+/// Text as it must stand in HTML.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+fn figure(name: &str, value: &str) -> String {
+    format!("<div class=figure><b>{}</b><span>{}</span></div>", escaped(value), escaped(name))
+}
+
+fn percent(accuracy: f64) -> String {
+    format!("{:.2} %", 100.0 * accuracy)
+}
+
+fn score_row(name: &str, scores: Option<Scores>) -> String {
+    let Some(Scores { loss, accuracy }) = scores else { return String::new() };
+    let loss = loss.map_or_else(|| "not finite".to_owned(), |l| format!("{l:.4}"));
+    let accuracy = accuracy.map_or_else(|| "–".to_owned(), percent);
+    format!("<tr><th>{}</th><td>{loss}</td><td>{accuracy}</td></tr>", escaped(name))
+}
+
+fn page(name: &str, summary: &Summary, records: &[Record], config: &str, clip: Option<f64>) -> Result<String> {
+    let shown = [("test", summary.last.test), ("validation", summary.last.validation), ("train", summary.last.train)];
+    let mut figures = String::new();
+    if let Some((split, Scores { loss, accuracy })) = shown.into_iter().find_map(|(n, s)| Some((n, s?))) {
+        if let Some(accuracy) = accuracy {
+            figures += &figure(&format!("{split} accuracy"), &percent(accuracy));
+        }
+        if let Some(loss) = loss {
+            figures += &figure(&format!("{split} loss"), &format!("{loss:.4}"));
+        }
+    }
+    figures += &figure("parameters", &grouped(summary.parameters as u64));
+    figures += &figure("steps", &grouped(summary.steps));
+    figures += &figure("time", &duration(summary.seconds));
+    figures += &figure("steps a second", &format!("{:.1}", summary.steps_per_s));
+    let best = summary.best;
+    let mut rows = score_row("train", summary.last.train)
+        + &score_row("validation", summary.last.validation)
+        + &score_row("test", summary.last.test);
+    if best.step != summary.last.step {
+        rows += &score_row(&format!("best (step {}), validation", grouped(best.step)), best.validation);
+        rows += &score_row(&format!("best (step {}), test", grouped(best.step)), best.test);
+    }
+    let memory = summary.peak_memory_bytes.map_or_else(|| "not known".to_owned(), |b| format!("{} MiB", b >> 20));
+    let clipped: Vec<f64> = records.iter().filter(|r| r.split == SplitName::Train).filter_map(|r| r.clipped).collect();
+    let clipped = if clipped.is_empty() {
+        "no norm clip".to_owned()
+    } else {
+        percent(clipped.iter().sum::<f64>() / clipped.len() as f64)
+    };
+    let facts = [
+        ("device", summary.device.clone()),
+        ("peak memory", memory),
+        ("steps skipped", summary.skipped_steps.to_string()),
+        ("steps clipped", clipped),
+        ("Warpstep", summary.version.clone()),
+    ];
+    let facts: String =
+        facts.iter().map(|(n, v)| format!("<tr><th>{}</th><td>{}</td></tr>", escaped(n), escaped(v))).collect();
+    let charts = charts(&[(name, records)], clip);
+    let mut pictures = String::new();
+    for chart in &charts {
+        pictures += &format!("<figure>{}</figure>", svg(std::slice::from_ref(chart), true)?);
+    }
+    Ok(format!(
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>\
+         <meta name=viewport content=\"width=device-width, initial-scale=1\"><title>{title}</title>\n<style>{STYLE}</style>\
+         </head>\n<body><main>\n<h1>{title}</h1>\n<section class=figures>{figures}</section>\n\
+         <section class=charts>{pictures}</section>\n<section class=tables>\
+         <table><thead><tr><th>split</th><td>loss</td><td>accuracy</td></tr></thead><tbody>{rows}</tbody></table>\
+         <table><tbody>{facts}</tbody></table></section>\n<h2>Configuration</h2>\n<pre>{config}</pre>\n\
+         </main></body></html>\n",
+        title = escaped(name),
+        config = escaped(config.trim()),
+    ))
+}
+
+const STYLE: &str = "
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 26px; margin: 8px 0 16px; }
+h2 { font-size: 18px; margin: 32px 0 8px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; }
+.figure { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; display: flex; flex-direction: column; }
+.figure b { font-size: 22px; font-weight: 600; white-space: nowrap; }
+.figure span { opacity: .7; font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 12px; margin: 20px 0; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: 4px; }
+figure svg { display: block; width: 100%; height: auto; }
+.tables { display: flex; flex-wrap: wrap; gap: 24px; }
+table { border-collapse: collapse; }
+th { text-align: left; font-weight: 500; padding: 4px 16px 4px 0; }
+td { padding: 4px 16px 4px 0; font-variant-numeric: tabular-nums; }
+thead { opacity: .7; }
+tbody tr { border-top: 1px solid var(--line); }
+pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: 14px; overflow-x: auto; font-size: 13px; }
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::summary::SplitScores;
+
+    #[test]
+    fn the_page_asks_for_nothing_from_elsewhere_and_escapes_what_it_shows() {
+        let summary = Summary {
+            last: SplitScores::default(),
+            best: SplitScores::default(),
+            steps: 10,
+            seconds: 1.0,
+            steps_per_s: 10.0,
+            device: "CPU <1>".into(),
+            parameters: 12_345,
+            skipped_steps: 0,
+            peak_memory_bytes: None,
+            version: "0".into(),
+        };
+        let text = page("a<b", &summary, &[], "x = \"</pre><script>alert(1)</script>\"", None).unwrap();
+        assert!(!text.contains("<script>"));
+        assert!(text.contains("&lt;script&gt;") && text.contains("a&lt;b") && text.contains("12,345"));
+        for outside in ["http://", "https://", "src=", "href=", "@import", "url("] {
+            assert!(!text.replace("http://www.w3.org/2000/svg", "").contains(outside), "{outside}");
+        }
+    }
+}
