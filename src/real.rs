@@ -105,7 +105,7 @@ impl Real for f32 {
             .mul_add(s, -2.685_381_1e-2)
             .mul_add(s, 1.128_358_5e-1)
             .mul_add(s, -3.761_262_6e-1)
-            .mul_add(s, 1.128_379_1);
+            .mul_add(s, std::f32::consts::FRAC_2_SQRT_PI);
         let a = self.abs();
         let a = if a > 4.0 { 4.0 } else { a }; // erf(4) is 1 in f32
         let q = (-1.915_046e-4f32)
