@@ -36,8 +36,6 @@ pub struct Curve {
     pub name: String,
     /// Points from left to right; what is not finite is left out.
     pub points: Vec<(f64, f64)>,
-    /// Whether it is drawn thin and pale, behind the others.
-    pub pale: bool,
 }
 
 /// A chart of curves over one axis.
@@ -74,7 +72,6 @@ pub fn charts(runs: &[NamedRun<'_>], clip: Option<f64>) -> Vec<Chart> {
             .filter(|record| record.split == split)
             .filter_map(|record| Some((record.step as f64, value(record)?)))
             .collect(),
-        pale: false,
     };
     let chart = |title: &str, logarithmic: bool, line: Option<f64>, curves: Vec<Curve>| Chart {
         title: title.to_owned(),
@@ -115,7 +112,6 @@ pub fn schedule_chart(name: &str, rates: &[f64]) -> Chart {
         curves: vec![Curve {
             name: name.to_owned(),
             points: rates.iter().enumerate().map(|(step, &rate)| (step as f64, rate)).collect(),
-            pale: false,
         }],
     }
 }
@@ -257,13 +253,16 @@ fn draw_chart<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart, sc
         context.draw_series(LineSeries::new(ends, GREY.stroke_width(scale))).map_err(failed)?;
     }
     let named = chart.curves.iter().any(|c| !c.name.is_empty());
+    // The legend stands where curves most likely do not: they end high, or low.
+    let ends = chart.curves.iter().filter_map(|c| c.points.last()).map(|p| place(p.1)).filter(|y| y.is_finite());
+    let rises = ends.fold(f64::NEG_INFINITY, f64::max) > (low + high) / 2.0;
     for (i, curve) in chart.curves.iter().enumerate() {
         draw_curve(&mut context, curve, COLORS[i % COLORS.len()], scale, &place)?;
     }
     if named {
         context
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
+            .position(if rises { SeriesLabelPosition::LowerRight } else { SeriesLabelPosition::UpperRight })
             .background_style(GREY.mix(0.08))
             .label_font((FONT, 12 * scale, &BLACK))
             .legend_area_size(22 * scale)
@@ -284,7 +283,7 @@ fn draw_curve<B: DrawingBackend>(
     place: &impl Fn(f64) -> f64,
 ) -> Result<()> {
     let points: Vec<(f64, f64)> = thinned(&curve.points).into_iter().map(|(x, y)| (x, place(y))).collect();
-    let style = if curve.pale { color.mix(0.35).stroke_width(scale) } else { color.stroke_width(2 * scale) };
+    let style = color.stroke_width(2 * scale);
     let drawn = match points.as_slice() {
         // One point is a dot, as are few: an evaluation at the end alone must show.
         [_] => {
@@ -356,7 +355,7 @@ mod tests {
             x: "step".into(),
             logarithmic: true,
             line: Some(1.0),
-            curves: vec![Curve { name: "a".into(), points, pale: false }],
+            curves: vec![Curve { name: "a".into(), points }],
         }
     }
 
