@@ -23,7 +23,7 @@ use crate::plan::ALIGNMENT;
 use crate::real::Real;
 
 /// Elements of a piece, fixed, so that sums do not depend on threads.
-const PIECE: usize = 1 << 15;
+const PIECE: usize = 1 << 14;
 
 impl<R: Real> Update for Cpu<R> {
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
