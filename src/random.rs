@@ -70,28 +70,54 @@ impl Philox {
         self.block(position / 4)[(position % 4) as usize]
     }
 
-    /// The words from `position` on, `=`: in vectors of 16 blocks where the compiler may use them.
+    /// The words of 16 blocks from block `first` on, side by side, so that compilers turn them into vectors.
+    #[inline(always)]
+    fn sixteen_blocks(&self, first: u64) -> [u32; 64] {
+        let mut counters = [[0; 16], [0; 16], [self.high[0]; 16], [self.high[1]; 16]];
+        for i in 0..16 {
+            let block = first.wrapping_add(i as u64);
+            counters[0][i] = block as u32;
+            counters[1][i] = (block >> 32) as u32;
+        }
+        let mut key = self.key;
+        for _ in 0..10 {
+            let [c0, c1, c2, c3] = &mut counters;
+            for i in 0..16 {
+                let p0 = u64::from(MULTIPLIER_0) * u64::from(c0[i]);
+                let p1 = u64::from(MULTIPLIER_1) * u64::from(c2[i]);
+                (c0[i], c2[i]) = ((p1 >> 32) as u32 ^ c1[i] ^ key[0], (p0 >> 32) as u32 ^ c3[i] ^ key[1]);
+                (c1[i], c3[i]) = (p1 as u32, p0 as u32);
+            }
+            key = [key[0].wrapping_add(WEYL_0), key[1].wrapping_add(WEYL_1)];
+        }
+        let mut words = [0; 64];
+        for (i, block) in words.chunks_exact_mut(4).enumerate() {
+            for (word, counter) in block.iter_mut().zip(&counters) {
+                *word = counter[i];
+            }
+        }
+        words
+    }
+
+    /// The words from `position` on, `=`.
     #[inline(always)]
     pub fn words(&self, position: u64, words: &mut [u32]) {
-        const BLOCKS: usize = 16;
         let mut at = position;
         let mut rest = words;
         while !rest.is_empty() {
             let skip = (at % 4) as usize;
-            if skip == 0 && rest.len() >= 4 * BLOCKS {
-                let (now, later) = rest.split_at_mut(4 * BLOCKS);
-                for (block, now) in now.chunks_exact_mut(4).enumerate() {
-                    now.copy_from_slice(&self.block(at / 4 + block as u64));
-                }
-                at += 4 * BLOCKS as u64;
-                rest = later;
+            // Sixteen blocks at once cost little more than four one by one.
+            let count = if rest.len() >= 16 {
+                let count = (64 - skip).min(rest.len());
+                rest[..count].copy_from_slice(&self.sixteen_blocks(at / 4)[skip..skip + count]);
+                count
             } else {
                 let count = (4 - skip).min(rest.len());
-                let (now, later) = rest.split_at_mut(count);
-                now.copy_from_slice(&self.block(at / 4)[skip..skip + count]);
-                at += count as u64;
-                rest = later;
-            }
+                rest[..count].copy_from_slice(&self.block(at / 4)[skip..skip + count]);
+                count
+            };
+            at = at.wrapping_add(count as u64);
+            rest = &mut rest[count..];
         }
     }
 
@@ -145,6 +171,19 @@ mod tests {
             philox4x32([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
         );
+    }
+
+    #[test]
+    fn words_are_the_same_one_by_one_and_many_at_once() {
+        let stream = Philox::new(3, Purpose::Dropout, 9);
+        for start in [0, 1, 5, (1 << 34) - 30, (3 << 40) + 2] {
+            for len in [0, 1, 3, 15, 16, 17, 64, 200] {
+                let mut words = vec![0; len];
+                stream.words(start, &mut words);
+                let expected: Vec<u32> = (0..len as u64).map(|i| stream.word(start + i)).collect();
+                assert_eq!(words, expected, "{len} from {start}");
+            }
+        }
     }
 
     #[test]

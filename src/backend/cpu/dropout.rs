@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::PIECE;
+use super::parallel::{PIECE, vectorize};
 use crate::backend::ops::{Dropout, DropoutApply};
 use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::Result;
@@ -25,13 +25,20 @@ impl<R: Real> Dropout for Cpu<R> {
         let scale = R::from_f64(1.0 / (1.0 - args.probability));
         let first = first_position(step);
         y.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).enumerate().for_each(|(piece, (y, x))| {
+            const PART: usize = 64;
             let start = first + (piece * PIECE) as u64;
-            for (i, (y, x)) in y.chunks_mut(4).zip(x.chunks(4)).enumerate() {
-                let words = stream.block(start / 4 + i as u64);
-                for ((y, &x), word) in y.iter_mut().zip(x).zip(words) {
-                    *y = if to_unit(word) < probability { R::zero() } else { x * scale };
-                }
-            }
+            vectorize(
+                #[inline(always)]
+                || {
+                    let mut words = [0; PART];
+                    for (part, (y, x)) in y.chunks_mut(PART).zip(x.chunks(PART)).enumerate() {
+                        stream.words(start + (part * PART) as u64, &mut words);
+                        for ((y, &x), &word) in y.iter_mut().zip(x).zip(&words) {
+                            *y = if to_unit(word) < probability { R::zero() } else { x * scale };
+                        }
+                    }
+                },
+            );
         });
         Ok(())
     }
