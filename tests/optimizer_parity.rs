@@ -257,12 +257,12 @@ fn a_group_by_pattern_takes_the_rule_that_pytorch_ends_with_for_its_tensors() {
     let adamw = options(&figures["rules"]["adamw"], clip);
     let mut grouped = options(&figures["rules"]["momentum"], clip);
     grouped.learning_rate = 1.0;
-    grouped.decoupled = true;
     grouped.groups = vec![GroupPattern {
         pattern: Regex::new(r"^(first|second)\.").unwrap(),
         learning_rate_scale: adamw.learning_rate,
         weight_decay: Some(adamw.weight_decay),
         rule: Some(adamw.rule),
+        decoupled: Some(true),
     }];
     let case = figures["cases"]
         .as_array()

@@ -346,7 +346,13 @@ fn the_divisor_makes_a_mean_of_accumulated_gradients() {
 }
 
 fn group(pattern: &str) -> GroupPattern {
-    GroupPattern { pattern: Regex::new(pattern).unwrap(), learning_rate_scale: 1.0, weight_decay: None, rule: None }
+    GroupPattern {
+        pattern: Regex::new(pattern).unwrap(),
+        learning_rate_scale: 1.0,
+        weight_decay: None,
+        rule: None,
+        decoupled: None,
+    }
 }
 
 #[test]
@@ -388,6 +394,12 @@ fn muon_leaves_vectors_tables_and_the_output_layer_to_adamw() {
         assert_eq!(bits(&muon.theta_of(name)), bits(&adamw.theta_of(name)), "{name}");
     }
     assert_ne!(bits(&muon.theta_of("h.0.weight")), bits(&adamw.theta_of("h.0.weight")));
+
+    let mut asked = options(MUON, Clip::default());
+    asked.groups = vec![GroupPattern { rule: Some(MUON), ..group("^wte") }];
+    let mut asked = Arenas::<f32>::new(&asked, &shapes, 2);
+    asked.update(&step(1));
+    assert_ne!(bits(&asked.theta_of("wte.weight")), bits(&adamw.theta_of("wte.weight")), "a group may ask for Muon");
 }
 
 #[test]

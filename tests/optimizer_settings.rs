@@ -8,7 +8,8 @@ use warpstep::plan::{ParamLayout, ParamSpec};
 fn a_pattern_that_names_no_parameter_is_an_error_that_says_so() {
     let mut options = OptimizerOptions::new(Rule::Sgd, 0.1);
     let pattern = Regex::new("norrm").unwrap();
-    options.groups = vec![GroupPattern { pattern, learning_rate_scale: 1.0, weight_decay: None, rule: None }];
+    options.groups =
+        vec![GroupPattern { pattern, learning_rate_scale: 1.0, weight_decay: None, rule: None, decoupled: None }];
     let layout = ParamLayout::new(&[ParamSpec { name: "norm.weight".into(), shape: vec![3] }]).unwrap();
     let error = UpdatePlan::new(&options, &layout).unwrap_err().to_string();
     assert!(error.contains("norrm") && error.contains("norm.weight"), "{error}");

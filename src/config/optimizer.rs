@@ -146,11 +146,13 @@ fn groups(section: &mut Section) -> Result<Vec<GroupPattern>> {
             let why = e.to_string().lines().last().unwrap_or_default().trim().to_owned();
             table.error("pattern", format!("found {pattern:?}, expected a regular expression ({why})"))
         })?;
+        let own = if table.has("rule") { Some(rule(table, "momentum")?) } else { None };
         groups.push(GroupPattern {
             pattern,
             learning_rate_scale: table.or("learning_rate_scale", 1.0)?,
             weight_decay: table.optional("weight_decay")?,
-            rule: if table.has("rule") { Some(rule(table, "momentum")?.0) } else { None },
+            rule: own.map(|(rule, _)| rule),
+            decoupled: own.map(|(rule, name)| name == RuleName::AdamW || rule.decouples_decay()),
         });
     }
     section.close_all("groups", tables)?;

@@ -16,8 +16,10 @@ pub struct GroupPattern {
     pub learning_rate_scale: f64,
     /// `optimizer.groups.weight_decay`.
     pub weight_decay: Option<f64>,
-    /// `optimizer.groups.rule`.
+    /// `optimizer.groups.rule`. Muon is taken at its word for any matrix, tables and the output layer too.
     pub rule: Option<Rule>,
+    /// Whether decay is decoupled, as the group's rule has it; where not set, as the optimizer has it.
+    pub decoupled: Option<bool>,
 }
 
 /// Options of the optimizer. The run file's key stands in the text of each field.
@@ -195,12 +197,13 @@ impl UpdatePlan {
             }
             let pattern = found.map(|index| &options.groups[index]);
             let matrix = entry.shape.len() >= 2;
-            let rule = pattern.and_then(|p| p.rule).unwrap_or(options.rule);
+            let own_rule = pattern.and_then(|p| p.rule);
+            let rule = own_rule.unwrap_or(options.rule);
             let (rule, decoupled) = match rule {
-                Rule::Muon { .. } if !matrix || is_table(&entry.name) => {
+                Rule::Muon { .. } if !matrix || (own_rule.is_none() && is_table(&entry.name)) => {
                     (Rule::Adam { betas: [0.9, 0.95], epsilon: 1e-8 }, true)
                 }
-                rule => (rule, options.decoupled),
+                rule => (rule, pattern.and_then(|p| p.decoupled).unwrap_or(options.decoupled)),
             };
             let default_decay = if options.decay_matrices_only && !matrix { 0.0 } else { options.weight_decay };
             let group = Group {
