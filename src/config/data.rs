@@ -29,7 +29,7 @@ const FORMATS: [(&str, &str); 9] = [
 pub fn data(section: &mut Section) -> Result<DataOptions> {
     let Some(format) = section.choice("format", &FORMATS)? else {
         let names: Vec<&str> = FORMATS.iter().map(|(name, _)| *name).collect();
-        return Err(section.error("format", format!("missing; expected one of {}", names.join(", "))));
+        return Err(section.missing("format", &format!("one of {}", names.join(", "))));
     };
     let format = match format {
         "digits" => FormatOptions::Digits,

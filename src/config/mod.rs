@@ -94,6 +94,7 @@ impl RunFile {
             tree::set(&mut tree, assignment)?;
         }
         let mut root = Section::root(tree.clone())?;
+        root.only(&SECTIONS)?;
         let mut run = root.section("run")?;
         let stem = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -245,7 +246,7 @@ fn train_options(
     let length = match (run.optional("steps")?, run.optional("epochs")?) {
         (Some(steps), None) => Length::Steps(steps),
         (None, Some(epochs)) => Length::Epochs(epochs),
-        (None, None) => return Err(run.error("steps", "missing; expected run.steps or run.epochs")),
+        (None, None) => return Err(run.missing("steps", "run.steps or run.epochs")),
         (Some(_), Some(_)) => return Err(run.error("epochs", "found both steps and epochs, expected one of them")),
     };
     let log_every_steps = run.or("log_every_steps", defaults.log_every_steps)?;

@@ -79,9 +79,7 @@ pub fn model(section: &mut Section) -> Result<ModelOptions> {
 fn preset(section: &mut Section) -> Result<Preset> {
     let Some(name) = section.choice("preset", &PRESETS)? else {
         let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
-        return Err(
-            section.error("preset", format!("missing; expected one of {}, or [[model.layers]]", names.join(", ")))
-        );
+        return Err(section.missing("preset", &format!("one of {}, or [[model.layers]]", names.join(", "))));
     };
     let linear = |section: &mut Section| -> Result<LinearOptions> {
         let LinearOptions { bias, zero_init } = LinearOptions::default();
@@ -231,7 +229,7 @@ const MORE_LAYERS: [&str; 3] = ["flatten", "mean_over_time", "residual"];
 fn layer(section: &mut Section) -> Result<LayerOptions> {
     let names: Vec<(&str, &str)> = LAYERS.iter().chain(&MORE_LAYERS).map(|name| (*name, *name)).collect();
     let Some(kind) = section.choice("kind", &names)? else {
-        return Err(section.error("kind", "missing; expected the layer's name, as in kind = \"linear\""));
+        return Err(section.missing("kind", "the layer's name, as in kind = \"linear\""));
     };
     Ok(match kind {
         "linear" => LayerOptions::Linear { outputs: section.optional("outputs")?, bias: section.or("bias", true)? },

@@ -198,6 +198,21 @@ impl Section {
         self.entries.contains_key(key)
     }
 
+    /// Checks that every key is one of `known`, before any is read.
+    ///
+    /// # Errors
+    /// Another key: the nearest is suggested.
+    pub fn only(&self, known: &[&str]) -> Result<()> {
+        match self.entries.keys().find(|key| !known.contains(&key.as_str())) {
+            None => Ok(()),
+            Some(key) => {
+                let hint = suggestion(key, known.iter().copied());
+                let hint = if hint.is_empty() { format!("; expected one of {}", known.join(", ")) } else { hint };
+                Err(self.error(key, format!("unknown key{hint}")))
+            }
+        }
+    }
+
     /// The names of all keys that the document gives.
     pub fn keys(&self) -> Vec<String> {
         self.entries.keys().cloned().collect()
@@ -256,12 +271,21 @@ impl Section {
         }
     }
 
+    /// An error about `key`, which is not given, or about the misspelt key that stands in its place.
+    pub fn missing(&self, key: &str, expected: &str) -> Error {
+        let others = self.entries.keys().filter(|k| !self.asked.contains(k));
+        match others.map(|k| (k, suggestion(k, std::iter::once(key)))).find(|(_, hint)| !hint.is_empty()) {
+            Some((misspelt, hint)) => self.error(misspelt, format!("unknown key{hint}")),
+            None => self.error(key, format!("missing; expected {expected}")),
+        }
+    }
+
     /// The value of `key`, which must be given.
     ///
     /// # Errors
     /// The key is missing, or has a value of another type.
     pub fn required<T: Read>(&mut self, key: &str) -> Result<T> {
-        self.optional(key)?.ok_or_else(|| self.error(key, format!("missing; expected {}", T::expected())))
+        self.optional(key)?.ok_or_else(|| self.missing(key, &T::expected()))
     }
 
     /// The value of `key` by its name in `names`.

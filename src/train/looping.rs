@@ -337,7 +337,7 @@ impl<B: Backend + Update> Loop<B> {
         )?;
         let evaluate_every = self.options.evaluate.in_steps(self.steps_per_epoch);
         let checkpoint_every = self.options.checkpoint.in_steps(self.steps_per_epoch);
-        let due = |every: Option<u64>, step: u64| every.is_some_and(|every| step % every == 0);
+        let due = |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
         let mut end = End::Completed;
         let mut interval = Interval::default();
         let mut skipped_in_a_row = 0;
@@ -354,7 +354,7 @@ impl<B: Backend + Update> Loop<B> {
                 )));
             }
             let last = step == self.steps;
-            if step % self.options.log_every_steps == 0 || last {
+            if step.is_multiple_of(self.options.log_every_steps) || last {
                 self.record_training(&mut interval, observers)?;
             }
             if due(evaluate_every, step) && !last {

@@ -196,7 +196,7 @@ impl<B: Backend + Update> Trainer<B> {
         let step = StepContext {
             seed: self.seed,
             micro_step: self.counters.micro_step,
-            accumulate: self.counters.micro_step % u64::from(self.accumulate) != 0,
+            accumulate: !self.counters.micro_step.is_multiple_of(u64::from(self.accumulate)),
         };
         let sums = run(&self.backend, &mut self.arena, &mut self.training, batch, &step)?;
         self.counters.micro_step += 1;

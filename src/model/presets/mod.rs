@@ -112,11 +112,10 @@ impl ModelOptions {
             self.label_smoothing,
             "a number from 0 to below 1",
         )?;
-        let binary = match (&self.preset, self.loss, fit.goal) {
-            (_, Some(LossKind::BinaryCrossEntropy), _) => true,
-            (Preset::Logistic(_), None, Goal::Classes(2)) => true,
-            _ => false,
-        };
+        let binary = matches!(
+            (&self.preset, self.loss, fit.goal),
+            (_, Some(LossKind::BinaryCrossEntropy), _) | (Preset::Logistic(_), None, Goal::Classes(2))
+        );
         let (loss, outputs) = match (fit.goal, self.loss) {
             (Goal::Classes(2), _) if binary => (Loss::BinaryCrossEntropy, 1),
             (Goal::Values(width), _) if binary => (Loss::BinaryCrossEntropy, width),
