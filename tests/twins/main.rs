@@ -6,6 +6,7 @@ mod activation;
 mod attention;
 mod embedding;
 mod layer_norm;
+mod linear;
 mod loss;
 
 use std::time::{SystemTime, UNIX_EPOCH};

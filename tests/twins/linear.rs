@@ -1,0 +1,77 @@
+//! The affine map, and a whole network of every sequence operation.
+
+use warpstep::backend::cpu::Cpu;
+use warpstep::backend::ops::*;
+use warpstep::model::presets::GptOptions;
+use warpstep::model::{Input, Mode, Value};
+use warpstep::real::Real;
+
+use crate::*;
+
+/// y, dx, dweight, dbias.
+fn reference<R: Real>([x, dy, weight, bias]: [&[f64]; 4], [rows, inputs, outputs]: [usize; 3]) -> Vec<Vec<f64>> {
+    let (x, dy, weight, bias) = (cast::<R>(x), cast::<R>(dy), cast::<R>(weight), cast::<R>(bias));
+    let (mut y, mut dx) = (vec![R::zero(); rows * outputs], vec![R::zero(); rows * inputs]);
+    let (mut dweight, mut dbias) = (vec![R::zero(); weight.len()], vec![R::zero(); outputs]);
+    for r in 0..rows {
+        for o in 0..outputs {
+            let d = dy[r * outputs + o];
+            dbias[o] += d;
+            for i in 0..inputs {
+                y[r * outputs + o] += x[r * inputs + i] * weight[o * inputs + i];
+                dx[r * inputs + i] += d * weight[o * inputs + i];
+                dweight[o * inputs + i] += d * x[r * inputs + i];
+            }
+            y[r * outputs + o] += bias[o];
+        }
+    }
+    vec![wide(&y), wide(&dx), wide(&dweight), wide(&dbias)]
+}
+
+#[test]
+fn an_affine_map_is_what_it_is_for_any_number_of_threads() {
+    let seed = fresh_seed();
+    for size in [[1, 1, 1], [3, 5, 7], [65, 33, 17], [200, 130, 65], [70, 1500, 40], [1100, 24, 50]] {
+        let [rows, inputs, outputs] = size;
+        let (x, dy) = (normal(seed, 0, rows * inputs), normal(seed, 1, rows * outputs));
+        let (weight, bias) = (normal(seed, 2, inputs * outputs), normal(seed, 3, outputs));
+        let what = format!("linear {size:?}");
+        let found = same_bits(&what, || {
+            let mut bed = Bed::<Cpu<f32>>::cpu();
+            let (x, dy) = (bed.real(&x), bed.real(&dy));
+            let (weight, bias) = (bed.parameter(&weight), bed.parameter(&bias));
+            let (y, dx) = (bed.empty(rows * outputs), bed.empty(rows * inputs));
+            let forward = LinearForward { x, weight, bias: Some(bias), y, rows, inputs, outputs };
+            let (dweight, dbias) = (first(weight), Some(first(bias)));
+            let backward = LinearBackward { x, dy, weight, dx: Some(dx), dweight, dbias, rows, inputs, outputs };
+            let backward = bed.run(&backward).unwrap();
+            let forward = bed.run(&forward).unwrap();
+            vec![forward.get(y), backward.get(dx), backward.gradient(weight), backward.gradient(bias)]
+        });
+        let given = [&x[..], &dy[..], &weight[..], &bias[..]];
+        judge(&what, &found, &reference::<f32>(given, size), &reference::<f64>(given, size));
+    }
+}
+
+#[test]
+fn a_whole_gpt_has_the_same_gradients_for_any_number_of_threads() {
+    let seed = fresh_seed();
+    let options = GptOptions { layers: 2, heads: 4, width: 64, dropout: 0.1, bias: true, ..GptOptions::default() };
+    let (vocabulary, time, batch) = (65, 70, 5);
+    let (tokens, targets) = (whole(seed, 0, batch * time, 65), whole(seed, 1, batch * time, 65));
+    same_bits("GPT", || {
+        let backend = Cpu::<f32>::new();
+        let mut model = options.build::<Cpu<f32>>(vocabulary, time).unwrap();
+        let program = model.plan(&Input::Tokens(time), batch, Mode::Training).unwrap();
+        let mut arena = model.arena(&backend, 1, 0).unwrap();
+        let mut activations = program.activations(&backend).unwrap();
+        for (value, numbers) in [(Some(program.input), &tokens), (program.target, &targets)] {
+            let Some(Value::Tokens(indices)) = value else { panic!("a GPT takes and tells tokens") };
+            let range = activations.index_range(indices);
+            activations.indices[range].copy_from_slice(numbers);
+        }
+        let mut memory = Memory { arena: &mut arena, activations: &mut activations };
+        backend.run(&program.ops, &mut memory, &StepContext { seed: 1, ..StepContext::default() }).unwrap();
+        vec![wide(&activations.values[activations.range(program.metrics.unwrap())]), wide(&arena.gradients)]
+    });
+}
