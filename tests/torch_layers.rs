@@ -15,10 +15,11 @@ fn fixture(name: &str) -> TensorMap {
     tensors::read(&folder.join(format!("{name}.safetensors"))).unwrap()
 }
 
-/// Below 1e-5 of the largest value.
+/// Below 1e-5 of the largest value expected.
 fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len(), "{what}");
-    let size = expected.iter().fold(1.0f32, |size, v| size.max(v.abs()));
+    let size = expected.iter().fold(0.0f32, |size, v| size.max(v.abs()));
+    assert!(size > 0.0, "{what}: PyTorch's values are all 0");
     for (i, (a, b)) in found.iter().zip(expected).enumerate() {
         assert!((a - b).abs() < 1e-5 * size, "{what}: element {i}: found {a}, expected {b}");
     }
@@ -59,6 +60,7 @@ fn check(name: &str, layer: impl Layer<Cpu<f32>>) {
 #[test]
 fn affine_maps_and_functions_of_single_values() {
     check("linear", Linear::new(5));
+    check("linear_no_bias", Linear::new(17).without_bias());
     for (name, kind) in [
         ("relu", ActivationKind::Relu),
         ("gelu", ActivationKind::Gelu),
@@ -70,14 +72,41 @@ fn affine_maps_and_functions_of_single_values() {
         check(name, Activation::new(kind));
     }
     check("swiglu", Swiglu::new());
+    let branch = Sequential::new()
+        .then("0", Linear::new(11))
+        .then("1", Activation::new(ActivationKind::Gelu))
+        .then("2", Linear::new(6));
+    check("residual", Residual::new("inner", branch));
 }
 
 #[test]
 fn normalization() {
     check("layer_norm", LayerNorm::new(1e-5));
+    check("layer_norm_no_bias", LayerNorm::new(1e-5).without_bias());
     check("rms_norm", RmsNorm::new(1e-6));
     check("batch_norm_1d", BatchNorm::new());
     check("batch_norm_2d", BatchNorm::new());
+}
+
+#[test]
+fn batch_norm_in_evaluation_uses_the_kept_statistics() {
+    for name in ["batch_norm_1d_eval", "batch_norm_2d_eval"] {
+        let tensors = fixture(name);
+        let shape = &tensors["input"].shape;
+        let input = Input::Real(shape[1..].to_vec());
+        let mut probe = Probe::<f32>::new(BatchNorm::new(), &input, shape[0], Mode::Inference, 0).unwrap();
+        probe.set_input(&tensors["input"].values).unwrap();
+        for (key, tensor) in &tensors {
+            if let Some(parameter) = key.strip_prefix("param.").or(key.strip_prefix("before.")) {
+                probe.set(parameter, &tensor.values).unwrap();
+            }
+        }
+        probe.run(&vec![0.0; tensors["output"].values.len()]).unwrap();
+        assert_close(&format!("{name}: output"), probe.output(), &tensors["output"].values);
+        for kept in ["running_mean", "running_var"] {
+            assert_eq!(probe.get(kept).unwrap(), tensors[&format!("before.{kept}")].values, "{name}: {kept}");
+        }
+    }
 }
 
 #[test]
@@ -92,6 +121,10 @@ fn attention() {
     check("attention_causal", Attention::new(2, true));
     check("attention_full", Attention::new(2, false));
     check("attention_grouped", Attention::new(4, true).with_kv_heads(2));
+    check("attention_of_one", Attention::new(2, true));
+    check("attention_full_grouped", Attention::new(6, false).with_kv_heads(2));
+    let halves = RotaryOptions { base: 1e4, interleaved: false };
+    check("attention_grouped_rotary", Attention::new(6, true).with_kv_heads(3).with_rotary(Some(halves)));
     for (name, interleaved) in [("attention_rotary_halves", false), ("attention_rotary_interleaved", true)] {
         let attention = Attention::new(2, true).with_rotary(Some(RotaryOptions { base: 1e4, interleaved }));
         let packed = Linear::new(24).without_bias();
@@ -132,9 +165,14 @@ fn pictures() {
     check("conv2d", Conv2d::new(4, [3, 3]));
     check("conv2d_stride_padding", Conv2d::new(4, [3, 2]).with_stride([2, 2]).with_padding([1, 2]).without_bias());
     check("conv2d_groups", Conv2d::new(6, [3, 3]).with_padding([1, 1]).with_groups(2));
+    check("conv2d_depthwise", Conv2d::new(3, [5, 5]).with_padding([2, 2]).with_groups(3));
+    check("conv2d_1x1_stride", Conv2d::new(3, [1, 1]).with_stride([2, 2]).without_bias());
     let window = Window { kernel: [3, 3], stride: [2, 2], padding: [1, 1] };
     check("max_pool2d", MaxPool2d::new(window));
     check("average_pool2d", AveragePool2d::new(window));
+    check("max_pool2d_tiled", MaxPool2d::new(Window::tiled([2, 2])));
+    check("average_pool2d_tiled", AveragePool2d::new(Window::tiled([2, 2])));
+    check("average_pool2d_global", AveragePool2d::new(Window::global()));
 }
 
 /// The loss and the gradient of the logits are PyTorch's. A model needs a parameter: here it is the logits themselves, the

@@ -104,8 +104,7 @@ fn networks_for_pictures_are_pytorch_s() {
 fn text_classifiers_are_pytorch_s() {
     let cnn = TextCnnOptions { width: 6, kernels: vec![2, 3, 4], filters: 5, dropout: 0.0 };
     check("text_cnn", Preset::TextCnn(cnn), Goal::Classes(3), Some(23));
-    let encoder =
-        TextEncoderOptions { layers: 2, heads: 3, width: 12, dropout: 0.0, ..TextEncoderOptions::default() };
+    let encoder = TextEncoderOptions { layers: 2, heads: 3, width: 12, dropout: 0.0, ..TextEncoderOptions::default() };
     check("text_encoder", Preset::TextEncoder(encoder), Goal::Classes(3), Some(23));
 }
 
