@@ -8,10 +8,13 @@ import time
 import torch
 
 
-def setup():
+def setup(flag=None):
+    """Arguments; `flag` is a pair (name, help) of a switch of the script's own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=2)
+    if flag:
+        parser.add_argument(flag[0], action="store_true", help=flag[1])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     return arguments
@@ -33,7 +36,7 @@ def measure(step, seconds):
     return times
 
 
-def report(name, times):
+def report(name, times, **more):
     print(
         json.dumps(
             {
@@ -42,6 +45,10 @@ def report(name, times):
                 "count": len(times),
                 "median_ms": statistics.median(times) * 1e3,
                 "min_ms": min(times) * 1e3,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                **more,
             }
-        )
+        ),
+        flush=True,
     )
