@@ -8,13 +8,10 @@ import time
 import torch
 
 
-def setup(flag=None):
-    """Arguments; `flag` is a pair (name, help) of a switch of the script's own."""
+def setup():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=2)
-    if flag:
-        parser.add_argument(flag[0], action="store_true", help=flag[1])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     return arguments
@@ -36,7 +33,7 @@ def measure(step, seconds):
     return times
 
 
-def report(name, times, **more):
+def report(name, times):
     print(
         json.dumps(
             {
@@ -45,10 +42,6 @@ def report(name, times, **more):
                 "count": len(times),
                 "median_ms": statistics.median(times) * 1e3,
                 "min_ms": min(times) * 1e3,
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                **more,
             }
-        ),
-        flush=True,
+        )
     )

@@ -28,7 +28,7 @@ def run(command):
     return json.loads(output.strip().splitlines()[-1])
 
 
-print("| work | peer, ms | Warpstep, ms | times as fast (each round) | speed of the copy floor: peer, Warpstep |")
+print("| work | peer, ms | Warpstep, ms | times as fast (each round) | share of the copy floor |")
 print("| --- | --- | --- | --- | --- |")
 for name in arguments.names or NAMES:
     options = ["--seconds", str(arguments.seconds), "--threads", str(arguments.threads)]
@@ -38,8 +38,8 @@ for name in arguments.names or NAMES:
         peer = run([sys.executable, str(HERE / f"{name}.py"), *options])
         pairs.append((peer, ours))
     ratios = [peer["median_ms"] / ours["median_ms"] for peer, ours in pairs]
-    shares = [[one["floor_ms"] / one["median_ms"] for one in side if one.get("floor_ms")] for side in zip(*pairs)]
-    floor = ", ".join(f"{100 * statistics.median(side):.0f} %" for side in shares if side)
+    floors = [ours["floor_ms"] / ours["median_ms"] for _, ours in pairs if ours.get("floor_ms")]
+    floor = f"{100 * statistics.median(floors):.0f} %" if floors else ""
     print(
         f"| {name} | {statistics.median(p['median_ms'] for p, _ in pairs):.2f} "
         f"| {statistics.median(o['median_ms'] for _, o in pairs):.2f} "

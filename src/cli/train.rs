@@ -77,7 +77,10 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     };
     // The report reads what the run wrote, so it comes before the progress says that all is done.
     let (mut board, mut report, mut progress) = (TensorBoard::new(), Report::new(clip), Progress::new(show));
-    let outcome = train(run, &mut [&mut board, &mut report, &mut progress]).map_err(|e| run_file.locate(e))?;
+    let outcome = train(run, &mut [&mut board, &mut report, &mut progress]);
+    // Its live line goes before anything else is said.
+    drop(progress);
+    let outcome = outcome.map_err(|e| run_file.locate(e))?;
     match outcome.end {
         End::Interrupted(signal) => {
             if show != Show::Quiet {

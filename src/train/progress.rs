@@ -1,6 +1,7 @@
 //! What a run shows while it goes: a live line on a terminal, plain lines into a pipe, JSON lines where asked.
 
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -24,6 +25,7 @@ pub enum Show {
 /// Shows a run.
 pub struct Progress {
     show: Show,
+    folder: PathBuf,
     bar: Option<ProgressBar>,
     first_step: u64,
     steps: u64,
@@ -40,6 +42,7 @@ impl Progress {
     pub fn new(show: Show) -> Self {
         Progress {
             show,
+            folder: PathBuf::new(),
             bar: None,
             first_step: 0,
             steps: 0,
@@ -60,6 +63,7 @@ impl Progress {
     }
 
     fn start(&mut self, started: &Started<'_>) -> Result<()> {
+        started.folder.clone_into(&mut self.folder);
         self.first_step = started.first_step;
         self.steps = started.steps;
         self.steps_per_epoch = started.steps_per_epoch;
@@ -75,7 +79,8 @@ impl Progress {
         print_line(&format!("{} steps{from} into {}", grouped(steps), folder.display()))?;
         if std::io::stdout().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
-            if let Ok(style) = ProgressStyle::with_template("{wide_bar:.cyan/blue} {pos}/{len}  {msg}") {
+            // The message is cut where the terminal is too narrow for it, so what matters most stands first.
+            if let Ok(style) = ProgressStyle::with_template("{bar:10.cyan/blue} {wide_msg}") {
                 bar.set_style(style.progress_chars("━╸─"));
             }
             bar.set_position(first_step);
@@ -97,7 +102,13 @@ impl Progress {
         };
         let rate = record.lr.map_or_else(String::new, |lr| format!("  lr {lr:.2e}"));
         let skipped = if record.skipped > 0 { format!("  skipped {}", record.skipped) } else { String::new() };
-        let text = format!("loss {:.4}{rate}  {speed}  {} left{skipped}", record.loss, duration(left));
+        let text = format!(
+            "{}/{}  loss {:.4}  {} left  {speed}{rate}{skipped}",
+            record.step,
+            self.steps,
+            record.loss,
+            duration(left)
+        );
         match &self.bar {
             Some(bar) => {
                 bar.set_position(record.step);
@@ -110,7 +121,7 @@ impl Progress {
                     return Ok(());
                 }
                 self.last_line = Some(Instant::now());
-                print_line(&format!("step {}/{}  {text}", record.step, self.steps))
+                print_line(&format!("step {text}"))
             }
         }
     }
@@ -137,7 +148,17 @@ impl Progress {
         if let Some(bytes) = summary.peak_memory_bytes {
             text += &format!("\n  peak memory {} MiB", bytes >> 20);
         }
+        text += &format!("\n  run folder  {}", self.folder.display());
         print_line(&text)
+    }
+}
+
+/// A run that was interrupted or failed leaves its live line: it goes, so that what is said next has a line of its own.
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
     }
 }
 
@@ -193,8 +214,9 @@ pub fn grouped(value: u64) -> String {
     text
 }
 
-fn rounded(value: f64) -> String {
-    if value >= 100.0 { grouped(value.round() as u64) } else { format!("{value:.1}") }
+/// `12,345` from a hundred on, `3.1` below.
+pub fn rounded(value: f64) -> String {
+    if value >= 99.95 { grouped(value.round() as u64) } else { format!("{value:.1}") }
 }
 
 /// Seconds as `1 h 02 min`, `3 min 04 s` or `5.6 s`.
@@ -205,6 +227,18 @@ pub fn duration(seconds: f64) -> String {
     } else if whole >= 60 {
         format!("{} min {:02} s", whole / 60, whole % 60)
     } else {
-        format!("{seconds:.1} s")
+        format!("{:.1} s", seconds.max(0.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_written_for_people() {
+        assert_eq!([0, 999, 1_000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([4.56, 184.4, 12_345.6, -1.0].map(duration), ["4.6 s", "3 min 04 s", "3 h 25 min", "0.0 s"]);
+        assert_eq!([3.0625, 99.96, 99.94, 52_000.4].map(rounded), ["3.1", "100", "99.9", "52,000"]);
     }
 }

@@ -6,7 +6,7 @@ use super::files::write_whole;
 use super::looping::{Event, Observer};
 use super::metrics::{Record, SplitName, read_metrics};
 use super::plot::{charts, svg};
-use super::progress::{duration, grouped};
+use super::progress::{duration, grouped, rounded};
 use super::summary::{Scores, Summary};
 use crate::error::{Error, Result};
 
@@ -86,7 +86,7 @@ fn page(name: &str, summary: &Summary, records: &[Record], config: &str, clip: O
     figures += &figure("parameters", &grouped(summary.parameters as u64));
     figures += &figure("steps", &grouped(summary.steps));
     figures += &figure("time", &duration(summary.seconds));
-    figures += &figure("steps a second", &format!("{:.1}", summary.steps_per_s));
+    figures += &figure("steps a second", &rounded(summary.steps_per_s));
     let best = summary.best;
     let mut rows = score_row("train", summary.last.train)
         + &score_row("validation", summary.last.validation)
@@ -120,9 +120,9 @@ fn page(name: &str, summary: &Summary, records: &[Record], config: &str, clip: O
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>\
          <meta name=viewport content=\"width=device-width, initial-scale=1\"><title>{title}</title>\n<style>{STYLE}</style>\
          </head>\n<body><main>\n<h1>{title}</h1>\n<section class=figures>{figures}</section>\n\
-         <section class=charts>{pictures}</section>\n<section class=tables>\
+          <section class=charts>{pictures}<figure class=tables>\
          <table><thead><tr><th>split</th><td>loss</td><td>accuracy</td></tr></thead><tbody>{rows}</tbody></table>\
-         <table><tbody>{facts}</tbody></table></section>\n<h2>Configuration</h2>\n<pre>{config}</pre>\n\
+         <table><tbody>{facts}</tbody></table></figure></section>\n<h2>Configuration</h2>\n<pre>{config}</pre>\n\
          </main></body></html>\n",
         title = escaped(name),
         config = escaped(config.trim()),
@@ -133,22 +133,31 @@ const STYLE: &str = "
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0; }
 main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: 26px; margin: 8px 0 16px; }
+h1 { font-size: 26px; margin: 8px 0 16px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 32px 0 8px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
 .figure { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; display: flex; flex-direction: column; }
-.figure b { font-size: 22px; font-weight: 600; white-space: nowrap; }
+.figure b { font-size: 24px; font-weight: 600; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .figure span { opacity: .7; font-size: 13px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 12px; margin: 20px 0; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: 4px; }
-figure svg { display: block; width: 100%; height: auto; }
-.tables { display: flex; flex-wrap: wrap; gap: 24px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 12px; margin: 12px 0; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: 6px; min-width: 0; }
+figure svg { display: block; width: 100%; height: auto; font-family: system-ui, sans-serif; }
+.tables { display: flex; flex-wrap: wrap; align-items: flex-start; align-content: space-evenly; gap: 16px 40px; padding: 18px; }
 table { border-collapse: collapse; }
-th { text-align: left; font-weight: 500; padding: 4px 16px 4px 0; }
-td { padding: 4px 16px 4px 0; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 500; padding: 5px 20px 5px 0; }
+td { padding: 5px 20px 5px 0; font-variant-numeric: tabular-nums; }
 thead { opacity: .7; }
 tbody tr { border-top: 1px solid var(--line); }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: 14px; overflow-x: auto; font-size: 13px; }
+@media (prefers-color-scheme: dark) {
+body { background: #16181c; color: #e4e6ea; }
+svg [stroke='#0072B2'] { stroke: #4ba3e3; }
+svg [fill='#0072B2'] { fill: #4ba3e3; }
+svg [stroke='#D55E00'] { stroke: #f5853f; }
+svg [fill='#D55E00'] { fill: #f5853f; }
+svg [stroke='#C81E3C'] { stroke: #ff5c77; }
+}
+@media print { main { max-width: none; } figure { break-inside: avoid; } }
 ";
 
 #[cfg(test)]

@@ -28,8 +28,9 @@ impl TensorBoard {
         let file = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
         self.file = Some((file, path));
         self.write(&event(0, &field_bytes(3, b"brain.Event:2")))?;
-        // A session's start makes TensorBoard forget what an earlier, killed session wrote at this step and beyond.
-        self.write(&event(first_step, &field_bytes(7, &field_varint(1, 1))))
+        // A session's start makes TensorBoard forget what an earlier, killed session wrote at this step and beyond: what was
+        // written at the checkpoint's own step stays.
+        self.write(&event(first_step + 1, &field_bytes(7, &field_varint(1, 1))))
     }
 
     fn write(&mut self, message: &[u8]) -> Result<()> {
