@@ -74,10 +74,10 @@ impl Philox {
     #[inline(always)]
     fn sixteen_blocks(&self, first: u64) -> [u32; 64] {
         let mut counters = [[0; 16], [0; 16], [self.high[0]; 16], [self.high[1]; 16]];
-        for i in 0..16 {
+        let [low, high, ..] = &mut counters;
+        for (i, (low, high)) in low.iter_mut().zip(high).enumerate() {
             let block = first.wrapping_add(i as u64);
-            counters[0][i] = block as u32;
-            counters[1][i] = (block >> 32) as u32;
+            (*low, *high) = (block as u32, (block >> 32) as u32);
         }
         let mut key = self.key;
         for _ in 0..10 {

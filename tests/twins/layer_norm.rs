@@ -72,11 +72,12 @@ fn layer_norm_is_what_the_paper_says() {
             let forward = LayerNormForward { x, weight, bias: bias_of, y, mean, reciprocal_std, rows, width, epsilon };
             let forward = bed.run(&forward).unwrap();
             let (mean, reciprocal_std) = (bed.real(&forward.get(mean)), bed.real(&forward.get(reciprocal_std)));
-            let dx = Some(bed.empty(rows * width));
+            let input_gradient = bed.empty(rows * width);
+            let dx = Some(input_gradient);
             let (dweight, dbias) = (first(weight), Some(first(bias)));
             let backward = LayerNormBackward { x, dy, weight, mean, reciprocal_std, dx, dweight, dbias, rows, width };
             let backward = bed.run(&backward).unwrap();
-            vec![forward.get(y), backward.get(dx.unwrap()), backward.gradient(weight), backward.gradient(bias)]
+            vec![forward.get(y), backward.get(input_gradient), backward.gradient(weight), backward.gradient(bias)]
         });
         judge(&what, &found, &reference::<f32>(&case, true), &reference::<f64>(&case, true));
     }
@@ -95,11 +96,12 @@ fn rms_norm_is_what_the_paper_says() {
             let epsilon = EPSILON;
             let forward = bed.run(&RmsNormForward { x, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap();
             let reciprocal_rms = bed.real(&forward.get(reciprocal_rms));
-            let dx = Some(bed.empty(rows * width));
+            let input_gradient = bed.empty(rows * width);
+            let dx = Some(input_gradient);
             let dweight = first(weight);
             let backward = RmsNormBackward { x, dy, weight, reciprocal_rms, dx, dweight, rows, width };
             let backward = bed.run(&backward).unwrap();
-            vec![forward.get(y), backward.get(dx.unwrap()), backward.gradient(weight)]
+            vec![forward.get(y), backward.get(input_gradient), backward.gradient(weight)]
         });
         let cut = |mut reference: Vec<Vec<f64>>| {
             reference.truncate(3);
