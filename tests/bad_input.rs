@@ -281,3 +281,48 @@ fn any_bytes_in_a_run_file_are_read_or_refused() {
         })
         .unwrap();
 }
+
+#[test]
+fn any_bytes_in_a_checkpoint_or_a_record_are_read_or_refused() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("run.toml");
+    fs::write(&file, GOOD).unwrap();
+    let out = folder.path().join("out");
+    let output = run(&["train", &file.display().to_string(), "--quiet", "--out", &out.display().to_string()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let checkpoint = out.join("checkpoints/step-00000004");
+    let files = [
+        checkpoint.join("model.safetensors"),
+        checkpoint.join("state.json"),
+        out.join("metrics.jsonl"),
+        out.join("summary.json"),
+        out.join("preprocess.json"),
+    ];
+    let whole: Vec<Vec<u8>> = files.iter().map(|f| fs::read(f).unwrap()).collect();
+    let mut runner = TestRunner::new(Config { cases: 200, failure_persistence: None, ..Config::default() });
+    // Most flips fall into the first bytes, where the structure is.
+    let strategy = proptest::collection::vec((0usize..600, proptest::num::u8::ANY), 0..6);
+    runner
+        .run(&(0..files.len(), strategy, 0usize..4000), |(which, flips, cut)| {
+            let mut bytes = whole[which].clone();
+            for (at, value) in flips {
+                let len = bytes.len();
+                bytes[at % len] = value;
+            }
+            if cut % 2 == 0 {
+                bytes.truncate(cut);
+            }
+            fs::write(&files[which], &bytes).unwrap();
+            // Read or refused: what must not happen is a panic or an endless allocation.
+            match which {
+                0 => drop(warpstep::train::tensors::read(&files[0])),
+                1 => drop(warpstep::train::checkpoint::read_state(&checkpoint)),
+                2 => drop(warpstep::train::metrics::read_metrics(&files[2])),
+                3 => drop(warpstep::train::summary::Summary::read(&files[3])),
+                _ => drop(String::from_utf8(bytes).map(|text| warpstep::data::Preprocess::from_json(&text))),
+            }
+            fs::write(&files[which], &whole[which]).unwrap();
+            Ok(())
+        })
+        .unwrap();
+}

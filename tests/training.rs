@@ -174,3 +174,34 @@ fn spoken_digits_are_told_apart_and_predicted() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(stdout(&output).matches('%').count(), 3);
 }
+
+#[test]
+fn hugging_face_weights_are_trained_on() {
+    let folder = TempDir::new().unwrap();
+    let text: String = (0..4000u32).map(|i| char::from(b'a' + (i * i % 23) as u8)).collect();
+    fs::write(folder.path().join("text.txt"), text).unwrap();
+    let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpt2/model.safetensors");
+    let run_file = |weights: &str| {
+        format!(
+            "[run]\nsteps = 2\n[data]\nformat = \"text\"\npath = \"text.txt\"\ncontext = 16\nbatch_size = 2\n\
+             split = {{ validation = 0.2 }}\n[model]\npreset = \"gpt\"\nlayers = 3\nheads = 4\nwidth = 48\nbias = true\n\
+             vocabulary = 97\ncontext = 32\n{weights}\n[optimizer]\nrule = \"sgd\"\nlearning_rate = 1e-12\n"
+        )
+    };
+    let file = folder.path().join("run.toml");
+    let out = folder.path().join("out");
+    fs::write(&file, run_file(&format!("weights = {:?}", weights.display().to_string()))).unwrap();
+    let output = run(&["train", &file.display().to_string(), "--quiet", "--out", &out.display().to_string()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let ours = tensors::read(&out.join("checkpoints/step-00000002/model.safetensors")).unwrap();
+    let theirs = tensors::read(&weights).unwrap();
+    let table = theirs.iter().find(|(name, _)| name.ends_with("wte.weight")).unwrap().1;
+    let found = &ours["transformer.wte.weight"];
+    assert_eq!(found.shape, table.shape);
+    assert!(found.values.iter().zip(&table.values).all(|(a, b)| (a - b).abs() < 1e-6));
+    fs::write(&file, run_file("weights = \"nowhere.safetensors\"")).unwrap();
+    let output =
+        run(&["train", &file.display().to_string(), "--quiet", "--overwrite", "--out", &out.display().to_string()]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("nowhere.safetensors"), "{}", stderr(&output));
+}

@@ -13,6 +13,7 @@ use super::assemble::{build_model, open_data};
 use crate::backend::cpu::Cpu;
 use crate::config::RunFile;
 use crate::data::OpenedData;
+use crate::data::source::Lookup;
 use crate::error::{Error, Result};
 use crate::model::{Mode, Model};
 use crate::optim::{NormClip, UpdatePlan};
@@ -108,6 +109,7 @@ pub(crate) fn make_run(run: &RunFile, data: &OpenedData, folder: &Path, start: S
         config: run.resolved.clone(),
         identity: run.identity.clone(),
         preprocess: data.preprocess.to_json()?,
+        weights: run.weights.as_deref().map(|path| Lookup::new(Some(&run.base)).find(path)).transpose()?,
         start,
         interrupt: Arc::default(),
         abandon_at: None,

@@ -55,6 +55,8 @@ pub struct RunFile {
     pub data: DataOptions,
     /// `[model]`.
     pub model: ModelOptions,
+    /// `model.weights`: a safetensors file of initial weights, looked for as data is.
+    pub weights: Option<PathBuf>,
     /// `[optimizer]`.
     pub optimizer: OptimizerOptions,
     /// `[schedule]`.
@@ -116,6 +118,7 @@ impl RunFile {
         let batch_size = data_section.or("batch_size", 32usize)?;
         let mut model_section = root.section("model")?;
         let model = model::model(&mut model_section)?;
+        let weights = model_section.optional("weights")?;
         let language_model = matches!(model.preset, Preset::Gpt(_) | Preset::TextEncoder(_));
         let mut optimizer_section = root.section("optimizer")?;
         let optimizer = optimizer::optimizer(&mut optimizer_section, language_model)?;
@@ -141,6 +144,7 @@ impl RunFile {
             train,
             data,
             model,
+            weights,
             optimizer: optimizer.optimizer,
             schedule,
             resolved,

@@ -16,6 +16,7 @@ use super::tensors::{self, TensorMap};
 use crate::backend::ops::Update;
 use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
+use crate::model::interop::{from_hugging_face_gpt2, is_hugging_face_gpt2};
 
 /// Version of the format of `state.json`.
 const FORMAT: u32 = 1;
@@ -292,12 +293,15 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
     Ok(state)
 }
 
-/// Reads a model's parameters and kept tensors from a safetensors file.
+/// Reads a model's parameters and kept tensors from a safetensors file, under our names or as Hugging Face lays GPT-2 out.
 ///
 /// # Errors
 /// A file that is missing or damaged, or is of another model.
 pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
     let mut model = tensors::read(file)?;
+    if arena.layout.get("transformer.wte.weight").is_some() && is_hugging_face_gpt2(&model) {
+        model = from_hugging_face_gpt2(model, file)?;
+    }
     let Arena { layout, parameters, state_layout, state, .. } = arena;
     tensors::upload(backend, parameters, layout, "", &mut model, file)?;
     tensors::upload(backend, state, state_layout, "", &mut model, file)?;

@@ -48,6 +48,8 @@ pub struct Run<B: Backend> {
     pub identity: String,
     /// What turns a user's file into an input, as JSON: `preprocess.json`.
     pub preprocess: String,
+    /// `model.weights`: a safetensors file that gives the initial weights, where not those of the model's own initialization.
+    pub weights: Option<PathBuf>,
     /// How to begin.
     pub start: Start,
     /// Set to a signal's number to make the run write a checkpoint and end after the present step.
@@ -174,6 +176,11 @@ pub fn train<B: Backend + Update>(run: Run<B>, observers: &mut [&mut dyn Observe
         ema: run.options.ema,
         seed: run.options.seed,
     })?;
+    if let (Some(weights), None) = (&run.weights, &latest) {
+        let (backend, arena) = trainer.parts_mut();
+        checkpoint::load_model(weights, backend, arena)?;
+        trainer.restart_average()?;
+    }
     let state = match &latest {
         Some(path) => checkpoint::load(path, &mut trainer)?,
         None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),

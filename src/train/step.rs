@@ -163,6 +163,17 @@ impl<B: Backend + Update> Trainer<B> {
         self.average.as_mut().map(|(_, buffer)| (&self.backend, buffer))
     }
 
+    /// Makes the average of weights, where there is one, that of the present parameters alone.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn restart_average(&mut self) -> Result<()> {
+        if let Some((decay, _)) = self.average {
+            self.average = Some((decay, self.copy_of_parameters()?));
+        }
+        Ok(())
+    }
+
     /// Forgets the average of weights: evaluations then take the parameters themselves.
     pub fn drop_average(&mut self) {
         self.average = None;
