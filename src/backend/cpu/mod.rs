@@ -5,6 +5,7 @@
 
 mod activation;
 mod attention;
+mod attention_scores;
 mod batch_norm;
 mod conv;
 mod dropout;
