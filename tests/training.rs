@@ -184,8 +184,8 @@ fn hugging_face_weights_are_trained_on() {
     let run_file = |weights: &str| {
         format!(
             "[run]\nsteps = 2\n[data]\nformat = \"text\"\npath = \"text.txt\"\ncontext = 16\nbatch_size = 2\n\
-             split = {{ validation = 0.2 }}\n[model]\npreset = \"gpt\"\nlayers = 3\nheads = 4\nwidth = 48\nbias = true\n\
-             vocabulary = 97\ncontext = 32\n{weights}\n[optimizer]\nrule = \"sgd\"\nlearning_rate = 1e-12\n"
+             split = {{ validation = 0.2 }}\n[model]\npreset = \"gpt\"\nlayers = 2\nheads = 4\nwidth = 32\nbias = true\n\
+             vocabulary = 61\ncontext = 24\n{weights}\n[optimizer]\nrule = \"sgd\"\nlearning_rate = 1e-12\n"
         )
     };
     let file = folder.path().join("run.toml");

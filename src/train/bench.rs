@@ -16,7 +16,7 @@ use crate::optim::{Clip, MomentumForm, NormClip, OptimizerOptions, Rule, StepPar
 use crate::plan::{ParamLayout, ParamSpec};
 use crate::random::{Philox, Purpose};
 
-/// The names that [`bench`] knows.
+/// The names that [`bench()`] knows.
 pub const NAMES: [&str; 3] = ["gpt_cpu", "mlp", "update"];
 
 /// What was measured.
