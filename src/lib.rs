@@ -97,6 +97,7 @@ pub mod optim;
 pub mod plan;
 pub mod random;
 pub mod real;
+pub mod text;
 pub mod train;
 
 pub use error::{Error, Result};

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use warpstep::train::looping::{Event, Observer, Started};
 use warpstep::train::metrics::{MetricsWriter, Record, SplitName};
+use warpstep::train::run::{Event, Observer, Started};
 use warpstep::train::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use warpstep::train::tensorboard::TensorBoard;
 use warpstep::train::{plot, report};

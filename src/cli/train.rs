@@ -17,9 +17,11 @@ use crate::data::source::Lookup;
 use crate::error::{Error, Result};
 use crate::model::{Mode, Model};
 use crate::optim::{NormClip, UpdatePlan};
-use crate::train::looping::{End, Run, Start, model_input, train};
-use crate::train::progress::{Progress, Show, grouped};
+use crate::text::grouped;
+use crate::train::looping::{model_input, train};
+use crate::train::progress::{Progress, Show};
 use crate::train::report::Report;
+use crate::train::run::{End, Run, Start};
 use crate::train::tensorboard::TensorBoard;
 
 /// Options of `train`.

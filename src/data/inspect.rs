@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::preprocess::Recipe;
 use super::{Batch, Dataset, InputSpec, Inputs, OpenedData, Pick, TargetSpec, Targets, read_batch};
 use crate::error::Result;
+use crate::text::grouped;
 
 /// Samples of the training split whose values are measured.
 const MEASURED: usize = 2000;
@@ -192,19 +193,6 @@ fn picture(values: &[f32], channels: usize, height: usize, width: usize, spectru
         }
         text.push_str(line.trim_end());
         text.push('\n');
-    }
-    text
-}
-
-/// `1234567` as `1,234,567`.
-fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
     }
     text
 }

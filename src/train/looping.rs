@@ -10,129 +10,15 @@ use super::checkpoint::{self, RunState, Which};
 use super::files;
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
+use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
 use super::step::{LossSums, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::data::options::Sampling;
 use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Share, Splits, TargetSpec};
 use crate::error::{Error, Result};
-use crate::model::{Input, Model};
-use crate::optim::{NormClip, OptimizerOptions, Schedule};
-
-/// Everything that a run needs, typed and checked.
-pub struct Run<B: Backend> {
-    /// The device.
-    pub backend: B,
-    /// The network and its loss.
-    pub model: Model<B>,
-    /// What the trainer is asked to do.
-    pub options: TrainOptions,
-    /// Rule, clip, decay, groups.
-    pub optimizer: OptimizerOptions,
-    /// The learning rate over the steps.
-    pub schedule: Schedule,
-    /// The data.
-    pub splits: Splits,
-    /// The order of training samples.
-    pub sampling: Sampling,
-    /// Whether the last batch of a pass is left out when it is not full.
-    pub drop_last: bool,
-    /// How far ahead batches are read.
-    pub prefetch: Prefetch,
-    /// The run folder.
-    pub folder: PathBuf,
-    /// The run file with every default filled in: `config.toml`.
-    pub config: String,
-    /// The part of it that decides the numbers: a resume must have the same.
-    pub identity: String,
-    /// What turns a user's file into an input, as JSON: `preprocess.json`.
-    pub preprocess: String,
-    /// `model.weights`: a safetensors file that gives the initial weights, where not those of the model's own initialization.
-    pub weights: Option<PathBuf>,
-    /// How to begin.
-    pub start: Start,
-    /// Set to a signal's number to make the run write a checkpoint and end after the present step.
-    pub interrupt: Arc<AtomicUsize>,
-    /// Ends the run after this many micro-batches without writing anything, as if it were killed.
-    pub abandon_at: Option<u64>,
-}
-
-/// How a run begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// In a folder that holds no run.
-    New,
-    /// In a folder whose run is removed first.
-    Overwrite,
-    /// From the folder's latest checkpoint; from the start where there is none yet.
-    Resume,
-}
-
-/// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// All steps were done.
-    Completed,
-    /// It no longer improved.
-    StoppedEarly,
-    /// A signal, by its number. A checkpoint was written.
-    Interrupted(i32),
-    /// As [`Run::abandon_at`] said.
-    Abandoned,
-}
-
-/// What a run tells those who watch it.
-#[derive(Clone, Debug)]
-pub enum Event<'a> {
-    /// It begins.
-    Started(Started<'a>),
-    /// A line of metrics.jsonl was written.
-    Record(&'a Record),
-    /// A checkpoint was written.
-    Checkpoint(&'a Path),
-    /// Something that the user should know.
-    Note(&'a str),
-    /// summary.json was written.
-    Finished(&'a Summary),
-}
-
-/// Facts that hold for a whole run.
-#[derive(Clone, Copy, Debug)]
-pub struct Started<'a> {
-    /// The run folder.
-    pub folder: &'a Path,
-    /// The device.
-    pub device: &'a str,
-    /// Number of parameters.
-    pub parameters: usize,
-    /// Samples of the training split.
-    pub samples: usize,
-    /// Step it begins at.
-    pub first_step: u64,
-    /// Step it ends at.
-    pub steps: u64,
-    /// Steps of a pass over the training split.
-    pub steps_per_epoch: f64,
-}
-
-/// Somebody who watches a run.
-pub trait Observer {
-    /// Is told of an event.
-    ///
-    /// # Errors
-    /// What the observer cannot write.
-    fn event(&mut self, event: &Event<'_>) -> Result<()>;
-}
-
-/// What is left of a run when it ends.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    /// How.
-    pub end: End,
-    /// The contents of summary.json; none for a run that was interrupted or abandoned.
-    pub summary: Option<Summary>,
-}
+use crate::model::Input;
+use crate::optim::{NormClip, Schedule};
 
 /// What a model's input is for samples of this kind.
 pub fn model_input(spec: &InputSpec) -> Input {

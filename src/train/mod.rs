@@ -10,6 +10,7 @@ pub mod options;
 pub mod plot;
 pub mod progress;
 pub mod report;
+pub mod run;
 pub mod step;
 pub mod summary;
 pub mod tensorboard;

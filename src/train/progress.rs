@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::looping::{Event, Observer, Started};
 use super::metrics::{Record, SplitName};
+use super::run::{Event, Observer, Started};
 use super::summary::{Scores, Summary};
 use crate::error::{Error, Result};
+use crate::text::grouped;
 
 /// How a run is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,19 +200,6 @@ fn print_line(text: &str) -> Result<()> {
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string(value).map_err(|e| Error::io("write to", "standard output", e.into()))?;
     print_line(&text)
-}
-
-/// `1234567` as `1,234,567`.
-pub fn grouped(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// `12,345` from a hundred on, `3.1` below.

@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use super::files::write_whole;
-use super::looping::{Event, Observer};
 use super::metrics::{Record, SplitName, read_metrics};
 use super::plot::{charts, svg};
-use super::progress::{duration, grouped, rounded};
+use super::progress::{duration, rounded};
+use super::run::{Event, Observer};
 use super::summary::{Scores, Summary};
 use crate::error::{Error, Result};
+use crate::text::grouped;
 
 /// Writes report.html at the end of a run.
 #[derive(Debug)]

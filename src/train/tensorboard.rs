@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::looping::{Event, Observer};
 use super::metrics::{Record, SplitName};
+use super::run::{Event, Observer};
 use crate::error::{Error, Result};
 
 /// Writes a run's figures into `tensorboard/` of its folder.

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use super::checkpoint::{self, Which};
-use super::looping::{End, Run, Start, train};
+use super::looping::train;
 use super::options::Cadence;
+use super::run::{End, Run, Start};
 use super::tensors;
 use crate::backend::Backend;
 use crate::backend::ops::Update;
