@@ -1,15 +1,15 @@
-//! The two types that training arithmetic is done in: f32, and f64 for checks of gradients and of rounding.
+//! The types of values: what training arithmetic is done in (f32, and f64 for checks of gradients and of rounding), and what
+//! devices store besides (bf16 and f16).
 
 use std::fmt::{Debug, Display};
 use std::iter::Sum;
 
+use half::{bf16, f16};
 use num_traits::{Float, NumAssign};
 
-/// f32 or f64, with the elementary functions in a form that compilers turn into vector instructions.
-pub trait Real:
-    Float + NumAssign + bytemuck::Pod + Default + Debug + Display + Sum + Send + Sync + PartialOrd + 'static
-{
-    /// `f32` or `f64`.
+/// A value as memory holds it.
+pub trait Element: bytemuck::Pod + Default + Debug + PartialEq + Send + Sync + 'static {
+    /// `f32`, `f64`, `bf16` or `f16`.
     const NAME: &'static str;
 
     /// The nearest value to `value`.
@@ -20,6 +20,32 @@ pub trait Real:
     fn f64(self) -> f64;
     /// The nearest f32.
     fn f32(self) -> f32;
+}
+
+macro_rules! half_element {
+    ($($ty:ident),*) => {$(
+        impl Element for $ty {
+            const NAME: &'static str = stringify!($ty);
+
+            fn from_f64(value: f64) -> Self {
+                $ty::from_f64(value)
+            }
+            fn from_f32(value: f32) -> Self {
+                $ty::from_f32(value)
+            }
+            fn f64(self) -> f64 {
+                self.to_f64()
+            }
+            fn f32(self) -> f32 {
+                self.to_f32()
+            }
+        }
+    )*};
+}
+half_element!(bf16, f16);
+
+/// f32 or f64, with the elementary functions in a form that compilers turn into vector instructions.
+pub trait Real: Element + Float + NumAssign + Display + Sum + PartialOrd {
     /// `e^self`. f32: within 2 units in the last place, 0 below about -87.3, without branches.
     fn exp_lane(self) -> Self;
     /// The hyperbolic tangent. f32: within 3 units in the last place of its scale 1, without branches.
@@ -29,7 +55,7 @@ pub trait Real:
     fn erf(self) -> Self;
 }
 
-impl Real for f32 {
+impl Element for f32 {
     const NAME: &'static str = "f32";
 
     #[inline(always)]
@@ -48,7 +74,9 @@ impl Real for f32 {
     fn f32(self) -> f32 {
         self
     }
+}
 
+impl Real for f32 {
     /// `2^n * p(r)` with `self = n ln 2 + r`, `|r| <= ln 2 / 2`, and p the Taylor polynomial of degree 7 in Horner form.
     #[inline(always)]
     fn exp_lane(self) -> Self {
@@ -120,7 +148,7 @@ impl Real for f32 {
     }
 }
 
-impl Real for f64 {
+impl Element for f64 {
     const NAME: &'static str = "f64";
 
     #[inline(always)]
@@ -139,6 +167,9 @@ impl Real for f64 {
     fn f32(self) -> f32 {
         self as f32
     }
+}
+
+impl Real for f64 {
     #[inline(always)]
     fn exp_lane(self) -> Self {
         self.exp()

@@ -46,6 +46,8 @@ pub struct Arena<B: Backend> {
     pub ranges: Vec<Range<usize>>,
     /// Parameters. The padding between tensors stays 0.
     pub parameters: B::Buffer<B::Real>,
+    /// The parameters as operations read them, where that is another type than they are kept in; else empty.
+    pub stored: B::Buffer<B::Storage>,
     /// Gradients, laid out as the parameters are.
     pub gradients: B::Buffer<B::Real>,
     /// Optimizer slots, laid out as the parameters are.
@@ -75,9 +77,11 @@ pub struct Activations<B: Backend> {
     /// Range of each [`Indices`] in `indices`.
     pub index_ranges: Vec<Range<usize>>,
     /// Real values.
-    pub values: B::Buffer<B::Real>,
+    pub values: B::Buffer<B::Storage>,
     /// Whole numbers.
     pub indices: B::Buffer<i32>,
+    /// What the device keeps of the program.
+    pub recording: B::Recording,
 }
 
 impl<B: Backend> Activations<B> {

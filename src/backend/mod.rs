@@ -5,6 +5,7 @@
 //! Operations write into memory they are given: none allocates, none returns a tensor.
 
 pub mod cpu;
+pub mod cuda;
 mod memory;
 pub mod op;
 pub mod ops;
@@ -13,7 +14,7 @@ pub use memory::{Act, Activations, Arena, Grad, Indices, Memory, Param, State, d
 pub use op::{Op, StepContext, Use};
 
 use crate::error::Result;
-use crate::real::Real;
+use crate::real::{Element, Real};
 
 /// A device that models are trained on.
 pub trait Backend:
@@ -35,6 +36,10 @@ pub trait Backend:
 {
     /// What arithmetic is done in, and what hosts read and write.
     type Real: Real;
+    /// What activations are stored in: `Real`, or a type of 16 bits.
+    type Storage: Element;
+    /// What the device keeps of a program that it ran, to run it again at less cost; lives with the program's activations.
+    type Recording: Default + Send + Sync;
     /// Memory of the device.
     type Buffer<T: bytemuck::Pod + Send + Sync>: Send + Sync;
 
@@ -64,6 +69,19 @@ pub trait Backend:
         offset: usize,
         to: &mut [T],
     ) -> Result<()>;
+
+    /// Copies an activation that holds statistics ([`crate::model::Planner::statistic`]) into host memory (`=`), after all work
+    /// before it is done.
+    ///
+    /// # Errors
+    /// A copy that does not fit, or a device that failed.
+    fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [Self::Real]) -> Result<()>;
+
+    /// Tells the device that the host, or an exchange of buffers, changed the arena's parameters.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn parameters_changed(&self, arena: &mut Arena<Self>) -> Result<()>;
 
     /// Runs the operations in order. A device that can records them once and replays the recording.
     ///

@@ -95,7 +95,7 @@ impl<B: Backend> Model<B> {
         let mut target = None;
         let mut metrics = None;
         if mode != Mode::Inference {
-            let values = planner.activation(METRICS);
+            let values = planner.statistic(METRICS);
             planner.keep(values);
             metrics = Some(values);
             let gradient = (mode == Mode::Training).then(|| planner.activation(len));

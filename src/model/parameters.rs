@@ -7,7 +7,7 @@ use crate::backend::{Arena, Backend, Param, State};
 use crate::error::{Error, Result};
 use crate::plan::{ParamLayout, ParamSpec};
 use crate::random::{Philox, Purpose, to_unit};
-use crate::real::Real;
+use crate::real::Element;
 
 /// How a parameter starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -107,7 +107,9 @@ impl ParamTable {
             let values = vec![B::Real::from_f64(self.initial_state(index)); entry.len];
             backend.upload(&mut state, entry.offset, &values)?;
         }
-        Ok(Arena {
+        let stored = if std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>() { 0 } else { len };
+        let mut arena = Arena {
+            stored: backend.allocate(stored)?,
             gradients: backend.allocate(len)?,
             slots: (0..slots).map(|_| backend.allocate(len)).collect::<Result<_>>()?,
             layout,
@@ -115,7 +117,9 @@ impl ParamTable {
             parameters,
             state_layout,
             state,
-        })
+        };
+        backend.parameters_changed(&mut arena)?;
+        Ok(arena)
     }
 
     /// The arena in the order that backward finishes the gradients (the last declared first), and the range of each

@@ -139,6 +139,12 @@ impl<'a, B: Backend> Planner<'a, B> {
         Act(self.activations.len() as u32 - 1)
     }
 
+    /// A new activation of `len` values of the backend's arithmetic type, whatever the others are stored in: means, sums,
+    /// losses. Only what is meant for statistics reads or writes it.
+    pub fn statistic(&mut self, len: usize) -> Act {
+        self.activation((len * size_of::<B::Real>()).div_ceil(size_of::<B::Storage>()))
+    }
+
     /// A new activation as a tensor of this shape.
     pub fn tensor(&mut self, shape: &[usize], needs_gradient: bool) -> (Act, Tensor) {
         let act = self.activation(shape.iter().product());

@@ -48,6 +48,7 @@ impl<B: Backend> Program<B> {
             index_ranges: ranges(&self.indices, &self.index_lifetimes),
             values: backend.allocate(self.values.peak)?,
             indices: backend.allocate(self.indices.peak)?,
+            recording: B::Recording::default(),
         })
     }
 

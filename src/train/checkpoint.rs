@@ -305,7 +305,8 @@ pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) ->
     let Arena { layout, parameters, state_layout, state, .. } = arena;
     tensors::upload(backend, parameters, layout, "", &mut model, file)?;
     tensors::upload(backend, state, state_layout, "", &mut model, file)?;
-    tensors::nothing_left(&model, file)
+    tensors::nothing_left(&model, file)?;
+    backend.parameters_changed(arena)
 }
 
 /// The file of a checkpoint that a model is evaluated by: the average of weights where there is one.

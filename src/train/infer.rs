@@ -9,7 +9,7 @@ use crate::data::Inputs;
 use crate::error::{Error, Result};
 use crate::model::{Input, Mode, Model, Program, Value};
 use crate::random::{Philox, Purpose};
-use crate::real::Real;
+use crate::real::Element;
 
 /// A model with the weights of a checkpoint.
 pub struct Predictor<B: Backend> {
@@ -49,7 +49,7 @@ impl<B: Backend> Predictor<B> {
             (Inputs::Real(values), Value::Real(act)) => {
                 let range = activations.range(act);
                 check_len(range.len(), values.len())?;
-                let values: Vec<B::Real> = values.iter().map(|&v| B::Real::from_f32(v)).collect();
+                let values: Vec<B::Storage> = values.iter().map(|&v| B::Storage::from_f32(v)).collect();
                 self.backend.upload(&mut activations.values, range.start, &values)?;
             }
             (Inputs::Tokens(values), Value::Tokens(indices)) => {
@@ -63,9 +63,9 @@ impl<B: Backend> Predictor<B> {
         let mut memory = Memory { arena: &mut self.arena, activations };
         self.backend.run(&program.ops, &mut memory, &StepContext::default())?;
         let range = activations.range(program.output);
-        let mut values = vec![B::Real::from_f64(0.0); range.len()];
+        let mut values = vec![B::Storage::default(); range.len()];
         self.backend.download(&activations.values, range.start, &mut values)?;
-        Ok((values.into_iter().map(Real::f32).collect(), program.output_shape.clone()))
+        Ok((values.into_iter().map(Element::f32).collect(), program.output_shape.clone()))
     }
 }
 

@@ -8,7 +8,7 @@ use crate::data::{Batch, Inputs, Targets};
 use crate::error::{Error, Result};
 use crate::model::{Input, Mode, Model, Program, Value};
 use crate::optim::{OptimizerOptions, StepOutcome, StepParams, UpdatePlan};
-use crate::real::Real;
+use crate::real::Element;
 
 /// Sums of a loss and of right predictions.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -264,16 +264,16 @@ impl<B: Backend + Update> Trainer<B> {
 
     /// Runs `f` with the average of weights, where there is one, in the place of the parameters.
     fn with_average<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        self.swap_average();
+        self.swap_average()?;
         let result = f(self);
-        self.swap_average();
+        self.swap_average()?;
         result
     }
 
-    fn swap_average(&mut self) {
-        if let Some((_, average)) = &mut self.average {
-            std::mem::swap(average, &mut self.arena.parameters);
-        }
+    fn swap_average(&mut self) -> Result<()> {
+        let Some((_, average)) = &mut self.average else { return Ok(()) };
+        std::mem::swap(average, &mut self.arena.parameters);
+        self.backend.parameters_changed(&mut self.arena)
     }
 }
 
@@ -307,9 +307,9 @@ fn run<B: Backend>(
     backend.run(&program.ops, &mut memory, step)?;
     let mut metrics = [B::Real::from_f64(0.0); METRICS];
     if let Some(act) = program.metrics {
-        backend.download(&activations.values, activations.range(act).start, &mut metrics)?;
+        backend.read_statistic(activations, act, &mut metrics)?;
     }
-    let [_, loss, counted, right] = metrics.map(Real::f64);
+    let [_, loss, counted, right] = metrics.map(Element::f64);
     Ok(LossSums { loss, counted, right })
 }
 
@@ -325,7 +325,7 @@ fn write_real<B: Backend>(
     };
     let range = activations.range(act);
     check_len(what, range.len(), values.len())?;
-    let values: Vec<B::Real> = values.iter().map(|&v| B::Real::from_f32(v)).collect();
+    let values: Vec<B::Storage> = values.iter().map(|&v| B::Storage::from_f32(v)).collect();
     backend.upload(&mut activations.values, range.start, &values)
 }
 

@@ -9,7 +9,7 @@ use super::files;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::plan::ParamLayout;
-use crate::real::Real;
+use crate::real::Element;
 
 pub use crate::model::interop::{HostTensor, TensorMap};
 
@@ -27,7 +27,7 @@ pub fn download<B: Backend>(
     for entry in layout.entries() {
         let mut values = vec![B::Real::from_f64(0.0); entry.len];
         backend.download(buffer, entry.offset, &mut values)?;
-        let values = values.into_iter().map(Real::f32).collect();
+        let values = values.into_iter().map(Element::f32).collect();
         into.insert(format!("{prefix}{}", entry.name), HostTensor { shape: entry.shape.clone(), values });
     }
     Ok(())

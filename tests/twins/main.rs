@@ -122,13 +122,22 @@ impl<B: Backend> Bed<B> {
         }
         let state_layout = ParamLayout::new(&[])?;
         let state = backend.allocate(0)?;
-        let mut arena = Arena { layout, ranges, parameters, gradients, slots: Vec::new(), state_layout, state };
+        let mut arena = Arena {
+            layout,
+            ranges,
+            parameters,
+            gradients,
+            slots: Vec::new(),
+            state_layout,
+            state,
+            stored: backend.allocate(0)?,
+        };
         let mut values = backend.allocate(self.values.len())?;
         backend.upload(&mut values, 0, &self.values)?;
         let mut indices = backend.allocate(self.indices.len())?;
         backend.upload(&mut indices, 0, &self.indices)?;
         let (ranges, index_ranges) = (self.ranges.clone(), self.index_ranges.clone());
-        let mut activations = Activations { ranges, index_ranges, values, indices };
+        let mut activations = Activations { ranges, index_ranges, values, indices, recording: B::Recording::default() };
         let mut memory = Memory { arena: &mut arena, activations: &mut activations };
         op.run(backend, &mut memory, &self.step)?;
         let mut values = self.values.clone();

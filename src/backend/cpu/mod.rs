@@ -23,7 +23,7 @@ pub use update::{average, update};
 
 use std::marker::PhantomData;
 
-use super::{Backend, Memory, Op, StepContext};
+use super::{Act, Activations, Arena, Backend, Memory, Op, StepContext};
 use crate::error::{Error, Result};
 use crate::real::Real;
 
@@ -42,6 +42,8 @@ impl<R: Real> Cpu<R> {
 
 impl<R: Real> Backend for Cpu<R> {
     type Real = R;
+    type Storage = R;
+    type Recording = ();
     type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
 
     fn description(&self) -> String {
@@ -75,6 +77,14 @@ impl<R: Real> Backend for Cpu<R> {
             .get(offset..offset.saturating_add(to.len()))
             .ok_or_else(|| does_not_fit(from.len(), offset, to.len()))?;
         to.copy_from_slice(part);
+        Ok(())
+    }
+
+    fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [R]) -> Result<()> {
+        self.download(&activations.values, activations.range(act).start, to)
+    }
+
+    fn parameters_changed(&self, _: &mut Arena<Self>) -> Result<()> {
         Ok(())
     }
 

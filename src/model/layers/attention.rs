@@ -112,7 +112,7 @@ impl<B: Backend> Layer<B> for Attention {
         let qkv = x.real("attention")?;
         self.turn(planner, qkv, &geometry, false);
         let (y, output) = planner.tensor(&[batch, time, geometry.width()], x.needs_gradient);
-        let log_sum_exp = planner.activation(batch * heads * time);
+        let log_sum_exp = planner.statistic(batch * heads * time);
         let dropout = (planner.training() && self.dropout > 0.0)
             .then(|| AttentionDropout { probability: self.dropout, stream: planner.stream() });
         let padding = planner.padding();

@@ -87,7 +87,7 @@ impl<B: Backend> Layer<B> for BatchNorm {
         let act = x.real("batch_norm")?;
         let epsilon = self.epsilon;
         if planner.training() {
-            let (mean, reciprocal_std) = (planner.activation(channels), planner.activation(channels));
+            let (mean, reciprocal_std) = (planner.statistic(channels), planner.statistic(channels));
             planner.emit(BatchNormForward {
                 x: act,
                 weight,
@@ -185,7 +185,7 @@ impl<B: Backend> Layer<B> for LayerNorm {
         let weight = planner.parameter("weight", &[width], Init::Constant(1.0))?;
         let bias = if self.bias { Some(planner.parameter("bias", &[width], Init::Constant(0.0))?) } else { None };
         let (y, output) = planner.tensor(&x.shape, true);
-        let (mean, reciprocal_std) = (planner.activation(rows), planner.activation(rows));
+        let (mean, reciprocal_std) = (planner.statistic(rows), planner.statistic(rows));
         let act = x.real("layer_norm")?;
         let epsilon = self.epsilon;
         planner.emit(LayerNormForward { x: act, weight, bias, y, mean, reciprocal_std, rows, width, epsilon });
@@ -238,7 +238,7 @@ impl<B: Backend> Layer<B> for RmsNorm {
         let (rows, width) = (x.rows(), x.width());
         let weight = planner.parameter("weight", &[width], Init::Constant(1.0))?;
         let (y, output) = planner.tensor(&x.shape, true);
-        let reciprocal_rms = planner.activation(rows);
+        let reciprocal_rms = planner.statistic(rows);
         let act = x.real("rms_norm")?;
         let epsilon = self.epsilon;
         planner.emit(RmsNormForward { x: act, weight, y, reciprocal_rms, rows, width, epsilon });

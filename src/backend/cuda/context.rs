@@ -1,0 +1,365 @@
+//! A device: context, stream, kernels, and what NVIDIA's libraries need.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+use super::module::{Image, image};
+use crate::error::{Error, Result};
+
+/// The libraries that are named in errors with what installs them.
+const DRIVER_MISSING: &str = "no NVIDIA driver was found (libcuda.so): install NVIDIA's driver for this GPU, or use \
+                              device = \"cpu\"; `warpstep doctor` tells what is there";
+
+/// How a device is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceOptions {
+    /// Number of the device.
+    pub ordinal: usize,
+    /// Whether products of f32 take their inputs in tf32 (10 bits of fraction).
+    pub tf32: bool,
+    /// Whether programs are recorded and replayed as CUDA graphs.
+    pub graphs: bool,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        DeviceOptions { ordinal: 0, tf32: false, graphs: true }
+    }
+}
+
+/// A GPU, the stream that work is queued on, and the kernels that were loaded.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    options: DeviceOptions,
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: usize,
+    loaded: Mutex<Loaded>,
+    timings: Mutex<Option<Vec<super::profile::Timing>>>,
+    blas: std::sync::OnceLock<super::product::Blas>,
+    step_state: u64,
+    scratch: Mutex<Vec<(u64, usize)>>,
+}
+
+/// Modules by file, functions by name.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<&'static str, sys::CUmodule>,
+    functions: HashMap<String, (sys::CUfunction, u32)>,
+}
+
+// SAFETY: modules and functions are handles of the driver, which may be used from any thread that the context is bound to.
+unsafe impl Send for Loaded {}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("name", &self.name).field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+/// An error of the driver, with what was tried.
+pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
+    let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
+    let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
+    match (name, text) {
+        (Ok(name), Ok(text)) => Error::Device(format!("CUDA: cannot {what}: {text} ({name})")),
+        _ => Error::Device(format!("CUDA: cannot {what}: error {:?}", error.0)),
+    }
+}
+
+/// Whether the driver's library is there at all.
+pub fn is_driver_present() -> bool {
+    // SAFETY: asks whether a library of this name loads; nothing of it is called.
+    unsafe { sys::is_culib_present() }
+}
+
+/// Number of devices; 0 without a driver, or with one that does not start.
+pub fn device_count() -> usize {
+    if !is_driver_present() || result::init().is_err() {
+        return 0;
+    }
+    result::device::get_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
+}
+
+impl Device {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// No driver, a driver that is too old, or no such device: what was found and what to do.
+    pub fn open(options: DeviceOptions) -> Result<Arc<Self>> {
+        if !is_driver_present() {
+            return Err(Error::Device(DRIVER_MISSING.into()));
+        }
+        result::init().map_err(|error| driver_error("start the driver", error))?;
+        let count = device_count();
+        if options.ordinal >= count {
+            return Err(Error::Device(format!(
+                "there is no device cuda:{}: the driver knows {count} device{}; use device = \"cpu\" or a smaller number",
+                options.ordinal,
+                if count == 1 { "" } else { "s" }
+            )));
+        }
+        let fail = |error| driver_error(&format!("open device {}", options.ordinal), error);
+        let context = CudaContext::new(options.ordinal).map_err(fail)?;
+        // SAFETY: every buffer of this backend is used on the one stream below, in its order, so no event need guard it; and
+        // events would be illegal within a capture.
+        unsafe { context.disable_event_tracking() };
+        let capability = context.compute_capability().map_err(fail)?;
+        if capability.0 < 8 {
+            return Err(Error::Device(format!(
+                "{} has compute capability {}.{}; Warpstep needs 8.0 (Ampere, 2020) or newer",
+                context.name().map_err(fail)?,
+                capability.0,
+                capability.1
+            )));
+        }
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let mut device = Device {
+            stream: context.new_stream().map_err(fail)?,
+            name: context.name().map_err(fail)?,
+            multiprocessors: usize::try_from(context.attribute(count).map_err(fail)?).unwrap_or(1),
+            capability,
+            context,
+            options,
+            loaded: Mutex::default(),
+            timings: Mutex::default(),
+            blas: std::sync::OnceLock::new(),
+            step_state: 0,
+            scratch: Mutex::default(),
+        };
+        device.step_state = device.allocate(STEP_STATE_BYTES)?;
+        device.fill_zero(device.step_state, STEP_STATE_BYTES)?;
+        Ok(Arc::new(device))
+    }
+
+    /// What the driver calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Major and minor number.
+    pub fn compute_capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// How it is used.
+    pub fn options(&self) -> DeviceOptions {
+        self.options
+    }
+
+    /// Number of multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    /// Bytes free and in all.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.bind()?;
+        result::mem_get_info().map_err(|error| driver_error("ask for the memory", error))
+    }
+
+    pub(super) fn precision_name(&self, storage: &str) -> String {
+        if storage == "f32" && self.options.tf32 { "tf32".into() } else { storage.into() }
+    }
+
+    pub(super) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// The products' library, opened on first use.
+    pub(super) fn blas(&self) -> Result<&super::product::Blas> {
+        if let Some(blas) = self.blas.get() {
+            return Ok(blas);
+        }
+        let blas = super::product::Blas::open(self)?;
+        Ok(self.blas.get_or_init(|| blas))
+    }
+
+    /// Address of the device's `StepState`.
+    pub(super) fn step_state(&self) -> u64 {
+        self.step_state
+    }
+
+    /// Makes the context that of this thread.
+    pub(super) fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|error| driver_error("use the device from this thread", error))
+    }
+
+    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+        // A thread that panicked left a table of handles behind, which is whole after every insertion.
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn timings(&self) -> MutexGuard<'_, Option<Vec<super::profile::Timing>>> {
+        self.timings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A kernel of `kernels/<file>.cu`, allowed `shared` bytes of dynamic shared memory; loaded on first use.
+    pub(super) fn function(&self, file: &'static str, kernel: &str, shared: u32) -> Result<sys::CUfunction> {
+        self.bind()?;
+        let mut loaded = self.loaded();
+        if let Some(&(function, allowed)) = loaded.functions.get(kernel)
+            && shared <= allowed
+        {
+            return Ok(function);
+        }
+        let module = match loaded.modules.get(file) {
+            Some(&module) => module,
+            None => {
+                let module = self.load(file)?;
+                loaded.modules.insert(file, module);
+                module
+            }
+        };
+        let name = CString::new(kernel).map_err(|_| Error::Device(format!("{kernel:?} is no name of a kernel")))?;
+        // SAFETY: the module was loaded in this context and is unloaded only when the device is dropped.
+        let function = unsafe { result::module::get_function(module, name) }
+            .map_err(|error| driver_error(&format!("find the kernel {kernel}"), error))?;
+        if shared > STATIC_SHARED {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is valid; the value is checked by the driver.
+            unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
+                .map_err(|error| driver_error(&format!("give {kernel} {shared} bytes of shared memory"), error))?;
+        }
+        loaded.functions.insert(kernel.to_owned(), (function, shared.max(STATIC_SHARED)));
+        Ok(function)
+    }
+
+    fn load(&self, file: &'static str) -> Result<sys::CUmodule> {
+        let image = image(file, self.capability)?;
+        let bytes: &[u8] = match &image {
+            Image::Fatbin(bytes) => bytes,
+            Image::Ptx(bytes) => bytes,
+        };
+        // SAFETY: a fatbin says its own length, PTX ends with a 0; the driver copies what it loads.
+        unsafe { result::module::load_data(bytes.as_ptr().cast()) }
+            .map_err(|error| driver_error(&format!("load the kernels of {file}"), error))
+    }
+
+    /// Device memory of `bytes` bytes, with nothing in it.
+    ///
+    /// # Errors
+    /// Not enough: what was asked, what is free, what to change.
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.bind()?;
+        // SAFETY: the context is bound; the address is freed once, by `release`.
+        unsafe { result::malloc_sync(bytes) }.map_err(|error| {
+            if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return driver_error(&format!("allocate {bytes} bytes"), error);
+            }
+            let (free, total) = result::mem_get_info().unwrap_or_default();
+            Error::Device(format!(
+                "{}: not enough memory: {} MiB were asked for, {} of {} MiB are free: make data.batch_size, data.context or \
+                 the model smaller, store activations in bf16 (run.precision), or accumulate over more micro-batches \
+                 (optimizer.accumulate)",
+                self.name,
+                bytes.div_ceil(1 << 20),
+                free >> 20,
+                total >> 20
+            ))
+        })
+    }
+
+    /// Frees what [`Device::allocate`] gave, after the work that is queued.
+    pub(super) fn release(&self, address: u64) {
+        let freed = self.context.bind_to_thread().and_then(|()| {
+            // SAFETY: the address came from `allocate` and its owner is dropped; the driver waits for work in flight.
+            unsafe { result::free_sync(address) }
+        });
+        self.context.record_err(freed);
+    }
+
+    /// Memory for what one operation leaves for its own next kernel: its contents mean nothing to anybody else. It grows
+    /// when an operation asks for more than any before, which happens in the first, unrecorded run of a program; what was
+    /// handed out earlier stays, since recordings name it.
+    pub(super) fn scratch(&self, bytes: usize) -> Result<u64> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&(address, _)) = scratch.iter().find(|&&(_, room)| room >= bytes) {
+            return Ok(address);
+        }
+        let room = bytes.next_power_of_two().max(1 << 20);
+        let address = self.allocate(room)?;
+        scratch.push((address, room));
+        Ok(address)
+    }
+
+    /// Sets bytes to 0, in the order of the stream.
+    pub(super) fn fill_zero(&self, address: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller owns `bytes` bytes at the address.
+        unsafe { result::memset_d8_async(address, 0, bytes, self.stream.cu_stream()) }
+            .map_err(|error| driver_error("set memory to 0", error))
+    }
+
+    /// Copies host memory to the device, in the order of the stream; the host memory may change afterwards.
+    pub(super) fn write(&self, address: u64, from: &[u8]) -> Result<()> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller owns as many bytes at the address; from pageable memory, the driver returns once it has read it.
+        unsafe { result::memcpy_htod_async(address, from, self.stream.cu_stream()) }
+            .map_err(|error| driver_error("copy to the device", error))
+    }
+
+    /// Copies device memory to the host, after all queued work is done.
+    pub(super) fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller owns as many bytes at the address; the host memory outlives the synchronization below.
+        unsafe { result::memcpy_dtoh_async(to, address, self.stream.cu_stream()) }
+            .map_err(|error| driver_error("copy from the device", error))?;
+        self.synchronize()
+    }
+
+    /// Copies within the device, in the order of the stream.
+    pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller owns as many bytes at both addresses.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+            .map_err(|error| driver_error("copy on the device", error))
+    }
+
+    /// Waits for all queued work.
+    ///
+    /// # Errors
+    /// What failed since the last time.
+    pub fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        self.stream.synchronize().map_err(|error| driver_error("finish the work queued", error))?;
+        self.context.check_err().map_err(|error| driver_error("free memory", error))
+    }
+}
+
+/// Bytes of `StepState` (kernels/common.cuh).
+const STEP_STATE_BYTES: usize = 8;
+/// Bytes of shared memory that need no permission.
+const STATIC_SHARED: u32 = 48 << 10;
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.release(self.step_state);
+        if let Some(blas) = self.blas.take() {
+            blas.close(self);
+        }
+        for (address, _) in std::mem::take(self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+            self.release(address);
+        }
+        for &module in self.loaded().modules.values() {
+            // SAFETY: no function of the module is used after the device, which owns them all.
+            self.context.record_err(unsafe { result::module::unload(module) });
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The CUDA backend: kernels of our own and NVIDIA's libraries, on one GPU, without a host synchronization within a step.
+//!
+//! Everything of a step is queued on one stream. A program is run once as it is (which loads its kernels and measures its
+//! products), then recorded as a CUDA graph, and replayed from then on.
+
+mod buffer;
+mod context;
+mod elementwise;
+mod launch;
+mod linear;
+mod module;
+mod pending;
+mod product;
+mod profile;
+mod recording;
+
+pub use buffer::Buffer;
+pub use context::{Device, DeviceOptions};
+pub use context::{device_count, is_driver_present};
+pub use module::is_embedded;
+pub use profile::KernelTime;
+pub use recording::Recording;
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::{Act, Activations, Arena, Backend, Grad, Indices, Memory, Op, Param, State, StepContext};
+use crate::error::{Error, Result};
+use crate::real::Element;
+
+/// A type that activations and parameters are stored in on the device.
+pub trait Storage: Element {
+    /// Whether parameters are kept in f32 besides.
+    const HAS_MASTER: bool;
+}
+
+impl Storage for f32 {
+    const HAS_MASTER: bool = false;
+}
+impl Storage for bf16 {
+    const HAS_MASTER: bool = true;
+}
+impl Storage for f16 {
+    const HAS_MASTER: bool = true;
+}
+
+/// An NVIDIA GPU that stores activations in `S`; parameters, gradients, optimizer slots and all sums are f32.
+#[derive(Clone, Debug)]
+pub struct Cuda<S> {
+    device: Arc<Device>,
+    storage: PhantomData<S>,
+}
+
+impl<S: Storage> Cuda<S> {
+    /// A backend on this device.
+    pub fn new(device: Arc<Device>) -> Self {
+        Cuda { device, storage: PhantomData }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Address of an activation.
+    fn act(memory: &Memory<'_, Self>, act: Act) -> u64 {
+        memory.activations.values.address_of(memory.activations.range(act).start)
+    }
+
+    /// Address of an activation, 0 (null) where there is none.
+    fn act_or_null(memory: &Memory<'_, Self>, act: Option<Act>) -> u64 {
+        act.map_or(0, |act| Self::act(memory, act))
+    }
+
+    /// Address of whole numbers.
+    fn indices(memory: &Memory<'_, Self>, indices: Indices) -> u64 {
+        memory.activations.indices.address_of(memory.activations.index_range(indices).start)
+    }
+
+    /// Address of a parameter as operations read it, in `S`.
+    fn param(memory: &Memory<'_, Self>, param: Param) -> u64 {
+        let start = memory.arena.range(param).start;
+        if S::HAS_MASTER { memory.arena.stored.address_of(start) } else { memory.arena.parameters.address_of(start) }
+    }
+
+    /// Address of a parameter, 0 (null) where there is none.
+    fn param_or_null(memory: &Memory<'_, Self>, param: Option<Param>) -> u64 {
+        param.map_or(0, |param| Self::param(memory, param))
+    }
+
+    /// Address of a parameter's gradient, f32.
+    fn grad(memory: &Memory<'_, Self>, grad: Grad) -> u64 {
+        memory.arena.gradients.address_of(memory.arena.range(grad.param).start)
+    }
+
+    /// Address of a kept tensor, f32.
+    fn state(memory: &Memory<'_, Self>, state: State) -> u64 {
+        memory.arena.state.address_of(memory.arena.state_range(state).start)
+    }
+}
+
+impl<S: Storage> Backend for Cuda<S> {
+    type Real = f32;
+    type Storage = S;
+    type Recording = Recording;
+    type Buffer<T: bytemuck::Pod + Send + Sync> = Buffer<T>;
+
+    fn description(&self) -> String {
+        format!("{}, {}", self.device.name(), self.device.precision_name(S::NAME))
+    }
+
+    fn allocate<T: bytemuck::Pod + Send + Sync>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::zeros(&self.device, len)
+    }
+
+    fn upload<T: bytemuck::Pod + Send + Sync>(&self, to: &mut Buffer<T>, offset: usize, from: &[T]) -> Result<()> {
+        to.write(offset, from)
+    }
+
+    fn download<T: bytemuck::Pod + Send + Sync>(&self, from: &Buffer<T>, offset: usize, to: &mut [T]) -> Result<()> {
+        from.read(offset, to)
+    }
+
+    fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [f32]) -> Result<()> {
+        let range = activations.range(act);
+        if size_of_val(to) > range.len() * size_of::<S>() {
+            let found = format!("{} of {} bytes", size_of_val(to), range.len() * size_of::<S>());
+            return Err(Error::shape("copy", "a part of the statistic", found));
+        }
+        self.device.read(activations.values.address_of(range.start), bytemuck::cast_slice_mut(to))
+    }
+
+    fn parameters_changed(&self, arena: &mut Arena<Self>) -> Result<()> {
+        if !S::HAS_MASTER {
+            return Ok(());
+        }
+        let len = arena.parameters.len();
+        self.convert(arena.parameters.address_of(0), arena.stored.address_of(0), len)
+    }
+
+    fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
+        recording::run(self, program, memory, step)
+    }
+}

@@ -1,0 +1,124 @@
+//! Operation families that the device cannot run yet: each says so. A family leaves this file when its kernels come.
+
+use super::{Cuda, Storage};
+use crate::backend::ops::*;
+use crate::backend::{Memory, StepContext};
+use crate::error::{Error, Result};
+
+fn missing(operation: &str) -> Result<()> {
+    Err(Error::Device(format!("the CUDA backend has no {operation} yet; use device = \"cpu\"")))
+}
+
+impl<S: Storage> Conv for Cuda<S> {
+    fn conv2d_workspace(_: &Conv2dGeometry, _: bool) -> usize {
+        0
+    }
+    fn conv2d_forward(&self, _: &mut Memory<'_, Self>, _: &Conv2dForward, _: &StepContext) -> Result<()> {
+        missing("conv2d_forward")
+    }
+    fn conv2d_backward(&self, _: &mut Memory<'_, Self>, _: &Conv2dBackward, _: &StepContext) -> Result<()> {
+        missing("conv2d_backward")
+    }
+}
+
+impl<S: Storage> Pool for Cuda<S> {
+    fn max_pool_forward(&self, _: &mut Memory<'_, Self>, _: &MaxPoolForward, _: &StepContext) -> Result<()> {
+        missing("max_pool_forward")
+    }
+    fn max_pool_backward(&self, _: &mut Memory<'_, Self>, _: &MaxPoolBackward, _: &StepContext) -> Result<()> {
+        missing("max_pool_backward")
+    }
+    fn average_pool_forward(&self, _: &mut Memory<'_, Self>, _: &AveragePoolForward, _: &StepContext) -> Result<()> {
+        missing("average_pool_forward")
+    }
+    fn average_pool_backward(&self, _: &mut Memory<'_, Self>, _: &AveragePoolBackward, _: &StepContext) -> Result<()> {
+        missing("average_pool_backward")
+    }
+}
+
+impl<S: Storage> BatchNorm for Cuda<S> {
+    fn batch_norm_forward(&self, _: &mut Memory<'_, Self>, _: &BatchNormForward, _: &StepContext) -> Result<()> {
+        missing("batch_norm_forward")
+    }
+    fn batch_norm_inference(&self, _: &mut Memory<'_, Self>, _: &BatchNormInference, _: &StepContext) -> Result<()> {
+        missing("batch_norm_inference")
+    }
+    fn batch_norm_backward(&self, _: &mut Memory<'_, Self>, _: &BatchNormBackward, _: &StepContext) -> Result<()> {
+        missing("batch_norm_backward")
+    }
+}
+
+impl<S: Storage> LayerNorm for Cuda<S> {
+    fn layer_norm_forward(&self, _: &mut Memory<'_, Self>, _: &LayerNormForward, _: &StepContext) -> Result<()> {
+        missing("layer_norm_forward")
+    }
+    fn layer_norm_backward(&self, _: &mut Memory<'_, Self>, _: &LayerNormBackward, _: &StepContext) -> Result<()> {
+        missing("layer_norm_backward")
+    }
+    fn rms_norm_forward(&self, _: &mut Memory<'_, Self>, _: &RmsNormForward, _: &StepContext) -> Result<()> {
+        missing("rms_norm_forward")
+    }
+    fn rms_norm_backward(&self, _: &mut Memory<'_, Self>, _: &RmsNormBackward, _: &StepContext) -> Result<()> {
+        missing("rms_norm_backward")
+    }
+}
+
+impl<S: Storage> Embedding for Cuda<S> {
+    fn embedding_forward(&self, _: &mut Memory<'_, Self>, _: &EmbeddingForward, _: &StepContext) -> Result<()> {
+        missing("embedding_forward")
+    }
+    fn embedding_backward(&self, _: &mut Memory<'_, Self>, _: &EmbeddingBackward, _: &StepContext) -> Result<()> {
+        missing("embedding_backward")
+    }
+    fn position_forward(&self, _: &mut Memory<'_, Self>, _: &PositionForward, _: &StepContext) -> Result<()> {
+        missing("position_forward")
+    }
+    fn position_backward(&self, _: &mut Memory<'_, Self>, _: &PositionBackward, _: &StepContext) -> Result<()> {
+        missing("position_backward")
+    }
+}
+
+impl<S: Storage> Attention for Cuda<S> {
+    fn attention_forward(&self, _: &mut Memory<'_, Self>, _: &AttentionForward, _: &StepContext) -> Result<()> {
+        missing("attention_forward")
+    }
+    fn attention_backward(&self, _: &mut Memory<'_, Self>, _: &AttentionBackward, _: &StepContext) -> Result<()> {
+        missing("attention_backward")
+    }
+    fn rotary(&self, _: &mut Memory<'_, Self>, _: &Rotary, _: &StepContext) -> Result<()> {
+        missing("rotary")
+    }
+}
+
+impl<S: Storage> Activation for Cuda<S> {
+    fn activation_forward(&self, _: &mut Memory<'_, Self>, _: &ActivationForward, _: &StepContext) -> Result<()> {
+        missing("activation_forward")
+    }
+    fn activation_backward(&self, _: &mut Memory<'_, Self>, _: &ActivationBackward, _: &StepContext) -> Result<()> {
+        missing("activation_backward")
+    }
+    fn swiglu_forward(&self, _: &mut Memory<'_, Self>, _: &SwigluForward, _: &StepContext) -> Result<()> {
+        missing("swiglu_forward")
+    }
+    fn swiglu_backward(&self, _: &mut Memory<'_, Self>, _: &SwigluBackward, _: &StepContext) -> Result<()> {
+        missing("swiglu_backward")
+    }
+}
+
+impl<S: Storage> Dropout for Cuda<S> {
+    fn dropout(&self, _: &mut Memory<'_, Self>, _: &DropoutApply, _: &StepContext) -> Result<()> {
+        missing("dropout")
+    }
+}
+
+impl<S: Storage> Loss for Cuda<S> {
+    fn cross_entropy(&self, _: &mut Memory<'_, Self>, _: &CrossEntropy, _: &StepContext) -> Result<()> {
+        missing("cross_entropy")
+    }
+    fn mean_squared_error(&self, _: &mut Memory<'_, Self>, _: &MeanSquaredError, _: &StepContext) -> Result<()> {
+        missing("mean_squared_error")
+    }
+    fn binary_cross_entropy(&self, _: &mut Memory<'_, Self>, _: &BinaryCrossEntropy, _: &StepContext) -> Result<()> {
+        missing("binary_cross_entropy")
+    }
+}

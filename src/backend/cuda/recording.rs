@@ -1,0 +1,85 @@
+//! Programs recorded as CUDA graphs.
+
+use cudarc::driver::{CudaGraph, sys};
+
+use super::context::driver_error;
+use super::{Cuda, Storage};
+use crate::backend::{Memory, Op, StepContext};
+use crate::error::{Error, Result};
+
+/// What a recording depends on besides the program: another of these, and it must be made anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Key {
+    /// The program, by where its list of operations lies.
+    program: usize,
+    operations: usize,
+    parameters: u64,
+    values: u64,
+    accumulate: bool,
+    seed: u64,
+}
+
+/// A key that was run once, and its graph from the second time on.
+struct Recorded {
+    key: Key,
+    graph: Option<CudaGraph>,
+}
+
+/// The graphs of one program.
+#[derive(Default)]
+pub struct Recording {
+    entries: Vec<Recorded>,
+}
+
+// SAFETY: a graph may be used from any thread, by one at a time; it is reached through `&mut Recording` alone.
+unsafe impl Send for Recording {}
+// SAFETY: a shared recording gives no access to its graphs.
+unsafe impl Sync for Recording {}
+
+/// Runs a program: the first time as it is, the second time while it is recorded, from then on by replay.
+pub(super) fn run<S: Storage>(
+    backend: &Cuda<S>,
+    program: &[Box<dyn Op<Cuda<S>>>],
+    memory: &mut Memory<'_, Cuda<S>>,
+    step: &StepContext,
+) -> Result<()> {
+    let device = backend.device();
+    device.write(device.step_state(), &step.micro_step.to_ne_bytes())?;
+    let eager = |memory: &mut Memory<'_, Cuda<S>>| program.iter().try_for_each(|op| op.run(backend, memory, step));
+    if !device.options().graphs || device.is_timing() {
+        return eager(memory);
+    }
+    let key = Key {
+        program: program.as_ptr() as usize,
+        operations: program.len(),
+        parameters: memory.arena.parameters.address_of(0),
+        values: memory.activations.values.address_of(0),
+        accumulate: step.accumulate,
+        seed: step.seed,
+    };
+    let Some(at) = memory.activations.recording.entries.iter().position(|entry| entry.key == key) else {
+        eager(memory)?;
+        memory.activations.recording.entries.push(Recorded { key, graph: None });
+        return Ok(());
+    };
+    if memory.activations.recording.entries[at].graph.is_none() {
+        let graph = record(backend, || eager(memory))?;
+        memory.activations.recording.entries[at].graph = Some(graph);
+    }
+    let Some(graph) = &memory.activations.recording.entries[at].graph else { return Ok(()) };
+    graph.launch().map_err(|error| driver_error("replay the step", error))
+}
+
+/// Records what `work` queues.
+pub(super) fn record<S: Storage>(backend: &Cuda<S>, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    let stream = backend.device().stream();
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    stream.begin_capture(mode).map_err(|error| driver_error("record the step", error))?;
+    let worked = work();
+    // A capture must be ended, whatever happened in it; its own error comes second to that of the work.
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+    worked?;
+    graph
+        .map_err(|error| driver_error("record the step", error))?
+        .ok_or_else(|| Error::Device("CUDA: the recording of the step is empty".into()))
+}
