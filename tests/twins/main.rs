@@ -4,6 +4,9 @@
 
 mod activation;
 mod attention;
+#[path = "../common/device.rs"]
+mod device;
+mod elementwise;
 mod embedding;
 mod layer_norm;
 mod linear;
@@ -13,9 +16,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use warpstep::backend::cpu::Cpu;
 use warpstep::backend::{Act, Activations, Arena, Backend, Grad, Indices, Memory, Op, Param, StepContext};
-use warpstep::plan::{ParamLayout, ParamSpec};
+use warpstep::plan::{MemoryPlan, ParamLayout, ParamSpec};
 use warpstep::random::{Philox, Purpose};
-use warpstep::real::Real;
+use warpstep::real::{Element, Real};
 
 /// A seed of the moment, printed, so that a failure can be seen again.
 pub fn fresh_seed() -> u64 {
@@ -37,19 +40,19 @@ pub fn whole(seed: u64, tensor: u32, len: usize, bound: u64) -> Vec<i32> {
 }
 
 /// Values as a reference in `R` takes them.
-pub fn cast<R: Real>(values: &[f64]) -> Vec<R> {
+pub fn cast<R: Element>(values: &[f64]) -> Vec<R> {
     values.iter().map(|&v| R::from_f64(v)).collect()
 }
 
 /// Values as they are compared.
-pub fn wide<R: Real>(values: &[R]) -> Vec<f64> {
+pub fn wide<R: Element>(values: &[R]) -> Vec<f64> {
     values.iter().map(|v| v.f64()).collect()
 }
 
 /// Memory for one operation on a backend.
 pub struct Bed<B: Backend> {
     backend: B,
-    values: Vec<B::Real>,
+    values: Vec<B::Storage>,
     ranges: Vec<std::ops::Range<usize>>,
     indices: Vec<i32>,
     index_ranges: Vec<std::ops::Range<usize>>,
@@ -81,8 +84,26 @@ impl<B: Backend> Bed<B> {
 
     /// An activation of these values.
     pub fn real(&mut self, values: &[f64]) -> Act {
-        let start = self.values.len();
-        self.values.extend(values.iter().map(|&v| B::Real::from_f64(v)));
+        let values = cast::<B::Storage>(values);
+        self.place(&values)
+    }
+
+    /// A statistic of these values, in the backend's arithmetic type ([`warpstep::model::Planner::statistic`]).
+    pub fn statistic(&mut self, values: &[f64]) -> Act {
+        let bytes: Vec<u8> = bytemuck::cast_slice(&cast::<B::Real>(values)).to_vec();
+        self.place(&bytemuck::pod_collect_to_vec(&bytes))
+    }
+
+    /// A statistic that holds nothing of meaning.
+    pub fn empty_statistic(&mut self, len: usize) -> Act {
+        self.statistic(&vec![f64::NAN; len])
+    }
+
+    /// As memory is planned: what starts, starts aligned.
+    fn place(&mut self, values: &[B::Storage]) -> Act {
+        let start = self.values.len().next_multiple_of(MemoryPlan::ALIGNMENT);
+        self.values.resize(start, B::Storage::default());
+        self.values.extend_from_slice(values);
         self.ranges.push(start..self.values.len());
         Act(self.ranges.len() as u32 - 1)
     }
@@ -122,6 +143,8 @@ impl<B: Backend> Bed<B> {
         }
         let state_layout = ParamLayout::new(&[])?;
         let state = backend.allocate(0)?;
+        let same = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
+        let stored = backend.allocate::<B::Storage>(if same { 0 } else { layout.padded_len() })?;
         let mut arena = Arena {
             layout,
             ranges,
@@ -150,7 +173,7 @@ impl<B: Backend> Bed<B> {
 
 /// What an operation left.
 pub struct Ran<B: Backend> {
-    values: Vec<B::Real>,
+    values: Vec<B::Storage>,
     ranges: Vec<std::ops::Range<usize>>,
     gradients: Vec<B::Real>,
     gradient_ranges: Vec<std::ops::Range<usize>>,
@@ -160,6 +183,12 @@ impl<B: Backend> Ran<B> {
     /// An activation.
     pub fn get(&self, act: Act) -> Vec<f64> {
         wide(&self.values[self.ranges[act.0 as usize].clone()])
+    }
+
+    /// A statistic.
+    pub fn get_statistic(&self, act: Act) -> Vec<f64> {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.values[self.ranges[act.0 as usize].clone()]);
+        wide(&bytemuck::pod_collect_to_vec::<u8, B::Real>(bytes))
     }
 
     /// A parameter's gradient.

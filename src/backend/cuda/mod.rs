@@ -6,6 +6,7 @@
 mod buffer;
 mod context;
 mod elementwise;
+pub mod emulated;
 mod launch;
 mod linear;
 mod module;
