@@ -49,12 +49,7 @@ template <typename T, int N> __device__ __forceinline__ void store(T* p, Pack<T,
 }
 
 // The sum over a warp's 32 lanes, the same bits in every lane.
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
-__device__ __forceinline__ double warp_sum(double x) {
+template <typename T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;

@@ -56,6 +56,8 @@ pub struct Arena<B: Backend> {
     pub state_layout: ParamLayout,
     /// Running means and the like; range of [`State`] `i` is entry `i` of the state layout.
     pub state: B::Buffer<B::Real>,
+    /// What the device keeps of the arena's update.
+    pub prepared: B::Prepared,
 }
 
 impl<B: Backend> Arena<B> {

@@ -40,6 +40,8 @@ pub trait Backend:
     type Storage: Element;
     /// What the device keeps of a program that it ran, to run it again at less cost; lives with the program's activations.
     type Recording: Default + Send + Sync;
+    /// What the device keeps of an arena's update; lives with the arena.
+    type Prepared: Default + Send + Sync;
     /// Memory of the device.
     type Buffer<T: bytemuck::Pod + Send + Sync>: Send + Sync;
 

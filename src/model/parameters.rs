@@ -117,6 +117,7 @@ impl ParamTable {
             parameters,
             state_layout,
             state,
+            prepared: B::Prepared::default(),
         };
         backend.parameters_changed(&mut arena)?;
         Ok(arena)

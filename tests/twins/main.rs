@@ -153,7 +153,8 @@ impl<B: Backend> Bed<B> {
             slots: Vec::new(),
             state_layout,
             state,
-            stored: backend.allocate(0)?,
+            stored,
+            prepared: B::Prepared::default(),
         };
         let mut values = backend.allocate(self.values.len())?;
         backend.upload(&mut values, 0, &self.values)?;

@@ -44,6 +44,7 @@ impl<R: Real> Backend for Cpu<R> {
     type Real = R;
     type Storage = R;
     type Recording = ();
+    type Prepared = ();
     type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
 
     fn description(&self) -> String {

@@ -8,15 +8,26 @@ use crate::error::Result;
 
 /// An argument of a kernel: its bytes, as the kernel's parameter takes them.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Arg([u64; 1]);
+pub(super) struct Arg([u64; ARG_WORDS]);
+
+/// Room for the largest struct that is handed to a kernel by value.
+const ARG_WORDS: usize = 12;
+
+impl Arg {
+    /// A struct that is laid out as the kernel's is.
+    pub fn of<T: bytemuck::NoUninit>(value: &T) -> Self {
+        const { assert!(size_of::<T>() <= ARG_WORDS * 8, "an argument larger than any expected") };
+        let mut words = [0u64; ARG_WORDS];
+        bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(value));
+        Arg(words)
+    }
+}
 
 macro_rules! arg {
     ($($ty:ty),*) => {$(
         impl From<$ty> for Arg {
             fn from(value: $ty) -> Self {
-                let mut bytes = [0u8; 8];
-                bytes[..size_of::<$ty>()].copy_from_slice(&value.to_ne_bytes());
-                Arg([u64::from_ne_bytes(bytes)])
+                Arg::of(&value)
             }
         }
     )*};
@@ -90,7 +101,7 @@ impl Device {
     pub(super) unsafe fn launch(&self, file: &'static str, kernel: &str, grid: Grid, args: &mut [Arg]) -> Result<()> {
         let function = self.function(file, kernel, grid.shared)?;
         self.timed(kernel, || {
-            let mut pointers: Vec<_> = args.iter_mut().map(|arg| std::ptr::from_mut(arg).cast()).collect();
+            let mut pointers: Vec<_> = args.iter_mut().map(|arg| arg.0.as_mut_ptr().cast()).collect();
             let [bx, by, bz] = grid.blocks;
             let [tx, ty, tz] = grid.threads;
             // SAFETY: the function belongs to this context, which `function` bound; the arguments are as the caller promises.

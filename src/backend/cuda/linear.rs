@@ -19,10 +19,10 @@ impl<S: Storage> Linear for Cuda<S> {
             size: [rows, inputs, outputs],
             add: false,
             epilogue: args.bias.map_or(Epilogue::None, |bias| Epilogue::Bias(Self::param(memory, bias))),
-            wide: false,
+            types: [S::NAME, S::NAME],
         };
         // SAFETY: activations and parameters of the sizes that the operation says.
-        unsafe { self.product("linear_forward", &product) }
+        unsafe { self.device().product("linear_forward", &product) }
     }
 
     fn linear_backward(&self, memory: &mut Memory<'_, Self>, args: &LinearBackward, step: &StepContext) -> Result<()> {
@@ -36,10 +36,10 @@ impl<S: Storage> Linear for Cuda<S> {
                 size: [rows, outputs, inputs],
                 add: false,
                 epilogue: Epilogue::None,
-                wide: false,
+                types: [S::NAME, S::NAME],
             };
             // SAFETY: as above.
-            unsafe { self.product("linear_backward_input", &product)? };
+            unsafe { self.device().product("linear_backward_input", &product)? };
         }
         let product = Product {
             left: Matrix::rows(dy, outputs).transposed(),
@@ -48,10 +48,10 @@ impl<S: Storage> Linear for Cuda<S> {
             size: [outputs, rows, inputs],
             add: !step.overwrites(args.dweight),
             epilogue: Epilogue::None,
-            wide: true,
+            types: [S::NAME, "f32"],
         };
         // SAFETY: as above; the gradient holds f32.
-        unsafe { self.product("linear_backward_weight", &product)? };
+        unsafe { self.device().product("linear_backward_weight", &product)? };
         if let Some(dbias) = args.dbias {
             let add = !step.overwrites(dbias);
             self.sum_rows(dy, Self::grad(memory, dbias), [rows, outputs], add)?;

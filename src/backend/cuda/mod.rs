@@ -14,6 +14,7 @@ mod pending;
 mod product;
 mod profile;
 mod recording;
+pub mod update;
 
 pub use buffer::Buffer;
 pub use context::{Device, DeviceOptions};
@@ -106,6 +107,7 @@ impl<S: Storage> Backend for Cuda<S> {
     type Real = f32;
     type Storage = S;
     type Recording = Recording;
+    type Prepared = Option<update::Prepared>;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Buffer<T>;
 
     fn description(&self) -> String {

@@ -13,7 +13,6 @@ use cudarc::cublaslt::sys::{
 };
 
 use super::context::Device;
-use super::{Cuda, Storage};
 use crate::error::{Error, Result};
 
 /// A row-major matrix in device memory.
@@ -41,7 +40,7 @@ impl Matrix {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Epilogue {
     None,
-    /// A vector is added to every row: its address, in `S`.
+    /// A vector is added to every row: its address, in the type of `out`.
     Bias(u64),
 }
 
@@ -55,8 +54,8 @@ pub(super) struct Product {
     pub size: [usize; 3],
     pub add: bool,
     pub epilogue: Epilogue,
-    /// Whether `out` holds f32, whatever the inputs hold.
-    pub wide: bool,
+    /// Types of the inputs, and of `out`: `f32`, `bf16` or `f16`.
+    pub types: [&'static str; 2],
 }
 
 /// What an algorithm is chosen for.
@@ -153,17 +152,17 @@ fn data_type(name: &str) -> cudaDataType {
     }
 }
 
-impl<S: Storage> Cuda<S> {
+impl Device {
     /// Queues a product.
     ///
     /// # Safety
-    /// The matrices hold what `size` and their strides say, inputs in `S`, `out` in f32 or `S`.
+    /// The matrices hold what `size`, their strides and `types` say.
     pub(super) unsafe fn product(&self, name: &str, product: &Product) -> Result<()> {
-        let device = self.device();
+        let device = self;
         let blas = device.blas()?;
         let Product { left, right, out, size, .. } = *product;
         let shape = Shape {
-            types: [S::NAME, if product.wide { "f32" } else { S::NAME }],
+            types: product.types,
             size,
             strides: [left.stride, right.stride, out.stride],
             transposed: [left.transposed, right.transposed],
@@ -275,7 +274,7 @@ fn candidates(
 /// The algorithm to use from now on.
 ///
 /// # Safety
-/// As [`Cuda::product`].
+/// As [`Device::product`].
 unsafe fn choose(
     _device: &Device,
     _blas: &Blas,
@@ -287,7 +286,7 @@ unsafe fn choose(
 }
 
 /// # Safety
-/// As [`Cuda::product`].
+/// As [`Device::product`].
 unsafe fn multiply(
     device: &Device,
     blas: &Blas,

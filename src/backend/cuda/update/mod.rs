@@ -1,0 +1,304 @@
+//! The fused update on the device (kernels/update.cu): the norm in two stages, then everything else in one pass.
+//!
+//! The clip's coefficient, the decision to skip and the count of applied updates stay on the device. [`Updater`] is the update
+//! alone, for arenas of any owner.
+
+mod muon;
+mod plan;
+
+use std::sync::Arc;
+
+use self::plan::{ClipOptions, Kind, Outcome, Pass, RULE_STEP_WORDS, Tables, UpdateParams};
+use super::launch::{Arg, Grid, args};
+use super::{Buffer, Cuda, Device, Storage};
+use crate::backend::Arena;
+use crate::backend::ops::Update;
+use crate::error::{Error, Result};
+use crate::optim::{StepOutcome, StepParams, UpdatePlan};
+use crate::plan::ALIGNMENT;
+
+const FILE: &str = "update";
+
+/// What the device keeps of an update plan: its tables, and room for what is found.
+pub struct Prepared {
+    device: Arc<Device>,
+    plan: UpdatePlan,
+    clip: ClipOptions,
+    pieces: Buffer<plan::Piece>,
+    tensors: Buffer<plan::Tensor>,
+    groups: Buffer<plan::GroupOptions>,
+    block_groups: Buffer<u8>,
+    block_tensors: Buffer<u32>,
+    unit_tensors: Buffer<u32>,
+    unit_coefficients: Buffer<f32>,
+    squares: [Buffer<f64>; 2],
+    clamped: Buffer<u32>,
+    tensor_squares: Buffer<f64>,
+    coefficients: Buffer<f32>,
+    rates: [Buffer<f32>; 2],
+    steps: Buffer<[f32; RULE_STEP_WORDS]>,
+    params: Buffer<UpdateParams>,
+    outcome: Buffer<Outcome>,
+    /// What the device's count of applied updates is, as far as the host knows.
+    applied: u64,
+}
+
+/// The arrays of an arena, by address.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrays {
+    /// f32.
+    pub parameters: u64,
+    /// Of the gradients' type.
+    pub gradients: u64,
+    /// Of the copy's type; 0 where there is none.
+    pub copy: u64,
+    /// f32; 0 for a slot that the rules do not keep.
+    pub slots: [u64; 2],
+    /// Types of gradients and copy: `f32`, `bf16` or `f16`.
+    pub types: [&'static str; 2],
+}
+
+impl Prepared {
+    /// Uploads a plan.
+    ///
+    /// # Errors
+    /// Not enough memory, or a device that failed.
+    pub fn new(device: &Arc<Device>, plan: &UpdatePlan) -> Result<Self> {
+        let tables = Tables::new(plan);
+        let (pieces, tensors) = (tables.pieces.len(), tables.tensors.len());
+        Ok(Prepared {
+            clip: ClipOptions::new(&plan.clip),
+            pieces: upload(device, &tables.pieces)?,
+            tensors: upload(device, &tables.tensors)?,
+            groups: upload(device, &tables.groups)?,
+            block_groups: upload(device, &tables.block_groups)?,
+            block_tensors: upload(device, &tables.block_tensors)?,
+            unit_coefficients: Buffer::zeros(device, tables.unit_tensors.len())?,
+            unit_tensors: upload(device, &tables.unit_tensors)?,
+            squares: [Buffer::zeros(device, pieces)?, Buffer::zeros(device, pieces)?],
+            clamped: Buffer::zeros(device, pieces)?,
+            tensor_squares: Buffer::zeros(device, tensors)?,
+            coefficients: Buffer::zeros(device, tensors)?,
+            rates: [Buffer::zeros(device, tensors)?, Buffer::zeros(device, tensors)?],
+            steps: Buffer::zeros(device, tables.groups.len())?,
+            params: Buffer::zeros(device, 1)?,
+            outcome: Buffer::zeros(device, 1)?,
+            applied: 0,
+            device: device.clone(),
+            plan: plan.clone(),
+        })
+    }
+
+    /// Writes what changes from one update to the next, in the order of the stream.
+    fn prepare(&mut self, step: &StepParams) -> Result<()> {
+        let StepParams { learning_rate, divisor, step: number, .. } = *step;
+        if !learning_rate.is_finite() || !divisor.is_finite() || divisor <= 0.0 || number == 0 {
+            let found = format!("{learning_rate}, {divisor} and step {number}");
+            return Err(Error::shape(
+                "update",
+                "a finite learning rate, a divisor above 0, steps counted from 1",
+                found,
+            ));
+        }
+        if self.applied != number - 1 {
+            self.applied = number - 1;
+            self.outcome.write(0, &[Outcome { applied: self.applied, ..Outcome::default() }])?;
+        }
+        self.params.write(0, &[UpdateParams { learning_rate, divisor }])
+    }
+
+    /// What the last update found, after it is done.
+    fn outcome(&mut self) -> Result<StepOutcome> {
+        let mut outcome = [Outcome::default()];
+        self.outcome.read(0, &mut outcome)?;
+        let Outcome { grad_norm, clip_coefficient, applied, skipped, least, .. } = outcome[0];
+        self.applied = applied;
+        let skipped = skipped != 0;
+        // The kernel keeps f32 of the adaptive clip's coefficients.
+        let least = if skipped { 1.0 } else { f64::from(f32::from_bits(least)) };
+        Ok(StepOutcome { grad_norm, clip_coefficient: clip_coefficient.min(least), skipped })
+    }
+
+    fn pass(&self, zero_gradients: bool) -> Pass {
+        Pass {
+            block_groups: self.block_groups.address_of(0),
+            block_tensors: self.block_tensors.address_of(0),
+            tensors: self.tensors.address_of(0),
+            coefficients: self.coefficients.address_of(0),
+            unit_coefficients: if self.unit_tensors.is_empty() { 0 } else { self.unit_coefficients.address_of(0) },
+            steps: self.steps.address_of(0),
+            groups: self.groups.address_of(0),
+            rates: self.rates[0].address_of(0),
+            params: self.params.address_of(0),
+            outcome: self.outcome.address_of(0),
+            len: (self.plan.block_groups.len() * ALIGNMENT) as u64,
+            bound: self.clip.bound,
+            zero_gradients: i32::from(zero_gradients),
+        }
+    }
+
+    fn has(&self, kind: Kind) -> bool {
+        self.plan.groups.iter().any(|group| Kind::of(&group.rule) == kind)
+    }
+
+    /// Queues the kernels of one update, all of whose scalars were written by [`Prepared::prepare`].
+    fn queue(&self, arrays: &Arrays, zero_gradients: bool) -> Result<()> {
+        self.queue_norm(arrays)?;
+        let pass = self.pass(zero_gradients);
+        if self.has(Kind::Lars) {
+            self.queue_rates(arrays, &pass, Kind::Lars)?;
+        }
+        let kinds: Vec<Kind> = self.plan.groups.iter().map(|group| Kind::of(&group.rule)).collect();
+        let kernel = match kinds.first() {
+            Some(first) if kinds.iter().all(|kind| kind == first) => first.kernel(),
+            _ => "mixed",
+        };
+        let [gradients, copy] = arrays.types;
+        let warps = self.plan.block_groups.len();
+        let grid = Grid::new(warps.div_ceil(8).min(self.device.multiprocessors() * 16), 256);
+        let list =
+            args![arrays.parameters, arrays.gradients, arrays.copy, arrays.slots[0], arrays.slots[1], Arg::of(&pass)];
+        // SAFETY: the arrays hold as many elements as the plan's layout, of the types that the kernel's name says.
+        unsafe { self.device.launch(FILE, &format!("update_{kernel}_{gradients}_{copy}"), grid, list)? };
+        if self.has(Kind::Lamb) {
+            self.queue_rates(arrays, &pass, Kind::Lamb)?;
+            let rates = self.rates[1].address_of(0);
+            let [first, second] = arrays.slots;
+            let list = args![arrays.parameters, arrays.copy, first, second, rates, Arg::of(&pass)];
+            // SAFETY: as above.
+            unsafe { self.device.launch(FILE, &format!("lamb_apply_{copy}"), grid, list)? };
+        }
+        if self.has(Kind::Muon) {
+            self.queue_muon(arrays, &pass)?;
+        }
+        Ok(())
+    }
+
+    fn queue_norm(&self, arrays: &Arrays) -> Result<()> {
+        let clip = Arg::of(&self.clip);
+        let [pieces, tensors, groups] = [self.pieces.len(), self.tensors.len(), self.groups.len()].map(|n| n as u32);
+        let (params, outcome) = (self.params.address_of(0), self.outcome.address_of(0));
+        let (squares, clamped) = (self.squares[0].address_of(0), self.clamped.address_of(0));
+        let gradients = arrays.types[0];
+        let list = args![arrays.gradients, self.pieces.address_of(0), pieces, params, clip, squares, clamped];
+        let grid = Grid::new(self.pieces.len().div_ceil(8), 256);
+        // SAFETY: tables and results are of the sizes that the kernels name; gradients are laid out as the plan says.
+        unsafe { self.device.launch(FILE, &format!("norm_pieces_{gradients}"), grid, list)? };
+        let list = args![
+            self.tensors.address_of(0),
+            tensors,
+            squares,
+            clamped,
+            pieces,
+            self.groups.address_of(0),
+            groups,
+            params,
+            clip,
+            self.tensor_squares.address_of(0),
+            self.coefficients.address_of(0),
+            self.steps.address_of(0),
+            outcome
+        ];
+        // SAFETY: as above.
+        unsafe { self.device.launch(FILE, "norm_finish", Grid::new(1, 1024), list)? };
+        if self.unit_tensors.is_empty() {
+            return Ok(());
+        }
+        let list = args![
+            arrays.parameters,
+            arrays.gradients,
+            self.tensors.address_of(0),
+            self.unit_tensors.address_of(0),
+            self.unit_tensors.len() as u32,
+            params,
+            clip,
+            self.unit_coefficients.address_of(0),
+            outcome
+        ];
+        let grid = Grid::new(self.unit_tensors.len().div_ceil(8), 256);
+        // SAFETY: as above.
+        unsafe { self.device.launch(FILE, &format!("unit_coefficients_{gradients}"), grid, list) }
+    }
+
+    /// The learning rate of each tensor under LARS or LAMB.
+    fn queue_rates(&self, arrays: &Arrays, pass: &Pass, kind: Kind) -> Result<()> {
+        let [weights, others] = [&self.squares[0], &self.squares[1]].map(|buffer| buffer.address_of(0));
+        let (pieces, count) = (self.pieces.address_of(0), self.pieces.len() as u32);
+        let grid = Grid::new(self.pieces.len().div_ceil(8), 256);
+        let lamb = kind == Kind::Lamb;
+        let (kernel, second_pair) = if lamb {
+            ("lamb_pieces".to_owned(), arrays.slots)
+        } else {
+            (format!("lars_pieces_{}", arrays.types[0]), [arrays.gradients, 0])
+        };
+        let mut list: Vec<Arg> = vec![arrays.parameters.into(), second_pair[0].into()];
+        if lamb {
+            list.push(second_pair[1].into());
+        }
+        list.extend_from_slice(args![pieces, count, Arg::of(pass), weights, others]);
+        let rates = self.rates[usize::from(lamb)].address_of(0);
+        let finish = args![weights, others, self.tensors.len() as u32, Arg::of(pass), lamb, rates];
+        // SAFETY: as in `queue_norm`.
+        unsafe {
+            self.device.launch(FILE, &kernel, grid, &mut list)?;
+            self.device.launch(FILE, "tensor_rates", Grid::new(self.tensors.len().div_ceil(256), 256), finish)
+        }
+    }
+}
+
+fn upload<T: bytemuck::Pod>(device: &Arc<Device>, values: &[T]) -> Result<Buffer<T>> {
+    let mut buffer = Buffer::zeros(device, values.len())?;
+    buffer.write(0, values)?;
+    Ok(buffer)
+}
+
+impl<S: Storage> Cuda<S> {
+    /// The arrays of an arena, and what is kept of its plan.
+    fn arrays<'a>(&self, arena: &'a mut Arena<Self>, plan: &UpdatePlan) -> Result<(&'a mut Prepared, Arrays)> {
+        let len = plan.block_groups.len() * ALIGNMENT;
+        let lens =
+            [arena.parameters.len(), arena.gradients.len()].into_iter().chain(arena.slots.iter().map(Buffer::len));
+        if lens.clone().any(|l| l != len) || arena.slots.len() < plan.slots.len() {
+            return Err(Error::shape(
+                "update",
+                format!("parameters, gradients and {} slots of {len} elements", plan.slots.len()),
+                format!("{:?}", lens.collect::<Vec<_>>()),
+            ));
+        }
+        let slot = |index: usize| arena.slots.get(index).map_or(0, |slot| slot.address_of(0));
+        let arrays = Arrays {
+            parameters: arena.parameters.address_of(0),
+            gradients: arena.gradients.address_of(0),
+            copy: if S::HAS_MASTER { arena.stored.address_of(0) } else { 0 },
+            slots: [slot(0), slot(1)],
+            types: ["f32", S::NAME],
+        };
+        if arena.prepared.as_ref().is_none_or(|prepared| prepared.plan != *plan) {
+            arena.prepared = Some(Prepared::new(self.device(), plan)?);
+        }
+        let Some(prepared) = &mut arena.prepared else {
+            return Err(Error::Device("the update's plan was not kept".into()));
+        };
+        Ok((prepared, arrays))
+    }
+}
+
+impl<S: Storage> Update for Cuda<S> {
+    fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
+        let (prepared, arrays) = self.arrays(arena, plan)?;
+        prepared.prepare(step)?;
+        prepared.queue(&arrays, step.zero_gradients)?;
+        prepared.outcome()
+    }
+
+    fn average(&self, average: &mut Buffer<f32>, parameters: &Buffer<f32>, decay: f64) -> Result<()> {
+        if average.len() != parameters.len() {
+            let found = format!("{} and {}", average.len(), parameters.len());
+            return Err(Error::shape("average", "as many averages as parameters", found));
+        }
+        let (share, len) = ((1.0 - decay) as f32, parameters.len());
+        let list = args![average.address_of(0), parameters.address_of(0), share, len, 0u64];
+        // SAFETY: two buffers of `len` values.
+        unsafe { self.device().launch(FILE, "average", Grid::elements(self.device(), len, 1), list) }
+    }
+}

@@ -1,0 +1,244 @@
+//! The plan of an update as the kernels read it: structs shared with kernels/update.cu, uploaded once.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::optim::{Clip, Group, MomentumForm, NormClip, Rule, UpdatePlan};
+use crate::plan::ALIGNMENT;
+
+/// Elements of a piece: as the CPU's, so that sums have the same order.
+const PIECE: usize = 1 << 14;
+
+/// `enum RuleKind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(super) enum Kind {
+    Sgd = 0,
+    Momentum = 1,
+    Nesterov = 2,
+    Polyak = 3,
+    Adam = 4,
+    Lion = 5,
+    Lars = 6,
+    Lamb = 7,
+    Muon = 8,
+}
+
+impl Kind {
+    pub fn of(rule: &Rule) -> Self {
+        match *rule {
+            Rule::Sgd => Kind::Sgd,
+            Rule::Momentum { form: MomentumForm::Polyak, .. } => Kind::Polyak,
+            Rule::Momentum { nesterov: true, .. } => Kind::Nesterov,
+            Rule::Momentum { .. } => Kind::Momentum,
+            Rule::Adam { .. } => Kind::Adam,
+            Rule::Lion { .. } => Kind::Lion,
+            Rule::Lars { .. } => Kind::Lars,
+            Rule::Lamb { .. } => Kind::Lamb,
+            Rule::Muon { .. } => Kind::Muon,
+        }
+    }
+
+    /// The kernel's name where all groups have this rule.
+    pub fn kernel(self) -> &'static str {
+        match self {
+            Kind::Sgd => "sgd",
+            Kind::Momentum => "momentum",
+            Kind::Nesterov => "nesterov",
+            Kind::Polyak => "polyak",
+            Kind::Adam => "adam",
+            Kind::Lion => "lion",
+            Kind::Lars | Kind::Lamb | Kind::Muon => "mixed",
+        }
+    }
+}
+
+/// `struct Piece`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Piece {
+    pub offset: u64,
+    pub len: u32,
+    pub tensor: u32,
+}
+
+/// `struct Tensor`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Tensor {
+    pub offset: u64,
+    pub len: u64,
+    pub first_piece: u32,
+    pub pieces: u32,
+    pub unit: u32,
+    pub first_unit: u32,
+    pub group: u32,
+    pub padding: u32,
+}
+
+/// `struct GroupOptions`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct GroupOptions {
+    learning_rate_scale: f64,
+    weight_decay: f64,
+    a: f64,
+    b: f64,
+    epsilon: f64,
+    dampening: f64,
+    gamma: f64,
+    trust: f64,
+    rule: i32,
+    decoupled: i32,
+}
+
+impl GroupOptions {
+    fn new(group: &Group) -> Self {
+        let mut options = GroupOptions {
+            learning_rate_scale: group.learning_rate_scale,
+            weight_decay: group.weight_decay,
+            gamma: 1.0,
+            rule: Kind::of(&group.rule) as i32,
+            decoupled: i32::from(group.decoupled),
+            ..GroupOptions::zeroed()
+        };
+        match group.rule {
+            Rule::Sgd => {}
+            Rule::Momentum { momentum, dampening, gamma, .. } => {
+                (options.a, options.dampening, options.gamma) = (momentum, dampening, gamma);
+            }
+            Rule::Adam { betas, epsilon } | Rule::Lamb { betas, epsilon } => {
+                ([options.a, options.b], options.epsilon) = (betas, epsilon);
+            }
+            Rule::Lion { betas } => [options.a, options.b] = betas,
+            Rule::Lars { momentum, trust } => (options.a, options.trust) = (momentum, trust),
+            Rule::Muon { momentum, .. } => options.a = momentum,
+        }
+        options
+    }
+}
+
+/// `struct ClipOptions`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct ClipOptions {
+    pub bound: f32,
+    norm: i32,
+    max_norm: f64,
+    epsilon: f64,
+}
+
+impl ClipOptions {
+    pub fn new(clip: &Clip) -> Self {
+        let (norm, max_norm, epsilon) = match clip.norm {
+            NormClip::Off => (0, 0.0, 0.0),
+            NormClip::Global { max_norm } => (1, max_norm, 0.0),
+            NormClip::Tensor { max_norm } => (2, max_norm, 0.0),
+            NormClip::Adaptive { clipping, epsilon } => (3, clipping, epsilon),
+        };
+        ClipOptions { bound: clip.value.map_or(f32::INFINITY, |bound| bound as f32), norm, max_norm, epsilon }
+    }
+}
+
+/// `struct UpdateParams`.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct UpdateParams {
+    pub learning_rate: f64,
+    pub divisor: f64,
+}
+
+/// `struct Outcome`.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Outcome {
+    pub grad_norm: f64,
+    pub clip_coefficient: f64,
+    pub applied: u64,
+    pub clamped: u64,
+    pub skipped: u32,
+    pub least: u32,
+}
+
+/// `struct RuleStep`: twelve constants.
+pub(super) const RULE_STEP_WORDS: usize = 12;
+
+/// `struct Pass`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Pass {
+    pub block_groups: u64,
+    pub block_tensors: u64,
+    pub tensors: u64,
+    pub coefficients: u64,
+    pub unit_coefficients: u64,
+    pub steps: u64,
+    pub groups: u64,
+    pub rates: u64,
+    pub params: u64,
+    pub outcome: u64,
+    pub len: u64,
+    pub bound: f32,
+    pub zero_gradients: i32,
+}
+
+const _: () = {
+    assert!(size_of::<Piece>() == 16);
+    assert!(size_of::<Tensor>() == 40 && std::mem::offset_of!(Tensor, unit) == 24);
+    assert!(size_of::<GroupOptions>() == 72 && std::mem::offset_of!(GroupOptions, rule) == 64);
+    assert!(size_of::<ClipOptions>() == 24 && std::mem::offset_of!(ClipOptions, max_norm) == 8);
+    assert!(size_of::<UpdateParams>() == 16);
+    assert!(size_of::<Outcome>() == 40 && std::mem::offset_of!(Outcome, skipped) == 32);
+    assert!(size_of::<Pass>() == 96 && std::mem::offset_of!(Pass, bound) == 88);
+};
+
+/// Everything that is uploaded of a plan.
+pub(super) struct Tables {
+    pub pieces: Vec<Piece>,
+    pub tensors: Vec<Tensor>,
+    pub groups: Vec<GroupOptions>,
+    pub block_groups: Vec<u8>,
+    pub block_tensors: Vec<u32>,
+    /// The tensor of each output unit, where the clip looks at units; else empty.
+    pub unit_tensors: Vec<u32>,
+}
+
+impl Tables {
+    pub fn new(plan: &UpdatePlan) -> Self {
+        let adaptive = matches!(plan.clip.norm, NormClip::Adaptive { .. });
+        let mut tables = Tables {
+            pieces: Vec::new(),
+            tensors: Vec::new(),
+            groups: plan.groups.iter().map(GroupOptions::new).collect(),
+            block_groups: plan.block_groups.clone(),
+            block_tensors: vec![0; plan.block_groups.len()],
+            unit_tensors: Vec::new(),
+        };
+        for (index, tensor) in plan.tensors.iter().enumerate() {
+            let unit = tensor.unit();
+            let piece = if adaptive { (PIECE / unit).max(1) * unit } else { PIECE };
+            let first_piece = tables.pieces.len() as u32;
+            tables.pieces.extend((0..tensor.len).step_by(piece).map(|start| Piece {
+                offset: (tensor.offset + start) as u64,
+                len: piece.min(tensor.len - start) as u32,
+                tensor: index as u32,
+            }));
+            tables.tensors.push(Tensor {
+                offset: tensor.offset as u64,
+                len: tensor.len as u64,
+                first_piece,
+                pieces: tables.pieces.len() as u32 - first_piece,
+                unit: unit as u32,
+                first_unit: tables.unit_tensors.len() as u32,
+                group: u32::from(tensor.group),
+                padding: 0,
+            });
+            if adaptive {
+                let units = tables.unit_tensors.len() + tensor.len.div_ceil(unit);
+                tables.unit_tensors.resize(units, index as u32);
+            }
+            tables.block_tensors[tensor.offset / ALIGNMENT..(tensor.offset + tensor.len).div_ceil(ALIGNMENT)]
+                .fill(index as u32);
+        }
+        tables
+    }
+}
