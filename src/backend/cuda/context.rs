@@ -325,6 +325,7 @@ impl Device {
     }
 
     /// Copies within the device, in the order of the stream.
+    #[allow(dead_code, reason = "for the operations of pending.rs")]
     pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller owns as many bytes at both addresses.

@@ -72,6 +72,7 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of an activation, 0 (null) where there is none.
+    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn act_or_null(memory: &Memory<'_, Self>, act: Option<Act>) -> u64 {
         act.map_or(0, |act| Self::act(memory, act))
     }
@@ -88,6 +89,7 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a parameter, 0 (null) where there is none.
+    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn param_or_null(memory: &Memory<'_, Self>, param: Option<Param>) -> u64 {
         param.map_or(0, |param| Self::param(memory, param))
     }
@@ -98,6 +100,7 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a kept tensor, f32.
+    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn state(memory: &Memory<'_, Self>, state: State) -> u64 {
         memory.arena.state.address_of(memory.arena.state_range(state).start)
     }

@@ -235,7 +235,7 @@ impl Prepared {
         if lamb {
             list.push(second_pair[1].into());
         }
-        list.extend_from_slice(args![pieces, count, Arg::of(pass), weights, others]);
+        list.extend(args![pieces, count, Arg::of(pass), weights, others].iter());
         let rates = self.rates[usize::from(lamb)].address_of(0);
         let finish = args![weights, others, self.tensors.len() as u32, Arg::of(pass), lamb, rates];
         // SAFETY: as in `queue_norm`.
