@@ -235,7 +235,8 @@ impl Prepared {
         if lamb {
             list.push(second_pair[1].into());
         }
-        list.extend(args![pieces, count, Arg::of(pass), weights, others].iter());
+        let shared: &[Arg] = args![pieces, count, Arg::of(pass), weights, others];
+        list.extend_from_slice(shared);
         let rates = self.rates[usize::from(lamb)].address_of(0);
         let finish = args![weights, others, self.tensors.len() as u32, Arg::of(pass), lamb, rates];
         // SAFETY: as in `queue_norm`.
