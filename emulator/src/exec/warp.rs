@@ -1,0 +1,498 @@
+//! A warp, and the loop that executes its instructions.
+
+use super::{BarrierState, Block, Found, Run};
+use crate::fault::{FaultKind, Space};
+use crate::ptx::{Combine, Kernel, Lanes, Op, Shuffle, Vote, insert_bits};
+
+/// A copy to shared memory that was asked for and is not done: lane by lane.
+pub(crate) struct PendingCopy {
+    pub to: u64,
+    pub thread: u32,
+    pub data: [u8; 16],
+    pub bytes: u8,
+}
+
+pub(crate) struct Warp {
+    pub index: u32,
+    threads: u32,
+    pub registers: Vec<Lanes>,
+    pub predicates: Vec<u32>,
+    /// Lanes that have not left the kernel.
+    pub live: u32,
+    /// The group that runs: its place and its lanes.
+    pub pc: u32,
+    pub mask: u32,
+    /// Groups that wait for it further on.
+    others: Vec<(u32, u32)>,
+    carry: u32,
+    pub waiting: Option<u8>,
+    /// What to do with the result of a barrier that reduces.
+    reduction: Option<(Combine, Result<u32, u32>)>,
+    pub local: Vec<u8>,
+    pub local_written: Vec<u8>,
+    pub copies: Vec<PendingCopy>,
+    pub groups: std::collections::VecDeque<Vec<PendingCopy>>,
+}
+
+pub(crate) enum Status {
+    /// More to do.
+    Running,
+    Waiting(u8),
+    Done,
+}
+
+/// What an instruction leads to.
+enum Next {
+    On,
+    Wait(u8),
+    Left,
+}
+
+impl Warp {
+    pub fn new(kernel: &Kernel, index: u32, threads: u32) -> Self {
+        Warp {
+            index,
+            threads,
+            registers: vec![[0; 32]; kernel.registers],
+            predicates: vec![0; kernel.predicates],
+            live: 0,
+            pc: 0,
+            mask: 0,
+            others: Vec::new(),
+            carry: 0,
+            waiting: None,
+            reduction: None,
+            local: vec![0; kernel.local * 32],
+            local_written: vec![0; kernel.local * 32],
+            copies: Vec::new(),
+            groups: std::collections::VecDeque::new(),
+        }
+    }
+
+    /// Back to the first instruction, for the next block.
+    pub fn restart(&mut self) {
+        let lanes = (self.threads - self.index * 32).min(32);
+        self.live = if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 };
+        self.mask = self.live;
+        self.pc = 0;
+        self.others.clear();
+        self.waiting = None;
+        self.reduction = None;
+        self.copies.clear();
+        self.groups.clear();
+        self.local_written.fill(0);
+    }
+
+    /// Hands the result of a barrier that reduces to every lane.
+    pub fn finish_reduction(&mut self, state: &BarrierState) {
+        let Some((with, target)) = self.reduction.take() else { return };
+        let holds = match with {
+            Combine::And => state.all,
+            _ => state.any,
+        };
+        match target {
+            Ok(predicate) => self.predicates[predicate as usize] = if holds { u32::MAX } else { 0 },
+            Err(register) => self.registers[register as usize] = [u64::from(state.count); 32],
+        }
+    }
+
+    pub fn write(&mut self, register: u32, mask: u32, values: &Lanes) {
+        let target = &mut self.registers[register as usize];
+        if mask == u32::MAX {
+            *target = *values;
+            return;
+        }
+        for (lane, slot) in target.iter_mut().enumerate() {
+            if mask >> lane & 1 == 1 {
+                *slot = values[lane];
+            }
+        }
+    }
+
+    fn write_pred(&mut self, predicate: u32, mask: u32, values: u32) {
+        let target = &mut self.predicates[predicate as usize];
+        *target = *target & !mask | values & mask;
+    }
+
+    pub fn pred(&self, pred: crate::ptx::Pred) -> u32 {
+        let values = self.predicates[pred.index as usize];
+        if pred.negated { !values } else { values }
+    }
+
+    /// Picks the group that stands furthest back, joined with all that stand where it does.
+    fn regroup(&mut self) {
+        if self.mask != 0 {
+            self.others.push((self.pc, self.mask));
+        }
+        let Some(first) = self.others.iter().map(|&(pc, _)| pc).min() else { return };
+        (self.pc, self.mask) = (first, 0);
+        let mask = &mut self.mask;
+        self.others.retain(|&(pc, lanes)| {
+            if pc == first {
+                *mask |= lanes;
+            }
+            pc != first
+        });
+    }
+
+    fn split(&mut self, active: u32, to: u32) {
+        let rest = self.mask & !active;
+        if active != 0 && rest != 0 {
+            self.others.push((to, active));
+            self.mask = rest;
+            self.pc += 1;
+        } else {
+            self.pc = if active != 0 { to } else { self.pc + 1 };
+        }
+    }
+}
+
+pub(crate) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    (0..32).filter(move |lane| mask >> lane & 1 == 1)
+}
+
+impl Run<'_> {
+    /// Runs a warp until it waits, ends, or has executed `quantum` instructions.
+    pub(super) fn run_warp(&mut self, block: &mut Block, warp: &mut Warp, quantum: u64) -> Result<Status, Found> {
+        let kernel = self.kernel;
+        let mut left = quantum;
+        while left > 0 {
+            left -= 1;
+            let at = warp.pc as usize;
+            let instruction = &kernel.code[at];
+            let active = match instruction.guard {
+                Some(guard) => warp.mask & warp.pred(guard),
+                None => warp.mask,
+            };
+            let executed = u64::from(active.count_ones());
+            self.counts.instructions[instruction.class as usize] += executed;
+            self.instructions += 1;
+            if self.instructions > self.launch.checks.instructions {
+                let kind = FaultKind::Endless { instructions: self.instructions };
+                return Err(found(kind, block, warp, 0, at));
+            }
+            if let Op::Branch { to } = instruction.op {
+                warp.split(active, to);
+                if !warp.others.is_empty() {
+                    warp.regroup();
+                }
+                continue;
+            }
+            let mut next = Next::On;
+            if active != 0 {
+                let mut lane = active.trailing_zeros() as usize;
+                next = self
+                    .execute(block, warp, active, at, &mut lane)
+                    .map_err(|kind| found(*kind, block, warp, lane, at))?;
+            }
+            warp.pc += 1;
+            if let Next::Left = next {
+                warp.live &= !active;
+                warp.mask &= !active;
+                if warp.live == 0 {
+                    return Ok(Status::Done);
+                }
+            }
+            if !warp.others.is_empty() {
+                warp.regroup();
+            }
+            if let Next::Wait(number) = next {
+                return Ok(Status::Waiting(number));
+            }
+        }
+        Ok(Status::Running)
+    }
+
+    fn execute(
+        &mut self,
+        block: &mut Block,
+        warp: &mut Warp,
+        active: u32,
+        at: usize,
+        lane: &mut usize,
+    ) -> Result<Next, Box<FaultKind>> {
+        let kernel = self.kernel;
+        let mut out: Lanes = [0; 32];
+        match &kernel.code[at].op {
+            Op::Map1 { f, d, a } => {
+                f(&warp.registers[*a as usize], &mut out);
+                warp.write(*d, active, &out);
+            }
+            Op::Map2 { f, d, a, b } => {
+                f(&warp.registers[*a as usize], &warp.registers[*b as usize], &mut out);
+                warp.write(*d, active, &out);
+            }
+            Op::Map3 { f, d, a, b, c } => {
+                let [a, b, c] = [a, b, c].map(|&register| &warp.registers[register as usize]);
+                f(a, b, c, &mut out);
+                warp.write(*d, active, &out);
+            }
+            Op::Convert { conversion, d, a } => {
+                let a = &warp.registers[*a as usize];
+                out = std::array::from_fn(|lane| conversion.run(a[lane]));
+                warp.write(*d, active, &out);
+            }
+            Op::Logic3 { table, mask, d, a, b, c } => {
+                let [a, b, c] = [a, b, c].map(|&register| &warp.registers[register as usize]);
+                for i in 0..32 {
+                    let terms = (0..8).filter(|bit| table >> bit & 1 == 1).map(|bit| {
+                        (if bit & 4 != 0 { a[i] } else { !a[i] })
+                            & (if bit & 2 != 0 { b[i] } else { !b[i] })
+                            & (if bit & 1 != 0 { c[i] } else { !c[i] })
+                    });
+                    out[i] = terms.fold(0, |sum, term| sum | term) & mask;
+                }
+                warp.write(*d, active, &out);
+            }
+            Op::Insert { wide, d, a, b, start, length } => {
+                let [a, b, start, length] = [a, b, start, length].map(|&register| &warp.registers[register as usize]);
+                out = std::array::from_fn(|i| insert_bits(*wide, a[i], b[i], start[i], length[i]));
+                warp.write(*d, active, &out);
+            }
+            Op::Compare { f, d, opposite, a, b, combine } => {
+                let holds = f(&warp.registers[*a as usize], &warp.registers[*b as usize]);
+                let with = |holds: u32| match combine {
+                    Some((with, pred)) => joined(*with, holds, warp.pred(*pred)),
+                    None => holds,
+                };
+                let (first, second) = (with(holds), with(!holds));
+                warp.write_pred(*d, active, first);
+                if let Some(opposite) = opposite {
+                    warp.write_pred(*opposite, active, second);
+                }
+            }
+            Op::SetValue { f, value, d, a, b, combine } => {
+                let mut holds = f(&warp.registers[*a as usize], &warp.registers[*b as usize]);
+                if let Some((with, pred)) = combine {
+                    holds = joined(*with, holds, warp.pred(*pred));
+                }
+                out = std::array::from_fn(|lane| if holds >> lane & 1 == 1 { *value } else { 0 });
+                warp.write(*d, active, &out);
+            }
+            Op::Select { d, a, b, by } => {
+                let holds = warp.pred(*by);
+                let (a, b) = (&warp.registers[*a as usize], &warp.registers[*b as usize]);
+                out = std::array::from_fn(|lane| if holds >> lane & 1 == 1 { a[lane] } else { b[lane] });
+                warp.write(*d, active, &out);
+            }
+            Op::PredLogic { with, d, a, b } => {
+                let value = joined(*with, warp.pred(*a), warp.pred(*b));
+                warp.write_pred(*d, active, value);
+            }
+            Op::PredMove { d, a } => {
+                let value = warp.pred(*a);
+                warp.write_pred(*d, active, value);
+            }
+            Op::Unpack { bits, d, a } => {
+                let source = warp.registers[*a as usize];
+                let mask = if *bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+                for (i, d) in d.iter().enumerate() {
+                    if let Some(d) = d {
+                        out = std::array::from_fn(|lane| source[lane] >> (usize::from(*bits) * i) & mask);
+                        warp.write(*d, active, &out);
+                    }
+                }
+            }
+            Op::Pack { bits, d, a } => {
+                for (i, a) in a.iter().enumerate() {
+                    let a = &warp.registers[*a as usize];
+                    for lane in 0..32 {
+                        out[lane] |= a[lane] << (usize::from(*bits) * i);
+                    }
+                }
+                warp.write(*d, active, &out);
+            }
+            Op::AddCarry { d, a, b, bits, subtract, carry_in, carry_out } => {
+                let (a, b) = (warp.registers[*a as usize], warp.registers[*b as usize]);
+                let mut carries = 0;
+                for i in 0..32 {
+                    let carried = u128::from(*carry_in && warp.carry >> i & 1 == 1);
+                    let (a, b) = (u128::from(a[i]), u128::from(b[i]));
+                    let sum = if *subtract { a.wrapping_sub(b).wrapping_sub(carried) } else { a + b + carried };
+                    carries |= u32::from(sum >> bits & 1 == 1) << i;
+                    out[i] = (sum & ((1 << bits) - 1)) as u64;
+                }
+                warp.set_carry(*carry_out, carries, active);
+                warp.write(*d, active, &out);
+            }
+            Op::MulAddCarry { d, a, b, c, bits, high, carry_in, carry_out } => {
+                let [a, b, c] = [a, b, c].map(|&register| warp.registers[register as usize]);
+                let mut carries = 0;
+                for i in 0..32 {
+                    let product = u128::from(a[i]) * u128::from(b[i]);
+                    let part = if *high { product >> bits } else { product & ((1 << bits) - 1) };
+                    let sum = part + u128::from(c[i]) + u128::from(*carry_in && warp.carry >> i & 1 == 1);
+                    carries |= u32::from(sum >> bits & 1 == 1) << i;
+                    out[i] = (sum & ((1 << bits) - 1)) as u64;
+                }
+                warp.set_carry(*carry_out, carries, active);
+                warp.write(*d, active, &out);
+            }
+            Op::Clock { d, bits } => {
+                let now = if *bits == 64 { self.instructions } else { self.instructions & 0xffff_ffff };
+                warp.write(*d, active, &[now; 32]);
+            }
+            Op::Load { .. } => self.load(block, warp, active, at, lane)?,
+            Op::Store { .. } => self.store(block, warp, active, at, lane)?,
+            Op::Atomic { .. } => self.atomic(block, warp, active, at, lane)?,
+            Op::CopyAsync { .. } => self.copy_async(block, warp, active, at, lane)?,
+            Op::CopyCommit => {
+                let group = std::mem::take(&mut warp.copies);
+                warp.groups.push_back(group);
+            }
+            Op::CopyWait { but } => self.finish_copies(block, warp, *but as usize, lane)?,
+            Op::LoadMatrix { .. } => self.load_matrix(block, warp, active, at, lane)?,
+            Op::Matrix { matrix, d, a, b, c } => {
+                if active != u32::MAX {
+                    *lane = (!active).trailing_zeros() as usize;
+                    return Err(FaultKind::AbsentLane { instruction: "mma", lane: *lane as u32 }.into());
+                }
+                super::matrix::multiply(warp, *matrix, d, a, b, c);
+            }
+            Op::IsSpace { d, a, space } => {
+                let a = &warp.registers[*a as usize];
+                let values =
+                    (0..32).fold(0, |mask, lane| mask | u32::from(super::access::space_of(a[lane]) == *space) << lane);
+                warp.write_pred(*d, active, values);
+            }
+            Op::Shuffle { .. } => shuffle(warp, active, &kernel.code[at].op, lane)?,
+            Op::Vote { kind, d, value, members } => {
+                let members = warp.registers[*members as usize][*lane] as u32;
+                if let Some(absent) = lanes(members & warp.live & !active).next() {
+                    return Err(FaultKind::AbsentLane { instruction: "vote", lane: absent as u32 }.into());
+                }
+                let (holds, among) = (warp.pred(*value) & active, active & members);
+                let answer = match kind {
+                    Vote::All => holds & among == among,
+                    Vote::Any => holds & among != 0,
+                    Vote::Uniform => holds & among == among || holds & among == 0,
+                    Vote::Ballot => {
+                        warp.write(*d, active, &[u64::from(holds & among); 32]);
+                        return Ok(Next::On);
+                    }
+                };
+                warp.write_pred(*d, active, if answer { u32::MAX } else { 0 });
+            }
+            Op::Match { all, d, present, a } => {
+                let a = warp.registers[*a as usize];
+                let same =
+                    |lane: usize| lanes(active).filter(|&other| a[other] == a[lane]).fold(0, |m, l| m | 1u32 << l);
+                let first = same(*lane);
+                out = std::array::from_fn(|lane| {
+                    u64::from(if *all { if first == active { active } else { 0 } } else { same(lane) })
+                });
+                warp.write(*d, active, &out);
+                if let Some(present) = present {
+                    warp.write_pred(*present, active, if first == active { u32::MAX } else { 0 });
+                }
+            }
+            Op::ActiveMask { d } => warp.write(*d, active, &[u64::from(active); 32]),
+            Op::Reduce { f, d, a } => {
+                let a = &warp.registers[*a as usize];
+                let total = lanes(active).map(|lane| a[lane]).reduce(f).unwrap_or_default();
+                warp.write(*d, active, &[total; 32]);
+            }
+            Op::Barrier { .. } => return self.barrier(block, warp, active, at, lane),
+            Op::Fence => self.trace.order(block.number),
+            Op::Nothing | Op::Branch { .. } => {}
+            Op::Exit => return Ok(Next::Left),
+            Op::Trap => return Err(FaultKind::Trap.into()),
+        }
+        Ok(Next::On)
+    }
+
+    fn barrier(
+        &mut self,
+        block: &mut Block,
+        warp: &mut Warp,
+        active: u32,
+        at: usize,
+        lane: &mut usize,
+    ) -> Result<Next, Box<FaultKind>> {
+        let Op::Barrier { number, threads, arrive, reduce } = &self.kernel.code[at].op else { return Ok(Next::On) };
+        let number = warp.registers[*number as usize][*lane] as usize;
+        let whole: u32 = self.launch.block.iter().product();
+        let expected = threads.map_or(whole, |threads| warp.registers[threads as usize][*lane] as u32);
+        if number >= block.barriers.len() {
+            let message = format!("barrier {number} of {}", block.barriers.len());
+            return Err(FaultKind::Launch(message).into());
+        }
+        let state = &mut block.barriers[number];
+        if active != warp.live {
+            *lane = (warp.live & !active).trailing_zeros() as usize;
+            return Err(FaultKind::DivergentBarrier {
+                barrier: number as u32,
+                arrived: active.count_ones(),
+                expected: warp.live.count_ones(),
+                reason: "the others of its warp went another way",
+            }
+            .into());
+        }
+        if let Some((with, value, target)) = reduce {
+            let holds = warp.pred(*value) & active;
+            state.all = (state.arrived == 0 || state.all) && holds == active;
+            state.any |= holds != 0;
+            state.count += holds.count_ones();
+            warp.reduction = Some((*with, *target));
+        }
+        // A warp counts whole where a number of threads is asked for.
+        state.arrived += if threads.is_some() { 32 } else { active.count_ones() };
+        state.expected = expected;
+        Ok(if *arrive { Next::On } else { Next::Wait(number as u8) })
+    }
+}
+
+impl Warp {
+    fn set_carry(&mut self, wanted: bool, carries: u32, active: u32) {
+        if wanted {
+            self.carry = self.carry & !active | carries & active;
+        }
+    }
+}
+
+fn joined(with: Combine, a: u32, b: u32) -> u32 {
+    match with {
+        Combine::And => a & b,
+        Combine::Or => a | b,
+        Combine::Xor => a ^ b,
+    }
+}
+
+fn shuffle(warp: &mut Warp, active: u32, op: &Op, lane: &mut usize) -> Result<(), Box<FaultKind>> {
+    let Op::Shuffle { kind, d, present, a, b, c, members } = op else { return Ok(()) };
+    let [values, b, c, members] = [a, b, c, members].map(|&register| warp.registers[register as usize]);
+    let mut out: Lanes = [0; 32];
+    let mut inside = 0;
+    for i in lanes(active) {
+        *lane = i;
+        let me = i as i64;
+        let (by, clamp, segment) = ((b[i] & 31) as i64, (c[i] & 31) as i64, (c[i] >> 8 & 31) as i64);
+        let (most, least) = (me & segment | clamp & !segment, me & segment);
+        let (from, holds) = match kind {
+            Shuffle::Up => (me - by, me - by >= most),
+            Shuffle::Down => (me + by, me + by <= most),
+            Shuffle::Butterfly => (me ^ by, me ^ by <= most),
+            Shuffle::Index => (least | by & !segment, (least | by & !segment) <= most),
+        };
+        let from = if holds { from } else { me } as usize;
+        if active >> from & 1 == 0 || members[i] >> from & 1 == 0 {
+            return Err(FaultKind::AbsentLane { instruction: "shfl", lane: from as u32 }.into());
+        }
+        inside |= u32::from(holds) << i;
+        out[i] = values[from];
+    }
+    warp.write(*d, active, &out);
+    if let Some(present) = present {
+        warp.write_pred(*present, active, inside);
+    }
+    Ok(())
+}
+
+fn found(kind: FaultKind, block: &Block, warp: &Warp, lane: usize, at: usize) -> Found {
+    Found { kind, block: block.coordinates, thread: warp.index * 32 + lane as u32, instruction: at }
+}
+
+/// The space of an access: that of the instruction, or of the generic address.
+pub(crate) fn named(space: Option<Space>, address: u64) -> Space {
+    space.unwrap_or_else(|| super::access::space_of(address))
+}

@@ -1,0 +1,676 @@
+//! From an opcode with its modifiers to what is executed. What is not known is an error.
+
+use super::arithmetic::{self, insert};
+use super::convert;
+use super::float::{self, Modifiers};
+use super::instruction::{
+    Atomic, Combine, Compare, Map1, Map2, Map3, Matrix, MatrixType, Op, Pred, Reg, Shuffle, Vote, Width,
+};
+use super::parse::type_bytes;
+use super::scope::{Builder, Operand};
+use crate::counts::Class;
+use crate::fault::Space;
+
+/// An opcode, split at its points.
+pub(super) struct Opcode<'a> {
+    pub base: &'a str,
+    pub mods: Vec<&'a str>,
+}
+
+impl<'a> Opcode<'a> {
+    pub fn new(word: &'a str) -> Self {
+        let mut parts = word.split('.');
+        Opcode { base: parts.next().unwrap_or_default(), mods: parts.collect() }
+    }
+
+    /// The last modifier: the type, in most instructions.
+    fn ty(&self) -> &'a str {
+        self.mods.last().copied().unwrap_or_default()
+    }
+
+    /// Whether every modifier besides the last `types` is among `known`.
+    fn only(&self, types: usize, known: &[&str]) -> Result<(), String> {
+        let rest = &self.mods[..self.mods.len().saturating_sub(types)];
+        match rest.iter().find(|modifier| !known.contains(modifier)) {
+            Some(unknown) => {
+                Err(format!("the modifier .{unknown} of {} is not known to the emulated device", self.base))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Modifiers for Opcode<'_> {
+    fn has(&self, modifier: &str) -> bool {
+        self.mods.contains(&modifier)
+    }
+}
+
+type Decoded = Result<Vec<(Op, Class)>, String>;
+
+fn is_float(ty: &str) -> bool {
+    matches!(ty, "f16" | "f16x2" | "bf16" | "bf16x2" | "f32" | "f64")
+}
+
+/// Bits of a value of a type, set.
+fn mask(ty: &str) -> u64 {
+    match type_bytes(ty) {
+        Some(8 | 16) | None => u64::MAX,
+        Some(bytes) => (1 << (8 * bytes)) - 1,
+    }
+}
+
+struct Decoder<'o, 'b> {
+    op: &'o Opcode<'o>,
+    operands: &'o [Operand],
+    builder: &'b mut Builder,
+}
+
+pub(super) fn decode(op: &Opcode<'_>, operands: &[Operand], builder: &mut Builder) -> Decoded {
+    Decoder { op, operands, builder }.decode()
+}
+
+impl Decoder<'_, '_> {
+    fn unknown<T>(&self) -> Result<T, String> {
+        Err("this instruction is not known to the emulated device".to_owned())
+    }
+
+    fn operand(&self, at: usize) -> Result<&Operand, String> {
+        self.operands.get(at).ok_or_else(|| format!("{} takes more operands", self.op.base))
+    }
+
+    /// A source register; constants get one of their own.
+    fn source(&mut self, at: usize, ty: &str) -> Result<Reg, String> {
+        let operand = self.operand(at)?.clone();
+        self.source_of(&operand, ty)
+    }
+
+    fn source_of(&mut self, operand: &Operand, ty: &str) -> Result<Reg, String> {
+        match operand {
+            Operand::Reg { number, .. } => Ok(*number),
+            Operand::Bits(bits) => Ok(self.builder.constant(bits & mask(ty))),
+            other => Err(format!("{other:?} is not a value")),
+        }
+    }
+
+    fn target(&self, at: usize) -> Result<(Reg, u8), String> {
+        match self.operand(at)? {
+            Operand::Reg { number, bytes } => Ok((*number, *bytes)),
+            other => Err(format!("{other:?} is not a register")),
+        }
+    }
+
+    fn pred(&self, at: usize) -> Result<Pred, String> {
+        match self.operand(at)? {
+            Operand::Pred(pred) => Ok(*pred),
+            other => Err(format!("{other:?} is not a predicate")),
+        }
+    }
+
+    fn one(&self, op: Op, class: Class) -> Decoded {
+        Ok(vec![(op, class)])
+    }
+
+    fn map1(&mut self, f: Option<Map1>, ty: &str, class: Class) -> Decoded {
+        let Some(f) = f else { return self.unknown() };
+        let (d, a) = (self.target(0)?.0, self.source(1, ty)?);
+        self.one(Op::Map1 { f, d, a }, class)
+    }
+
+    fn map2(&mut self, f: Option<Map2>, types: [&str; 2], class: Class) -> Decoded {
+        let Some(f) = f else { return self.unknown() };
+        let (d, a, b) = (self.target(0)?.0, self.source(1, types[0])?, self.source(2, types[1])?);
+        self.one(Op::Map2 { f, d, a, b }, class)
+    }
+
+    fn map3(&mut self, f: Option<Map3>, types: [&str; 3], class: Class) -> Decoded {
+        let Some(f) = f else { return self.unknown() };
+        let d = self.target(0)?.0;
+        let (a, b, c) = (self.source(1, types[0])?, self.source(2, types[1])?, self.source(3, types[2])?);
+        self.one(Op::Map3 { f, d, a, b, c }, class)
+    }
+
+    fn decode(&mut self) -> Decoded {
+        let op = self.op;
+        let ty = op.ty();
+        match op.base {
+            "mov" => self.mov(ty),
+            "cvta" => {
+                // Generic addresses of global memory are its addresses; the other spaces have windows.
+                let window = if op.has("shared") {
+                    crate::exec::SHARED_WINDOW
+                } else if op.has("local") {
+                    crate::exec::LOCAL_WINDOW
+                } else {
+                    0
+                };
+                let (d, a) = (self.target(0)?.0, self.source(1, ty)?);
+                if window == 0 {
+                    return self.one(Op::Map1 { f: arithmetic::map1!(|a| a), d, a }, Class::Integer);
+                }
+                let b = self.builder.constant(window);
+                let f = if op.has("to") {
+                    arithmetic::map2!(|a, b| a.wrapping_sub(b))
+                } else {
+                    arithmetic::map2!(|a, b| a.wrapping_add(b))
+                };
+                self.one(Op::Map2 { f, d, a, b }, Class::Integer)
+            }
+            "cvt" => self.convert(),
+            "add" | "sub" | "mul" | "div" | "rem" | "min" | "max" | "and" | "or" | "xor" | "copysign" => {
+                self.binary(ty)
+            }
+            "shl" | "shr" => {
+                op.only(1, &[])?;
+                self.map2(arithmetic::binary(op.base, ty), [ty, "u32"], Class::Integer)
+            }
+            "mul24" => self.map2(arithmetic::binary(&format!("mul24.{}", op.mods[0]), ty), [ty, ty], Class::Integer),
+            "mad" | "fma" | "madc" => self.multiply_add(ty),
+            "addc" | "subc" => self.carry(ty),
+            "sad" => self.map3(arithmetic::ternary("sad", ty), [ty; 3], Class::Integer),
+            "shf" => self.map3(
+                arithmetic::ternary(&format!("shf.{}.{}", op.mods[0], op.mods[1]), ty),
+                [ty, ty, "u32"],
+                Class::Integer,
+            ),
+            "bfe" => self.map3(arithmetic::ternary("bfe", ty), [ty, "u32", "u32"], Class::Integer),
+            "prmt" if op.mods.len() == 1 => self.map3(arithmetic::ternary("prmt", ty), [ty; 3], Class::Integer),
+            "dp4a" => self.map3(
+                arithmetic::ternary(&format!("dp4a.{}.{}", op.mods[0], op.mods[1]), ty),
+                [ty; 3],
+                Class::Integer,
+            ),
+            "bfi" => {
+                let (d, a, b) = (self.target(0)?.0, self.source(1, ty)?, self.source(2, ty)?);
+                let (start, length) = (self.source(3, "u32")?, self.source(4, "u32")?);
+                self.one(Op::Insert { wide: ty == "b64", d, a, b, start, length }, Class::Integer)
+            }
+            "lop3" if op.mods.len() == 1 => {
+                let (d, a, b, c) = (self.target(0)?.0, self.source(1, ty)?, self.source(2, ty)?, self.source(3, ty)?);
+                let Operand::Bits(table) = *self.operand(4)? else { return self.unknown() };
+                self.one(Op::Logic3 { table: table as u8, mask: mask(ty), d, a, b, c }, Class::Integer)
+            }
+            "bfind" => self.map1(arithmetic::find_bit(ty, op.has("shiftamt")), ty, Class::Integer),
+            "not" | "cnot" | "popc" | "clz" | "brev" if ty != "pred" => {
+                self.map1(arithmetic::unary(op.base, ty), ty, Class::Integer)
+            }
+            "not" => {
+                let (d, a) = (self.pred(0)?.index, self.pred(1)?);
+                self.one(Op::PredMove { d, a: Pred { negated: !a.negated, ..a } }, Class::Integer)
+            }
+            "abs" | "neg" if !is_float(ty) => self.map1(arithmetic::unary(op.base, ty), ty, Class::Integer),
+            "abs" | "neg" | "sqrt" | "rcp" | "rsqrt" | "ex2" | "lg2" | "sin" | "cos" | "tanh" => {
+                op.only(1, &["rn", "approx", "ftz"])?;
+                let class = if matches!(op.base, "abs" | "neg") { Class::Float } else { Class::Special };
+                self.map1(float::unary(op.base, ty, op), ty, class)
+            }
+            "setp" | "set" => self.compare(),
+            "selp" => {
+                let (d, a, b, by) = (self.target(0)?.0, self.source(1, ty)?, self.source(2, ty)?, self.pred(3)?);
+                self.one(Op::Select { d, a, b, by }, Class::Integer)
+            }
+            "slct" if op.mods.len() == 2 => {
+                let f = match ty {
+                    "s32" => arithmetic::map3!(|a, b, c| if c as i32 >= 0 { a } else { b }),
+                    "f32" => arithmetic::map3!(|a, b, c| if f32::from_bits(c as u32) >= 0.0 { a } else { b }),
+                    _ => return self.unknown(),
+                };
+                self.map3(Some(f), [op.mods[0], op.mods[0], ty], Class::Integer)
+            }
+            "ld" | "ldu" | "st" => self.access(),
+            "atom" | "red" => self.atomic(),
+            "cp" => self.copy_async(),
+            "ldmatrix" => self.load_matrix(),
+            "mma" => self.matrix(),
+            "shfl" | "vote" | "match" | "activemask" | "redux" => self.warp(ty),
+            "bar" | "barrier" => self.barrier(),
+            "membar" | "fence" => self.one(Op::Fence, Class::Synchronize),
+            "prefetch" | "prefetchu" | "nanosleep" | "discard" | "applypriority" => {
+                self.one(Op::Nothing, Class::Integer)
+            }
+            "isspacep" => {
+                let space = match ty {
+                    "shared" => Space::Shared,
+                    "local" => Space::Local,
+                    "global" => Space::Global,
+                    _ => return self.unknown(),
+                };
+                let (d, a) = (self.pred(0)?.index, self.source(1, "u64")?);
+                self.one(Op::IsSpace { d, a, space }, Class::Integer)
+            }
+            // Resolved to its place when the kernel ends.
+            "bra" if matches!(self.operand(0)?, Operand::Label(_)) => self.one(Op::Branch { to: 0 }, Class::Branch),
+            "ret" | "exit" => self.one(Op::Exit, Class::Branch),
+            "trap" | "brkpt" => self.one(Op::Trap, Class::Branch),
+            _ => self.unknown(),
+        }
+    }
+
+    fn mov(&mut self, ty: &str) -> Decoded {
+        if ty == "pred" {
+            let d = self.pred(0)?.index;
+            let a = match self.operand(1)? {
+                Operand::Pred(pred) => *pred,
+                _ => return self.unknown(),
+            };
+            return self.one(Op::PredMove { d, a }, Class::Integer);
+        }
+        let bytes = type_bytes(ty).ok_or("a type of mov")? as u8;
+        match (self.operand(0)?.clone(), self.operand(1)?.clone()) {
+            (Operand::Vector(parts), _) => {
+                let a = self.source(1, ty)?;
+                let d: Result<Vec<_>, String> = parts.iter().map(part).collect();
+                self.one(Op::Unpack { bits: bytes * 8 / parts.len() as u8, d: d?, a }, Class::Integer)
+            }
+            (Operand::Reg { number: d, .. }, Operand::Vector(parts)) => {
+                let a: Result<Vec<_>, String> = parts.iter().map(|part| self.source_of(part, ty)).collect();
+                self.one(Op::Pack { bits: bytes * 8 / parts.len() as u8, d, a: a? }, Class::Integer)
+            }
+            (Operand::Reg { number: d, .. }, Operand::Clock) => {
+                self.one(Op::Clock { d, bits: bytes * 8 }, Class::Integer)
+            }
+            (Operand::Reg { .. }, _) => self.map1(Some(arithmetic::map1!(|a| a)), ty, Class::Integer),
+            _ => self.unknown(),
+        }
+    }
+
+    fn convert(&mut self) -> Decoded {
+        let op = self.op;
+        let [.., to, from] = op.mods[..] else { return self.unknown() };
+        op.only(2, &["rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna", "sat", "ftz", "relu"])?;
+        if matches!(to, "bf16x2" | "f16x2") && from == "f32" {
+            return self.map2(convert::packed(to, op), ["f32", "f32"], Class::Convert);
+        }
+        let (d, register) = self.target(0)?;
+        let a = self.source(1, from)?;
+        match convert::conversion(to, from, op, register) {
+            Some(Ok(f)) => self.one(Op::Map1 { f, d, a }, Class::Convert),
+            Some(Err(conversion)) => self.one(Op::Convert { conversion, d, a }, Class::Convert),
+            None => self.unknown(),
+        }
+    }
+
+    fn binary(&mut self, ty: &str) -> Decoded {
+        let op = self.op;
+        if ty == "pred" {
+            let with = match op.base {
+                "and" => Combine::And,
+                "or" => Combine::Or,
+                "xor" => Combine::Xor,
+                _ => return self.unknown(),
+            };
+            let (d, a, b) = (self.pred(0)?.index, self.pred(1)?, self.pred(2)?);
+            return self.one(Op::PredLogic { with, d, a, b }, Class::Integer);
+        }
+        if is_float(ty) {
+            op.only(1, &["rn", "rz", "rm", "rp", "ftz", "sat", "NaN", "approx", "full"])?;
+            let class = match (op.base, ty) {
+                ("div", _) => Class::Special,
+                (_, "f64") => Class::Double,
+                _ => Class::Float,
+            };
+            return self.map2(float::binary(op.base, ty, op), [ty, ty], class);
+        }
+        if op.has("cc") {
+            return self.carry(ty);
+        }
+        op.only(1, &["lo", "hi", "wide", "sat"])?;
+        let form = if op.mods.len() > 1 { format!("{}.{}", op.base, op.mods[0]) } else { op.base.to_owned() };
+        self.map2(arithmetic::binary(&form, ty), [ty, ty], Class::Integer)
+    }
+
+    fn multiply_add(&mut self, ty: &str) -> Decoded {
+        let op = self.op;
+        if is_float(ty) {
+            op.only(1, &["rn", "rz", "rm", "rp", "ftz", "sat", "relu"])?;
+            let class = if ty == "f64" { Class::Double } else { Class::Float };
+            return self.map3(float::ternary(ty, op), [ty; 3], class);
+        }
+        if op.base == "madc" || op.has("cc") {
+            let (d, a, b, c) = (self.target(0)?.0, self.source(1, ty)?, self.source(2, ty)?, self.source(3, ty)?);
+            let bits = type_bytes(ty).unwrap_or(4) as u8 * 8;
+            if !ty.starts_with('u') {
+                return self.unknown();
+            }
+            let (carry_in, carry_out) = (op.base == "madc", op.has("cc"));
+            return self
+                .one(Op::MulAddCarry { d, a, b, c, bits, high: op.has("hi"), carry_in, carry_out }, Class::Integer);
+        }
+        op.only(1, &["lo", "hi", "wide"])?;
+        let sum = if op.has("wide") { "u64" } else { ty };
+        self.map3(arithmetic::ternary(&format!("mad.{}", op.mods[0]), ty), [ty, ty, sum], Class::Integer)
+    }
+
+    fn carry(&mut self, ty: &str) -> Decoded {
+        let op = self.op;
+        op.only(1, &["cc"])?;
+        let (d, a, b) = (self.target(0)?.0, self.source(1, ty)?, self.source(2, ty)?);
+        let bits = type_bytes(ty).unwrap_or(4) as u8 * 8;
+        let (subtract, carry_in) = (op.base.starts_with("sub"), op.base.ends_with('c'));
+        self.one(Op::AddCarry { d, a, b, bits, subtract, carry_in, carry_out: op.has("cc") }, Class::Integer)
+    }
+
+    /// `setp.lt.and.f32 p|q, a, b, c` and `set.lt.u32.f32 d, a, b`.
+    fn compare(&mut self) -> Decoded {
+        let op = self.op;
+        let ty = op.ty();
+        let relation = op.mods[0];
+        let f: Option<Compare> =
+            if is_float(ty) { float::comparison(relation, ty, op) } else { arithmetic::comparison(relation, ty) };
+        let Some(f) = f else { return self.unknown() };
+        let with = [("and", Combine::And), ("or", Combine::Or), ("xor", Combine::Xor)];
+        let with = with.iter().find(|(name, _)| op.has(name)).map(|&(_, with)| with);
+        let (a, b) = (self.source(1, ty)?, self.source(2, ty)?);
+        let combine = match with {
+            Some(with) => Some((with, self.pred(3)?)),
+            None => None,
+        };
+        let class = Class::Integer;
+        if op.base == "set" {
+            let value = match op.mods[op.mods.len() - 2] {
+                "u32" | "s32" => 0xffff_ffff,
+                "f32" => u64::from(1.0f32.to_bits()),
+                _ => return self.unknown(),
+            };
+            let d = self.target(0)?.0;
+            return self.one(Op::SetValue { f, value, d, a, b, combine }, class);
+        }
+        op.only(1, &[relation, "and", "or", "xor", "ftz"])?;
+        let (d, opposite) = match self.operand(0)? {
+            Operand::Pred(pred) => (pred.index, None),
+            Operand::Pair(first, second) => {
+                let second = if let Operand::Pred(pred) = **second { Some(pred.index) } else { None };
+                let Operand::Pred(first) = **first else { return self.unknown() };
+                (first.index, second)
+            }
+            _ => return self.unknown(),
+        };
+        self.one(Op::Compare { f, d, opposite, a, b, combine }, class)
+    }
+
+    fn space(&self) -> Option<Space> {
+        let found = self.op.mods.iter().find_map(|modifier| {
+            Some(match modifier.split("::").next()? {
+                "global" | "const" => Space::Global,
+                "shared" => Space::Shared,
+                "local" => Space::Local,
+                "param" => Space::Param,
+                _ => return None,
+            })
+        });
+        found
+    }
+
+    fn address(&self, at: usize) -> Result<(Reg, i64), String> {
+        match self.operand(at)? {
+            Operand::Address { base, offset } => Ok((*base, *offset)),
+            other => Err(format!("{other:?} is not an address")),
+        }
+    }
+
+    fn access(&mut self) -> Decoded {
+        let op = self.op;
+        let ty = op.ty();
+        for modifier in &op.mods[..op.mods.len() - 1] {
+            let stem = modifier.split("::").next().unwrap_or_default();
+            let known = [
+                "global", "const", "shared", "local", "param", "volatile", "relaxed", "acquire", "release", "weak",
+                "cta", "gpu", "sys", "nc", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "v2", "v4", "v8", "L1", "L2",
+                "cluster",
+            ];
+            if !known.contains(&stem) {
+                return Err(format!("the modifier .{modifier} of {} is not known to the emulated device", op.base));
+            }
+        }
+        let bytes = type_bytes(ty).filter(|&bytes| bytes > 0 && bytes <= 8).ok_or("a type of this access")? as u8;
+        let ordered = ["volatile", "relaxed", "acquire", "release"].iter().any(|order| op.has(order));
+        let space = self.space();
+        let (value, place) = if op.base == "st" { (1, 0) } else { (0, 1) };
+        let (base, offset) = self.address(place)?;
+        let parts = match self.operand(value)?.clone() {
+            Operand::Vector(parts) => parts,
+            single => vec![single],
+        };
+        if op.base == "st" {
+            let a: Result<Vec<_>, String> = parts.iter().map(|part| self.source_of(part, ty)).collect();
+            return self.one(Op::Store { space, bytes, a: a?, base, offset, ordered }, Class::Store);
+        }
+        let register =
+            parts.iter().find_map(|part| if let Operand::Reg { bytes, .. } = part { Some(*bytes) } else { None });
+        let d: Result<Vec<_>, String> = parts.iter().map(part).collect();
+        let width = Width { bytes, signed: ty.starts_with('s'), register: register.unwrap_or(bytes) };
+        self.one(Op::Load { space, width, d: d?, base, offset, ordered }, Class::Load)
+    }
+
+    fn atomic(&mut self) -> Decoded {
+        let op = self.op;
+        let ty = op.ty();
+        let known = ["global", "shared", "relaxed", "acquire", "release", "acq_rel", "cta", "gpu", "sys", "noftz"];
+        let rest: Vec<_> = op.mods[..op.mods.len() - 1].iter().filter(|modifier| !known.contains(modifier)).collect();
+        let [operation] = rest[..] else { return self.unknown() };
+        let Some(update) = update(operation, ty) else { return self.unknown() };
+        let bytes = type_bytes(ty).unwrap_or(4) as u8;
+        let returns = op.base == "atom";
+        let at = usize::from(returns);
+        let d = match self.operand(0)? {
+            Operand::Reg { number, .. } if returns => Some(*number),
+            _ => None,
+        };
+        let (base, offset) = self.address(at)?;
+        let b = self.source(at + 1, ty)?;
+        let c = if *operation == "cas" { self.source(at + 2, ty)? } else { b };
+        let space = self.space();
+        self.one(Op::Atomic { space, atomic: Atomic { update, bytes }, d, base, offset, b, c }, Class::Atomic)
+    }
+
+    fn copy_async(&mut self) -> Decoded {
+        let op = self.op;
+        if !op.has("async") {
+            return self.unknown();
+        }
+        if op.has("commit_group") {
+            return self.one(Op::CopyCommit, Class::Synchronize);
+        }
+        if op.has("wait_all") {
+            return Ok(vec![(Op::CopyCommit, Class::Synchronize), (Op::CopyWait { but: 0 }, Class::Synchronize)]);
+        }
+        if op.has("wait_group") {
+            let Operand::Bits(but) = *self.operand(0)? else { return self.unknown() };
+            return self.one(Op::CopyWait { but: but as u32 }, Class::Synchronize);
+        }
+        if !(op.has("ca") || op.has("cg")) {
+            return self.unknown();
+        }
+        let ((to, to_offset), (from, from_offset)) = (self.address(0)?, self.address(1)?);
+        let Operand::Bits(bytes) = *self.operand(2)? else { return self.unknown() };
+        let source_bytes = if self.operands.len() > 3 { Some(self.source(3, "u32")?) } else { None };
+        let bytes = bytes as u8;
+        self.one(Op::CopyAsync { bytes, to, to_offset, from, from_offset, source_bytes }, Class::Load)
+    }
+
+    fn registers(&mut self, at: usize) -> Result<Vec<Reg>, String> {
+        match self.operand(at)?.clone() {
+            Operand::Vector(parts) => parts.iter().map(|part| self.source_of(part, "b32")).collect(),
+            single => Ok(vec![self.source_of(&single, "b32")?]),
+        }
+    }
+
+    fn load_matrix(&mut self) -> Decoded {
+        let op = self.op;
+        op.only(1, &["sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta"])?;
+        let d = self.registers(0)?;
+        let (base, offset) = self.address(1)?;
+        self.one(Op::LoadMatrix { transposed: op.has("trans"), d, base, offset }, Class::Load)
+    }
+
+    fn matrix(&mut self) -> Decoded {
+        let op = self.op;
+        let ["sync", "aligned", shape, "row", "col", sums, left, right, last] = op.mods[..] else {
+            return self.unknown();
+        };
+        let factors = match (left, right) {
+            ("f16", "f16") => MatrixType::F16,
+            ("bf16", "bf16") => MatrixType::Bf16,
+            ("tf32", "tf32") => MatrixType::Tf32,
+            _ => return self.unknown(),
+        };
+        let k = match (shape, factors) {
+            ("m16n8k16", MatrixType::F16 | MatrixType::Bf16) => 16,
+            ("m16n8k8", _) => 8,
+            ("m16n8k4", MatrixType::Tf32) => 4,
+            _ => return self.unknown(),
+        };
+        let half_sums = match (sums, last) {
+            ("f32", "f32") => false,
+            ("f16", "f16") if factors == MatrixType::F16 => true,
+            _ => return self.unknown(),
+        };
+        let matrix = Matrix { k, factors, half_sums };
+        let (d, a, b, c) = (self.registers(0)?, self.registers(1)?, self.registers(2)?, self.registers(3)?);
+        self.one(Op::Matrix { matrix, d, a, b, c }, Class::Matrix)
+    }
+
+    fn warp(&mut self, ty: &str) -> Decoded {
+        let op = self.op;
+        let class = Class::Synchronize;
+        match op.base {
+            "activemask" => {
+                let d = self.target(0)?.0;
+                self.one(Op::ActiveMask { d }, class)
+            }
+            "shfl" => {
+                let kind = match op.mods[..] {
+                    ["sync", "up", "b32"] => Shuffle::Up,
+                    ["sync", "down", "b32"] => Shuffle::Down,
+                    ["sync", "bfly", "b32"] => Shuffle::Butterfly,
+                    ["sync", "idx", "b32"] => Shuffle::Index,
+                    _ => return self.unknown(),
+                };
+                let (d, present) = match self.operand(0)? {
+                    Operand::Pair(value, present) => match (&**value, &**present) {
+                        (Operand::Reg { number, .. }, Operand::Pred(pred)) => (*number, Some(pred.index)),
+                        _ => return self.unknown(),
+                    },
+                    _ => (self.target(0)?.0, None),
+                };
+                let (a, b, c) = (self.source(1, "b32")?, self.source(2, "b32")?, self.source(3, "b32")?);
+                let members = self.source(4, "b32")?;
+                self.one(Op::Shuffle { kind, d, present, a, b, c, members }, class)
+            }
+            "vote" => {
+                let kind = match op.mods[..] {
+                    ["sync", "all", "pred"] => Vote::All,
+                    ["sync", "any", "pred"] => Vote::Any,
+                    ["sync", "uni", "pred"] => Vote::Uniform,
+                    ["sync", "ballot", "b32"] => Vote::Ballot,
+                    _ => return self.unknown(),
+                };
+                let d = if ty == "pred" { self.pred(0)?.index } else { self.target(0)?.0 };
+                let (value, members) = (self.pred(1)?, self.source(2, "b32")?);
+                self.one(Op::Vote { kind, d, value, members }, class)
+            }
+            "match" => {
+                let (d, present) = match self.operand(0)? {
+                    Operand::Pair(value, present) => match (&**value, &**present) {
+                        (Operand::Reg { number, .. }, Operand::Pred(pred)) => (*number, Some(pred.index)),
+                        _ => return self.unknown(),
+                    },
+                    _ => (self.target(0)?.0, None),
+                };
+                let a = self.source(1, ty)?;
+                self.one(Op::Match { all: op.has("all"), d, present, a }, class)
+            }
+            _ => {
+                let f: fn(u64, u64) -> u64 = match (op.mods[1], ty) {
+                    ("add", "u32" | "s32") => |a, b| u64::from((a as u32).wrapping_add(b as u32)),
+                    ("min", "u32") => |a, b| a.min(b),
+                    ("max", "u32") => |a, b| a.max(b),
+                    ("min", "s32") => |a, b| u64::from((a as i32).min(b as i32) as u32),
+                    ("max", "s32") => |a, b| u64::from((a as i32).max(b as i32) as u32),
+                    ("and", "b32") => |a, b| a & b,
+                    ("or", "b32") => |a, b| a | b,
+                    ("xor", "b32") => |a, b| a ^ b,
+                    _ => return self.unknown(),
+                };
+                let (d, a) = (self.target(0)?.0, self.source(1, ty)?);
+                self.one(Op::Reduce { f, d, a }, class)
+            }
+        }
+    }
+
+    fn barrier(&mut self) -> Decoded {
+        let op = self.op;
+        if op.has("warp") {
+            return self.one(Op::Nothing, Class::Synchronize);
+        }
+        let arrive = op.has("arrive");
+        if op.has("red") {
+            let with = match () {
+                () if op.has("and") => Combine::And,
+                () if op.has("or") => Combine::Or,
+                // Counts: the sum of the predicates.
+                () if op.has("popc") => Combine::Xor,
+                () => return self.unknown(),
+            };
+            let result = match self.operand(0)? {
+                Operand::Pred(pred) => Ok(pred.index),
+                Operand::Reg { number, .. } => Err(*number),
+                _ => return self.unknown(),
+            };
+            let number = self.source(1, "u32")?;
+            let last = self.operands.len() - 1;
+            let threads = if last == 3 { Some(self.source(2, "u32")?) } else { None };
+            let value = self.pred(last)?;
+            return self.one(
+                Op::Barrier { number, threads, arrive: false, reduce: Some((with, value, result)) },
+                Class::Synchronize,
+            );
+        }
+        if !(op.has("sync") || arrive) {
+            return self.unknown();
+        }
+        let number = self.source(0, "u32")?;
+        let threads = if self.operands.len() > 1 { Some(self.source(1, "u32")?) } else { None };
+        self.one(Op::Barrier { number, threads, arrive, reduce: None }, Class::Synchronize)
+    }
+}
+
+fn part(operand: &Operand) -> Result<Option<Reg>, String> {
+    match operand {
+        Operand::Reg { number, .. } => Ok(Some(*number)),
+        Operand::Sink => Ok(None),
+        other => Err(format!("{other:?} is not a register")),
+    }
+}
+
+/// What an atomic operation writes, from the old value and its operands.
+fn update(operation: &str, ty: &str) -> Option<super::instruction::Update> {
+    fn float(a: u64, b: u64) -> u64 {
+        u64::from((f32::from_bits(a as u32) + f32::from_bits(b as u32)).to_bits())
+    }
+    Some(match (operation, ty) {
+        ("add", "u32" | "s32") => |a, b, _| u64::from((a as u32).wrapping_add(b as u32)),
+        ("add", "u64" | "s64") => |a, b, _| a.wrapping_add(b),
+        ("add", "f32") => |a, b, _| float(a, b),
+        ("add", "f64") => |a, b, _| (f64::from_bits(a) + f64::from_bits(b)).to_bits(),
+        ("min", "u32" | "u64") => |a, b, _| a.min(b),
+        ("max", "u32" | "u64") => |a, b, _| a.max(b),
+        ("min", "s32") => |a, b, _| u64::from((a as i32).min(b as i32) as u32),
+        ("max", "s32") => |a, b, _| u64::from((a as i32).max(b as i32) as u32),
+        ("min", "s64") => |a, b, _| (a as i64).min(b as i64) as u64,
+        ("max", "s64") => |a, b, _| (a as i64).max(b as i64) as u64,
+        ("and", _) => |a, b, _| a & b,
+        ("or", _) => |a, b, _| a | b,
+        ("xor", _) => |a, b, _| a ^ b,
+        ("exch", _) => |_, b, _| b,
+        ("cas", _) => |a, b, c| if a == b { c } else { a },
+        ("inc", "u32") => |a, b, _| if a >= b { 0 } else { a + 1 },
+        ("dec", "u32") => |a, b, _| if a == 0 || a > b { b } else { a - 1 },
+        _ => return None,
+    })
+}
+
+/// `bfi` for a lane.
+pub(crate) fn insert_bits(wide: bool, a: u64, b: u64, start: u64, length: u64) -> u64 {
+    insert(a, b, start, length, if wide { 64 } else { 32 })
+}
