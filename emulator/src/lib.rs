@@ -4,7 +4,10 @@
 //! counts what it cost ([`counts`]).
 
 pub mod counts;
+pub mod driver;
 pub mod exec;
+pub mod fatbin;
 pub mod fault;
+mod libraries;
 pub mod memory;
 pub mod ptx;

@@ -164,7 +164,7 @@ impl Conversion {
 
 /// A value of a type with a sign, in a register of so many bytes.
 fn extend(value: u64, ty: u8, register: u8) -> u64 {
-    if ty >= 8 || ty % 2 == 0 {
+    if ty >= 8 || ty.is_multiple_of(2) {
         return value;
     }
     let (bits, register) = (8u32 << (ty / 2), u32::from(register) * 8);

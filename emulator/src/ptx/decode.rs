@@ -251,6 +251,11 @@ impl Decoder<'_, '_> {
             let d = self.pred(0)?.index;
             let a = match self.operand(1)? {
                 Operand::Pred(pred) => *pred,
+                // A constant: a predicate against itself, or against its opposite.
+                Operand::Bits(bits) => {
+                    let (a, b) = (Pred { index: d, negated: false }, Pred { index: d, negated: *bits != 0 });
+                    return self.one(Op::PredLogic { with: Combine::Xor, d, a, b }, Class::Integer);
+                }
                 _ => return self.unknown(),
             };
             return self.one(Op::PredMove { d, a }, Class::Integer);
@@ -389,7 +394,7 @@ impl Decoder<'_, '_> {
     }
 
     fn space(&self) -> Option<Space> {
-        let found = self.op.mods.iter().find_map(|modifier| {
+        self.op.mods.iter().find_map(|modifier| {
             Some(match modifier.split("::").next()? {
                 "global" | "const" => Space::Global,
                 "shared" => Space::Shared,
@@ -397,8 +402,7 @@ impl Decoder<'_, '_> {
                 "param" => Space::Param,
                 _ => return None,
             })
-        });
-        found
+        })
     }
 
     fn address(&self, at: usize) -> Result<(Reg, i64), String> {

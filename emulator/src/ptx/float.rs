@@ -4,6 +4,8 @@
 //! instructions (`ex2.approx`, `tanh.approx`, ..) give the nearest value, which lies within the error that the ISA allows the
 //! hardware. f32 results that are not a number are 0x7fffffff, as on the hardware.
 
+use std::cmp::Ordering::{Equal, Greater, Less};
+
 use half::{bf16, f16};
 
 use super::arithmetic::{compare, map1, map2, map3};
@@ -298,65 +300,29 @@ pub(super) fn ternary(ty: &str, m: &impl Modifiers) -> Option<Map3> {
 
 /// Comparisons of floats: ordered ones fail where either is not a number, those with `u` hold.
 pub(super) fn comparison(relation: &str, ty: &str, m: &impl Modifiers) -> Option<Compare> {
+    // Unordered values compare as `None`.
+    macro_rules! holds {
+        ($of:expr, $pattern:pat) => {
+            Some(compare!(|a, b| matches!($of(a).partial_cmp(&$of(b)), $pattern)))
+        };
+    }
     macro_rules! relations {
         ($of:expr) => {
             match relation {
-                "eq" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a == b
-                })),
-                "ne" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a < b || a > b
-                })),
-                "lt" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a < b
-                })),
-                "le" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a <= b
-                })),
-                "gt" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a > b
-                })),
-                "ge" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a >= b
-                })),
-                "equ" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    !(a < b || a > b)
-                })),
-                "neu" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a != b
-                })),
-                "ltu" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    !(a >= b)
-                })),
-                "leu" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    !(a > b)
-                })),
-                "gtu" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    !(a <= b)
-                })),
-                "geu" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    !(a < b)
-                })),
-                "num" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    !a.is_nan() && !b.is_nan()
-                })),
-                "nan" => Some(compare!(|a, b| {
-                    let (a, b) = ($of(a), $of(b));
-                    a.is_nan() || b.is_nan()
-                })),
+                "eq" => holds!($of, Some(Equal)),
+                "ne" => holds!($of, Some(Less | Greater)),
+                "lt" => holds!($of, Some(Less)),
+                "le" => holds!($of, Some(Less | Equal)),
+                "gt" => holds!($of, Some(Greater)),
+                "ge" => holds!($of, Some(Greater | Equal)),
+                "equ" => holds!($of, Some(Equal) | None),
+                "neu" => holds!($of, Some(Less | Greater) | None),
+                "ltu" => holds!($of, Some(Less) | None),
+                "leu" => holds!($of, Some(Less | Equal) | None),
+                "gtu" => holds!($of, Some(Greater) | None),
+                "geu" => holds!($of, Some(Greater | Equal) | None),
+                "num" => holds!($of, Some(_)),
+                "nan" => holds!($of, None),
                 _ => None,
             }
         };

@@ -1,0 +1,875 @@
+//! The functions. Their names, parameters and numbers are the CUDA driver API's.
+#![allow(
+    non_snake_case,
+    clippy::missing_safety_doc,
+    reason = "the driver's own names; its documentation says what each asks"
+)]
+
+use std::cell::{Cell, RefCell};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use super::{
+    Call, Capture, Event, Function, KernelLaunch, Shared, Stream, Work, fail, lock, perform, queue, state, status,
+};
+use crate::exec::{SHARED_LIMIT, STATIC_SHARED_LIMIT};
+use crate::memory::Memory;
+use crate::ptx::Module;
+
+thread_local! {
+    static CURRENT: Cell<Option<u32>> = const { Cell::new(None) };
+    /// The capture that this thread began and has not ended: calls that wait for the device are illegal meanwhile.
+    static CAPTURING: RefCell<Option<Shared<Capture>>> = const { RefCell::new(None) };
+}
+
+static INITIALIZED: AtomicBool = AtomicBool::new(false);
+
+/// Contexts are numbered from here on; each device has its primary one.
+const CONTEXT: usize = 0x100;
+
+/// Emulated devices: `WARPSTEP_EMULATOR_DEVICES`, 1 unless set.
+fn devices() -> u32 {
+    let set = std::env::var("WARPSTEP_EMULATOR_DEVICES").ok().and_then(|count| count.parse().ok());
+    set.unwrap_or(1)
+}
+
+/// Runs a call; a panic within it is an unknown error.
+fn call(body: impl FnOnce() -> Call<()>) -> c_int {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)) {
+        Ok(Ok(())) => status::SUCCESS,
+        Ok(Err(number)) => number,
+        Err(_) => status::UNKNOWN,
+    }
+}
+
+/// Writes a result where the caller wants it.
+unsafe fn put<T>(to: *mut T, value: T) -> Call<()> {
+    if to.is_null() {
+        return Err(status::INVALID_VALUE);
+    }
+    // SAFETY: the caller of the driver hands in room for a value.
+    unsafe { to.write(value) };
+    Ok(())
+}
+
+fn ready() -> Call<()> {
+    if INITIALIZED.load(Ordering::Relaxed) { Ok(()) } else { Err(status::NOT_INITIALIZED) }
+}
+
+fn device(ordinal: c_int) -> Call<u32> {
+    ready()?;
+    u32::try_from(ordinal).ok().filter(|&ordinal| ordinal < devices()).ok_or(status::INVALID_DEVICE)
+}
+
+/// The device of this thread's context, which no fault has broken.
+fn current() -> Call<u32> {
+    ready()?;
+    if let Some(broken) = state().broken {
+        return Err(broken);
+    }
+    CURRENT.get().ok_or(status::INVALID_CONTEXT)
+}
+
+/// Refuses what is illegal while this thread captures, and spoils the capture, as the driver does.
+fn outside_capture() -> Call<()> {
+    CAPTURING.with_borrow(|capture| match capture {
+        Some(capture) => {
+            lock(capture).invalid = true;
+            Err(status::STREAM_CAPTURE_UNSUPPORTED)
+        }
+        None => Ok(()),
+    })
+}
+
+/// The host waits for all work, which is done already.
+fn wait() -> Call<()> {
+    current()?;
+    outside_capture()?;
+    state().host.synchronizations += 1;
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuInit(flags: c_uint) -> c_int {
+    call(|| {
+        if flags != 0 {
+            return Err(status::INVALID_VALUE);
+        }
+        INITIALIZED.store(true, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { put(version, 13000) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> c_int {
+    call(|| {
+        ready()?;
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(count, devices() as c_int) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGet(to: *mut c_int, ordinal: c_int) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { put(to, device(ordinal)? as c_int) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, len: c_int, ordinal: c_int) -> c_int {
+    call(|| {
+        device(ordinal)?;
+        let text = c"Warpstep emulated device".to_bytes_with_nul();
+        if name.is_null() || len <= 0 {
+            return Err(status::INVALID_VALUE);
+        }
+        let bytes = text.len().min(len as usize);
+        // SAFETY: the caller hands in room for `len` characters.
+        unsafe {
+            std::ptr::copy_nonoverlapping(text.as_ptr().cast(), name, bytes);
+            name.add(bytes - 1).write(0);
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], ordinal: c_int) -> c_int {
+    call(|| {
+        let mut bytes = *b"warpstep-emul-00";
+        bytes[15] = device(ordinal)? as u8;
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(uuid, bytes) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, ordinal: c_int) -> c_int {
+    call(|| {
+        device(ordinal)?;
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(bytes, Memory::global().capacity()) }
+    })
+}
+
+/// The attributes of an A100, as far as programs ask for them.
+fn attribute(number: c_int) -> c_int {
+    match number {
+        1..=3 => 1024,
+        4 => 64,
+        5 => 0x7fff_ffff,
+        6 | 7 => 65535,
+        8 => STATIC_SHARED_LIMIT as c_int,
+        9 => 65536,
+        10 => 32,
+        12 | 82 => 65536,
+        13 => 1_410_000,
+        16 => 108,
+        19 | 31 | 41 | 78 | 95 => 1,
+        36 => 1_215_000,
+        37 => 5120,
+        38 => 40 << 20,
+        39 => 2048,
+        40 => 2,
+        75 => 8,
+        76 => 0,
+        81 => 164 << 10,
+        97 => SHARED_LIMIT as c_int,
+        106 => 32,
+        111 => 1024,
+        _ => 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, number: c_int, ordinal: c_int) -> c_int {
+    call(|| {
+        device(ordinal)?;
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(value, attribute(number)) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, ordinal: c_int) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { put(context, CONTEXT + device(ordinal)? as usize) })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) -> c_int {
+    call(|| device(ordinal).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> c_int {
+    call(|| {
+        ready()?;
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(context, CURRENT.get().map_or(0, |ordinal| CONTEXT + ordinal as usize)) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetCurrent(context: usize) -> c_int {
+    call(|| {
+        ready()?;
+        let ordinal = context.wrapping_sub(CONTEXT);
+        if context != 0 && ordinal >= devices() as usize {
+            return Err(status::INVALID_CONTEXT);
+        }
+        CURRENT.set((context != 0).then_some(ordinal as u32));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetDevice(to: *mut c_int) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { put(to, current()? as c_int) })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSynchronize() -> c_int {
+    call(wait)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> c_int {
+    call(|| {
+        let memory = Memory::global();
+        let used = memory.in_use(current()?);
+        // SAFETY: as the driver's callers promise.
+        unsafe {
+            put(free, memory.capacity() - used)?;
+            put(total, memory.capacity())
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int {
+    call(|| {
+        let device = current()?;
+        outside_capture()?;
+        if bytes == 0 {
+            return Err(status::INVALID_VALUE);
+        }
+        state().host.allocations += 1;
+        let found = Memory::global().allocate(device, bytes).map_err(fail)?;
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(address, found) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFree_v2(address: u64) -> c_int {
+    call(|| {
+        current()?;
+        outside_capture()?;
+        if address == 0 { Ok(()) } else { Memory::global().free(address).map_err(fail) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, _stream: usize) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    unsafe { cuMemAlloc_v2(address, bytes) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFreeAsync(address: u64, _stream: usize) -> c_int {
+    cuMemFree_v2(address)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostAlloc(to: *mut usize, bytes: usize, _flags: c_uint) -> c_int {
+    call(|| {
+        current()?;
+        outside_capture()?;
+        let address = Memory::global().allocate_host(bytes).map_err(fail)?;
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, address as usize) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFreeHost(address: usize) -> c_int {
+    call(|| {
+        current()?;
+        Memory::global().free(address as u64).map_err(fail)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyHtoD_v2(to: u64, from: usize, bytes: usize) -> c_int {
+    call(|| {
+        wait()?;
+        perform(&Work::CopyIn { to, from, bytes })
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: usize, bytes: usize, stream: usize) -> c_int {
+    call(|| queue(stream, Work::CopyIn { to, from, bytes }))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoH_v2(to: usize, from: u64, bytes: usize) -> c_int {
+    call(|| {
+        wait()?;
+        perform(&Work::CopyOut { to, from, bytes })
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoHAsync_v2(to: usize, from: u64, bytes: usize, stream: usize) -> c_int {
+    call(|| queue(stream, Work::CopyOut { to, from, bytes }))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoD_v2(to: u64, from: u64, bytes: usize) -> c_int {
+    call(|| {
+        current()?;
+        outside_capture()?;
+        perform(&Work::Copy { to, from, bytes })
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) -> c_int {
+    call(|| queue(stream, Work::Copy { to, from, bytes }))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemsetD8_v2(to: u64, value: u8, count: usize) -> c_int {
+    call(|| {
+        current()?;
+        outside_capture()?;
+        perform(&Work::Fill { to, pattern: vec![value], count })
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemsetD8Async(to: u64, value: u8, count: usize, stream: usize) -> c_int {
+    call(|| queue(stream, Work::Fill { to, pattern: vec![value], count }))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemsetD32Async(to: u64, value: u32, count: usize, stream: usize) -> c_int {
+    call(|| queue(stream, Work::Fill { to, pattern: value.to_le_bytes().to_vec(), count }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreate(to: *mut usize, _flags: c_uint) -> c_int {
+    call(|| {
+        current()?;
+        let handle = state().streams.insert(Arc::default());
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, handle) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreateWithPriority(to: *mut usize, flags: c_uint, _priority: c_int) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    unsafe { cuStreamCreate(to, flags) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamDestroy_v2(stream: usize) -> c_int {
+    call(|| state().streams.remove(stream).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamSynchronize(stream: usize) -> c_int {
+    call(|| {
+        if stream != 0 {
+            let stream = state().streams.get(stream)?;
+            if let Some((capture, _)) = &lock(&stream).capture {
+                lock(capture).invalid = true;
+                return Err(status::STREAM_CAPTURE_UNSUPPORTED);
+            }
+        }
+        wait()
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamQuery(stream: usize) -> c_int {
+    call(|| {
+        current()?;
+        if stream == 0 { Ok(()) } else { state().streams.get(stream).map(drop) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, _flags: c_uint) -> c_int {
+    call(|| {
+        current()?;
+        let event = state().events.get(event)?;
+        let captured = lock(&event).capture.clone();
+        let (Some(capture), true) = (captured, stream != 0) else { return Ok(()) };
+        let stream = state().streams.get(stream)?;
+        let mut stream: std::sync::MutexGuard<'_, Stream> = lock(&stream);
+        // A stream that waits for an event of a capture joins the capture.
+        stream.capture.get_or_insert((capture, false));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamIsCapturing(stream: usize, to: *mut c_int) -> c_int {
+    call(|| {
+        let capturing = match stream {
+            0 => 0,
+            _ => {
+                let stream = state().streams.get(stream)?;
+                let stream = lock(&stream);
+                // 0: none, 1: active, 2: invalidated.
+                stream.capture.as_ref().map_or(0, |(capture, _)| if lock(capture).invalid { 2 } else { 1 })
+            }
+        };
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, capturing) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamBeginCapture_v2(stream: usize, _mode: c_uint) -> c_int {
+    call(|| {
+        current()?;
+        let stream = state().streams.get(stream)?;
+        let mut stream = lock(&stream);
+        if stream.capture.is_some() {
+            return Err(status::STREAM_CAPTURE_UNSUPPORTED);
+        }
+        let capture: Shared<Capture> = Arc::default();
+        CAPTURING.set(Some(Arc::clone(&capture)));
+        stream.capture = Some((capture, true));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamEndCapture(stream: usize, to: *mut usize) -> c_int {
+    call(|| {
+        let stream = state().streams.get(stream)?;
+        let mut stream = lock(&stream);
+        let Some((capture, true)) = stream.capture.take() else { return Err(status::STREAM_CAPTURE_UNMATCHED) };
+        CAPTURING.set(None);
+        let capture = std::mem::take(&mut *lock(&capture));
+        if capture.invalid {
+            // SAFETY: as the driver's callers promise.
+            unsafe { put(to, 0)? };
+            return Err(status::STREAM_CAPTURE_INVALIDATED);
+        }
+        let graph = state().graphs.insert(Arc::new(capture.work));
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, graph) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphInstantiateWithFlags(to: *mut usize, graph: usize, _flags: u64) -> c_int {
+    call(|| {
+        let mut state = state();
+        let work = state.graphs.get(graph)?;
+        let executable = state.graphs.insert(work);
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, executable) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuGraphUpload(graph: usize, _stream: usize) -> c_int {
+    call(|| state().graphs.get(graph).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuGraphLaunch(graph: usize, stream: usize) -> c_int {
+    call(|| {
+        current()?;
+        let work = {
+            let mut state = state();
+            state.host.graph_launches += 1;
+            if stream != 0 {
+                let stream = state.streams.get(stream)?;
+                if lock(&stream).capture.is_some() {
+                    return Err(status::STREAM_CAPTURE_UNSUPPORTED);
+                }
+            }
+            state.graphs.get(graph)?
+        };
+        work.iter().try_for_each(perform)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuGraphDestroy(graph: usize) -> c_int {
+    call(|| state().graphs.remove(graph).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuGraphExecDestroy(graph: usize) -> c_int {
+    cuGraphDestroy(graph)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(to: *mut usize, _flags: c_uint) -> c_int {
+    call(|| {
+        current()?;
+        let handle = state().events.insert(Arc::default());
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, handle) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventDestroy_v2(event: usize) -> c_int {
+    call(|| state().events.remove(event).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventRecord(event: usize, stream: usize) -> c_int {
+    call(|| {
+        current()?;
+        let event: Shared<Event> = state().events.get(event)?;
+        let capture = match stream {
+            0 => None,
+            _ => {
+                let stream = state().streams.get(stream)?;
+                let stream = lock(&stream);
+                stream.capture.as_ref().map(|(capture, _)| Arc::clone(capture))
+            }
+        };
+        *lock(&event) = Event { recorded: Some(Instant::now()), capture };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventQuery(event: usize) -> c_int {
+    call(|| {
+        current()?;
+        state().events.get(event).map(drop)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventSynchronize(event: usize) -> c_int {
+    call(|| {
+        state().events.get(event)?;
+        wait()
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: usize, end: usize) -> c_int {
+    call(|| {
+        let [start, end] = [start, end].map(|event| state().events.get(event));
+        let [start, end] = [lock(&*start?).recorded, lock(&*end?).recorded];
+        let (Some(start), Some(end)) = (start, end) else { return Err(status::INVALID_HANDLE) };
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(milliseconds, end.saturating_duration_since(start).as_secs_f32() * 1e3) }
+    })
+}
+
+/// The PTX of an image: a fatbin's, or the text itself.
+unsafe fn image_text(image: *const c_void) -> Call<String> {
+    if image.is_null() {
+        return Err(status::INVALID_VALUE);
+    }
+    // SAFETY: an image is a fatbin, whose header of 16 bytes says its length, or text that ends with a 0, which is longer than
+    // the 4 bytes that tell the two apart.
+    unsafe {
+        let head = std::slice::from_raw_parts(image.cast::<u8>(), 4);
+        if !crate::fatbin::is_fatbin(head) {
+            return CStr::from_ptr(image.cast()).to_str().map(str::to_owned).map_err(|_| status::INVALID_IMAGE);
+        }
+        let header = std::slice::from_raw_parts(image.cast::<u8>(), 16);
+        let length = crate::fatbin::length(header).map_err(|_| status::INVALID_IMAGE)?;
+        crate::fatbin::ptx(std::slice::from_raw_parts(image.cast::<u8>(), length)).map_err(|error| {
+            eprintln!("emulated device: {error}");
+            status::NO_BINARY_FOR_GPU
+        })
+    }
+}
+
+/// Modules that were read once are not read again: tests open many devices.
+fn parsed(text: &str) -> Call<Arc<Module>> {
+    use std::collections::HashMap;
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    static READ: Mutex<Option<HashMap<u64, Arc<Module>>>> = Mutex::new(None);
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let mut read = lock(&READ);
+    let read = read.get_or_insert_default();
+    if let Some(module) = read.get(&hasher.finish()) {
+        return Ok(Arc::clone(module));
+    }
+    let module = Module::parse(text).map_err(|error| {
+        eprintln!("emulated device: {error}");
+        status::INVALID_PTX
+    })?;
+    let module = Arc::new(module);
+    read.insert(hasher.finish(), Arc::clone(&module));
+    Ok(module)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadData(to: *mut usize, image: *const c_void) -> c_int {
+    call(|| {
+        let device = current()?;
+        outside_capture()?;
+        // SAFETY: as the driver's callers promise.
+        let text = unsafe { image_text(image)? };
+        let loaded = parsed(&text)?.instantiate(Memory::global(), device).map_err(fail)?;
+        let handle = state().modules.insert(Arc::new(loaded));
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, handle) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuModuleUnload(module: usize) -> c_int {
+    call(|| {
+        let loaded = state().modules.remove(module)?;
+        loaded.unload(Memory::global()).map_err(fail)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunction(to: *mut usize, module: usize, name: *const c_char) -> c_int {
+    call(|| {
+        if name.is_null() {
+            return Err(status::INVALID_VALUE);
+        }
+        // SAFETY: a C string, as the driver's callers promise.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+        let loaded = state().modules.get(module)?;
+        if loaded.module.kernel(&name).is_none() {
+            return Err(status::NOT_FOUND);
+        }
+        let function = Function { loaded, name, shared_limit: AtomicU32::new(STATIC_SHARED_LIMIT as u32) };
+        let handle = state().functions.insert(Arc::new(function));
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, handle) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetGlobal_v2(
+    address: *mut u64,
+    bytes: *mut usize,
+    module: usize,
+    name: *const c_char,
+) -> c_int {
+    call(|| {
+        if name.is_null() {
+            return Err(status::INVALID_VALUE);
+        }
+        // SAFETY: a C string, as the driver's callers promise.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        let loaded = state().modules.get(module)?;
+        let (start, length) = loaded.global(&name).ok_or(status::NOT_FOUND)?;
+        // SAFETY: as the driver's callers promise; both may be null.
+        unsafe {
+            if !address.is_null() {
+                address.write(start);
+            }
+            if !bytes.is_null() {
+                bytes.write(length);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `CU_FUNC_ATTRIBUTE_..`: the numbers that are used.
+const MAX_THREADS: c_int = 0;
+const STATIC_SHARED_BYTES: c_int = 1;
+const LOCAL_BYTES: c_int = 3;
+const REGISTERS: c_int = 4;
+const MAX_DYNAMIC_SHARED: c_int = 8;
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFuncGetAttribute(to: *mut c_int, attribute: c_int, function: usize) -> c_int {
+    call(|| {
+        let function = state().functions.get(function)?;
+        let kernel = function.loaded.module.kernel(&function.name).ok_or(status::NOT_FOUND)?;
+        let value = match attribute {
+            MAX_THREADS => kernel.max_threads as c_int,
+            STATIC_SHARED_BYTES => kernel.static_shared as c_int,
+            LOCAL_BYTES => kernel.local as c_int,
+            // What the assembler will need is not known from PTX.
+            REGISTERS => 32,
+            MAX_DYNAMIC_SHARED => function.shared_limit.load(Ordering::Relaxed) as c_int,
+            _ => return Err(status::INVALID_VALUE),
+        };
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(to, value) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuFuncSetAttribute(function: usize, attribute: c_int, value: c_int) -> c_int {
+    call(|| {
+        let function = state().functions.get(function)?;
+        let fixed = function.loaded.module.kernel(&function.name).map_or(0, |kernel| kernel.static_shared);
+        if attribute != MAX_DYNAMIC_SHARED || value < 0 || fixed as u64 + value as u64 > SHARED_LIMIT {
+            return Err(status::INVALID_VALUE);
+        }
+        function.shared_limit.store(value as u32, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
+    blocks: *mut c_int,
+    function: usize,
+    threads: c_int,
+    shared: usize,
+) -> c_int {
+    call(|| {
+        let function = state().functions.get(function)?;
+        let kernel = function.loaded.module.kernel(&function.name).ok_or(status::NOT_FOUND)?;
+        if threads <= 0 || threads as u32 > kernel.max_threads {
+            return Err(status::INVALID_VALUE);
+        }
+        let by_shared = (SHARED_LIMIT as usize + 1024) / (kernel.static_shared + shared + 1024);
+        // SAFETY: as the driver's callers promise.
+        unsafe { put(blocks, (2048 / threads).min(32).min(by_shared as c_int)) }
+    })
+}
+
+/// A launch: its arguments are read now, as the driver does.
+unsafe fn launch(
+    function: usize,
+    grid: [u32; 3],
+    block: [u32; 3],
+    dynamic_shared: u32,
+    stream: usize,
+    params: *mut *mut c_void,
+    cooperative: bool,
+) -> Call<()> {
+    current()?;
+    let function = state().functions.get(function)?;
+    let kernel = function.loaded.module.kernel(&function.name).ok_or(status::NOT_FOUND)?;
+    let allowed = function.shared_limit.load(Ordering::Relaxed);
+    if dynamic_shared > allowed || params.is_null() && !kernel.params.is_empty() {
+        return Err(status::INVALID_VALUE);
+    }
+    let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
+    if cooperative && blocks > crate::exec::COOPERATIVE_LIMIT {
+        return Err(status::COOPERATIVE_LAUNCH_TOO_LARGE);
+    }
+    let mut bytes = vec![0; kernel.param_bytes()];
+    for (index, param) in kernel.params.iter().enumerate() {
+        // SAFETY: `params` names an argument for each parameter, each of the parameter's size.
+        unsafe {
+            let from = params.add(index).read().cast::<u8>();
+            std::ptr::copy_nonoverlapping(from, bytes[param.offset..].as_mut_ptr(), param.size);
+        }
+    }
+    let launch =
+        KernelLaunch { function: Arc::clone(&function), grid, block, dynamic_shared, params: bytes, cooperative };
+    queue(stream, Work::Kernel(Arc::new(launch)))
+}
+
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments, reason = "the driver's own list")]
+pub unsafe extern "C" fn cuLaunchKernel(
+    function: usize,
+    gx: c_uint,
+    gy: c_uint,
+    gz: c_uint,
+    bx: c_uint,
+    by: c_uint,
+    bz: c_uint,
+    shared: c_uint,
+    stream: usize,
+    params: *mut *mut c_void,
+    extra: *mut *mut c_void,
+) -> c_int {
+    call(|| {
+        if !extra.is_null() {
+            return Err(status::INVALID_VALUE);
+        }
+        // SAFETY: as the driver's callers promise.
+        unsafe { launch(function, [gx, gy, gz], [bx, by, bz], shared, stream, params, false) }
+    })
+}
+
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments, reason = "the driver's own list")]
+pub unsafe extern "C" fn cuLaunchCooperativeKernel(
+    function: usize,
+    gx: c_uint,
+    gy: c_uint,
+    gz: c_uint,
+    bx: c_uint,
+    by: c_uint,
+    bz: c_uint,
+    shared: c_uint,
+    stream: usize,
+    params: *mut *mut c_void,
+) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { launch(function, [gx, gy, gz], [bx, by, bz], shared, stream, params, true) })
+}
+
+fn error_texts(number: c_int) -> (&'static CStr, &'static CStr) {
+    match number {
+        status::SUCCESS => (c"CUDA_SUCCESS", c"no error"),
+        status::INVALID_VALUE => (c"CUDA_ERROR_INVALID_VALUE", c"invalid argument"),
+        status::OUT_OF_MEMORY => (c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory"),
+        status::NOT_INITIALIZED => (c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error"),
+        status::INVALID_DEVICE => (c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal"),
+        status::INVALID_IMAGE => (c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid"),
+        status::INVALID_CONTEXT => (c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context"),
+        status::NO_BINARY_FOR_GPU => {
+            (c"CUDA_ERROR_NO_BINARY_FOR_GPU", c"no kernel image is available for execution on the device")
+        }
+        status::INVALID_PTX => (c"CUDA_ERROR_INVALID_PTX", c"a PTX JIT compilation failed"),
+        status::INVALID_HANDLE => (c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"),
+        status::NOT_FOUND => (c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"),
+        status::ILLEGAL_ADDRESS => (c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered"),
+        status::MISALIGNED_ADDRESS => (c"CUDA_ERROR_MISALIGNED_ADDRESS", c"misaligned address"),
+        status::LAUNCH_FAILED => (c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"),
+        status::COOPERATIVE_LAUNCH_TOO_LARGE => {
+            (c"CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE", c"too many blocks in cooperative launch")
+        }
+        status::STREAM_CAPTURE_UNSUPPORTED => {
+            (c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing")
+        }
+        status::STREAM_CAPTURE_INVALIDATED => {
+            (c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", c"operation failed due to a previous error during capture")
+        }
+        status::STREAM_CAPTURE_UNMATCHED => {
+            (c"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", c"capture was not ended in the same stream as it began")
+        }
+        _ => (c"CUDA_ERROR_UNKNOWN", c"unknown error"),
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorName(number: c_int, to: *mut *const c_char) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { put(to, error_texts(number).0.as_ptr()) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorString(number: c_int, to: *mut *const c_char) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { put(to, error_texts(number).1.as_ptr()) })
+}

@@ -1,0 +1,4 @@
+//! Stand-ins for NVIDIA's libraries: the calls that Warpstep makes of them.
+
+mod cublaslt;
+mod values;
