@@ -61,6 +61,6 @@ fn the_device_adds_joins_and_averages_as_the_cpu_does() {
 
 #[test]
 fn the_device_adds_joins_and_averages_in_sixteen_bits() {
-    compare::<bf16>(2.0 / 256.0);
-    compare::<f16>(2.0 / 2048.0);
+    compare::<bf16>(4.0 / 256.0);
+    compare::<f16>(4.0 / 2048.0);
 }

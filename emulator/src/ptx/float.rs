@@ -321,8 +321,8 @@ pub(super) fn comparison(relation: &str, ty: &str, m: &impl Modifiers) -> Option
                 "leu" => holds!($of, Some(Less | Equal) | None),
                 "gtu" => holds!($of, Some(Greater) | None),
                 "geu" => holds!($of, Some(Greater | Equal) | None),
-                "num" => holds!($of, Some(_)),
-                "nan" => holds!($of, None),
+                "num" => Some(compare!(|a, b| $of(a).partial_cmp(&$of(b)).is_some())),
+                "nan" => Some(compare!(|a, b| $of(a).partial_cmp(&$of(b)).is_none())),
                 _ => None,
             }
         };

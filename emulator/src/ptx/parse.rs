@@ -352,10 +352,8 @@ impl<'a> Parser<'a> {
             self.accept(',');
         }
         let opcode = Opcode::new(word);
-        if opcode.base == "bra" {
-            if let Some(Operand::Label(label)) = operands.first() {
-                builder.jump(label);
-            }
+        if let ("bra", Some(Operand::Label(label))) = (opcode.base, operands.first()) {
+            builder.jump(label);
         }
         let text: Arc<str> = self.text(start).into();
         let ops = decode(&opcode, &operands, builder)
