@@ -2,10 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use half::bf16;
+
 use super::RunFileArgs;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
-use crate::config::{DeviceChoice, RunFile};
+use crate::backend::cuda::{Cuda, Device, DeviceOptions, emulated};
+use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -28,26 +31,54 @@ impl RunFileArgs {
             set.push(format!("run.threads={threads}"));
         }
         let run = RunFile::read(&self.file, &set)?;
-        choose_device(&run)?;
+        set_threads(&run);
         Ok(run)
     }
 }
 
-/// Checks that the device is there, and sets the threads of the CPU backend up.
-pub fn choose_device(run: &RunFile) -> Result<()> {
-    match run.device {
-        DeviceChoice::Auto | DeviceChoice::Cpu => {}
-        DeviceChoice::Cuda(_) | DeviceChoice::Emulated => {
-            return Err(Error::Device(
-                "this build of Warpstep has no CUDA backend yet; use device = \"cpu\" or \"auto\"".into(),
-            ));
-        }
-    }
+/// Sets the threads of the CPU up.
+fn set_threads(run: &RunFile) {
     if let Some(threads) = run.threads {
         // A pool that is there already keeps its threads; results do not depend on their number.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
-    Ok(())
+}
+
+/// A device that was opened.
+pub enum Opened {
+    /// The CPU.
+    Cpu(Cpu<f32>),
+    /// A CUDA device that stores activations in f32.
+    Cuda(Cuda<f32>),
+    /// A CUDA device that stores activations in bf16.
+    CudaBf16(Cuda<bf16>),
+}
+
+/// Opens the run's device. `auto` is the CPU until the CUDA backend has every operation.
+///
+/// # Errors
+/// No such device, or no emulator; an emulated device starts the program again and does not come back.
+pub fn open_device(run: &RunFile) -> Result<Opened> {
+    let ordinal = match run.device {
+        DeviceChoice::Auto | DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
+        DeviceChoice::Cuda(ordinal) => ordinal as usize,
+        DeviceChoice::Emulated => {
+            if !emulated::is_active() {
+                eprintln!(
+                    "device = \"emulated\": no GPU is used. A CUDA device in software runs every kernel, instruction by \
+                     instruction: right, and thousands of times slower than a GPU"
+                );
+                return Err(emulated::start_again());
+            }
+            0
+        }
+    };
+    let tf32 = run.precision == Precision::Tf32;
+    let device = Device::open(DeviceOptions { ordinal, tf32, ..DeviceOptions::default() })?;
+    Ok(match run.precision {
+        Precision::Bf16 => Opened::CudaBf16(Cuda::new(device)),
+        Precision::F32 | Precision::Tf32 => Opened::Cuda(Cuda::new(device)),
+    })
 }
 
 /// Opens the data of a run file.
@@ -102,7 +133,7 @@ impl Trained {
             (path.to_owned(), found)
         };
         let run = RunFile::read(&folder.join("config.toml"), &[])?;
-        choose_device(&run)?;
+        set_threads(&run);
         let file = folder.join("preprocess.json");
         let text = std::fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
         let preprocess =

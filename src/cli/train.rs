@@ -9,8 +9,10 @@ use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::RunFileArgs;
-use super::assemble::{build_model, open_data};
+use super::assemble::{Opened, build_model, open_data, open_device};
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::ops::Update;
 use crate::config::RunFile;
 use crate::data::OpenedData;
 use crate::data::source::Lookup;
@@ -56,6 +58,8 @@ pub(crate) struct Options {
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let run_file = options.run.read()?;
+    // Before anything is read: an emulated device starts the program again.
+    let device = open_device(&run_file)?;
     let data = open_data(&run_file)?;
     if options.dry_run {
         print!("{}", dry_run(&run_file, &data)?);
@@ -72,33 +76,60 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         (false, true) => Show::Quiet,
         (false, false) => Show::Auto,
     };
-    let mut run = make_run(&run_file, &data, &folder, start)?;
-    run.interrupt = signals()?;
-    let clip = match run_file.optimizer.clip.norm {
-        NormClip::Global { max_norm } => Some(max_norm),
-        NormClip::Off | NormClip::Tensor { .. } | NormClip::Adaptive { .. } => None,
-    };
-    // The report reads what the run wrote, so it comes before the progress says that all is done.
-    let (mut board, mut report, mut progress) = (TensorBoard::new(), Report::new(clip), Progress::new(show));
-    let outcome = train(run, &mut [&mut board, &mut report, &mut progress]);
-    // Its live line goes before anything else is said.
-    drop(progress);
-    let outcome = outcome.map_err(|e| run_file.locate(e))?;
-    match outcome.end {
-        End::Interrupted(signal) => {
-            if show != Show::Quiet {
-                eprintln!("interrupted: a checkpoint was written; go on with --resume");
+    let go = Go { run_file: &run_file, data: &data, folder: &folder, start, show };
+    match device {
+        Opened::Cpu(backend) => go.train(backend),
+        Opened::Cuda(backend) => go.train(backend),
+        Opened::CudaBf16(backend) => go.train(backend),
+    }
+}
+
+/// A run that only wants its device.
+struct Go<'a> {
+    run_file: &'a RunFile,
+    data: &'a OpenedData,
+    folder: &'a Path,
+    start: Start,
+    show: Show,
+}
+
+impl Go<'_> {
+    fn train<B: Update>(self, backend: B) -> anyhow::Result<ExitCode> {
+        let Go { run_file, data, folder, start, show } = self;
+        let mut run = make_run(backend, run_file, data, folder, start)?;
+        run.interrupt = signals()?;
+        let clip = match run_file.optimizer.clip.norm {
+            NormClip::Global { max_norm } => Some(max_norm),
+            NormClip::Off | NormClip::Tensor { .. } | NormClip::Adaptive { .. } => None,
+        };
+        // The report reads what the run wrote, so it comes before the progress says that all is done.
+        let (mut board, mut report, mut progress) = (TensorBoard::new(), Report::new(clip), Progress::new(show));
+        let outcome = train(run, &mut [&mut board, &mut report, &mut progress]);
+        // Its live line goes before anything else is said.
+        drop(progress);
+        let outcome = outcome.map_err(|e| run_file.locate(e))?;
+        match outcome.end {
+            End::Interrupted(signal) => {
+                if show != Show::Quiet {
+                    eprintln!("interrupted: a checkpoint was written; go on with --resume");
+                }
+                Ok(ExitCode::from(128 + signal as u8))
             }
-            Ok(ExitCode::from(128 + signal as u8))
+            End::Completed | End::StoppedEarly | End::Abandoned => Ok(ExitCode::SUCCESS),
         }
-        End::Completed | End::StoppedEarly | End::Abandoned => Ok(ExitCode::SUCCESS),
     }
 }
 
 /// The run of a run file in this folder.
-pub(crate) fn make_run(run: &RunFile, data: &OpenedData, folder: &Path, start: Start) -> Result<Run<Cpu<f32>>> {
+pub(crate) fn make_run<B: Backend>(
+    backend: B,
+    run: &RunFile,
+    data: &OpenedData,
+    folder: &Path,
+    start: Start,
+) -> Result<Run<B>> {
     Ok(Run {
-        backend: Cpu::new(),
+        backend,
         model: build_model(run, &data.preprocess)?,
         options: run.train.clone(),
         optimizer: run.optimizer.clone(),

@@ -8,6 +8,7 @@ use clap::Args;
 use super::RunFileArgs;
 use super::assemble::open_data;
 use super::train::make_run;
+use crate::backend::cpu::Cpu;
 use crate::error::Error;
 use crate::train::options::Length;
 use crate::train::verify::verify_resume;
@@ -37,7 +38,9 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let data = open_data(&run_file)?;
     let name = format!("warpstep-verify-resume-{}", std::process::id());
     let folder = options.keep.clone().unwrap_or_else(|| std::env::temp_dir().join(name));
-    let result = verify_resume(&folder, options.steps, |folder, start| make_run(&run_file, &data, folder, start));
+    let result = verify_resume(&folder, options.steps, |folder, start| {
+        make_run(Cpu::<f32>::new(), &run_file, &data, folder, start)
+    });
     if options.keep.is_none() {
         let _ = std::fs::remove_dir_all(&folder);
     }

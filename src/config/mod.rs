@@ -34,6 +34,17 @@ pub enum DeviceChoice {
     Emulated,
 }
 
+/// What activations are stored and products computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 throughout.
+    F32,
+    /// f32, the inputs of products rounded to tf32.
+    Tf32,
+    /// Activations and a copy of the parameters in bf16, the parameters themselves in f32.
+    Bf16,
+}
+
 /// A run file, read and checked.
 #[derive(Clone, Debug)]
 pub struct RunFile {
@@ -47,6 +58,8 @@ pub struct RunFile {
     pub out: PathBuf,
     /// `run.device`.
     pub device: DeviceChoice,
+    /// `run.precision`.
+    pub precision: Precision,
     /// `run.threads`: threads of the CPU backend; one a processor where not given.
     pub threads: Option<usize>,
     /// The trainer's options.
@@ -105,7 +118,7 @@ impl RunFile {
         let out = run.or("out", Path::new("runs").join(&name))?;
         let base = run.or("base", absolute)?;
         let device = device(&mut run)?;
-        precision(&mut run)?;
+        let precision = precision(&mut run, device)?;
         // On one CPU the bits are the same whatever is asked; the key decides once there are several devices.
         run.or("reproducible", false)?;
         let threads = run.optional("threads")?;
@@ -140,6 +153,7 @@ impl RunFile {
             name,
             out,
             device,
+            precision,
             threads,
             train,
             data,
@@ -230,12 +244,18 @@ fn device(run: &mut Section) -> Result<DeviceChoice> {
     }
 }
 
-fn precision(run: &mut Section) -> Result<()> {
-    let lower = run.choice_or("precision", &[("f32", false), ("tf32", true), ("bf16", true), ("f16", true)], "f32")?;
-    if lower {
+fn precision(run: &mut Section, device: DeviceChoice) -> Result<Precision> {
+    let choices = [
+        ("f32", Some(Precision::F32)),
+        ("tf32", Some(Precision::Tf32)),
+        ("bf16", Some(Precision::Bf16)),
+        ("f16", None),
+    ];
+    let found = run.choice_or("precision", &choices, "f32")?;
+    if matches!(device, DeviceChoice::Auto | DeviceChoice::Cpu) && found != Some(Precision::F32) {
         return Err(run.error("precision", "the CPU computes in f32; expected \"f32\" (the others need a CUDA device)"));
     }
-    Ok(())
+    found.ok_or_else(|| run.error("precision", "f16 needs a loss scale, which Warpstep has not yet; use \"bf16\""))
 }
 
 fn train_options(

@@ -11,6 +11,7 @@ mod embedding;
 mod layer_norm;
 mod linear;
 mod loss;
+mod on_the_device;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -156,6 +157,7 @@ impl<B: Backend> Bed<B> {
             stored,
             prepared: B::Prepared::default(),
         };
+        backend.parameters_changed(&mut arena)?;
         let mut values = backend.allocate(self.values.len())?;
         backend.upload(&mut values, 0, &self.values)?;
         let mut indices = backend.allocate(self.indices.len())?;

@@ -118,7 +118,8 @@ impl Run<'_> {
             for word in 0..bytes.div_ceil(4) {
                 let at = (address & !3) + 4 * word;
                 let mask = if bytes >= 4 { 0xf } else { ((1 << bytes) - 1) << (address & 3) };
-                let who = Who { block: block.number, thread: access.thread, epoch: block.epoch };
+                // Every block has its own shared memory: what earlier blocks left is past by the clock.
+                let who = Who { block: 0, thread: access.thread, epoch: block.epoch };
                 let entries = &mut block.shared_trace[at as usize / 4];
                 self.trace.access(entries, (Space::Shared, at), mask, write, who)?;
             }

@@ -3,12 +3,15 @@
 //! Everything of a step is queued on one stream. A program is run once as it is (which loads its kernels and measures its
 //! products), then recorded as a CUDA graph, and replayed from then on.
 
+mod activation;
 mod buffer;
 mod context;
+mod dropout;
 mod elementwise;
 pub mod emulated;
 mod launch;
 mod linear;
+mod loss;
 mod module;
 mod pending;
 mod product;

@@ -89,36 +89,3 @@ impl<S: Storage> Attention for Cuda<S> {
         missing("rotary")
     }
 }
-
-impl<S: Storage> Activation for Cuda<S> {
-    fn activation_forward(&self, _: &mut Memory<'_, Self>, _: &ActivationForward, _: &StepContext) -> Result<()> {
-        missing("activation_forward")
-    }
-    fn activation_backward(&self, _: &mut Memory<'_, Self>, _: &ActivationBackward, _: &StepContext) -> Result<()> {
-        missing("activation_backward")
-    }
-    fn swiglu_forward(&self, _: &mut Memory<'_, Self>, _: &SwigluForward, _: &StepContext) -> Result<()> {
-        missing("swiglu_forward")
-    }
-    fn swiglu_backward(&self, _: &mut Memory<'_, Self>, _: &SwigluBackward, _: &StepContext) -> Result<()> {
-        missing("swiglu_backward")
-    }
-}
-
-impl<S: Storage> Dropout for Cuda<S> {
-    fn dropout(&self, _: &mut Memory<'_, Self>, _: &DropoutApply, _: &StepContext) -> Result<()> {
-        missing("dropout")
-    }
-}
-
-impl<S: Storage> Loss for Cuda<S> {
-    fn cross_entropy(&self, _: &mut Memory<'_, Self>, _: &CrossEntropy, _: &StepContext) -> Result<()> {
-        missing("cross_entropy")
-    }
-    fn mean_squared_error(&self, _: &mut Memory<'_, Self>, _: &MeanSquaredError, _: &StepContext) -> Result<()> {
-        missing("mean_squared_error")
-    }
-    fn binary_cross_entropy(&self, _: &mut Memory<'_, Self>, _: &BinaryCrossEntropy, _: &StepContext) -> Result<()> {
-        missing("binary_cross_entropy")
-    }
-}

@@ -1,0 +1,139 @@
+// Functions of single values, and SwiGLU. CPU twin: src/backend/cpu/activation.rs, whose formulas these are.
+#include "common.cuh"
+
+// As `ActivationKind` is numbered in src/backend/cuda/activation.rs.
+enum Kind { RELU, GELU_TANH, GELU, SILU, SIGMOID, TANH };
+
+// 2 sqrt(2 / pi) and the cubic's coefficient, of the tanh form of GELU.
+constexpr float GELU_SCALE = 1.5957691216057308f;
+constexpr float GELU_CUBIC = 1.5957691216057308f * 0.044715f;
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// x / 2 (1 + tanh(u)) = x sigmoid(2 u).
+__device__ __forceinline__ float gelu_tanh(float x) {
+    return x / (1.0f + expf(-(x * fmaf(x * x, GELU_CUBIC, GELU_SCALE))));
+}
+
+// s + x s (1 - s) 2 u' with s = sigmoid(2 u); s (1 - s) from e^-|2 u|, where nothing cancels.
+__device__ __forceinline__ float gelu_tanh_slope(float x) {
+    const float squared = x * x, inner = x * fmaf(squared, GELU_CUBIC, GELU_SCALE);
+    const float slope = fmaf(squared, 3.0f * GELU_CUBIC, GELU_SCALE);
+    const float e = expf(-fabsf(inner)), r = 1.0f / (1.0f + e);
+    return fmaf(x * slope * r, e * r, inner < 0.0f ? e * r : r);
+}
+
+constexpr float SQRT_HALF = 0.70710678118654752f;
+
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * SQRT_HALF)); }
+
+__device__ __forceinline__ float gelu_slope(float x) {
+    const float density = 0.3989422804014327f * expf(-0.5f * x * x);
+    return fmaf(x, density, 0.5f * (1.0f + erff(x * SQRT_HALF)));
+}
+
+__device__ __forceinline__ float silu_slope(float x) {
+    const float s = sigmoid(x);
+    return s * (1.0f + x * (1.0f - s));
+}
+
+__device__ __forceinline__ float value_of(int kind, float x) {
+    switch (kind) {
+        case RELU: return x < 0.0f ? 0.0f : x;
+        case GELU_TANH: return gelu_tanh(x);
+        case GELU: return gelu(x);
+        case SILU: return x * sigmoid(x);
+        case SIGMOID: return sigmoid(x);
+        default: return tanhf(x);
+    }
+}
+
+// dy f'(x).
+__device__ __forceinline__ float slope_of(int kind, float x, float dy) {
+    switch (kind) {
+        case RELU: return x > 0.0f ? dy : 0.0f;
+        case GELU_TANH: return dy * gelu_tanh_slope(x);
+        case GELU: return dy * gelu_slope(x);
+        case SILU: return dy * silu_slope(x);
+        case SIGMOID: {
+            const float s = sigmoid(x);
+            return dy * s * (1.0f - s);
+        }
+        default: {
+            const float t = tanhf(x);
+            return dy * (1.0f - t * t);
+        }
+    }
+}
+
+// y = f(x). x, y: [len]. Grid: any, 256 threads, 16 bytes an access; moves 2 sizeof(T) bytes a value.
+template <typename T> __device__ void activation(const T* x, T* y, int kind, i64 len) {
+    constexpr int N = per_access<T>();
+    for (i64 i = thread_index() * N; i < len; i += thread_count() * N) {
+        if (i + N <= len) {
+            Pack<T, N> values = load<T, N>(x + i);
+#pragma unroll
+            for (int j = 0; j < N; ++j) values.at[j] = from_f32<T>(value_of(kind, to_f32(values.at[j])));
+            store<T, N>(y + i, values);
+        } else {
+            for (i64 j = i; j < len; ++j) y[j] = from_f32<T>(value_of(kind, to_f32(x[j])));
+        }
+    }
+}
+
+// dx = dy f'(x). x, dy, dx: [len]. Grid: any, 256 threads, 16 bytes an access; moves 3 sizeof(T) bytes a value.
+template <typename T> __device__ void activation_backward(const T* x, const T* dy, T* dx, int kind, i64 len) {
+    constexpr int N = per_access<T>();
+    for (i64 i = thread_index() * N; i < len; i += thread_count() * N) {
+        if (i + N <= len) {
+            const Pack<T, N> values = load<T, N>(x + i);
+            Pack<T, N> slopes = load<T, N>(dy + i);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                slopes.at[j] = from_f32<T>(slope_of(kind, to_f32(values.at[j]), to_f32(slopes.at[j])));
+            }
+            store<T, N>(dx + i, slopes);
+        } else {
+            for (i64 j = i; j < len; ++j) dx[j] = from_f32<T>(slope_of(kind, to_f32(x[j]), to_f32(dy[j])));
+        }
+    }
+}
+
+// y = silu(first half of x) * second half, row by row. x: [rows, 2 width], y: [rows, width]. Grid: any, 256 threads.
+template <typename T> __device__ void swiglu(const T* x, T* y, i64 rows, i64 width) {
+    for (i64 i = thread_index(); i < rows * width; i += thread_count()) {
+        const i64 at = i / width * 2 * width + i % width;
+        const float gate = to_f32(x[at]);
+        y[i] = from_f32<T>(gate * sigmoid(gate) * to_f32(x[at + width]));
+    }
+}
+
+// Its gradient. x, dx: [rows, 2 width], dy: [rows, width]. Grid: any, 256 threads.
+template <typename T> __device__ void swiglu_backward(const T* x, const T* dy, T* dx, i64 rows, i64 width) {
+    for (i64 i = thread_index(); i < rows * width; i += thread_count()) {
+        const i64 at = i / width * 2 * width + i % width;
+        const float gate = to_f32(x[at]), up = to_f32(x[at + width]), d = to_f32(dy[i]);
+        dx[at] = from_f32<T>(d * up * silu_slope(gate));
+        dx[at + width] = from_f32<T>(d * gate * sigmoid(gate));
+    }
+}
+
+#define DEFINE(SUFFIX, T)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256)                                                      \
+        activation_##SUFFIX(const T* x, T* y, int kind, i64 len) {                                         \
+        activation(x, y, kind, len);                                                                       \
+    }                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256)                                                      \
+        activation_backward_##SUFFIX(const T* x, const T* dy, T* dx, int kind, i64 len) {                  \
+        activation_backward(x, dy, dx, kind, len);                                                         \
+    }                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256)                                                      \
+        swiglu_##SUFFIX(const T* x, T* y, i64 rows, i64 width) {                                           \
+        swiglu(x, y, rows, width);                                                                         \
+    }                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256)                                                      \
+        swiglu_backward_##SUFFIX(const T* x, const T* dy, T* dx, i64 rows, i64 width) {                    \
+        swiglu_backward(x, dy, dx, rows, width);                                                           \
+    }
+FOR_EACH_STORAGE(DEFINE)
+#undef DEFINE
