@@ -57,6 +57,15 @@ fn protect(start: u64, bytes: usize, protection: i32) -> bool {
     unsafe { libc::mprotect(start as *mut libc::c_void, bytes, protection) == 0 }
 }
 
+impl Drop for Memory {
+    fn drop(&mut self) {
+        for (start, bytes) in [(self.base, RESERVED), (self.written, RESERVED), (self.trace, RESERVED * TRACE)] {
+            // SAFETY: `reserve` mapped this range, and nothing refers to it once its owner is gone.
+            unsafe { libc::munmap(start as *mut libc::c_void, bytes) };
+        }
+    }
+}
+
 impl Memory {
     /// Memory of devices that hold `capacity` bytes each.
     pub fn new(capacity: usize) -> Memory {

@@ -119,7 +119,7 @@ pub(super) fn binary(base: &str, ty: &str) -> Option<Map2> {
         "add" => by_type!(ty, map2, |a, b| T, U => a.wrapping_add(b)),
         "sub" => by_type!(ty, map2, |a, b| T, U => a.wrapping_sub(b)),
         "mul.lo" => by_type!(ty, map2, |a, b| T, U => a.wrapping_mul(b)),
-        "mul.hi" => by_type!(ty, map2, |a, b| T, U => ((a as i128 * b as i128) >> T::BITS) as T),
+        "mul.hi" => by_type!(ty, map2, |a, b| T, U => ((a as i128).wrapping_mul(b as i128) >> T::BITS) as T),
         "div" => by_type!(ty, map2, |a, b| T, U => if b == 0 { !(0 as T) } else { a.wrapping_div(b) }),
         "rem" => by_type!(ty, map2, |a, b| T, U => if b == 0 { a } else { a.wrapping_rem(b) }),
         "min" => by_type!(ty, map2, |a, b| T, U => a.min(b)),
@@ -172,7 +172,9 @@ fn shift_right(ty: &str) -> Option<Map2> {
 pub(super) fn ternary(base: &str, ty: &str) -> Option<Map3> {
     match base {
         "mad.lo" => by_type!(ty, map3, |a, b, c| T, U => a.wrapping_mul(b).wrapping_add(c)),
-        "mad.hi" => by_type!(ty, map3, |a, b, c| T, U => (((a as i128 * b as i128) >> T::BITS) as T).wrapping_add(c)),
+        "mad.hi" => {
+            by_type!(ty, map3, |a, b, c| T, U => (((a as i128).wrapping_mul(b as i128) >> T::BITS) as T).wrapping_add(c))
+        }
         "mad.wide" => Some(match ty {
             "u16" => map3!(|a, b, c| u64::from((u32::from(a as u16) * u32::from(b as u16)).wrapping_add(c as u32))),
             "s16" => map3!(|a, b, c| {

@@ -1,6 +1,6 @@
 //! The fused update on the device (kernels/update.cu): the norm in two stages, then everything else in one pass.
 //!
-//! The clip's coefficient, the decision to skip and the count of applied updates stay on the device. [`Updater`] is the update
+//! The clip's coefficient, the decision to skip and the count of applied updates stay on the device. [`Prepared`] is the update
 //! alone, for arenas of any owner.
 
 mod muon;
