@@ -17,6 +17,8 @@ impl Axis {
     /// From `low` to `high` with `count` ticks at most; `whole` where only whole numbers get one. Logarithmic only where
     /// `low` is above 0.
     pub fn new(low: f64, high: f64, logarithmic: bool, whole: bool, count: usize) -> Self {
+        // A margin below the smallest of values can be 0.
+        let logarithmic = logarithmic && low > 0.0 && high.is_finite();
         let ticks = if logarithmic { logarithmic_ticks(low, high) } else { Vec::new() };
         let ticks = if ticks.len() > 1 { ticks } else { linear_ticks(low, high, whole, count) };
         Axis { low, high, logarithmic, ticks }
@@ -95,6 +97,11 @@ mod tests {
         assert_eq!(labels(5e3, 52e3, false), ["10k", "20k", "30k", "40k", "50k"]);
         assert_eq!(labels(0.01, 1.0, true), ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"]);
         assert_eq!(labels(1e-4, 1e2, true), ["1e-4", "1e-3", "0.01", "0.1", "1", "10", "100"]);
+    }
+
+    #[test]
+    fn a_logarithmic_axis_from_zero_is_linear() {
+        assert_eq!(Axis::new(0.0, 1e16, true, false, 5), Axis::new(0.0, 1e16, false, false, 5));
     }
 
     #[test]
