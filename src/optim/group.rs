@@ -177,6 +177,8 @@ pub struct UpdatePlan {
     pub clip: Clip,
     /// Names of the slots: the longest list of the groups' rules.
     pub slots: &'static [&'static str],
+    /// The seed of the stochastic rounding where parameters are kept in bf16 alone, without a copy in f32.
+    pub rounding: Option<u64>,
 }
 
 impl UpdatePlan {
@@ -235,7 +237,7 @@ impl UpdatePlan {
             ));
         }
         let slots = groups.iter().map(|g| g.rule.slots()).max_by_key(|s| s.len()).unwrap_or(&[]);
-        Ok(UpdatePlan { groups, block_groups, tensors, clip: options.clip, slots })
+        Ok(UpdatePlan { groups, block_groups, tensors, clip: options.clip, slots, rounding: None })
     }
 }
 

@@ -19,7 +19,7 @@ mod pool;
 mod product;
 mod update;
 
-pub use update::{average, update};
+pub use update::{average, update, update_bf16};
 
 use std::marker::PhantomData;
 
@@ -44,7 +44,8 @@ impl<R: Real> Backend for Cpu<R> {
     type Real = R;
     type Storage = R;
     type Recording = ();
-    type Prepared = ();
+    /// The sum of squares of each tensor's gradients at the last update.
+    type Prepared = Vec<f64>;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
 
     fn description(&self) -> String {

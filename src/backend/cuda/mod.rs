@@ -6,6 +6,7 @@
 mod activation;
 mod buffer;
 mod context;
+mod cooperative;
 mod dropout;
 mod elementwise;
 pub mod emulated;

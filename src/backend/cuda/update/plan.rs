@@ -177,8 +177,25 @@ pub(super) struct Pass {
     pub params: u64,
     pub outcome: u64,
     pub len: u64,
+    pub seed: u64,
     pub bound: f32,
     pub zero_gradients: i32,
+}
+
+/// `struct Norm`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Norm {
+    pub pieces: u64,
+    pub squares: u64,
+    pub clamped: u64,
+    pub tensor_squares: u64,
+    pub barrier: u64,
+    pub clip: ClipOptions,
+    pub piece_count: u32,
+    pub tensor_count: u32,
+    pub group_count: u32,
+    pub padding: u32,
 }
 
 const _: () = {
@@ -188,7 +205,8 @@ const _: () = {
     assert!(size_of::<ClipOptions>() == 24 && std::mem::offset_of!(ClipOptions, max_norm) == 8);
     assert!(size_of::<UpdateParams>() == 16);
     assert!(size_of::<Outcome>() == 40 && std::mem::offset_of!(Outcome, skipped) == 32);
-    assert!(size_of::<Pass>() == 96 && std::mem::offset_of!(Pass, bound) == 88);
+    assert!(size_of::<Pass>() == 104 && std::mem::offset_of!(Pass, bound) == 96);
+    assert!(size_of::<Norm>() == 80 && std::mem::offset_of!(Norm, piece_count) == 64);
 };
 
 /// Everything that is uploaded of a plan.
