@@ -47,6 +47,9 @@ pub(crate) struct Options {
     /// Print shapes, parameters, memory and arithmetic, and train nothing
     #[arg(long)]
     dry_run: bool,
+    /// Replay a sample of every Nth update by the plain rule, and stop where it differs (run.shadow_every_steps)
+    #[arg(long, value_name = "N")]
+    shadow: Option<u64>,
     /// Print JSON lines
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
@@ -57,7 +60,9 @@ pub(crate) struct Options {
 
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let run_file = options.run.read()?;
+    let mut arguments = options.run;
+    arguments.set.extend(options.shadow.map(|every| format!("run.shadow_every_steps={every}")));
+    let run_file = arguments.read()?;
     // Before anything is read: an emulated device starts the program again.
     let device = open_device(&run_file)?;
     let data = open_data(&run_file)?;

@@ -8,9 +8,11 @@ use std::time::Instant;
 
 use super::checkpoint::{self, RunState, Which};
 use super::files;
+use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
+use super::shadow::Shadow;
 use super::step::{LossSums, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use crate::backend::Backend;
@@ -87,6 +89,7 @@ pub fn train<B: Backend + Update>(run: Run<B>, observers: &mut [&mut dyn Observe
         options: run.options,
         peak: run.optimizer.learning_rate,
         clips: run.optimizer.clip.norm != NormClip::Off,
+        clamps: run.optimizer.clip.value.is_some(),
         schedule: run.schedule,
         splits: run.splits,
         prefetch: run.prefetch,
@@ -164,6 +167,8 @@ struct Interval {
     sums: LossSums,
     steps: u64,
     clipped: u64,
+    clamped: u64,
+    shadow_ulp: Option<f64>,
     samples: u64,
     seconds: f64,
 }
@@ -181,6 +186,7 @@ struct Loop<B: Backend + Update> {
     options: TrainOptions,
     peak: f64,
     clips: bool,
+    clamps: bool,
     schedule: Schedule,
     splits: Splits,
     prefetch: Prefetch,
@@ -290,11 +296,26 @@ impl<B: Backend + Update> Loop<B> {
             interval.sums.add(sums);
         }
         let rate = self.schedule.at(self.state.step, self.steps, self.peak);
+        let params = self.trainer.step_params(rate);
+        let replay = self.options.shadow_every_steps.is_some_and(|every| (self.state.step + 1).is_multiple_of(every));
+        let watched = if replay {
+            let shadow = Shadow::new(self.options.seed);
+            let (backend, arena) = (self.trainer.backend(), self.trainer.arena());
+            Some(shadow.before(backend, arena, self.trainer.update_plan(), &params)?)
+        } else {
+            None
+        };
         let outcome = self.trainer.update(rate)?;
+        if let Some(watched) = watched {
+            let (backend, arena) = (self.trainer.backend(), self.trainer.arena());
+            let found = watched.after(backend, arena, self.trainer.update_plan(), &params, &outcome)?;
+            interval.shadow_ulp = Some(interval.shadow_ulp.map_or(found.ulp, |ulp| ulp.max(found.ulp)));
+        }
         self.state.set_counters(self.trainer.counters());
         interval.losses += loss;
         interval.steps += 1;
         interval.clipped += u64::from(outcome.clip_coefficient < 1.0);
+        interval.clamped += outcome.clamped;
         let seconds = began.elapsed().as_secs_f64();
         interval.seconds += seconds;
         self.state.step_seconds += seconds;
@@ -314,6 +335,9 @@ impl<B: Backend + Update> Loop<B> {
             grad_norm: None,
             skipped: self.state.skipped_steps,
             clipped: None,
+            clamped: None,
+            norm_share: None,
+            shadow_ulp: None,
             samples_per_s: None,
             tokens_per_s: None,
             mfu: None,
@@ -322,19 +346,25 @@ impl<B: Backend + Update> Loop<B> {
     }
 
     fn record_training(&mut self, interval: &mut Interval, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        let Interval { losses, sums, steps, clipped, samples, seconds } = std::mem::take(interval);
+        let Interval { losses, sums, steps, clipped, clamped, shadow_ulp, samples, seconds } = std::mem::take(interval);
         if steps == 0 {
             return Ok(());
         }
         let loss = losses / steps as f64;
         let accuracy = has_accuracy(&*self.splits.train).then(|| sums.accuracy());
         let speed = samples as f64 / seconds;
+        let layout = &self.trainer.arena().layout;
+        let values = (steps * layout.parameters() as u64) as f64;
+        let squares = self.trainer.backend().norm_squares(self.trainer.arena())?;
         let record = Record {
             loss,
             accuracy,
             lr: Some(self.last_step.rate),
             grad_norm: self.last_step.norm.is_finite().then_some(self.last_step.norm),
             clipped: self.clips.then(|| clipped as f64 / steps as f64),
+            clamped: self.clamps.then(|| clamped as f64 / values),
+            norm_share: NormShare::largest(layout, &squares, LAYERS),
+            shadow_ulp,
             samples_per_s: self.tokens_per_sample.is_none().then_some(speed),
             tokens_per_s: self.tokens_per_sample.map(|tokens| speed * tokens as f64),
             ..self.blank_record(SplitName::Train)

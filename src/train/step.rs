@@ -214,17 +214,22 @@ impl<B: Backend + Update> Trainer<B> {
         Ok(sums)
     }
 
+    /// What the next update is told.
+    pub fn step_params(&self, learning_rate: f64) -> StepParams {
+        StepParams {
+            learning_rate,
+            step: self.counters.applied + 1,
+            divisor: f64::from(self.accumulate),
+            zero_gradients: false,
+        }
+    }
+
     /// The update of the gradients that the micro-batches left, and the average after it.
     ///
     /// # Errors
     /// A device that failed.
     pub fn update(&mut self, learning_rate: f64) -> Result<StepOutcome> {
-        let step = StepParams {
-            learning_rate,
-            step: self.counters.applied + 1,
-            divisor: f64::from(self.accumulate),
-            zero_gradients: false,
-        };
+        let step = self.step_params(learning_rate);
         let outcome = self.backend.update(&mut self.arena, &self.plan, &step)?;
         self.counters.step += 1;
         if outcome.skipped {

@@ -103,7 +103,7 @@ fn update_keeping<R: Real>(
         bound: plan.clip.value.map_or(R::infinity(), R::from_f64),
         coefficient: R::one(),
     };
-    let mut pieces = cut(arrays.all(), plan, PIECE);
+    let mut pieces = cut(arrays.all(), plan);
     let clamped = AtomicU64::new(0);
     let gradients = sums(plan, &pieces, |piece| {
         if plan.clip.value.is_some() {

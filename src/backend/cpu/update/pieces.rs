@@ -1,6 +1,6 @@
 //! The arena cut into pieces, and sums of squares over them.
 
-use crate::optim::{NormClip, UpdatePlan};
+use crate::optim::UpdatePlan;
 use crate::real::Real;
 
 /// The same elements of every arena; a slot that the rule does not keep is empty.
@@ -47,25 +47,14 @@ pub(super) struct Piece<'a, R> {
     pub arrays: Arrays<'a, R>,
 }
 
-/// Elements of a tensor's pieces: `piece`, or a multiple of its unit where a clip looks at units.
-pub(super) fn piece_len(plan: &UpdatePlan, tensor: usize, piece: usize) -> usize {
-    match plan.clip.norm {
-        NormClip::Adaptive { .. } => {
-            let unit = plan.tensors[tensor].unit();
-            (piece / unit).max(1) * unit
-        }
-        NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => piece,
-    }
-}
-
 /// The arena in pieces, in arena order, without the padding.
-pub(super) fn cut<'a, R>(arrays: Arrays<'a, R>, plan: &UpdatePlan, piece: usize) -> Vec<Piece<'a, R>> {
-    let mut pieces = Vec::with_capacity(plan.tensors.len() + arrays.theta.len() / piece);
+pub(super) fn cut<'a, R>(arrays: Arrays<'a, R>, plan: &UpdatePlan) -> Vec<Piece<'a, R>> {
+    let mut pieces = Vec::with_capacity(2 * plan.tensors.len());
     let (mut rest, mut start) = (arrays, 0);
     for (index, tensor) in plan.tensors.iter().enumerate() {
         let (_, from_tensor) = rest.split_at(tensor.offset - start);
         let (of_tensor, after) = from_tensor.split_at(tensor.len);
-        let of_tensor = of_tensor.chunks(piece_len(plan, index, piece));
+        let of_tensor = of_tensor.chunks(plan.piece(index));
         pieces.extend(of_tensor.map(|arrays| Piece { tensor: index, arrays }));
         (rest, start) = (after, tensor.offset + tensor.len);
     }

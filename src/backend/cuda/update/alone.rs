@@ -69,7 +69,7 @@ impl Prepared {
             types,
         };
         self.prepare(step)?;
-        self.queue(&addresses, step.zero_gradients)?;
+        self.queue(&addresses, step.zero_gradients, self.params.address_of(0))?;
         self.outcome()
     }
 }

@@ -118,7 +118,7 @@ impl<S: Storage> Cuda<S> {
             return Err(Error::shape("gather_norm", expected, format!("{tensors:?}")));
         }
         let (prepared, arrays) = self.arrays(arena, plan)?;
-        prepared.queue_norm_range(&arrays, prepared.pieces_of(&tensors))
+        prepared.queue_norm_range(&arrays, prepared.pieces_of(&tensors), prepared.params.address_of(0))
     }
 
     /// The update once the norm of every tensor was gathered: as [`crate::backend::ops::Update::update`], with the same bits.
@@ -127,7 +127,7 @@ impl<S: Storage> Cuda<S> {
     /// An arena that does not fit the plan, or a device that failed.
     pub fn finish_update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         let (prepared, arrays) = self.arrays(arena, plan)?;
-        prepared.queue_gathered(&arrays, step.zero_gradients)?;
+        prepared.queue_gathered(&arrays, step.zero_gradients, prepared.params.address_of(0))?;
         prepared.outcome()
     }
 }

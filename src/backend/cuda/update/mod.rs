@@ -141,7 +141,7 @@ impl Prepared {
         Ok(StepOutcome { grad_norm, clip_coefficient: clip_coefficient.min(least), clamped, skipped })
     }
 
-    fn pass(&self, zero_gradients: bool) -> Pass {
+    fn pass(&self, zero_gradients: bool, params: u64) -> Pass {
         Pass {
             block_groups: self.block_groups.address_of(0),
             block_tensors: self.block_tensors.address_of(0),
@@ -151,7 +151,7 @@ impl Prepared {
             steps: self.steps.address_of(0),
             groups: self.groups.address_of(0),
             rates: self.rates[0].address_of(0),
-            params: self.params.address_of(0),
+            params,
             outcome: self.outcome.address_of(0),
             len: (self.plan.block_groups.len() * ALIGNMENT) as u64,
             seed: self.plan.rounding.unwrap_or(0),
@@ -173,19 +173,19 @@ impl Prepared {
         }
     }
 
-    /// Queues the kernels of one update, all of whose scalars were written by [`Prepared::prepare`].
-    fn queue(&self, arrays: &Arrays, zero_gradients: bool) -> Result<()> {
+    /// Queues the kernels of one update. Its scalars (`UpdateParams`) stand at `params`.
+    fn queue(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
         if let Some(blocks) = self.persistent_blocks(arrays)? {
-            return self.queue_persistent(arrays, &self.pass(zero_gradients), blocks);
+            return self.queue_persistent(arrays, &self.pass(zero_gradients, params), blocks);
         }
-        self.queue_norm_range(arrays, 0..self.pieces.len())?;
-        self.queue_gathered(arrays, zero_gradients)
+        self.queue_norm_range(arrays, 0..self.pieces.len(), params)?;
+        self.queue_gathered(arrays, zero_gradients, params)
     }
 
     /// As [`Prepared::queue`], once [`Prepared::queue_norm_range`] was queued for every piece: the norm's end, then the pass.
-    fn queue_gathered(&self, arrays: &Arrays, zero_gradients: bool) -> Result<()> {
-        self.finish_norm(arrays)?;
-        let pass = self.pass(zero_gradients);
+    fn queue_gathered(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
+        self.finish_norm(arrays, params)?;
+        let pass = self.pass(zero_gradients, params);
         if self.has(Kind::Lars) {
             self.queue_rates(arrays, &pass, Kind::Lars)?;
         }
@@ -212,11 +212,11 @@ impl Prepared {
 
     /// Queues the norm's part of some pieces, whose gradients are final. Pieces do not depend on each other, so the norm has the
     /// same bits however they are parted and in whatever order.
-    fn queue_norm_range(&self, arrays: &Arrays, pieces: Range<usize>) -> Result<()> {
+    fn queue_norm_range(&self, arrays: &Arrays, pieces: Range<usize>, params: u64) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }
-        let (params, table) = (self.params.address_of(0), self.pieces.address_of(0));
+        let table = self.pieces.address_of(0);
         let (squares, clamped) = (self.squares[0].address_of(0), self.clamped.address_of(0));
         let first = pieces.start as u32;
         let list = args![arrays.gradients, table, first, params, Arg::of(&self.clip), squares, clamped];
@@ -226,10 +226,10 @@ impl Prepared {
     }
 
     /// Queues what follows once every piece was summed: the norm, the decision, the constants, the units' coefficients.
-    fn finish_norm(&self, arrays: &Arrays) -> Result<()> {
+    fn finish_norm(&self, arrays: &Arrays, params: u64) -> Result<()> {
         let clip = Arg::of(&self.clip);
         let [pieces, tensors, groups] = [self.pieces.len(), self.tensors.len(), self.groups.len()].map(|n| n as u32);
-        let (params, outcome) = (self.params.address_of(0), self.outcome.address_of(0));
+        let outcome = self.outcome.address_of(0);
         let (squares, clamped) = (self.squares[0].address_of(0), self.clamped.address_of(0));
         let list = args![
             self.tensors.address_of(0),
@@ -335,7 +335,7 @@ impl<S: Storage> Update for Cuda<S> {
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         let (prepared, arrays) = self.arrays(arena, plan)?;
         prepared.prepare(step)?;
-        prepared.queue(&arrays, step.zero_gradients)?;
+        prepared.queue(&arrays, step.zero_gradients, prepared.params.address_of(0))?;
         prepared.outcome()
     }
 

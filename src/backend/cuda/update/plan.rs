@@ -5,9 +5,6 @@ use bytemuck::{Pod, Zeroable};
 use crate::optim::{Clip, Group, MomentumForm, NormClip, Rule, UpdatePlan};
 use crate::plan::ALIGNMENT;
 
-/// Elements of a piece: as the CPU's, so that sums have the same order.
-const PIECE: usize = 1 << 14;
-
 /// `enum RuleKind`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
@@ -233,7 +230,7 @@ impl Tables {
         };
         for (index, tensor) in plan.tensors.iter().enumerate() {
             let unit = tensor.unit();
-            let piece = if adaptive { (PIECE / unit).max(1) * unit } else { PIECE };
+            let piece = plan.piece(index);
             let first_piece = tables.pieces.len() as u32;
             tables.pieces.extend((0..tensor.len).step_by(piece).map(|start| Piece {
                 offset: (tensor.offset + start) as u64,
