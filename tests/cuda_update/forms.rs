@@ -5,10 +5,15 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use regex::Regex;
 use warpstep::backend::cpu;
-use warpstep::backend::cuda::update::{ArenaArrays, Prepared};
+use warpstep::backend::cuda::update::{ArenaArrays, EarlyNorm, Prepared};
 use warpstep::backend::cuda::{Buffer, Cuda, Device};
-use warpstep::optim::{Clip, GroupPattern, NormClip, OptimizerOptions, Rule, UpdatePlan};
+use warpstep::backend::ops::{ActivationKind, Update};
+use warpstep::backend::{Backend, Memory, StepContext};
+use warpstep::model::layers::{Activation, Linear, Sequential};
+use warpstep::model::{Input, Loss, Mode, Model, Value};
+use warpstep::optim::{Clip, GroupPattern, NormClip, OptimizerOptions, Rule, StepParams, UpdatePlan};
 use warpstep::plan::{ParamLayout, ParamSpec};
+use warpstep::random::{Philox, Purpose};
 use warpstep::real::Element;
 
 use super::bed::{
@@ -341,4 +346,84 @@ fn arrays_that_do_not_fit_the_plan_are_refused() {
         slots: &mut [filled::<f32>(&device, &[0.0; 128])],
     };
     assert!(prepared.update(arrays, &step).unwrap_err().to_string().contains("seed"));
+}
+
+/// How many kernels an update is.
+fn kernels(case: &Case, device: &Arc<Device>) -> Vec<String> {
+    let backend = Cuda::<f32>::new(device.clone());
+    let mut arena = case.arena(&backend);
+    device.start_timing();
+    backend.update(&mut arena, &case.plan, &case.step(0, 0)).unwrap();
+    device.finish_timing().unwrap().into_iter().map(|time| time.name).collect()
+}
+
+#[test]
+fn small_arenas_are_updated_in_one_launch_and_others_in_three() {
+    let [several, one] = &devices()[..] else { return };
+    let case = Case::of(&SMALL, &options(MOMENTUM, clips()[2]), 1, &[]);
+    let three = ["norm_pieces_f32", "norm_finish", "update_momentum_f32_f32_f32"];
+    assert_eq!(kernels(&case, several), three);
+    assert_eq!(kernels(&case, one), ["persistent_momentum_f32_f32_f32"]);
+    // A rule or a clip that needs further norms, or too many tensors, is not for one launch.
+    for (rule, clip) in [(LARS, clips()[2]), (MOMENTUM, clips()[4])] {
+        assert!(kernels(&Case::of(&SMALL, &options(rule, clip), 1, &[]), one).len() > 3);
+    }
+    let names: Vec<String> = (0..513).map(|i| format!("t{i}")).collect();
+    let tensors: Vec<(&str, &[usize])> = names.iter().map(|name| (name.as_str(), &[2][..])).collect();
+    assert_eq!(kernels(&Case::of(&tensors, &options(MOMENTUM, clips()[2]), 1, &[]), one), three);
+}
+
+#[test]
+fn a_program_s_norm_is_gathered_as_backward_finishes_with_the_same_bits() {
+    let seed = fresh_seed();
+    let Some(device) = devices().into_iter().next() else { return };
+    let backend = Cuda::<f32>::new(device);
+    let layers = Sequential::new()
+        .then("a", Linear::new(24))
+        .then("b", Activation::new(ActivationKind::Relu))
+        .then("c", Linear::new(9))
+        .then("d", Linear::new(3));
+    let mut model: Model<Cuda<f32>> = Model::new(Box::new(layers), Loss::MeanSquaredError);
+    let program = model.plan(&Input::Real(vec![7]), 5, Mode::Training).unwrap();
+    let (layout, ranges) = model.parameters().layout().unwrap();
+    let plan = UpdatePlan::new(&options(ADAM, clips()[2]), &layout).unwrap();
+    let early = EarlyNorm::new(&program.ops, &ranges, &plan, 200).unwrap();
+    // All tensors once, in the arena's order, in several parts, the last with the last operation.
+    let parts: Vec<_> = early.after.iter().map(|(_, tensors)| tensors.clone()).collect();
+    assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..plan.tensors.len()).collect::<Vec<_>>());
+    assert!(parts.len() > 1 && early.after.is_sorted_by(|a, b| a.0 < b.0), "{early:?}");
+    assert_eq!(EarlyNorm::new(&program.ops, &ranges, &plan, usize::MAX).unwrap().after.len(), 1);
+    let step = StepParams { learning_rate: 0.01, step: 1, divisor: 1.0, zero_gradients: false };
+    let values = |stream: u32, len: usize| -> Vec<f32> {
+        let random = Philox::new(seed, Purpose::Augmentation, stream);
+        (0..len as u64).map(|i| random.normal(i) as f32).collect()
+    };
+    let run = |gather: bool| {
+        let mut activations = program.activations(&backend).unwrap();
+        for (stream, value) in [(1, program.input), (2, program.target.unwrap())] {
+            let Value::Real(act) = value else { panic!("real values") };
+            let range = activations.range(act);
+            backend.upload(&mut activations.values, range.start, &values(stream, range.len())).unwrap();
+        }
+        let mut arena = model.arena(&backend, seed, plan.slots.len()).unwrap();
+        backend.begin_update(&mut arena, &plan, &step).unwrap();
+        for (index, op) in program.ops.iter().enumerate() {
+            let mut memory = Memory { arena: &mut arena, activations: &mut activations };
+            op.run(&backend, &mut memory, &StepContext::default()).unwrap();
+            if let Some(tensors) = early.tensors_after(index).filter(|_| gather) {
+                backend.gather_norm(&mut arena, &plan, tensors).unwrap();
+            }
+        }
+        let found = if gather {
+            backend.finish_update(&mut arena, &plan, &step).unwrap()
+        } else {
+            backend.update(&mut arena, &plan, &step).unwrap()
+        };
+        let mut parameters = vec![0.0f32; layout.padded_len()];
+        backend.download(&arena.parameters, 0, &mut parameters).unwrap();
+        (bits(&parameters), outcome(&found))
+    };
+    let expected = run(false);
+    assert!(f64::from_bits(expected.1.0) > 0.0);
+    assert!(run(true) == expected);
 }

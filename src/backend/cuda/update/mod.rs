@@ -346,6 +346,10 @@ impl<S: Storage> Update for Cuda<S> {
         Ok(squares)
     }
 
+    fn product_bits(&self) -> u32 {
+        if self.device().options().tf32 { 10 } else { 23 }
+    }
+
     fn average(&self, average: &mut Buffer<f32>, parameters: &Buffer<f32>, decay: f64) -> Result<()> {
         if average.len() != parameters.len() {
             let found = format!("{} and {}", average.len(), parameters.len());
