@@ -104,8 +104,12 @@ impl<B: Backend + Update> Trainer<B> {
         let program = model.plan(&input, batch_size, Mode::Training)?;
         let activations = program.activations(&backend)?;
         let (layout, _) = model.parameters().layout()?;
-        let plan = UpdatePlan::new(optimizer, &layout)?;
-        let arena = model.arena(&backend, seed, plan.slots.len())?;
+        if !optimizer.master && ema.is_some() {
+            return Err(Error::config("optimizer.ema", "needs parameters in f32, which master = false does not keep"));
+        }
+        let rounding = (!optimizer.master).then_some(seed);
+        let plan = UpdatePlan { rounding, ..UpdatePlan::new(optimizer, &layout)? };
+        let arena = model.arena_with(&backend, seed, plan.slots.len(), optimizer.master)?;
         let mut trainer = Trainer {
             average: None,
             backend,
