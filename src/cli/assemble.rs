@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::RunFileArgs;
 use crate::backend::Backend;
@@ -52,13 +52,15 @@ pub enum Opened {
     Cuda(Cuda<f32>),
     /// A CUDA device that stores activations in bf16.
     CudaBf16(Cuda<bf16>),
+    /// A CUDA device that stores activations in f16.
+    CudaF16(Cuda<f16>),
 }
 
-/// Opens the run's device. `auto` is the CPU until the CUDA backend has every operation.
+/// Opens the run's device; `graphs`: whether a GPU replays steps as graphs. `auto` is the CPU until the CUDA backend has every operation.
 ///
 /// # Errors
 /// No such device, or no emulator; an emulated device starts the program again and does not come back.
-pub fn open_device(run: &RunFile) -> Result<Opened> {
+pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
     let ordinal = match run.device {
         DeviceChoice::Auto | DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
         DeviceChoice::Cuda(ordinal) => ordinal as usize,
@@ -74,9 +76,10 @@ pub fn open_device(run: &RunFile) -> Result<Opened> {
         }
     };
     let tf32 = run.precision == Precision::Tf32;
-    let device = Device::open(DeviceOptions { ordinal, tf32, ..DeviceOptions::default() })?;
+    let device = Device::open(DeviceOptions { ordinal, tf32, graphs })?;
     Ok(match run.precision {
         Precision::Bf16 => Opened::CudaBf16(Cuda::new(device)),
+        Precision::F16 => Opened::CudaF16(Cuda::new(device)),
         Precision::F32 | Precision::Tf32 => Opened::Cuda(Cuda::new(device)),
     })
 }

@@ -47,6 +47,9 @@ pub(crate) struct Options {
     /// Print shapes, parameters, memory and arithmetic, and train nothing
     #[arg(long)]
     dry_run: bool,
+    /// Launch each kernel of a step by itself instead of replaying a CUDA graph, to find out which one fails
+    #[arg(long)]
+    no_graph: bool,
     /// Print JSON lines
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
@@ -59,7 +62,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let run_file = options.run.read()?;
     // Before anything is read: an emulated device starts the program again.
-    let device = open_device(&run_file)?;
+    let device = open_device(&run_file, !options.no_graph)?;
     let data = open_data(&run_file)?;
     if options.dry_run {
         print!("{}", dry_run(&run_file, &data)?);
@@ -81,6 +84,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         Opened::Cpu(backend) => go.train(backend),
         Opened::Cuda(backend) => go.train(backend),
         Opened::CudaBf16(backend) => go.train(backend),
+        Opened::CudaF16(backend) => go.train(backend),
     }
 }
 

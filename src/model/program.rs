@@ -1,8 +1,10 @@
 //! A planned program: operations in order, and a place for every activation.
 
+use std::ops::Range;
+
 use super::layer::Value;
 use super::planner::Row;
-use crate::backend::{Act, Activations, Backend, Op};
+use crate::backend::{Act, Activations, Backend, InputSlot, Op};
 use crate::error::Result;
 use crate::plan::{Lifetime, MemoryPlan};
 
@@ -35,19 +37,56 @@ pub struct Program<B: Backend> {
 }
 
 impl<B: Backend> Program<B> {
-    /// Memory for the activations.
+    /// Memory for the activations, with room for one batch.
     ///
     /// # Errors
     /// Not enough memory.
     pub fn activations(&self, backend: &B) -> Result<Activations<B>> {
-        let ranges = |plan: &MemoryPlan, lives: &[Lifetime]| {
+        self.activations_with_slots(backend, 1)
+    }
+
+    /// Memory for the activations, with room for so many batches.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    pub fn activations_with_slots(&self, backend: &B, slots: usize) -> Result<Activations<B>> {
+        let ranges = |plan: &MemoryPlan, lives: &[Lifetime]| -> Vec<Range<usize>> {
             plan.offsets.iter().zip(lives).map(|(&offset, life)| offset..offset + life.len).collect()
         };
+        let ranges_of_values = ranges(&self.values, &self.value_lifetimes);
+        let index_ranges = ranges(&self.indices, &self.index_lifetimes);
+        let (mut values_end, mut indices_end) = (self.values.peak, self.indices.peak);
+        let place = |end: &mut usize, planned: &Range<usize>, slot: usize| {
+            if slot == 0 {
+                return planned.clone();
+            }
+            let start = end.next_multiple_of(MemoryPlan::ALIGNMENT);
+            *end = start + planned.len();
+            start..*end
+        };
+        let slots = (0..slots).map(|slot| {
+            let mut inputs = InputSlot::default();
+            for value in [Some(self.input), self.target].into_iter().flatten() {
+                match value {
+                    Value::Real(act) => {
+                        let range = place(&mut values_end, &ranges_of_values[act.0 as usize], slot);
+                        inputs.values.push((act, range));
+                    }
+                    Value::Tokens(indices) => {
+                        let range = place(&mut indices_end, &index_ranges[indices.0 as usize], slot);
+                        inputs.indices.push((indices, range));
+                    }
+                }
+            }
+            inputs
+        });
+        let slots = slots.collect();
         Ok(Activations {
-            ranges: ranges(&self.values, &self.value_lifetimes),
-            index_ranges: ranges(&self.indices, &self.index_lifetimes),
-            values: backend.allocate(self.values.peak)?,
-            indices: backend.allocate(self.indices.peak)?,
+            ranges: ranges_of_values,
+            index_ranges,
+            values: backend.allocate(values_end)?,
+            indices: backend.allocate(indices_end)?,
+            slots,
             recording: B::Recording::default(),
         })
     }

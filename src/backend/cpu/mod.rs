@@ -46,6 +46,7 @@ impl<R: Real> Backend for Cpu<R> {
     type Recording = ();
     type Prepared = ();
     type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
+    const INPUT_SLOTS: usize = 1;
 
     fn description(&self) -> String {
         let threads = rayon::current_num_threads();

@@ -10,6 +10,8 @@
 mod muon;
 mod pieces;
 
+use std::collections::VecDeque;
+
 use rayon::prelude::*;
 
 use self::pieces::{Arrays, Piece, cut, squares};
@@ -17,6 +19,7 @@ use super::Cpu;
 use super::parallel::vectorize;
 use crate::backend::Arena;
 use crate::backend::ops::Update;
+use crate::backend::step::{self, Finished, Work};
 use crate::error::{Error, Result};
 use crate::optim::{Group, MomentumForm, NormClip, Rule, RuleStep, StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
@@ -26,6 +29,16 @@ use crate::real::Real;
 const PIECE: usize = 1 << 14;
 
 impl<R: Real> Update for Cpu<R> {
+    type Queue = VecDeque<Finished>;
+
+    fn submit(&self, queue: &mut VecDeque<Finished>, work: Work<'_, Self>) -> Result<()> {
+        step::at_once(self, queue, work)
+    }
+
+    fn finished(&self, queue: &mut VecDeque<Finished>, _: bool) -> Result<Option<Finished>> {
+        Ok(queue.pop_front())
+    }
+
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         let mut slots: Vec<&mut [R]> = arena.slots.iter_mut().map(Vec::as_mut_slice).collect();
         update(&mut arena.parameters, &mut arena.gradients, &mut slots, plan, step)
@@ -122,12 +135,7 @@ fn check<R>(parameters: &[R], gradients: &[R], slots: &[&mut [R]], plan: &Update
             format!("{:?}", lens.collect::<Vec<_>>()),
         ));
     }
-    let StepParams { learning_rate, divisor, step, .. } = *step;
-    if !learning_rate.is_finite() || !divisor.is_finite() || divisor <= 0.0 || step == 0 {
-        let found = format!("{learning_rate}, {divisor} and step {step}");
-        return Err(Error::shape("update", "a finite learning rate, a divisor above 0, steps counted from 1", found));
-    }
-    Ok(())
+    step.check()
 }
 
 /// `f` of every piece, in parallel, summed over the pieces of each tensor in their order.

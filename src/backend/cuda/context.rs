@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::module::{Image, image};
+use super::step::StepState;
 use crate::error::{Error, Result};
 
 /// The libraries that are named in errors with what installs them.
@@ -34,6 +35,7 @@ impl Default for DeviceOptions {
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    copy_stream: Arc<CudaStream>,
     options: DeviceOptions,
     name: String,
     capability: (i32, i32),
@@ -120,6 +122,7 @@ impl Device {
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let mut device = Device {
             stream: context.new_stream().map_err(fail)?,
+            copy_stream: context.new_stream().map_err(fail)?,
             name: context.name().map_err(fail)?,
             multiprocessors: usize::try_from(context.attribute(count).map_err(fail)?).unwrap_or(1),
             capability,
@@ -131,8 +134,10 @@ impl Device {
             step_state: 0,
             scratch: Mutex::default(),
         };
-        device.step_state = device.allocate(STEP_STATE_BYTES)?;
-        device.fill_zero(device.step_state, STEP_STATE_BYTES)?;
+        device.step_state = device.allocate(size_of::<StepState>())?;
+        // Losses are scaled by trainers, which say so.
+        let state = StepState { loss_scale: 1.0, ..StepState::default() };
+        device.write(device.step_state, bytemuck::bytes_of(&state))?;
         Ok(Arc::new(device))
     }
 
@@ -171,6 +176,20 @@ impl Device {
 
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// The stream that batches are copied on.
+    pub(super) fn copy_stream(&self) -> &Arc<CudaStream> {
+        &self.copy_stream
+    }
+
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// Keeps an error of something that cannot return one, for the next [`Device::synchronize`].
+    pub(super) fn record<T>(&self, result: std::result::Result<T, DriverError>) {
+        self.context.record_err(result);
     }
 
     /// The products' library, opened on first use.
@@ -344,8 +363,6 @@ impl Device {
     }
 }
 
-/// Bytes of `StepState` (kernels/common.cuh).
-const STEP_STATE_BYTES: usize = 8;
 /// Bytes of shared memory that need no permission.
 const STATIC_SHARED: u32 = 48 << 10;
 

@@ -17,6 +17,7 @@ mod pending;
 mod product;
 mod profile;
 mod recording;
+mod step;
 pub mod update;
 
 pub use buffer::Buffer;
@@ -25,6 +26,7 @@ pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
 pub use profile::KernelTime;
 pub use recording::Recording;
+pub use step::Queue;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -115,6 +117,7 @@ impl<S: Storage> Backend for Cuda<S> {
     type Recording = Recording;
     type Prepared = Option<update::Prepared>;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Buffer<T>;
+    const INPUT_SLOTS: usize = 2;
 
     fn description(&self) -> String {
         format!("{}, {}", self.device.name(), self.device.precision_name(S::NAME))
