@@ -47,8 +47,11 @@ fn main() -> Result<()> {
         }
         None => String::new(),
     };
+    let release = nvcc.as_deref().and_then(release);
     let generated = format!(
-        "/// Fatbins by the name of their source; none where no nvcc was found.\n\
+        "/// The release of the nvcc that compiled the kernels.\n\
+         pub(super) const NVCC: Option<&str> = {release:?};\n\
+         /// Fatbins by the name of their source; none where no nvcc was found.\n\
          pub(super) const FATBINS: &[(&str, &[u8])] = &[\n{fatbins}];\n\
          /// CUDA sources by name.\n\
          pub(super) const SOURCES: &[(&str, &str)] = &[\n{}];\n\
@@ -102,6 +105,14 @@ fn find_nvcc() -> Option<PathBuf> {
 
 fn works(nvcc: &Path) -> bool {
     Command::new(nvcc).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// The release that nvcc's last lines tell: `13.0.88` of `Cuda compilation tools, release 13.0, V13.0.88`.
+fn release(nvcc: &Path) -> Option<String> {
+    let output = Command::new(nvcc).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (_, after) = text.rsplit_once(", V")?;
+    after.split_whitespace().next().map(str::to_owned)
 }
 
 /// `nvidia/cu13/bin` in the package folders of a virtual environment and of the Python on the path.

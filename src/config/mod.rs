@@ -252,7 +252,7 @@ fn precision(run: &mut Section, device: DeviceChoice) -> Result<Precision> {
         ("f16", None),
     ];
     let found = run.choice_or("precision", &choices, "f32")?;
-    if matches!(device, DeviceChoice::Auto | DeviceChoice::Cpu) && found != Some(Precision::F32) {
+    if device == DeviceChoice::Cpu && found != Some(Precision::F32) {
         return Err(run.error("precision", "the CPU computes in f32; expected \"f32\" (the others need a CUDA device)"));
     }
     found.ok_or_else(|| run.error("precision", "f16 needs a loss scale, which Warpstep has not yet; use \"bf16\""))

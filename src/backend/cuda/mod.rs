@@ -4,12 +4,16 @@
 //! products), then recorded as a CUDA graph, and replayed from then on.
 
 mod activation;
+mod alias;
+pub mod auto;
 mod buffer;
 mod context;
+pub mod doctor;
 mod dropout;
 mod elementwise;
 pub mod emulated;
 mod launch;
+pub mod libraries;
 mod linear;
 mod loss;
 mod module;
