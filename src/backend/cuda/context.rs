@@ -108,6 +108,20 @@ impl Device {
         // SAFETY: every buffer of this backend is used on the one stream below, in its order, so no event need guard it; and
         // events would be illegal within a capture.
         unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(fail)?;
+        Self::on_stream(&stream, options)
+    }
+
+    /// The device of a stream that somebody else made, in a context of their own: all work is queued on that stream, in its
+    /// order. `options.ordinal` is not looked at.
+    ///
+    /// # Errors
+    /// A device that is too old, or that failed.
+    pub fn on_stream(stream: &Arc<CudaStream>, options: DeviceOptions) -> Result<Arc<Self>> {
+        let context = stream.context().clone();
+        let options = DeviceOptions { ordinal: context.ordinal(), ..options };
+        let fail = |error| driver_error(&format!("open device {}", options.ordinal), error);
+        context.bind_to_thread().map_err(fail)?;
         let capability = context.compute_capability().map_err(fail)?;
         if capability.0 < 8 {
             return Err(Error::Device(format!(
@@ -119,7 +133,7 @@ impl Device {
         }
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let mut device = Device {
-            stream: context.new_stream().map_err(fail)?,
+            stream: stream.clone(),
             name: context.name().map_err(fail)?,
             multiprocessors: usize::try_from(context.attribute(count).map_err(fail)?).unwrap_or(1),
             capability,

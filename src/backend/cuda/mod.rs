@@ -23,6 +23,9 @@ mod profile;
 mod recording;
 pub mod update;
 
+/// The bindings, so that a program that owns its device memory can name the same release of them.
+pub use cudarc;
+
 pub use buffer::Buffer;
 pub use context::{Device, DeviceOptions};
 pub use context::{device_count, is_driver_present};
