@@ -9,6 +9,7 @@ pub mod cuda;
 mod memory;
 pub mod op;
 pub mod ops;
+pub mod profile;
 
 pub use memory::{Act, Activations, Arena, Grad, Indices, Memory, Param, State, disjoint};
 pub use op::{Op, StepContext, Use};

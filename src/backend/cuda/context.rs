@@ -40,6 +40,8 @@ pub struct Device {
     multiprocessors: usize,
     loaded: Mutex<Loaded>,
     timings: Mutex<Option<Vec<super::profile::Timing>>>,
+    /// The operation that kernels belong to, while they are timed.
+    pub(super) operation: Mutex<Option<&'static str>>,
     blas: std::sync::OnceLock<super::product::Blas>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
@@ -141,6 +143,7 @@ impl Device {
             options,
             loaded: Mutex::default(),
             timings: Mutex::default(),
+            operation: Mutex::default(),
             blas: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
@@ -339,7 +342,6 @@ impl Device {
     }
 
     /// Copies within the device, in the order of the stream.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller owns as many bytes at both addresses.

@@ -305,8 +305,9 @@ fn multiplied<B: Backend>(backend: &B) -> Result<Vec<f64>> {
 fn check_product(backend: &Cuda<f32>) -> Result<()> {
     // Sums of 30 values of at most 1 each: their roundings, twice.
     let allowed = 2.0 * 30.0 * 30.0 * f64::from(f32::EPSILON);
+    let wrong = |difference: f64| difference.is_nan() || difference.abs() > allowed;
     let (found, expected) = (multiplied(backend)?, multiplied(&Cpu::<f64>::new())?);
-    match found.iter().zip(&expected).position(|(found, expected)| !((found - expected).abs() <= allowed)) {
+    match found.iter().zip(&expected).position(|(found, expected)| wrong(found - expected)) {
         None => Ok(()),
         Some(at) => Err(Error::Device(format!(
             "a product by cuBLASLt gives {:e} where the CPU gives {:e} (value {at}): the device, its driver or the library is \

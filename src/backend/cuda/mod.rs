@@ -30,7 +30,6 @@ pub use buffer::Buffer;
 pub use context::{Device, DeviceOptions};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
-pub use profile::KernelTime;
 pub use recording::Recording;
 
 use std::marker::PhantomData;

@@ -3,6 +3,7 @@
 use cudarc::driver::{CudaGraph, sys};
 
 use super::context::driver_error;
+use super::profile::ranged;
 use super::{Cuda, Storage};
 use crate::backend::{Memory, Op, StepContext};
 use crate::error::{Error, Result};
@@ -45,7 +46,9 @@ pub(super) fn run<S: Storage>(
 ) -> Result<()> {
     let device = backend.device();
     device.write(device.step_state(), &step.micro_step.to_ne_bytes())?;
-    let eager = |memory: &mut Memory<'_, Cuda<S>>| program.iter().try_for_each(|op| op.run(backend, memory, step));
+    let eager = |memory: &mut Memory<'_, Cuda<S>>| {
+        program.iter().try_for_each(|op| ranged(op.name(), || op.run(backend, memory, step)))
+    };
     if !device.options().graphs || device.is_timing() {
         return eager(memory);
     }
