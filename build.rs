@@ -17,9 +17,20 @@ const TARGETS: &[&str] = &[
     "arch=compute_80,code=compute_80",
 ];
 
-/// Fused multiply-adds are explicit in the source, so that the CPU can do the same; warnings are errors.
-const FLAGS: &[&str] =
-    &["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "--no-compress", "-Werror", "all-warnings"];
+/// Fused multiply-adds are explicit in the source, so that the CPU can do the same; warnings are errors. What ptxas tells of
+/// registers and spills is kept beside each fatbin, for scripts/kernel-report.
+const FLAGS: &[&str] = &[
+    "-fatbin",
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-lineinfo",
+    "--no-compress",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v",
+];
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -179,7 +190,7 @@ fn compile(nvcc: &Path, source: &Path, fatbin: &Path) -> std::result::Result<(),
     }
     let output = command.arg("-o").arg(fatbin).arg(source).output().map_err(|error| error.to_string())?;
     if output.status.success() {
-        return Ok(());
+        return fs::write(fatbin.with_extension("ptxas"), output.stderr).map_err(|error| error.to_string());
     }
     Err(format!(
         "{} does not compile:\n{}{}",
