@@ -9,6 +9,7 @@ pub mod cuda;
 mod memory;
 pub mod op;
 pub mod ops;
+pub mod profile;
 pub mod step;
 
 pub use memory::{Act, Activations, Arena, Grad, Indices, InputSlot, Memory, Param, State, disjoint};

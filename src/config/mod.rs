@@ -250,7 +250,7 @@ fn precision(run: &mut Section, device: DeviceChoice) -> Result<Precision> {
     let choices =
         [("f32", Precision::F32), ("tf32", Precision::Tf32), ("bf16", Precision::Bf16), ("f16", Precision::F16)];
     let found = run.choice_or("precision", &choices, "f32")?;
-    if matches!(device, DeviceChoice::Auto | DeviceChoice::Cpu) && found != Precision::F32 {
+    if device == DeviceChoice::Cpu && found != Precision::F32 {
         return Err(run.error("precision", "the CPU computes in f32; expected \"f32\" (the others need a CUDA device)"));
     }
     Ok(found)

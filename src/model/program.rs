@@ -3,10 +3,23 @@
 use std::ops::Range;
 
 use super::layer::Value;
+use super::parameters::ParamTable;
 use super::planner::Row;
-use crate::backend::{Act, Activations, Backend, InputSlot, Op};
+use crate::backend::{Act, Activations, Backend, InputSlot, Op, Use};
 use crate::error::Result;
 use crate::plan::{Lifetime, MemoryPlan};
+
+/// What an operation must move and compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpCost {
+    /// The operation's name.
+    pub name: &'static str,
+    /// Bytes of all that it names, each once, as it is stored: what it would move if caches held nothing between operations and
+    /// everything within one. An operation that touches a part alone, such as rows of an embedding, moves less.
+    pub bytes: u64,
+    /// Floating-point operations.
+    pub flops: u64,
+}
 
 /// Everything that runs for one batch, planned once for its shape.
 pub struct Program<B: Backend> {
@@ -94,6 +107,34 @@ impl<B: Backend> Program<B> {
     /// Floating-point operations of one run.
     pub fn flops(&self) -> u64 {
         self.ops.iter().map(|op| op.flops()).sum()
+    }
+
+    /// What each operation must move and compute, in their order. `parameters` are those of the program's model.
+    ///
+    /// # Errors
+    /// What [`ParamTable::layout`] reports.
+    pub fn costs(&self, parameters: &ParamTable) -> Result<Vec<OpCost>> {
+        let (_, ranges) = parameters.layout()?;
+        let states = parameters.state_layout()?;
+        let [storage, real] = [size_of::<B::Storage>(), size_of::<B::Real>()];
+        let size = |used: Use| match used {
+            Use::Activation(act) => self.value_lifetimes[act.0 as usize].len * storage,
+            Use::Indices(indices) => self.index_lifetimes[indices.0 as usize].len * size_of::<i32>(),
+            Use::Parameter(param) => ranges[param.0 as usize].len() * storage,
+            // What is added to is read as well.
+            Use::Gradient(grad) => ranges[grad.param.0 as usize].len() * real * if grad.first { 1 } else { 2 },
+            Use::State(state) => states.entries()[state.0 as usize].range().len() * real,
+        };
+        let cost = |op: &dyn Op<B>| {
+            let mut named: Vec<Use> = Vec::new();
+            op.uses(&mut |used| {
+                if !named.contains(&used) {
+                    named.push(used);
+                }
+            });
+            OpCost { name: op.name(), bytes: named.into_iter().map(|used| size(used) as u64).sum(), flops: op.flops() }
+        };
+        Ok(self.ops.iter().map(|op| cost(&**op)).collect())
     }
 
     /// Bytes of activations at `element_bytes` a value, whole numbers included.

@@ -17,6 +17,7 @@ mod loss;
 mod parallel;
 mod pool;
 mod product;
+mod profile;
 mod update;
 
 pub use update::{average, update};

@@ -42,6 +42,8 @@ pub struct Device {
     multiprocessors: usize,
     loaded: Mutex<Loaded>,
     timings: Mutex<Option<Vec<super::profile::Timing>>>,
+    /// The operation that kernels belong to, while they are timed.
+    pub(super) operation: Mutex<Option<&'static str>>,
     blas: std::sync::OnceLock<super::product::Blas>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
@@ -110,6 +112,20 @@ impl Device {
         // SAFETY: every buffer of this backend is used on the one stream below, in its order, so no event need guard it; and
         // events would be illegal within a capture.
         unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(fail)?;
+        Self::on_stream(&stream, options)
+    }
+
+    /// The device of a stream that somebody else made, in a context of their own: all work is queued on that stream, in its
+    /// order. `options.ordinal` is not looked at.
+    ///
+    /// # Errors
+    /// A device that is too old, or that failed.
+    pub fn on_stream(stream: &Arc<CudaStream>, options: DeviceOptions) -> Result<Arc<Self>> {
+        let context = stream.context().clone();
+        let options = DeviceOptions { ordinal: context.ordinal(), ..options };
+        let fail = |error| driver_error(&format!("open device {}", options.ordinal), error);
+        context.bind_to_thread().map_err(fail)?;
         let capability = context.compute_capability().map_err(fail)?;
         if capability.0 < 8 {
             return Err(Error::Device(format!(
@@ -121,7 +137,7 @@ impl Device {
         }
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let mut device = Device {
-            stream: context.new_stream().map_err(fail)?,
+            stream: stream.clone(),
             copy_stream: context.new_stream().map_err(fail)?,
             name: context.name().map_err(fail)?,
             multiprocessors: usize::try_from(context.attribute(count).map_err(fail)?).unwrap_or(1),
@@ -130,6 +146,7 @@ impl Device {
             options,
             loaded: Mutex::default(),
             timings: Mutex::default(),
+            operation: Mutex::default(),
             blas: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
@@ -344,7 +361,6 @@ impl Device {
     }
 
     /// Copies within the device, in the order of the stream.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller owns as many bytes at both addresses.

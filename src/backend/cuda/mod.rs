@@ -4,12 +4,16 @@
 //! products), then recorded as a CUDA graph, and replayed from then on.
 
 mod activation;
+mod alias;
+pub mod auto;
 mod buffer;
 mod context;
+pub mod doctor;
 mod dropout;
 mod elementwise;
 pub mod emulated;
 mod launch;
+pub mod libraries;
 mod linear;
 mod loss;
 mod module;
@@ -20,11 +24,13 @@ mod recording;
 mod step;
 pub mod update;
 
+/// The bindings, so that a program that owns its device memory can name the same release of them.
+pub use cudarc;
+
 pub use buffer::Buffer;
 pub use context::{Device, DeviceOptions};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
-pub use profile::KernelTime;
 pub use recording::Recording;
 pub use step::Queue;
 

@@ -3,6 +3,7 @@
 use cudarc::driver::{CudaGraph, sys};
 
 use super::context::driver_error;
+use super::profile::ranged;
 use super::{Cuda, Storage};
 use crate::backend::{Activations, Arena, Memory, Op, StepContext};
 use crate::error::{Error, Result};
@@ -61,7 +62,7 @@ pub(super) fn each<S: Storage>(
     memory: &mut Memory<'_, Cuda<S>>,
     step: &StepContext,
 ) -> Result<()> {
-    program.iter().try_for_each(|op| op.run(backend, memory, step))
+    program.iter().try_for_each(|op| ranged(op.name(), || op.run(backend, memory, step)))
 }
 
 /// Runs a program: the first time as it is, the second time while it is recorded, from then on by replay.

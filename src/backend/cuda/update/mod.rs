@@ -3,6 +3,7 @@
 //! The clip's coefficient, the decision to skip and the count of applied updates stay on the device. [`Prepared`] is the update
 //! alone, for arenas of any owner.
 
+mod borrowed;
 mod muon;
 mod plan;
 
