@@ -4,6 +4,7 @@
 //! its backward, into a [`Planner`]. The result is a [`Program`]: a flat list of operations with a static memory plan,
 //! which a backend runs (or records once and replays).
 
+mod fuse;
 pub mod interop;
 mod layer;
 pub mod layers;
