@@ -57,6 +57,9 @@ pub(crate) struct Options {
     /// Time each operation for N micro-batches, and print a table of times beside their floors at the end (kept as profile.json)
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "20")]
     profile: Option<u64>,
+    /// Replay a sample of every Nth update by the plain rule, and stop where it differs (run.shadow_every_steps)
+    #[arg(long, value_name = "N")]
+    shadow: Option<u64>,
     /// Print JSON lines
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
@@ -67,7 +70,9 @@ pub(crate) struct Options {
 
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let run_file = options.run.read()?;
+    let mut arguments = options.run;
+    arguments.set.extend(options.shadow.map(|every| format!("run.shadow_every_steps={every}")));
+    let run_file = arguments.read()?;
     // Before anything is read: an emulated device starts the program again.
     let device = open_device(&run_file, !options.no_graph)?;
     let data = open_data(&run_file)?;

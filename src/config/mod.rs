@@ -84,7 +84,7 @@ pub struct RunFile {
 }
 
 /// Keys that do not decide the numbers of a run.
-const NOT_IDENTITY: [&str; 6] = ["name", "out", "base", "device", "threads", "log_every_steps"];
+const NOT_IDENTITY: [&str; 7] = ["name", "out", "base", "device", "threads", "log_every_steps", "shadow_every_steps"];
 
 impl RunFile {
     /// Reads and checks a run file, with `--set` assignments applied.
@@ -273,6 +273,7 @@ fn train_options(
     };
     let log_every_steps = run.or("log_every_steps", defaults.log_every_steps)?;
     let max_skipped_steps = run.or("max_skipped_steps", defaults.max_skipped_steps)?;
+    let shadow_every_steps = run.optional("shadow_every_steps")?;
     let mut evaluate = root.section("evaluate")?;
     let evaluate_cadence = cadence(&mut evaluate, defaults.evaluate)?;
     let evaluate_batches = evaluate.optional("batches")?;
@@ -309,6 +310,7 @@ fn train_options(
         early_stopping,
         ema,
         max_skipped_steps,
+        shadow_every_steps,
     })
 }
 

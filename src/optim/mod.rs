@@ -17,11 +17,13 @@
 
 mod clip;
 mod group;
+mod rounding;
 mod rule;
 mod schedule;
 
 pub use clip::{Clip, NormClip};
 pub use group::{Group, GroupPattern, OptimizerOptions, TensorPlan, UpdatePlan};
+pub use rounding::round_stochastically;
 pub use rule::{MomentumForm, MuonScale, Rule, RuleStep};
 pub use schedule::{Decay, Schedule};
 
@@ -62,6 +64,8 @@ pub struct StepOutcome {
     pub grad_norm: f64,
     /// The least factor that a norm clip multiplied gradients by; 1 when it did nothing.
     pub clip_coefficient: f64,
+    /// Values that the value clip changed; 0 without one.
+    pub clamped: u64,
     /// Whether the norm was not finite, so that nothing was changed.
     pub skipped: bool,
 }

@@ -8,9 +8,11 @@ use std::time::Instant;
 
 use super::checkpoint::{self, RunState, Which};
 use super::files;
+use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
+use super::shadow::Shadow;
 use super::step::{LossSums, StepReport, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use crate::backend::Backend;
@@ -87,6 +89,7 @@ pub fn train<B: Backend + Update>(run: Run<B>, observers: &mut [&mut dyn Observe
         options: run.options,
         peak: run.optimizer.learning_rate,
         clips: run.optimizer.clip.norm != NormClip::Off,
+        clamps: run.optimizer.clip.value.is_some(),
         schedule: run.schedule,
         splits: run.splits,
         prefetch: run.prefetch,
@@ -167,6 +170,8 @@ struct Interval {
     sums: LossSums,
     steps: u64,
     clipped: u64,
+    clamped: u64,
+    shadow_ulp: Option<f64>,
     samples: u64,
     seconds: f64,
 }
@@ -184,6 +189,7 @@ struct Loop<B: Backend + Update> {
     options: TrainOptions,
     peak: f64,
     clips: bool,
+    clamps: bool,
     schedule: Schedule,
     splits: Splits,
     prefetch: Prefetch,
@@ -241,7 +247,9 @@ impl<B: Backend + Update> Loop<B> {
         let mut end = End::Completed;
         self.stopwatch = Some(Instant::now());
         while self.trainer.queued().step < self.steps {
-            if !self.queue_step()? {
+            let watched = due(self.options.shadow_every_steps, self.trainer.queued().step + 1);
+            let queued = if watched { self.watched_step(observers)? } else { self.queue_step()? };
+            if !queued {
                 return Ok(Outcome { end: End::Abandoned, summary: None });
             }
             let step = self.trainer.queued().step;
@@ -279,15 +287,52 @@ impl<B: Backend + Update> Loop<B> {
 
     /// Queues one step. Returns whether to go on: not when the run is to be abandoned.
     fn queue_step(&mut self) -> Result<bool> {
-        let rate = self.schedule.at(self.trainer.queued().step, self.steps, self.peak);
-        for micro_batch in 1..=self.options.accumulate {
-            if self.abandon_at.is_some_and(|at| self.trainer.queued().micro_step >= at) {
+        let rate = self.rate_of_next();
+        (1..=self.options.accumulate).try_fold(true, |on, micro_batch| {
+            Ok(on && self.queue_micro_batch((micro_batch == self.options.accumulate).then_some(rate))?)
+        })
+    }
+
+    /// The learning rate of the step that is queued next.
+    fn rate_of_next(&self) -> f64 {
+        self.schedule.at(self.trainer.queued().step, self.steps, self.peak)
+    }
+
+    /// Queues a micro-batch, and given a learning rate the update after it. Returns whether to go on.
+    fn queue_micro_batch(&mut self, rate: Option<f64>) -> Result<bool> {
+        if self.abandon_at.is_some_and(|at| self.trainer.queued().micro_step >= at) {
+            return Ok(false);
+        }
+        let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
+        self.trainer.queue(&batch, rate)?;
+        self.loader.recycle(batch);
+        Ok(true)
+    }
+
+    /// Takes one step whose update is replayed by the plain rule, everything before it waited for. Returns whether to go on.
+    fn watched_step(&mut self, observers: &mut [&mut dyn Observer]) -> Result<bool> {
+        let rate = self.rate_of_next();
+        for _ in 0..self.options.accumulate {
+            if !self.queue_micro_batch(None)? {
                 return Ok(false);
             }
-            let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
-            self.trainer.queue(&batch, (micro_batch == self.options.accumulate).then_some(rate))?;
-            self.loader.recycle(batch);
         }
+        while let Some(report) = self.trainer.finished(true)? {
+            self.take_report(report, observers)?;
+        }
+        let params = self.trainer.step_params(rate)?;
+        let shadow = Shadow::new(self.options.seed);
+        let (backend, arena, plan) = (self.trainer.backend(), self.trainer.arena(), self.trainer.update_plan());
+        let watched = shadow.before(backend, arena, plan, &params)?;
+        self.trainer.queue_update(rate)?;
+        let Some(report) = self.trainer.finished(true)? else {
+            return Err(Error::Training("the update that was queued did not end".into()));
+        };
+        let (backend, arena, plan) = (self.trainer.backend(), self.trainer.arena(), self.trainer.update_plan());
+        let found = watched.after(backend, arena, plan, &params, &report.outcome)?;
+        let worst = self.interval.shadow_ulp.map_or(found.ulp, |ulp| ulp.max(found.ulp));
+        self.interval.shadow_ulp = Some(worst);
+        self.take_report(report, observers)?;
         Ok(true)
     }
 
@@ -302,6 +347,7 @@ impl<B: Backend + Update> Loop<B> {
         interval.samples += samples;
         interval.steps += 1;
         interval.clipped += u64::from(outcome.clip_coefficient < 1.0);
+        interval.clamped += outcome.clamped;
         if let Some(since) = self.stopwatch.replace(Instant::now()) {
             let seconds = since.elapsed().as_secs_f64();
             interval.seconds += seconds;
@@ -335,6 +381,9 @@ impl<B: Backend + Update> Loop<B> {
             grad_norm: None,
             skipped: self.state.skipped_steps,
             clipped: None,
+            clamped: None,
+            norm_share: None,
+            shadow_ulp: None,
             samples_per_s: None,
             tokens_per_s: None,
             mfu: None,
@@ -343,19 +392,26 @@ impl<B: Backend + Update> Loop<B> {
     }
 
     fn record_training(&mut self, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        let Interval { losses, sums, steps, clipped, samples, seconds } = std::mem::take(&mut self.interval);
+        let Interval { losses, sums, steps, clipped, clamped, shadow_ulp, samples, seconds } =
+            std::mem::take(&mut self.interval);
         if steps == 0 {
             return Ok(());
         }
         let loss = losses / steps as f64;
         let accuracy = has_accuracy(&*self.splits.train).then(|| sums.accuracy());
         let speed = samples as f64 / seconds;
+        let layout = &self.trainer.arena().layout;
+        let values = (steps * layout.parameters() as u64) as f64;
+        let squares = self.trainer.backend().norm_squares(self.trainer.arena())?;
         let record = Record {
             loss,
             accuracy,
             lr: Some(self.last_step.rate),
             grad_norm: self.last_step.norm.is_finite().then_some(self.last_step.norm),
             clipped: self.clips.then(|| clipped as f64 / steps as f64),
+            clamped: self.clamps.then(|| clamped as f64 / values),
+            norm_share: NormShare::largest(layout, &squares, LAYERS),
+            shadow_ulp,
             samples_per_s: self.tokens_per_sample.is_none().then_some(speed),
             tokens_per_s: self.tokens_per_sample.map(|tokens| speed * tokens as f64),
             ..self.blank_record(SplitName::Train)

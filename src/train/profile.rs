@@ -3,6 +3,7 @@
 
 mod table;
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -239,6 +240,10 @@ impl<B: Profiled> Op<B> for Clocked<B> {
 
     fn flops(&self) -> u64 {
         self.op.flops()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self.op.as_any()
     }
 
     fn run(&self, backend: &B, memory: &mut Memory<'_, B>, step: &StepContext) -> Result<()> {

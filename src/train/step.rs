@@ -97,8 +97,8 @@ pub struct Trainer<B: Backend + Update> {
     counters: Counters,
     /// Micro-batches and steps that were queued, finished ones counted.
     queued: Counters,
-    /// Samples of each micro-batch in the queue.
-    samples: VecDeque<usize>,
+    /// Samples of each micro-batch in the queue; none for an update alone.
+    samples: VecDeque<Option<usize>>,
     /// What the micro-batches of the oldest unfinished step found.
     begun: StepReport,
 }
@@ -281,21 +281,41 @@ impl<B: Backend + Update> Trainer<B> {
         };
         let Planned { program, activations } = &mut self.training;
         let pass = pass(program, activations, batch, context)?;
-        let update = learning_rate.map(|learning_rate| UpdateWork {
+        let params = learning_rate.map(|rate| step_params(rate, self.counters, self.accumulate));
+        let update = params.map(|params| UpdateWork {
             plan: &self.plan,
-            params: StepParams {
-                learning_rate,
-                step: self.counters.applied + 1,
-                divisor: f64::from(self.accumulate),
-                zero_gradients: false,
-            },
+            params,
             average: self.average.as_mut().map(|(decay, average)| (*decay, average)),
         });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(pass), update })?;
-        self.samples.push_back(batch.samples);
+        self.samples.push_back(Some(batch.samples));
         self.queued.micro_step += 1;
         self.queued.step += u64::from(learning_rate.is_some());
         Ok(())
+    }
+
+    /// Queues the update that ends a step whose micro-batches were queued without one.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn queue_update(&mut self, learning_rate: f64) -> Result<()> {
+        let params = step_params(learning_rate, self.counters, self.accumulate);
+        let average = self.average.as_mut().map(|(decay, average)| (*decay, average));
+        let update = Some(UpdateWork { plan: &self.plan, params, average });
+        self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: None, update })?;
+        self.samples.push_back(None);
+        self.queued.step += 1;
+        Ok(())
+    }
+
+    /// What the update after everything that is finished is told, the loss scale in its divisor.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn step_params(&self, learning_rate: f64) -> Result<StepParams> {
+        let params = step_params(learning_rate, self.counters, self.accumulate);
+        let scale = self.loss_scale()?.map_or(1.0, |loss_scale| f64::from(loss_scale.scale));
+        Ok(StepParams { divisor: params.divisor * scale, ..params })
     }
 
     /// What the oldest step found that nobody has taken yet: none where it is not done, and, with `wait`, where none is left.
@@ -304,11 +324,13 @@ impl<B: Backend + Update> Trainer<B> {
     /// A device that failed.
     pub fn finished(&mut self, wait: bool) -> Result<Option<StepReport>> {
         while let Some(Finished { metrics, outcome }) = self.backend.finished(&mut self.queue, wait)? {
-            let sums = LossSums::new(metrics);
-            self.counters.micro_step += 1;
-            self.begun.loss += sums.mean() / f64::from(self.accumulate);
-            self.begun.sums.add(sums);
-            self.begun.samples += self.samples.pop_front().unwrap_or(0) as u64;
+            if let Some(samples) = self.samples.pop_front().flatten() {
+                let sums = LossSums::new(metrics);
+                self.counters.micro_step += 1;
+                self.begun.loss += sums.mean() / f64::from(self.accumulate);
+                self.begun.sums.add(sums);
+                self.begun.samples += samples as u64;
+            }
             if let Some(outcome) = outcome {
                 self.counters.step += 1;
                 self.counters.applied += u64::from(!outcome.skipped);
@@ -358,6 +380,11 @@ impl<B: Backend + Update> Trainer<B> {
         std::mem::swap(average, &mut self.arena.parameters);
         self.backend.parameters_changed(&mut self.arena)
     }
+}
+
+/// What the update after `counters` is told.
+fn step_params(learning_rate: f64, counters: Counters, accumulate: u32) -> StepParams {
+    StepParams { learning_rate, step: counters.applied + 1, divisor: f64::from(accumulate), zero_gradients: false }
 }
 
 /// The run of a program over a batch.

@@ -115,7 +115,8 @@ impl Trace {
         let mut next = own;
         if last.clock >= self.start {
             if last.block != slot {
-                if !write {
+                // A read that this one is ordered after needs no memory: what is ordered after this one is after both.
+                if !write && self.conflicts(Entry { bytes, ..last }, who, bytes) {
                     next.block = BLOCKS;
                 }
             } else if last.clock >= who.epoch {

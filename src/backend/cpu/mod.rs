@@ -20,7 +20,7 @@ mod product;
 mod profile;
 mod update;
 
-pub use update::{average, update};
+pub use update::{average, update, update_bf16};
 
 use std::marker::PhantomData;
 
@@ -45,7 +45,8 @@ impl<R: Real> Backend for Cpu<R> {
     type Real = R;
     type Storage = R;
     type Recording = ();
-    type Prepared = ();
+    /// The sum of squares of each tensor's gradients at the last update.
+    type Prepared = Vec<f64>;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
     const INPUT_SLOTS: usize = 1;
 

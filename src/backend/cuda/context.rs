@@ -23,11 +23,13 @@ pub struct DeviceOptions {
     pub tf32: bool,
     /// Whether programs are recorded and replayed as CUDA graphs.
     pub graphs: bool,
+    /// Whether a small arena is updated in one cooperative launch.
+    pub persistent_update: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        DeviceOptions { ordinal: 0, tf32: false, graphs: true }
+        DeviceOptions { ordinal: 0, tf32: false, graphs: true, persistent_update: true }
     }
 }
 

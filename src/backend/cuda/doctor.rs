@@ -282,11 +282,12 @@ fn multiplied<B: Backend>(backend: &B) -> Result<Vec<f64>> {
         index_ranges: Vec::new(),
         values: backend.allocate(start + lens[1])?,
         indices: backend.allocate(0)?,
+        slots: Vec::new(),
         recording: B::Recording::default(),
     };
     let (x, y) = (Act(0), Act(1));
     let (weight, bias) = (Param(0), Some(Param(1)));
-    let product = LinearForward { x, weight, bias, y, rows: ROWS, inputs: INPUTS, outputs: OUTPUTS };
+    let product = LinearForward { x, weight, bias, y, activation: None, rows: ROWS, inputs: INPUTS, outputs: OUTPUTS };
     let program: Vec<Box<dyn Op<B>>> = vec![Box::new(product)];
     let mut all = Vec::new();
     for stream in 2..5 {

@@ -8,6 +8,7 @@ mod alias;
 pub mod auto;
 mod buffer;
 mod context;
+mod cooperative;
 pub mod doctor;
 mod dropout;
 mod elementwise;

@@ -42,6 +42,13 @@ pub trait Update: Backend {
     /// An arena that does not fit the plan, or a device that failed.
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome>;
 
+    /// The sum of squares of each tensor's gradients at the last update, in arena order, as the norm was summed: after the
+    /// division and the value clip, before the norm clip. Empty before the first update. Waits for the device.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>>;
+
     /// `average = decay * average + (1 - decay) * parameters`.
     ///
     /// # Errors

@@ -13,8 +13,6 @@ use crate::plan::ALIGNMENT;
 
 /// What an address must be a multiple of.
 const ADDRESS_ALIGNMENT: u64 = 16;
-/// The types of gradients and copy that there are kernels for.
-const TYPES: [[&str; 2]; 5] = [["f32", "f32"], ["f32", "bf16"], ["f32", "f16"], ["bf16", "bf16"], ["f16", "f16"]];
 
 impl Prepared {
     /// Number of elements that every array must have: the padded length of the plan's layout.
@@ -72,7 +70,7 @@ impl Prepared {
             gradients: checks.address("gradients", gradients, &mut guards)?,
             copy: 0,
             slots: [0; 2],
-            types: [G::NAME, C::NAME],
+            types: ["f32", G::NAME, C::NAME],
         };
         if let Some(copy) = copy {
             arrays.copy = checks.address("the copy", copy, &mut guards)?;
@@ -97,11 +95,7 @@ impl Prepared {
     /// read and write; no two overlap; and nothing else reads or writes them from now until this returns, other than what is
     /// queued on this device's stream already.
     pub unsafe fn update_at(&mut self, arrays: &Arrays, step: &StepParams) -> Result<StepOutcome> {
-        if !TYPES.contains(&arrays.types) {
-            let found = format!("{} and {}", arrays.types[0], arrays.types[1]);
-            let expected = "gradients and copy of f32 and any type, or both of bf16 or f16";
-            return Err(Error::shape("update", expected, found));
-        }
+        self.check_types(arrays.types, arrays.copy != 0)?;
         let needed =
             [arrays.parameters, arrays.gradients].into_iter().chain(arrays.slots).take(2 + self.plan.slots.len());
         if needed.clone().any(|address| address == 0) {
@@ -113,7 +107,7 @@ impl Prepared {
         }
         self.device.bind()?;
         self.prepare(step)?;
-        self.queue(arrays, step.zero_gradients)?;
+        self.queue(arrays, step.zero_gradients, self.params.address_of(0))?;
         self.outcome()
     }
 }
