@@ -43,6 +43,8 @@ pub enum Precision {
     Tf32,
     /// Activations and a copy of the parameters in bf16, the parameters themselves in f32.
     Bf16,
+    /// As [`Precision::Bf16`], in f16; losses are scaled so that small gradients do not vanish.
+    F16,
 }
 
 /// A run file, read and checked.
@@ -249,17 +251,13 @@ fn device(run: &mut Section) -> Result<DeviceChoice> {
 }
 
 fn precision(run: &mut Section, device: DeviceChoice) -> Result<Precision> {
-    let choices = [
-        ("f32", Some(Precision::F32)),
-        ("tf32", Some(Precision::Tf32)),
-        ("bf16", Some(Precision::Bf16)),
-        ("f16", None),
-    ];
+    let choices =
+        [("f32", Precision::F32), ("tf32", Precision::Tf32), ("bf16", Precision::Bf16), ("f16", Precision::F16)];
     let found = run.choice_or("precision", &choices, "f32")?;
-    if matches!(device, DeviceChoice::Auto | DeviceChoice::Cpu) && found != Some(Precision::F32) {
+    if device == DeviceChoice::Cpu && found != Precision::F32 {
         return Err(run.error("precision", "the CPU computes in f32; expected \"f32\" (the others need a CUDA device)"));
     }
-    found.ok_or_else(|| run.error("precision", "f16 needs a loss scale, which Warpstep has not yet; use \"bf16\""))
+    Ok(found)
 }
 
 fn train_options(

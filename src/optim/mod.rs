@@ -27,6 +27,8 @@ pub use rounding::round_stochastically;
 pub use rule::{MomentumForm, MuonScale, Rule, RuleStep};
 pub use schedule::{Decay, Schedule};
 
+use crate::error::{Error, Result};
+
 /// What the update of one step is told.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepParams {
@@ -38,6 +40,21 @@ pub struct StepParams {
     pub divisor: f64,
     /// Whether gradients are set to 0 in the same pass. A program that overwrites them (`=`) needs it not.
     pub zero_gradients: bool,
+}
+
+impl StepParams {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// A learning rate or divisor that is not a finite number, a divisor not above 0, or step 0.
+    pub fn check(&self) -> Result<()> {
+        let StepParams { learning_rate, divisor, step, .. } = *self;
+        if learning_rate.is_finite() && divisor.is_finite() && divisor > 0.0 && step > 0 {
+            return Ok(());
+        }
+        let found = format!("{learning_rate}, {divisor} and step {step}");
+        Err(Error::shape("update", "a finite learning rate, a divisor above 0, steps counted from 1", found))
+    }
 }
 
 /// What the update of one step found.

@@ -9,6 +9,7 @@ pub mod looping;
 pub mod metrics;
 pub mod options;
 pub mod plot;
+pub mod profile;
 pub mod progress;
 pub mod report;
 pub mod run;

@@ -89,7 +89,7 @@ fn typed<P: Element, G: Element, S: Element>(case: &Case, device: &Arc<Device>) 
             copy: copy.as_mut(),
             slots: &mut slots,
         };
-        let found = prepared.update(arrays, &case.step(number, applied)).unwrap();
+        let found = prepared.update_buffers(arrays, &case.step(number, applied)).unwrap();
         applied += u64::from(!found.skipped);
         outcomes.push(outcome(&found));
     }
@@ -242,7 +242,7 @@ fn arrays_that_do_not_fit_the_plan_are_refused() {
             copy: None::<&mut Buffer<f32>>,
             slots: &mut slots,
         };
-        prepared.update(arrays, &step).map_err(|error| error.to_string())
+        prepared.update_buffers(arrays, &step).map_err(|error| error.to_string())
     };
     assert!(update(256, 1).unwrap_err().contains("128 elements"));
     assert!(update(128, 0).unwrap_err().contains("1 slots"));
@@ -253,5 +253,5 @@ fn arrays_that_do_not_fit_the_plan_are_refused() {
         copy: None::<&mut Buffer<bf16>>,
         slots: &mut [filled::<f32>(&device, &[0.0; 128])],
     };
-    assert!(prepared.update(arrays, &step).unwrap_err().to_string().contains("seed"));
+    assert!(prepared.update_buffers(arrays, &step).unwrap_err().to_string().contains("seed"));
 }

@@ -17,6 +17,7 @@ mod loss;
 mod parallel;
 mod pool;
 mod product;
+mod profile;
 mod update;
 
 pub use update::{average, update, update_bf16};
@@ -47,6 +48,7 @@ impl<R: Real> Backend for Cpu<R> {
     /// The sum of squares of each tensor's gradients at the last update.
     type Prepared = Vec<f64>;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
+    const INPUT_SLOTS: usize = 1;
 
     fn description(&self) -> String {
         let threads = rayon::current_num_threads();

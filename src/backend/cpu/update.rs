@@ -11,6 +11,7 @@ mod alone;
 mod muon;
 mod pieces;
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -21,6 +22,7 @@ use super::Cpu;
 use super::parallel::vectorize;
 use crate::backend::Arena;
 use crate::backend::ops::Update;
+use crate::backend::step::{self, Finished, Work};
 use crate::error::{Error, Result};
 use crate::optim::{Group, MomentumForm, NormClip, Rule, RuleStep, StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
@@ -30,6 +32,16 @@ use crate::real::Real;
 const PIECE: usize = 1 << 14;
 
 impl<R: Real> Update for Cpu<R> {
+    type Queue = VecDeque<Finished>;
+
+    fn submit(&self, queue: &mut VecDeque<Finished>, work: Work<'_, Self>) -> Result<()> {
+        step::at_once(self, queue, work)
+    }
+
+    fn finished(&self, queue: &mut VecDeque<Finished>, _: bool) -> Result<Option<Finished>> {
+        Ok(queue.pop_front())
+    }
+
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         if plan.rounding.is_some() {
             return Err(Error::shape("update", "a plan of parameters in f32", "one of parameters in bf16 alone"));
@@ -154,12 +166,7 @@ fn check<R>(parameters: &[R], gradients: &[R], slots: &[&mut [R]], plan: &Update
             format!("{:?}", lens.collect::<Vec<_>>()),
         ));
     }
-    let StepParams { learning_rate, divisor, step, .. } = *step;
-    if !learning_rate.is_finite() || !divisor.is_finite() || divisor <= 0.0 || step == 0 {
-        let found = format!("{learning_rate}, {divisor} and step {step}");
-        return Err(Error::shape("update", "a finite learning rate, a divisor above 0, steps counted from 1", found));
-    }
-    Ok(())
+    step.check()
 }
 
 /// `f` of every piece, in parallel, summed over the pieces of each tensor in their order.

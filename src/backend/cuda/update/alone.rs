@@ -36,22 +36,13 @@ impl Prepared {
     /// # Errors
     /// Arrays that do not fit the plan or each other in types, a learning rate or divisor that is not a finite number, or a device
     /// that failed.
-    pub fn update<P: Element, G: Element, S: Element>(
+    pub fn update_buffers<P: Element, G: Element, S: Element>(
         &mut self,
         arrays: ArenaArrays<'_, P, G, S>,
         step: &StepParams,
     ) -> Result<StepOutcome> {
         let types = [P::NAME, G::NAME, S::NAME];
-        if !FORMS.contains(&types) {
-            let expected = format!("types of parameters, gradients and copy among {FORMS:?}");
-            return Err(Error::shape("update", expected, format!("{types:?}")));
-        }
-        let alone = P::NAME == "bf16";
-        if alone != self.plan.rounding.is_some() || alone && arrays.copy.is_some() {
-            let found = format!("{types:?} and {:?}", self.plan.rounding);
-            let expected = "a seed of the rounding, and no copy, with parameters in bf16 alone; no seed with f32";
-            return Err(Error::shape("update", expected, found));
-        }
+        self.check_types(types, arrays.copy.is_some())?;
         let ArenaArrays { parameters, gradients, copy, slots } = arrays;
         let len = self.plan.block_groups.len() * ALIGNMENT;
         let lens = [parameters.len(), gradients.len(), copy.as_ref().map_or(len, |copy| copy.len())];
@@ -71,5 +62,20 @@ impl Prepared {
         self.prepare(step)?;
         self.queue(&addresses, step.zero_gradients, self.params.address_of(0))?;
         self.outcome()
+    }
+
+    /// Fails for types that there is no kernel for, or that do not go with the plan's rounding.
+    pub(super) fn check_types(&self, types: [&'static str; 3], copied: bool) -> Result<()> {
+        if !FORMS.contains(&types) {
+            let expected = format!("types of parameters, gradients and copy among {FORMS:?}");
+            return Err(Error::shape("update", expected, format!("{types:?}")));
+        }
+        let alone = types[0] == "bf16";
+        if alone != self.plan.rounding.is_some() || alone && copied {
+            let found = format!("{types:?} and {:?}", self.plan.rounding);
+            let expected = "a seed of the rounding, and no copy, with parameters in bf16 alone; no seed with f32";
+            return Err(Error::shape("update", expected, found));
+        }
+        Ok(())
     }
 }

@@ -6,6 +6,7 @@
 //! alone, for arenas of any owner.
 
 mod alone;
+mod borrowed;
 mod early;
 mod muon;
 mod persistent;
@@ -16,11 +17,14 @@ use std::sync::Arc;
 
 pub use self::alone::ArenaArrays;
 pub use self::early::EarlyNorm;
-use self::plan::{ClipOptions, Kind, Outcome, Pass, RULE_STEP_WORDS, Tables, UpdateParams};
+pub(super) use self::plan::Outcome;
+use self::plan::{ClipOptions, Kind, Pass, RULE_STEP_WORDS, Tables, UpdateParams};
 use super::launch::{Arg, Grid, args};
+use super::step::{self, Queue};
 use super::{Buffer, Cuda, Device, Storage};
 use crate::backend::Arena;
 use crate::backend::ops::Update;
+use crate::backend::step::{Finished, LossScale, Work};
 use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
@@ -50,25 +54,25 @@ pub struct Prepared {
     steps: Buffer<[f32; RULE_STEP_WORDS]>,
     params: Buffer<UpdateParams>,
     outcome: Buffer<Outcome>,
+    /// The device's count of applied updates, where the host knows it.
+    applied: Option<u64>,
     /// What the blocks of the persistent form meet at.
     barrier: Buffer<u32>,
-    /// What the device's count of applied updates is, as far as the host knows.
-    applied: u64,
 }
 
 /// The arrays of an arena, by address.
 #[derive(Clone, Copy, Debug)]
-struct Arrays {
+pub struct Arrays {
     /// f32, or bf16 where they are kept in that alone.
-    parameters: u64,
+    pub parameters: u64,
     /// Of the gradients' type.
-    gradients: u64,
+    pub gradients: u64,
     /// Of the copy's type; 0 where there is none.
-    copy: u64,
+    pub copy: u64,
     /// f32; 0 for a slot that the rules do not keep.
-    slots: [u64; 2],
+    pub slots: [u64; 2],
     /// Types of parameters, gradients and copy: `f32`, `bf16` or `f16`. Parameters in bf16 have `bf16` as the copy's too.
-    types: [&'static str; 3],
+    pub types: [&'static str; 3],
 }
 
 impl Arrays {
@@ -104,8 +108,8 @@ impl Prepared {
             steps: Buffer::zeros(device, tables.groups.len())?,
             params: Buffer::zeros(device, 1)?,
             outcome: Buffer::zeros(device, 1)?,
+            applied: None,
             barrier: Buffer::zeros(device, 1)?,
-            applied: 0,
             device: device.clone(),
             plan: plan.clone(),
         })
@@ -113,32 +117,30 @@ impl Prepared {
 
     /// Writes what changes from one update to the next, in the order of the stream.
     fn prepare(&mut self, step: &StepParams) -> Result<()> {
-        let StepParams { learning_rate, divisor, step: number, .. } = *step;
-        if !learning_rate.is_finite() || !divisor.is_finite() || divisor <= 0.0 || number == 0 {
-            let found = format!("{learning_rate}, {divisor} and step {number}");
-            return Err(Error::shape(
-                "update",
-                "a finite learning rate, a divisor above 0, steps counted from 1",
-                found,
-            ));
-        }
-        if self.applied != number - 1 {
-            self.applied = number - 1;
-            self.outcome.write(0, &[Outcome { applied: self.applied, ..Outcome::default() }])?;
-        }
-        self.params.write(0, &[UpdateParams { learning_rate, divisor }])
+        step.check()?;
+        let applied = step.step - 1;
+        self.expect_applied((self.applied != Some(applied)).then_some(applied))?;
+        self.params.write(0, &[UpdateParams { learning_rate: step.learning_rate, divisor: step.divisor }])
+    }
+
+    /// Sets the device's count of applied updates, where one is given. What it counts on its own is not known until it is read.
+    pub(super) fn expect_applied(&mut self, applied: Option<u64>) -> Result<()> {
+        self.applied = None;
+        let Some(applied) = applied else { return Ok(()) };
+        self.outcome.write(0, &[Outcome { applied, ..Outcome::default() }])
+    }
+
+    /// Where the device leaves what an update found.
+    pub(super) fn outcome_address(&self) -> u64 {
+        self.outcome.address_of(0)
     }
 
     /// What the last update found, after it is done.
     fn outcome(&mut self) -> Result<StepOutcome> {
         let mut outcome = [Outcome::default()];
         self.outcome.read(0, &mut outcome)?;
-        let Outcome { grad_norm, clip_coefficient, applied, clamped, skipped, least } = outcome[0];
-        self.applied = applied;
-        let skipped = skipped != 0;
-        // The kernel keeps f32 of the adaptive clip's coefficients.
-        let least = if skipped { 1.0 } else { f64::from(f32::from_bits(least)) };
-        Ok(StepOutcome { grad_norm, clip_coefficient: clip_coefficient.min(least), clamped, skipped })
+        self.applied = Some(outcome[0].applied);
+        Ok(outcome[0].into())
     }
 
     fn pass(&self, zero_gradients: bool, params: u64) -> Pass {
@@ -174,7 +176,7 @@ impl Prepared {
     }
 
     /// Queues the kernels of one update. Its scalars (`UpdateParams`) stand at `params`.
-    fn queue(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
+    pub(super) fn queue(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
         if let Some(blocks) = self.persistent_blocks(arrays)? {
             return self.queue_persistent(arrays, &self.pass(zero_gradients, params), blocks);
         }
@@ -294,6 +296,16 @@ impl Prepared {
     }
 }
 
+impl From<Outcome> for StepOutcome {
+    fn from(outcome: Outcome) -> Self {
+        let Outcome { grad_norm, clip_coefficient, clamped, skipped, least, .. } = outcome;
+        let skipped = skipped != 0;
+        // The kernel keeps f32 of the adaptive clip's coefficients.
+        let least = if skipped { 1.0 } else { f64::from(f32::from_bits(least)) };
+        StepOutcome { grad_norm, clip_coefficient: clip_coefficient.min(least), clamped, skipped }
+    }
+}
+
 fn upload<T: bytemuck::Pod>(device: &Arc<Device>, values: &[T]) -> Result<Buffer<T>> {
     let mut buffer = Buffer::zeros(device, values.len())?;
     buffer.write(0, values)?;
@@ -302,7 +314,11 @@ fn upload<T: bytemuck::Pod>(device: &Arc<Device>, values: &[T]) -> Result<Buffer
 
 impl<S: Storage> Cuda<S> {
     /// The arrays of an arena, and what is kept of its plan.
-    fn arrays<'a>(&self, arena: &'a mut Arena<Self>, plan: &UpdatePlan) -> Result<(&'a mut Prepared, Arrays)> {
+    pub(super) fn arrays<'a>(
+        &self,
+        arena: &'a mut Arena<Self>,
+        plan: &UpdatePlan,
+    ) -> Result<(&'a mut Prepared, Arrays)> {
         let len = plan.block_groups.len() * ALIGNMENT;
         let alone = plan.rounding.is_some();
         if alone && S::NAME != "bf16" {
@@ -335,6 +351,26 @@ impl<S: Storage> Cuda<S> {
     }
 }
 
+impl<S: Storage> Cuda<S> {
+    /// Queues a move of the average; `outcome`, where it is not 0, says whether the update before it was skipped.
+    pub(super) fn queue_average(
+        &self,
+        average: &mut Buffer<f32>,
+        parameters: &Buffer<f32>,
+        decay: f64,
+        outcome: u64,
+    ) -> Result<()> {
+        if average.len() != parameters.len() {
+            let found = format!("{} and {}", average.len(), parameters.len());
+            return Err(Error::shape("average", "as many averages as parameters", found));
+        }
+        let (share, len) = ((1.0 - decay) as f32, parameters.len());
+        let list = args![average.address_of(0), parameters.address_of(0), share, len, outcome];
+        // SAFETY: two buffers of `len` values, and an outcome or nothing.
+        unsafe { self.device().launch(FILE, "average", Grid::elements(self.device(), len, 1), list) }
+    }
+}
+
 impl<S: Storage> Update for Cuda<S> {
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         let (prepared, arrays) = self.arrays(arena, plan)?;
@@ -355,13 +391,24 @@ impl<S: Storage> Update for Cuda<S> {
     }
 
     fn average(&self, average: &mut Buffer<f32>, parameters: &Buffer<f32>, decay: f64) -> Result<()> {
-        if average.len() != parameters.len() {
-            let found = format!("{} and {}", average.len(), parameters.len());
-            return Err(Error::shape("average", "as many averages as parameters", found));
-        }
-        let (share, len) = ((1.0 - decay) as f32, parameters.len());
-        let list = args![average.address_of(0), parameters.address_of(0), share, len, 0u64];
-        // SAFETY: two buffers of `len` values.
-        unsafe { self.device().launch(FILE, "average", Grid::elements(self.device(), len, 1), list) }
+        self.queue_average(average, parameters, decay, 0)
+    }
+
+    type Queue = Queue;
+
+    fn submit(&self, queue: &mut Queue, work: Work<'_, Self>) -> Result<()> {
+        step::submit(self, queue, work)
+    }
+
+    fn finished(&self, queue: &mut Queue, wait: bool) -> Result<Option<Finished>> {
+        step::finished(queue, wait)
+    }
+
+    fn loss_scale(&self) -> Result<Option<LossScale>> {
+        self.read_loss_scale()
+    }
+
+    fn set_loss_scale(&self, to: LossScale) -> Result<()> {
+        self.write_loss_scale(to)
     }
 }

@@ -147,7 +147,7 @@ pub(super) struct UpdateParams {
 /// `struct Outcome`.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
-pub(super) struct Outcome {
+pub struct Outcome {
     pub grad_norm: f64,
     pub clip_coefficient: f64,
     pub applied: u64,
