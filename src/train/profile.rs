@@ -242,7 +242,7 @@ impl<B: Profiled> Op<B> for Clocked<B> {
         self.op.flops()
     }
 
-    fn as_any(&self) -> &dyn Any {
+    fn as_any(&self) -> Option<&dyn Any> {
         self.op.as_any()
     }
 
