@@ -161,6 +161,9 @@ pub enum FaultKind {
     /// A launch that the device refuses.
     #[error("{0}")]
     Launch(String),
+    /// A collective that the ranks do not do together.
+    #[error("{0}")]
+    Collective(String),
     /// `trap`, or an assertion.
     #[error("the kernel trapped")]
     Trap,

@@ -394,6 +394,11 @@ impl Run<'_> {
             }
             any = true;
             let clock = self.trace.tick();
+            if let Some(knows) = &mut state.knows {
+                // Who waited has accessed nothing since.
+                let waited = warps.iter().filter(|warp| warp.waiting == Some(number as u8));
+                waited.for_each(|warp| knows.warps[warp.index as usize] = clock);
+            }
             for warp in warps.iter_mut().filter(|warp| warp.waiting == Some(number as u8)) {
                 warp.waiting = None;
                 warp.finish_reduction(state);

@@ -6,8 +6,8 @@
 //! release of the stores, and an acquire of the loads, that are at least relaxed). Lanes of one warp are ordered by what names
 //! both: `bar.warp.sync`, and the shuffles, votes and products of a warp.
 //!
-//! What is not found: the second of two halves of a word that several lanes wrote, a reader that several others hide, and races
-//! between an access that is at least relaxed and one that is weak. What is reported is a race.
+//! What is not found: some races on parts of a word, with a reader that others hide, and between an access that is at least
+//! relaxed and one that is weak. What is reported is a race.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -24,7 +24,7 @@ const THREADS: u32 = (1 << 11) - 1;
 const LANES: u32 = 1024;
 /// The same, each some of the bytes.
 const PARTS: u32 = 1056;
-/// In place of a thread: several warps of the block.
+/// In place of a thread: several warps of the block; the clock is the earliest of theirs.
 const SEVERAL: u32 = THREADS;
 /// Vectors of clocks are by warp up to this length, by block above.
 const EXACT: usize = 1 << 18;
@@ -346,24 +346,28 @@ impl Trace {
         let place = &mut word[usize::from(!write)];
         let mut next = Entry { clock: self.clock, block: slot, thread: who.thread, bytes };
         let last = Entry::unpack(*place);
+        // Whoever several accesses stand for, an access after the earliest of them is no proof that it follows them all.
         if last.clock >= self.start {
             if last.block != slot {
-                if !write && self.unordered(*place, who) {
+                if !write && last.bytes == bytes && self.unordered(*place, who) {
                     next.block = BLOCKS;
-                    next.bytes |= last.bytes;
+                    next.clock = last.clock;
                 }
             } else if last.warp() == Some(who.thread / 32) {
                 // Earlier accesses of other intervals are ordered before this one, and forgotten.
                 if last.clock >= who.knows.lanes[who.thread as usize % 32] {
-                    next.bytes |= last.bytes;
                     if last.thread != who.thread {
                         let whole = !write && last.bytes == bytes && last.thread < PARTS;
                         next.thread = if whole { LANES } else { PARTS } + who.thread / 32;
                     }
+                    if last.bytes != bytes {
+                        next.bytes |= last.bytes;
+                        next.clock = last.clock;
+                    }
                 }
-            } else if self.unordered(*place, who) {
-                next.bytes |= last.bytes;
+            } else if last.bytes == bytes && self.unordered(*place, who) {
                 next.thread = SEVERAL;
+                next.clock = last.clock;
             }
         }
         *place = next.pack();

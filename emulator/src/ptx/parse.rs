@@ -215,8 +215,13 @@ impl<'a> Parser<'a> {
         self.accept(',');
         let name = self.word()?.to_owned();
         let params = if self.accept(',') && self.accept('(') { self.arguments(builder)? } else { Vec::new() };
-        self.expect(';')?;
         let wrong = |message: String| ParseError { line, message };
+        if self.accept(',') {
+            return Err(wrong(format!(
+                "a call of a function by its address, in {name}, is not known to the emulated device"
+            )));
+        }
+        self.expect(';')?;
         let Some(function) = self.functions.get(&name).cloned() else {
             return Err(wrong(format!(
                 "a call of {name}, which is no function of this module, is not known to the emulated device"
