@@ -17,9 +17,20 @@ const TARGETS: &[&str] = &[
     "arch=compute_80,code=compute_80",
 ];
 
-/// Fused multiply-adds are explicit in the source, so that the CPU can do the same; warnings are errors.
-const FLAGS: &[&str] =
-    &["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-lineinfo", "--no-compress", "-Werror", "all-warnings"];
+/// Fused multiply-adds are explicit in the source, so that the CPU can do the same; warnings are errors. What ptxas tells of
+/// registers and spills is kept beside each fatbin, for scripts/kernel-report.
+const FLAGS: &[&str] = &[
+    "-fatbin",
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-lineinfo",
+    "--no-compress",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v",
+];
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -47,8 +58,11 @@ fn main() -> Result<()> {
         }
         None => String::new(),
     };
+    let release = nvcc.as_deref().and_then(release);
     let generated = format!(
-        "/// Fatbins by the name of their source; none where no nvcc was found.\n\
+        "/// The release of the nvcc that compiled the kernels.\n\
+         pub(super) const NVCC: Option<&str> = {release:?};\n\
+         /// Fatbins by the name of their source; none where no nvcc was found.\n\
          pub(super) const FATBINS: &[(&str, &[u8])] = &[\n{fatbins}];\n\
          /// CUDA sources by name.\n\
          pub(super) const SOURCES: &[(&str, &str)] = &[\n{}];\n\
@@ -102,6 +116,14 @@ fn find_nvcc() -> Option<PathBuf> {
 
 fn works(nvcc: &Path) -> bool {
     Command::new(nvcc).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// The release that nvcc's last lines tell: `13.0.88` of `Cuda compilation tools, release 13.0, V13.0.88`.
+fn release(nvcc: &Path) -> Option<String> {
+    let output = Command::new(nvcc).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (_, after) = text.rsplit_once(", V")?;
+    after.split_whitespace().next().map(str::to_owned)
 }
 
 /// `nvidia/cu13/bin` in the package folders of a virtual environment and of the Python on the path.
@@ -168,7 +190,7 @@ fn compile(nvcc: &Path, source: &Path, fatbin: &Path) -> std::result::Result<(),
     }
     let output = command.arg("-o").arg(fatbin).arg(source).output().map_err(|error| error.to_string())?;
     if output.status.success() {
-        return Ok(());
+        return fs::write(fatbin.with_extension("ptxas"), output.stderr).map_err(|error| error.to_string());
     }
     Err(format!(
         "{} does not compile:\n{}{}",

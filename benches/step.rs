@@ -34,7 +34,7 @@ fn bench(criterion: &mut Criterion, name: &str, model: Model<Backend>, input: In
     };
     let mut group = criterion.benchmark_group("step");
     group.sample_size(20).throughput(Throughput::Elements(elements as u64));
-    let mut step = || trainer.micro_batch(batch).and_then(|_| trainer.update(1e-3));
+    let mut step = || trainer.step(std::slice::from_ref(batch), 1e-3);
     group.bench_function(name, |b| b.iter(&mut step));
     group.finish();
 }

@@ -139,8 +139,7 @@ fn main() -> Result<()> {
         let x: Vec<f32> = (0..96).map(|i| stream.normal(100 + 96 * step + i) as f32).collect();
         let y = x.chunks_exact(3).map(|x| 3.0 * x[0] - 2.0 * x[2]).collect();
         let batch = Batch { inputs: Inputs::Real(x), targets: Targets::Real(y), samples: 32 };
-        let loss = trainer.micro_batch(&batch)?.mean();
-        trainer.update(optimizer.learning_rate)?;
+        let loss = trainer.step(&[batch], optimizer.learning_rate)?.loss;
         if step % 100 == 0 {
             println!("step {step:>3}  loss {loss:.2e}");
         }

@@ -22,6 +22,9 @@ extern "C" __global__ void __launch_bounds__(1024)
     if (threadIdx.x == 0) *found = Counted{static_cast<u32>(counted), static_cast<u32>(broken)};
 }
 
+// What gradients are multiplied by: losses themselves are not. Null: 1.
+__device__ __forceinline__ float loss_scale(const StepState* step) { return step == nullptr ? 1.0f : step->loss_scale; }
+
 // The largest value so far, the sum of e^(x - largest), and where the largest first stands.
 struct Peak {
     float most, sum;
@@ -60,7 +63,7 @@ template <int WARPS> __device__ Peak merge_row(Peak own, Peak* shared) {
 // rights: [rows]. Grid: ceil(rows / (8 / WARPS)) blocks of 256 threads. Reads the logits twice and writes them never.
 template <typename T, int WARPS>
 __device__ void cross_entropy(const T* logits, const int* targets, T* dlogits, const Counted* found, float* losses,
-                              float* rights, i64 rows, i64 classes, float smoothing, int ignore) {
+                              float* rights, i64 rows, i64 classes, float smoothing, int ignore, const StepState* step) {
     __shared__ Peak peaks[8];
     __shared__ float totals[32];
     const i64 row = static_cast<i64>(blockIdx.x) * (8 / WARPS) + threadIdx.x / (32 * WARPS);
@@ -85,7 +88,7 @@ __device__ void cross_entropy(const T* logits, const int* targets, T* dlogits, c
         own = merge(own, Peak{to_f32(x[i]), 1.0f, static_cast<int>(i)});
     }
     const Peak row_peak = merge_row<WARPS>(own, peaks);
-    const float scale = 1.0f / static_cast<float>(found->counted);
+    const float scale = loss_scale(step) / static_cast<float>(found->counted);
     const float inverse = scale / row_peak.sum, uniform = smoothing / static_cast<float>(classes) * scale;
     float total = 0.0f;
     if (d != nullptr || smoothing != 0.0f) {
@@ -112,9 +115,10 @@ __device__ void cross_entropy(const T* logits, const int* targets, T* dlogits, c
 // Means over single values: squared differences (`binary` 0), or binary cross-entropy of logits. Each block leaves its sums.
 // x, target, dx: [len] (dx may be null), losses and rights: [blocks]. Grid: any, 256 threads; the grid follows from len alone.
 template <typename T>
-__device__ void pointwise(const T* x, const T* target, T* dx, float* losses, float* rights, i64 len, int binary) {
+__device__ void pointwise(const T* x, const T* target, T* dx, float* losses, float* rights, i64 len, int binary,
+                          const StepState* step) {
     __shared__ float sums[32];
-    const float scale = 1.0f / static_cast<float>(len);
+    const float scale = loss_scale(step) / static_cast<float>(len);
     float loss = 0.0f, right = 0.0f;
     for (i64 i = thread_index(); i < len; i += thread_count()) {
         const float value = to_f32(x[i]), t = to_f32(target[i]);
@@ -164,19 +168,19 @@ extern "C" __global__ void __launch_bounds__(1024)
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         cross_entropy_narrow_##SUFFIX(const T* logits, const int* targets, T* dlogits, const Counted* found,           \
                                       float* losses, float* rights, i64 rows, i64 classes, float smoothing,            \
-                                      int ignore) {                                                                    \
-        cross_entropy<T, 1>(logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore);        \
+                                      int ignore, const StepState* step) {                                             \
+        cross_entropy<T, 1>(logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore, step);  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         cross_entropy_wide_##SUFFIX(const T* logits, const int* targets, T* dlogits, const Counted* found,             \
                                     float* losses, float* rights, i64 rows, i64 classes, float smoothing,              \
-                                    int ignore) {                                                                      \
-        cross_entropy<T, 8>(logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore);        \
+                                    int ignore, const StepState* step) {                                               \
+        cross_entropy<T, 8>(logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore, step);  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         pointwise_loss_##SUFFIX(const T* x, const T* target, T* dx, float* losses, float* rights, i64 len,             \
-                                int binary) {                                                                          \
-        pointwise(x, target, dx, losses, rights, len, binary);                                                         \
+                                int binary, const StepState* step) {                                                   \
+        pointwise(x, target, dx, losses, rights, len, binary, step);                                                   \
     }
 FOR_EACH_STORAGE(DEFINE)
 #undef DEFINE

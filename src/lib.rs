@@ -68,13 +68,12 @@
 //!     targets: Targets::Real(vec![1.0, 0.25, 0.25, 1.0]),
 //!     samples: 4,
 //! };
-//! let first = trainer.micro_batch(&batch)?.mean();
-//! trainer.update(0.02)?;
+//! let batch = [batch];
+//! let first = trainer.step(&batch, 0.02)?.loss;
 //! for _ in 0..200 {
-//!     trainer.micro_batch(&batch)?;
-//!     trainer.update(0.02)?;
+//!     trainer.step(&batch, 0.02)?;
 //! }
-//! assert!(trainer.micro_batch(&batch)?.mean() < first / 100.0);
+//! assert!(trainer.step(&batch, 0.02)?.loss < first / 100.0);
 //! # Ok(())
 //! # }
 //! ```

@@ -41,6 +41,10 @@ pub enum Purpose {
     Sampling = 5,
     /// Which samples belong to which split.
     Split = 6,
+    /// Stochastic rounding of parameters.
+    Rounding = 7,
+    /// Which parts of an update are checked.
+    Shadow = 8,
 }
 
 /// A stream of random numbers: the words of `(seed, purpose, stream)` at 64-bit positions.

@@ -2,8 +2,9 @@
 //!
 //! The device is the emulated one, or a real one where `WARPSTEP_TEST_DEVICE=cuda` asks for it.
 
+mod common;
+
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -69,7 +70,7 @@ impl Place {
     /// Trains into a folder, with further arguments.
     fn train(&self, name: &str, device: &str, more: &[&str]) -> PathBuf {
         let out = self.out(name);
-        let ran = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+        let ran = common::warpstep()
             .args(["train", "--quiet", "--device", device, "--out"])
             .args([&out, &self.file])
             .args(more)

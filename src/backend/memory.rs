@@ -72,6 +72,15 @@ impl<B: Backend> Arena<B> {
     }
 }
 
+/// Where a batch is written to: ranges of a program's inputs and targets, besides those of the plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InputSlot {
+    /// Real values.
+    pub values: Vec<(Act, Range<usize>)>,
+    /// Whole numbers.
+    pub indices: Vec<(Indices, Range<usize>)>,
+}
+
 /// The memory of a program's activations.
 pub struct Activations<B: Backend> {
     /// Range of each [`Act`] in `values`.
@@ -82,11 +91,24 @@ pub struct Activations<B: Backend> {
     pub values: B::Buffer<B::Storage>,
     /// Whole numbers.
     pub indices: B::Buffer<i32>,
+    /// Where batches are written to in turn, so that the next can be copied while the last is being read.
+    pub slots: Vec<InputSlot>,
     /// What the device keeps of the program.
     pub recording: B::Recording,
 }
 
 impl<B: Backend> Activations<B> {
+    /// Makes the inputs and targets those of a slot.
+    pub fn select(&mut self, slot: usize) {
+        let Some(InputSlot { values, indices }) = self.slots.get(slot) else { return };
+        for (act, range) in values {
+            self.ranges[act.0 as usize] = range.clone();
+        }
+        for (indices, range) in indices {
+            self.index_ranges[indices.0 as usize] = range.clone();
+        }
+    }
+
     /// The elements of an activation.
     pub fn range(&self, act: Act) -> Range<usize> {
         self.ranges[act.0 as usize].clone()

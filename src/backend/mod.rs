@@ -9,8 +9,10 @@ pub mod cuda;
 mod memory;
 pub mod op;
 pub mod ops;
+pub mod profile;
+pub mod step;
 
-pub use memory::{Act, Activations, Arena, Grad, Indices, Memory, Param, State, disjoint};
+pub use memory::{Act, Activations, Arena, Grad, Indices, InputSlot, Memory, Param, State, disjoint};
 pub use op::{Op, StepContext, Use};
 
 use crate::error::Result;
@@ -44,6 +46,9 @@ pub trait Backend:
     type Prepared: Default + Send + Sync;
     /// Memory of the device.
     type Buffer<T: bytemuck::Pod + Send + Sync>: Send + Sync;
+
+    /// Batches that a program has room for: 2 where one is copied to the device while the other is computed with.
+    const INPUT_SLOTS: usize;
 
     /// What the device is, for people: `CPU, 2 threads`.
     fn description(&self) -> String;

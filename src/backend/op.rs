@@ -1,5 +1,7 @@
 //! What an operation is: named arguments, the memory it touches, its cost, and the backend method that runs it.
 
+use std::any::Any;
+
 use super::Backend;
 use super::memory::{Act, Grad, Indices, Memory, Param, State};
 use crate::error::Result;
@@ -45,6 +47,8 @@ pub trait Op<B: Backend>: Send + Sync {
     fn uses(&self, visit: &mut dyn FnMut(Use));
     /// Floating-point operations (a multiplication and an addition are two).
     fn flops(&self) -> u64;
+    /// Itself, for passes over programs that look for operations of a kind.
+    fn as_any(&self) -> &dyn Any;
     /// Runs it.
     ///
     /// # Errors
@@ -119,6 +123,9 @@ macro_rules! op {
             fn flops(&self) -> u64 {
                 let $args = self;
                 ($flops) as u64
+            }
+            fn as_any(&self) -> &dyn std::any::Any {
+                self
             }
             fn run(
                 &self,

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::RunFileArgs;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, emulated};
 use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
@@ -52,15 +53,36 @@ pub enum Opened {
     Cuda(Cuda<f32>),
     /// A CUDA device that stores activations in bf16.
     CudaBf16(Cuda<bf16>),
+    /// A CUDA device that stores activations in f16.
+    CudaF16(Cuda<f16>),
 }
 
-/// Opens the run's device. `auto` is the CPU until the CUDA backend has every operation.
+/// Opens the run's device; `graphs`: whether a GPU replays steps as graphs. `auto` is a GPU where one works, else the CPU; where
+/// there are signs of a GPU, it says why.
 ///
 /// # Errors
 /// No such device, or no emulator; an emulated device starts the program again and does not come back.
-pub fn open_device(run: &RunFile) -> Result<Opened> {
+pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
     let ordinal = match run.device {
-        DeviceChoice::Auto | DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
+        DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
+        DeviceChoice::Auto => match choose(&Machine::look(), run.model.has_convolutions()) {
+            Choice::Cuda(ordinal) => ordinal,
+            Choice::Cpu(reason) => {
+                if run.precision != Precision::F32 {
+                    return Err(run.locate(Error::config(
+                        "run.precision",
+                        format!(
+                            "the CPU computes in f32; expected \"f32\" (the others need a CUDA device: {})",
+                            reason.as_deref().unwrap_or("none was found")
+                        ),
+                    )));
+                }
+                if let Some(reason) = reason {
+                    eprintln!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more");
+                }
+                return Ok(Opened::Cpu(Cpu::new()));
+            }
+        },
         DeviceChoice::Cuda(ordinal) => ordinal as usize,
         DeviceChoice::Emulated => {
             if !emulated::is_active() {
@@ -74,9 +96,10 @@ pub fn open_device(run: &RunFile) -> Result<Opened> {
         }
     };
     let tf32 = run.precision == Precision::Tf32;
-    let device = Device::open(DeviceOptions { ordinal, tf32, ..DeviceOptions::default() })?;
+    let device = Device::open(DeviceOptions { ordinal, tf32, graphs, ..DeviceOptions::default() })?;
     Ok(match run.precision {
         Precision::Bf16 => Opened::CudaBf16(Cuda::new(device)),
+        Precision::F16 => Opened::CudaF16(Cuda::new(device)),
         Precision::F32 | Precision::Tf32 => Opened::Cuda(Cuda::new(device)),
     })
 }

@@ -4,6 +4,7 @@ mod assemble;
 mod bench;
 mod completions;
 mod data;
+mod doctor;
 mod eval;
 mod generate;
 mod plot;
@@ -46,6 +47,8 @@ enum Command {
     VerifyResume(verify::Options),
     /// Time whole steps and the update alone
     Bench(bench::Options),
+    /// Tell what of CUDA is on this machine, whether it works, and what installs the rest
+    Doctor(doctor::Options),
     /// Completions for a shell
     Completions(completions::Options),
 }
@@ -88,6 +91,7 @@ pub fn main() -> ExitCode {
         Command::Data(options) => data::run(options),
         Command::VerifyResume(options) => verify::run(options),
         Command::Bench(options) => bench::run(&options),
+        Command::Doctor(options) => doctor::run(&options),
         Command::Completions(options) => completions::run(&options),
     };
     match result {

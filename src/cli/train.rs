@@ -1,5 +1,6 @@
 //! `warpstep train`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use super::assemble::{Opened, build_model, open_data, open_device};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::ops::Update;
+use crate::backend::profile::Profiled;
 use crate::config::RunFile;
 use crate::data::OpenedData;
 use crate::data::source::Lookup;
@@ -20,7 +22,9 @@ use crate::error::{Error, Result};
 use crate::model::{Mode, Model};
 use crate::optim::{NormClip, UpdatePlan};
 use crate::text::grouped;
+use crate::train::files::write_whole;
 use crate::train::looping::{model_input, train};
+use crate::train::profile::{Profile, Table};
 use crate::train::progress::{Progress, Show};
 use crate::train::report::Report;
 use crate::train::run::{End, Run, Start};
@@ -47,6 +51,15 @@ pub(crate) struct Options {
     /// Print shapes, parameters, memory and arithmetic, and train nothing
     #[arg(long)]
     dry_run: bool,
+    /// Launch each kernel of a step by itself instead of replaying a CUDA graph, to find out which one fails
+    #[arg(long)]
+    no_graph: bool,
+    /// Time each operation for N micro-batches, and print a table of times beside their floors at the end (kept as profile.json)
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "20")]
+    profile: Option<u64>,
+    /// Replay a sample of every Nth update by the plain rule, and stop where it differs (run.shadow_every_steps)
+    #[arg(long, value_name = "N")]
+    shadow: Option<u64>,
     /// Print JSON lines
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
@@ -57,9 +70,11 @@ pub(crate) struct Options {
 
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let run_file = options.run.read()?;
+    let mut arguments = options.run;
+    arguments.set.extend(options.shadow.map(|every| format!("run.shadow_every_steps={every}")));
+    let run_file = arguments.read()?;
     // Before anything is read: an emulated device starts the program again.
-    let device = open_device(&run_file)?;
+    let device = open_device(&run_file, !options.no_graph)?;
     let data = open_data(&run_file)?;
     if options.dry_run {
         print!("{}", dry_run(&run_file, &data)?);
@@ -76,11 +91,12 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         (false, true) => Show::Quiet,
         (false, false) => Show::Auto,
     };
-    let go = Go { run_file: &run_file, data: &data, folder: &folder, start, show };
+    let go = Go { run_file: &run_file, data: &data, folder: &folder, start, show, profile: options.profile };
     match device {
         Opened::Cpu(backend) => go.train(backend),
         Opened::Cuda(backend) => go.train(backend),
         Opened::CudaBf16(backend) => go.train(backend),
+        Opened::CudaF16(backend) => go.train(backend),
     }
 }
 
@@ -91,12 +107,16 @@ struct Go<'a> {
     folder: &'a Path,
     start: Start,
     show: Show,
+    profile: Option<u64>,
 }
 
 impl Go<'_> {
-    fn train<B: Update>(self, backend: B) -> anyhow::Result<ExitCode> {
-        let Go { run_file, data, folder, start, show } = self;
+    fn train<B: Update + Profiled>(self, backend: B) -> anyhow::Result<ExitCode> {
+        let Go { run_file, data, folder, start, show, profile } = self;
         let mut run = make_run(backend, run_file, data, folder, start)?;
+        let profile =
+            profile.map(|count| Profile::new(&run.backend, &mut run.model, &run.optimizer, count)).transpose()?;
+        let profile = profile.map(|profile| profile.accumulating(run_file.train.accumulate));
         run.interrupt = signals()?;
         let clip = match run_file.optimizer.clip.norm {
             NormClip::Global { max_norm } => Some(max_norm),
@@ -108,6 +128,9 @@ impl Go<'_> {
         // Its live line goes before anything else is said.
         drop(progress);
         let outcome = outcome.map_err(|e| run_file.locate(e))?;
+        if let Some(profile) = profile {
+            keep_profile(&profile.table()?, folder, show)?;
+        }
         match outcome.end {
             End::Interrupted(signal) => {
                 if show != Show::Quiet {
@@ -118,6 +141,20 @@ impl Go<'_> {
             End::Completed | End::StoppedEarly | End::Abandoned => Ok(ExitCode::SUCCESS),
         }
     }
+}
+
+/// Leaves a profile in the run folder, and prints it.
+fn keep_profile(table: &Table, folder: &Path, show: Show) -> anyhow::Result<()> {
+    let mut json = serde_json::to_vec_pretty(table)?;
+    json.push(b'\n');
+    write_whole(&folder.join("profile.json"), &json)?;
+    let mut out = std::io::stdout().lock();
+    match show {
+        Show::Auto => write!(out, "\n{}", table.text())?,
+        Show::Json => writeln!(out, "{}", serde_json::json!({ "profile": table }))?,
+        Show::Quiet => {}
+    }
+    Ok(())
 }
 
 /// The run of a run file in this folder.

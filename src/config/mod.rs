@@ -43,6 +43,8 @@ pub enum Precision {
     Tf32,
     /// Activations and a copy of the parameters in bf16, the parameters themselves in f32.
     Bf16,
+    /// As [`Precision::Bf16`], in f16; losses are scaled so that small gradients do not vanish.
+    F16,
 }
 
 /// A run file, read and checked.
@@ -82,7 +84,7 @@ pub struct RunFile {
 }
 
 /// Keys that do not decide the numbers of a run.
-const NOT_IDENTITY: [&str; 6] = ["name", "out", "base", "device", "threads", "log_every_steps"];
+const NOT_IDENTITY: [&str; 7] = ["name", "out", "base", "device", "threads", "log_every_steps", "shadow_every_steps"];
 
 impl RunFile {
     /// Reads and checks a run file, with `--set` assignments applied.
@@ -245,17 +247,13 @@ fn device(run: &mut Section) -> Result<DeviceChoice> {
 }
 
 fn precision(run: &mut Section, device: DeviceChoice) -> Result<Precision> {
-    let choices = [
-        ("f32", Some(Precision::F32)),
-        ("tf32", Some(Precision::Tf32)),
-        ("bf16", Some(Precision::Bf16)),
-        ("f16", None),
-    ];
+    let choices =
+        [("f32", Precision::F32), ("tf32", Precision::Tf32), ("bf16", Precision::Bf16), ("f16", Precision::F16)];
     let found = run.choice_or("precision", &choices, "f32")?;
-    if matches!(device, DeviceChoice::Auto | DeviceChoice::Cpu) && found != Some(Precision::F32) {
+    if device == DeviceChoice::Cpu && found != Precision::F32 {
         return Err(run.error("precision", "the CPU computes in f32; expected \"f32\" (the others need a CUDA device)"));
     }
-    found.ok_or_else(|| run.error("precision", "f16 needs a loss scale, which Warpstep has not yet; use \"bf16\""))
+    Ok(found)
 }
 
 fn train_options(
@@ -275,6 +273,7 @@ fn train_options(
     };
     let log_every_steps = run.or("log_every_steps", defaults.log_every_steps)?;
     let max_skipped_steps = run.or("max_skipped_steps", defaults.max_skipped_steps)?;
+    let shadow_every_steps = run.optional("shadow_every_steps")?;
     let mut evaluate = root.section("evaluate")?;
     let evaluate_cadence = cadence(&mut evaluate, defaults.evaluate)?;
     let evaluate_batches = evaluate.optional("batches")?;
@@ -311,6 +310,7 @@ fn train_options(
         early_stopping,
         ema,
         max_skipped_steps,
+        shadow_every_steps,
     })
 }
 

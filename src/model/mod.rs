@@ -4,6 +4,7 @@
 //! its backward, into a [`Planner`]. The result is a [`Program`]: a flat list of operations with a static memory plan,
 //! which a backend runs (or records once and replays).
 
+mod fuse;
 pub mod interop;
 mod layer;
 pub mod layers;
@@ -17,7 +18,7 @@ pub use layer::{Layer, Tensor, Value};
 pub use parameters::{Init, ParamTable};
 pub use planner::{Planner, Row};
 pub use probe::{GradientCheck, Probe};
-pub use program::Program;
+pub use program::{OpCost, Program};
 
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, METRICS, MeanSquaredError};
 use crate::backend::{Arena, Backend};
@@ -65,12 +66,24 @@ pub struct Model<B: Backend> {
     /// What it is trained to make small.
     pub loss: Loss,
     parameters: ParamTable,
+    after_planning: Option<AfterPlanning<B>>,
 }
+
+/// What is done to every program of a model once it is planned.
+type AfterPlanning<B> = Box<dyn Fn(&mut Program<B>, Mode, &ParamTable) -> Result<()> + Send + Sync>;
 
 impl<B: Backend> Model<B> {
     /// A model of one layer, most often a [`layers::Sequential`]. Its parameters are declared by the first [`Model::plan`].
     pub fn new(root: Box<dyn Layer<B>>, loss: Loss) -> Self {
-        Model { root, loss, parameters: ParamTable::default() }
+        Model { root, loss, parameters: ParamTable::default(), after_planning: None }
+    }
+
+    /// Has every program that is planned from now on handed to `change`, such as to put a clock around each operation.
+    pub fn after_planning(
+        &mut self,
+        change: impl Fn(&mut Program<B>, Mode, &ParamTable) -> Result<()> + Send + Sync + 'static,
+    ) {
+        self.after_planning = Some(Box::new(change));
     }
 
     /// The parameters declared so far.
@@ -141,7 +154,11 @@ impl<B: Backend> Model<B> {
                 self.root.backward(&mut planner, dy)?;
             }
         }
-        planner.finish(input_value, target, metrics, logits, output_shape)
+        let mut program = planner.finish(input_value, target, metrics, logits, output_shape)?;
+        if let Some(change) = &self.after_planning {
+            change(&mut program, mode, &self.parameters)?;
+        }
+        Ok(program)
     }
 
     /// The arena of this model's parameters with their initial values, laid out in the order that backward finishes them,

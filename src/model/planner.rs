@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::fuse::Operations;
 use super::layer::{Tensor, Value};
 use super::parameters::{Init, ParamTable};
 use super::program::Program;
@@ -236,11 +237,13 @@ impl<'a, B: Backend> Planner<'a, B> {
         output: Act,
         output_shape: Vec<usize>,
     ) -> Result<Program<B>> {
-        let end = self.ops.len();
-        let forward_ops = if self.forward_ops == 0 { end } else { self.forward_ops };
+        let forward = if self.forward_ops == 0 { self.ops.len() } else { self.forward_ops };
+        let emitted = Operations { ops: self.ops, forward };
+        let Operations { ops, forward } = emitted.fused(|act| self.activations[act.0 as usize].kept);
+        let end = ops.len();
         let mut lives: Vec<Option<(usize, usize)>> = vec![None; self.activations.len()];
         let mut index_lives: Vec<Option<(usize, usize)>> = vec![None; self.indices.len()];
-        for (position, op) in self.ops.iter().enumerate() {
+        for (position, op) in ops.iter().enumerate() {
             op.uses(&mut |used| {
                 let life = match used {
                     Use::Activation(act) => &mut lives[act.0 as usize],
@@ -281,8 +284,8 @@ impl<'a, B: Backend> Planner<'a, B> {
             ));
         }
         Ok(Program {
-            ops: self.ops,
-            forward_ops,
+            ops,
+            forward_ops: forward,
             values: MemoryPlan::new(&values),
             value_lifetimes: values,
             indices: MemoryPlan::new(&indices),

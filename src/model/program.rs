@@ -1,10 +1,25 @@
 //! A planned program: operations in order, and a place for every activation.
 
+use std::ops::Range;
+
 use super::layer::Value;
+use super::parameters::ParamTable;
 use super::planner::Row;
-use crate::backend::{Act, Activations, Backend, Op};
+use crate::backend::{Act, Activations, Backend, InputSlot, Op, Use};
 use crate::error::Result;
 use crate::plan::{Lifetime, MemoryPlan};
+
+/// What an operation must move and compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpCost {
+    /// The operation's name.
+    pub name: &'static str,
+    /// Bytes of all that it names, each once, as it is stored: what it would move if caches held nothing between operations and
+    /// everything within one. An operation that touches a part alone, such as rows of an embedding, moves less.
+    pub bytes: u64,
+    /// Floating-point operations.
+    pub flops: u64,
+}
 
 /// Everything that runs for one batch, planned once for its shape.
 pub struct Program<B: Backend> {
@@ -35,19 +50,56 @@ pub struct Program<B: Backend> {
 }
 
 impl<B: Backend> Program<B> {
-    /// Memory for the activations.
+    /// Memory for the activations, with room for one batch.
     ///
     /// # Errors
     /// Not enough memory.
     pub fn activations(&self, backend: &B) -> Result<Activations<B>> {
-        let ranges = |plan: &MemoryPlan, lives: &[Lifetime]| {
+        self.activations_with_slots(backend, 1)
+    }
+
+    /// Memory for the activations, with room for so many batches.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    pub fn activations_with_slots(&self, backend: &B, slots: usize) -> Result<Activations<B>> {
+        let ranges = |plan: &MemoryPlan, lives: &[Lifetime]| -> Vec<Range<usize>> {
             plan.offsets.iter().zip(lives).map(|(&offset, life)| offset..offset + life.len).collect()
         };
+        let ranges_of_values = ranges(&self.values, &self.value_lifetimes);
+        let index_ranges = ranges(&self.indices, &self.index_lifetimes);
+        let (mut values_end, mut indices_end) = (self.values.peak, self.indices.peak);
+        let place = |end: &mut usize, planned: &Range<usize>, slot: usize| {
+            if slot == 0 {
+                return planned.clone();
+            }
+            let start = end.next_multiple_of(MemoryPlan::ALIGNMENT);
+            *end = start + planned.len();
+            start..*end
+        };
+        let slots = (0..slots).map(|slot| {
+            let mut inputs = InputSlot::default();
+            for value in [Some(self.input), self.target].into_iter().flatten() {
+                match value {
+                    Value::Real(act) => {
+                        let range = place(&mut values_end, &ranges_of_values[act.0 as usize], slot);
+                        inputs.values.push((act, range));
+                    }
+                    Value::Tokens(indices) => {
+                        let range = place(&mut indices_end, &index_ranges[indices.0 as usize], slot);
+                        inputs.indices.push((indices, range));
+                    }
+                }
+            }
+            inputs
+        });
+        let slots = slots.collect();
         Ok(Activations {
-            ranges: ranges(&self.values, &self.value_lifetimes),
-            index_ranges: ranges(&self.indices, &self.index_lifetimes),
-            values: backend.allocate(self.values.peak)?,
-            indices: backend.allocate(self.indices.peak)?,
+            ranges: ranges_of_values,
+            index_ranges,
+            values: backend.allocate(values_end)?,
+            indices: backend.allocate(indices_end)?,
+            slots,
             recording: B::Recording::default(),
         })
     }
@@ -55,6 +107,34 @@ impl<B: Backend> Program<B> {
     /// Floating-point operations of one run.
     pub fn flops(&self) -> u64 {
         self.ops.iter().map(|op| op.flops()).sum()
+    }
+
+    /// What each operation must move and compute, in their order. `parameters` are those of the program's model.
+    ///
+    /// # Errors
+    /// What [`ParamTable::layout`] reports.
+    pub fn costs(&self, parameters: &ParamTable) -> Result<Vec<OpCost>> {
+        let (_, ranges) = parameters.layout()?;
+        let states = parameters.state_layout()?;
+        let [storage, real] = [size_of::<B::Storage>(), size_of::<B::Real>()];
+        let size = |used: Use| match used {
+            Use::Activation(act) => self.value_lifetimes[act.0 as usize].len * storage,
+            Use::Indices(indices) => self.index_lifetimes[indices.0 as usize].len * size_of::<i32>(),
+            Use::Parameter(param) => ranges[param.0 as usize].len() * storage,
+            // What is added to is read as well.
+            Use::Gradient(grad) => ranges[grad.param.0 as usize].len() * real * if grad.first { 1 } else { 2 },
+            Use::State(state) => states.entries()[state.0 as usize].range().len() * real,
+        };
+        let cost = |op: &dyn Op<B>| {
+            let mut named: Vec<Use> = Vec::new();
+            op.uses(&mut |used| {
+                if !named.contains(&used) {
+                    named.push(used);
+                }
+            });
+            OpCost { name: op.name(), bytes: named.into_iter().map(|used| size(used) as u64).sum(), flops: op.flops() }
+        };
+        Ok(self.ops.iter().map(|op| cost(&**op)).collect())
     }
 
     /// Bytes of activations at `element_bytes` a value, whole numbers included.

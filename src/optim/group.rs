@@ -2,7 +2,7 @@
 
 use regex::Regex;
 
-use super::{Clip, MuonScale, Rule, RuleStep, StepParams};
+use super::{Clip, MuonScale, NormClip, Rule, RuleStep, StepParams};
 use crate::error::{Error, Result};
 use crate::plan::{ALIGNMENT, ParamLayout};
 use crate::real::Real;
@@ -177,9 +177,30 @@ pub struct UpdatePlan {
     pub clip: Clip,
     /// Names of the slots: the longest list of the groups' rules.
     pub slots: &'static [&'static str],
+    /// The seed of the stochastic rounding where parameters are kept in bf16 alone, without a copy in f32.
+    pub rounding: Option<u64>,
 }
 
+/// Elements of a piece of a tensor.
+const PIECE: usize = 1 << 14;
+
 impl UpdatePlan {
+    /// How many elements of a tensor are summed up together, wherever something is summed over a tensor: sums over pieces are then
+    /// added in their order, so that a sum has the same bits for any number of threads or multiprocessors. Where a clip looks at
+    /// output units, a piece is a whole number of units.
+    ///
+    /// A sum of squares over a piece, in f64: spans of 2048 elements in their order; within a span element i belongs to sum
+    /// `i % 128`, each sum takes its elements in order, and halves of the sums are added at the end (64, 32, .. 1).
+    pub fn piece(&self, tensor: usize) -> usize {
+        match self.clip.norm {
+            NormClip::Adaptive { .. } => {
+                let unit = self.tensors[tensor].unit();
+                (PIECE / unit).max(1) * unit
+            }
+            NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => PIECE,
+        }
+    }
+
     /// The plan of `options` for the tensors of `layout`.
     ///
     /// # Errors
@@ -235,7 +256,7 @@ impl UpdatePlan {
             ));
         }
         let slots = groups.iter().map(|g| g.rule.slots()).max_by_key(|s| s.len()).unwrap_or(&[]);
-        Ok(UpdatePlan { groups, block_groups, tensors, clip: options.clip, slots })
+        Ok(UpdatePlan { groups, block_groups, tensors, clip: options.clip, slots, rounding: None })
     }
 }
 

@@ -17,13 +17,17 @@
 
 mod clip;
 mod group;
+mod rounding;
 mod rule;
 mod schedule;
 
 pub use clip::{Clip, NormClip};
 pub use group::{Group, GroupPattern, OptimizerOptions, TensorPlan, UpdatePlan};
+pub use rounding::round_stochastically;
 pub use rule::{MomentumForm, MuonScale, Rule, RuleStep};
 pub use schedule::{Decay, Schedule};
+
+use crate::error::{Error, Result};
 
 /// What the update of one step is told.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,6 +42,21 @@ pub struct StepParams {
     pub zero_gradients: bool,
 }
 
+impl StepParams {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// A learning rate or divisor that is not a finite number, a divisor not above 0, or step 0.
+    pub fn check(&self) -> Result<()> {
+        let StepParams { learning_rate, divisor, step, .. } = *self;
+        if learning_rate.is_finite() && divisor.is_finite() && divisor > 0.0 && step > 0 {
+            return Ok(());
+        }
+        let found = format!("{learning_rate}, {divisor} and step {step}");
+        Err(Error::shape("update", "a finite learning rate, a divisor above 0, steps counted from 1", found))
+    }
+}
+
 /// What the update of one step found.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepOutcome {
@@ -45,6 +64,8 @@ pub struct StepOutcome {
     pub grad_norm: f64,
     /// The least factor that a norm clip multiplied gradients by; 1 when it did nothing.
     pub clip_coefficient: f64,
+    /// Values that the value clip changed; 0 without one.
+    pub clamped: u64,
     /// Whether the norm was not finite, so that nothing was changed.
     pub skipped: bool,
 }

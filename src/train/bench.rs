@@ -123,10 +123,7 @@ fn step(
     })?;
     let flops = trainer.program().flops();
     let device = trainer.backend().description();
-    let times = repeat(seconds, || {
-        trainer.micro_batch(batch)?;
-        trainer.update(1e-4).map(drop)
-    })?;
+    let times = repeat(seconds, || trainer.step(std::slice::from_ref(batch), 1e-4).map(drop))?;
     Ok(measured(name, device, &times, flops, 0, None))
 }
 

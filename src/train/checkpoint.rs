@@ -14,6 +14,7 @@ use super::step::{Counters, Trainer};
 use super::summary::SplitScores;
 use super::tensors::{self, TensorMap};
 use crate::backend::ops::Update;
+use crate::backend::step::LossScale;
 use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
 use crate::model::interop::{from_hugging_face_gpt2, is_hugging_face_gpt2};
@@ -48,6 +49,9 @@ pub struct RunState {
     pub config_hash: String,
     /// The schedule, in words.
     pub schedule: String,
+    /// The dynamic loss scale, where gradients need one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// Version of Warpstep that wrote it.
     pub version: String,
 }
@@ -68,6 +72,7 @@ impl RunState {
             evaluations_without_improvement: 0,
             config_hash,
             schedule,
+            loss_scale: None,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
@@ -141,7 +146,8 @@ pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &Ru
     if let Some(average) = average {
         tensors::write(&aside.join("ema.safetensors"), &average, metadata)?;
     }
-    let mut text = serde_json::to_vec_pretty(state).map_err(|e| Error::io("write", &path, e.into()))?;
+    let state = RunState { loss_scale: trainer.loss_scale()?, ..state.clone() };
+    let mut text = serde_json::to_vec_pretty(&state).map_err(|e| Error::io("write", &path, e.into()))?;
     text.push(b'\n');
     files::write_whole(&aside.join("state.json"), &text)?;
     files::sync(&aside)?;
@@ -290,6 +296,9 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
         tensors::upload(backend, average, &layout, "", &mut values, &file)?;
     }
     trainer.set_counters(state.counters());
+    if let Some(scale) = state.loss_scale {
+        trainer.backend().set_loss_scale(scale)?;
+    }
     Ok(state)
 }
 

@@ -8,10 +8,12 @@ use std::time::Instant;
 
 use super::checkpoint::{self, RunState, Which};
 use super::files;
+use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
-use super::step::{LossSums, Trainer, TrainerParts};
+use super::shadow::Shadow;
+use super::step::{LossSums, StepReport, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
@@ -87,6 +89,7 @@ pub fn train<B: Backend + Update>(run: Run<B>, observers: &mut [&mut dyn Observe
         options: run.options,
         peak: run.optimizer.learning_rate,
         clips: run.optimizer.clip.norm != NormClip::Off,
+        clamps: run.optimizer.clip.value.is_some(),
         schedule: run.schedule,
         splits: run.splits,
         prefetch: run.prefetch,
@@ -101,6 +104,9 @@ pub fn train<B: Backend + Update>(run: Run<B>, observers: &mut [&mut dyn Observe
         tokens_per_sample,
         began: Instant::now(),
         seconds_before: 0.0,
+        stopwatch: None,
+        interval: Interval::default(),
+        skipped_in_a_row: 0,
         last_step: LastStep::default(),
         last_train: None,
         last_validation: None,
@@ -164,6 +170,8 @@ struct Interval {
     sums: LossSums,
     steps: u64,
     clipped: u64,
+    clamped: u64,
+    shadow_ulp: Option<f64>,
     samples: u64,
     seconds: f64,
 }
@@ -181,6 +189,7 @@ struct Loop<B: Backend + Update> {
     options: TrainOptions,
     peak: f64,
     clips: bool,
+    clamps: bool,
     schedule: Schedule,
     splits: Splits,
     prefetch: Prefetch,
@@ -195,6 +204,10 @@ struct Loop<B: Backend + Update> {
     tokens_per_sample: Option<usize>,
     began: Instant,
     seconds_before: f64,
+    /// Since when steps take time that was not counted yet.
+    stopwatch: Option<Instant>,
+    interval: Interval,
+    skipped_in_a_row: u64,
     last_step: LastStep,
     last_train: Option<Scores>,
     last_validation: Option<(u64, Scores)>,
@@ -232,75 +245,129 @@ impl<B: Backend + Update> Loop<B> {
         let checkpoint_every = self.options.checkpoint.in_steps(self.steps_per_epoch);
         let due = |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
         let mut end = End::Completed;
-        let mut interval = Interval::default();
-        let mut skipped_in_a_row = 0;
-        while self.state.step < self.steps {
-            let Some(skipped) = self.step(&mut interval)? else {
+        self.stopwatch = Some(Instant::now());
+        while self.trainer.queued().step < self.steps {
+            let watched = due(self.options.shadow_every_steps, self.trainer.queued().step + 1);
+            let queued = if watched { self.watched_step(observers)? } else { self.queue_step()? };
+            if !queued {
                 return Ok(Outcome { end: End::Abandoned, summary: None });
-            };
-            let step = self.state.step;
-            skipped_in_a_row = if skipped { skipped_in_a_row + 1 } else { 0 };
-            if skipped_in_a_row >= self.options.max_skipped_steps {
-                return Err(Error::Training(format!(
-                    "the gradients were not finite for {skipped_in_a_row} steps in a row, up to step {step}: lower \
-                     optimizer.learning_rate, or set optimizer.clip = {{ global_norm = 1.0 }}"
-                )));
             }
+            let step = self.trainer.queued().step;
             let last = step == self.steps;
-            if step.is_multiple_of(self.options.log_every_steps) || last {
-                self.record_training(&mut interval, observers)?;
-            }
-            if due(evaluate_every, step) && !last {
-                let stop = self.validate(self.options.evaluate_batches, observers)?;
-                if stop {
-                    end = End::StoppedEarly;
-                }
-            }
+            let (evaluate, save) = (due(evaluate_every, step) && !last, due(checkpoint_every, step) && !last);
+            // Whatever looks at the parameters waits for the steps before it; nothing else does.
             let signal = self.interrupt.load(Ordering::Relaxed);
+            let settle = evaluate || save || last || signal != 0;
+            while let Some(report) = self.trainer.finished(settle)? {
+                self.take_report(report, observers)?;
+            }
+            if !settle {
+                continue;
+            }
+            if evaluate && self.validate(self.options.evaluate_batches, observers)? {
+                end = End::StoppedEarly;
+            }
             if signal != 0 {
-                self.record_training(&mut interval, observers)?;
+                self.record_training(observers)?;
                 self.save(observers)?;
                 return Ok(Outcome { end: End::Interrupted(signal as i32), summary: None });
             }
             if end == End::StoppedEarly {
-                self.record_training(&mut interval, observers)?;
+                self.record_training(observers)?;
                 break;
             }
-            if due(checkpoint_every, step) && !last {
+            if save {
                 self.save(observers)?;
             }
+            self.stopwatch = Some(Instant::now());
         }
         let summary = self.finish(device, observers)?;
         Ok(Outcome { end, summary: Some(summary) })
     }
 
-    /// One step. Returns whether it was skipped; none when the run is to be abandoned.
-    fn step(&mut self, interval: &mut Interval) -> Result<Option<bool>> {
-        let began = Instant::now();
-        let mut loss = 0.0;
-        for _ in 0..self.options.accumulate {
-            if self.abandon_at.is_some_and(|at| self.trainer.counters().micro_step >= at) {
-                return Ok(None);
-            }
-            let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
-            let sums = self.trainer.micro_batch(&batch)?;
-            interval.samples += batch.samples as u64;
-            self.loader.recycle(batch);
-            loss += sums.mean() / f64::from(self.options.accumulate);
-            interval.sums.add(sums);
+    /// Queues one step. Returns whether to go on: not when the run is to be abandoned.
+    fn queue_step(&mut self) -> Result<bool> {
+        let rate = self.rate_of_next();
+        (1..=self.options.accumulate).try_fold(true, |on, micro_batch| {
+            Ok(on && self.queue_micro_batch((micro_batch == self.options.accumulate).then_some(rate))?)
+        })
+    }
+
+    /// The learning rate of the step that is queued next.
+    fn rate_of_next(&self) -> f64 {
+        self.schedule.at(self.trainer.queued().step, self.steps, self.peak)
+    }
+
+    /// Queues a micro-batch, and given a learning rate the update after it. Returns whether to go on.
+    fn queue_micro_batch(&mut self, rate: Option<f64>) -> Result<bool> {
+        if self.abandon_at.is_some_and(|at| self.trainer.queued().micro_step >= at) {
+            return Ok(false);
         }
+        let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
+        self.trainer.queue(&batch, rate)?;
+        self.loader.recycle(batch);
+        Ok(true)
+    }
+
+    /// Takes one step whose update is replayed by the plain rule, everything before it waited for. Returns whether to go on.
+    fn watched_step(&mut self, observers: &mut [&mut dyn Observer]) -> Result<bool> {
+        let rate = self.rate_of_next();
+        for _ in 0..self.options.accumulate {
+            if !self.queue_micro_batch(None)? {
+                return Ok(false);
+            }
+        }
+        while let Some(report) = self.trainer.finished(true)? {
+            self.take_report(report, observers)?;
+        }
+        let params = self.trainer.step_params(rate)?;
+        let shadow = Shadow::new(self.options.seed);
+        let (backend, arena, plan) = (self.trainer.backend(), self.trainer.arena(), self.trainer.update_plan());
+        let watched = shadow.before(backend, arena, plan, &params)?;
+        self.trainer.queue_update(rate)?;
+        let Some(report) = self.trainer.finished(true)? else {
+            return Err(Error::Training("the update that was queued did not end".into()));
+        };
+        let (backend, arena, plan) = (self.trainer.backend(), self.trainer.arena(), self.trainer.update_plan());
+        let found = watched.after(backend, arena, plan, &params, &report.outcome)?;
+        let worst = self.interval.shadow_ulp.map_or(found.ulp, |ulp| ulp.max(found.ulp));
+        self.interval.shadow_ulp = Some(worst);
+        self.take_report(report, observers)?;
+        Ok(true)
+    }
+
+    /// Takes over what a step found, and records it where it is time to.
+    fn take_report(&mut self, report: StepReport, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        let StepReport { loss, sums, samples, outcome } = report;
         let rate = self.schedule.at(self.state.step, self.steps, self.peak);
-        let outcome = self.trainer.update(rate)?;
         self.state.set_counters(self.trainer.counters());
+        let interval = &mut self.interval;
         interval.losses += loss;
+        interval.sums.add(sums);
+        interval.samples += samples;
         interval.steps += 1;
         interval.clipped += u64::from(outcome.clip_coefficient < 1.0);
-        let seconds = began.elapsed().as_secs_f64();
-        interval.seconds += seconds;
-        self.state.step_seconds += seconds;
+        interval.clamped += outcome.clamped;
+        if let Some(since) = self.stopwatch.replace(Instant::now()) {
+            let seconds = since.elapsed().as_secs_f64();
+            interval.seconds += seconds;
+            self.state.step_seconds += seconds;
+        }
         self.state.seconds = self.seconds_before + self.began.elapsed().as_secs_f64();
         self.last_step = LastStep { rate, norm: outcome.grad_norm };
-        Ok(Some(outcome.skipped))
+        let step = self.state.step;
+        self.skipped_in_a_row = if outcome.skipped { self.skipped_in_a_row + 1 } else { 0 };
+        if self.skipped_in_a_row >= self.options.max_skipped_steps {
+            return Err(Error::Training(format!(
+                "the gradients were not finite for {} steps in a row, up to step {step}: lower \
+                 optimizer.learning_rate, or set optimizer.clip = {{ global_norm = 1.0 }}",
+                self.skipped_in_a_row
+            )));
+        }
+        if step.is_multiple_of(self.options.log_every_steps) || step == self.steps {
+            self.record_training(observers)?;
+        }
+        Ok(())
     }
 
     fn blank_record(&self, split: SplitName) -> Record {
@@ -314,6 +381,9 @@ impl<B: Backend + Update> Loop<B> {
             grad_norm: None,
             skipped: self.state.skipped_steps,
             clipped: None,
+            clamped: None,
+            norm_share: None,
+            shadow_ulp: None,
             samples_per_s: None,
             tokens_per_s: None,
             mfu: None,
@@ -321,20 +391,27 @@ impl<B: Backend + Update> Loop<B> {
         }
     }
 
-    fn record_training(&mut self, interval: &mut Interval, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        let Interval { losses, sums, steps, clipped, samples, seconds } = std::mem::take(interval);
+    fn record_training(&mut self, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        let Interval { losses, sums, steps, clipped, clamped, shadow_ulp, samples, seconds } =
+            std::mem::take(&mut self.interval);
         if steps == 0 {
             return Ok(());
         }
         let loss = losses / steps as f64;
         let accuracy = has_accuracy(&*self.splits.train).then(|| sums.accuracy());
         let speed = samples as f64 / seconds;
+        let layout = &self.trainer.arena().layout;
+        let values = (steps * layout.parameters() as u64) as f64;
+        let squares = self.trainer.backend().norm_squares(self.trainer.arena())?;
         let record = Record {
             loss,
             accuracy,
             lr: Some(self.last_step.rate),
             grad_norm: self.last_step.norm.is_finite().then_some(self.last_step.norm),
             clipped: self.clips.then(|| clipped as f64 / steps as f64),
+            clamped: self.clamps.then(|| clamped as f64 / values),
+            norm_share: NormShare::largest(layout, &squares, LAYERS),
+            shadow_ulp,
             samples_per_s: self.tokens_per_sample.is_none().then_some(speed),
             tokens_per_s: self.tokens_per_sample.map(|tokens| speed * tokens as f64),
             ..self.blank_record(SplitName::Train)

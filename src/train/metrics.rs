@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::files::write_whole;
+use super::forensics::NormShare;
 use crate::error::{Error, Result};
 
 /// Which part of the data a figure is of.
@@ -47,6 +48,17 @@ pub struct Record {
     /// Share of the steps since the last record that the norm clip changed; training only, where a clip is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clipped: Option<f64>,
+    /// Share of the gradients' values since the last record that the value clip changed; training only, where one is set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clamped: Option<f64>,
+    /// The largest shares of the squared gradient norm at the last step, by layer: after the value clip, before the norm clip;
+    /// training only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub norm_share: Option<NormShare>,
+    /// The largest error of the updates since the last record that were replayed by the plain rule ([`super::shadow`]), in units
+    /// in the last place; training only, where that is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow_ulp: Option<f64>,
     /// Samples a second, evaluations and checkpoints not counted; training only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub samples_per_s: Option<f64>,
@@ -166,7 +178,10 @@ mod tests {
             lr: Some(0.1),
             grad_norm: None,
             skipped: 0,
-            clipped: None,
+            clipped: Some(0.25),
+            clamped: None,
+            norm_share: Some(NormShare(vec![("b".into(), 0.75), ("a".into(), 0.25)])),
+            shadow_ulp: None,
             samples_per_s: Some(3.0),
             tokens_per_s: None,
             mfu: None,

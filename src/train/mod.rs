@@ -3,14 +3,17 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod files;
+pub mod forensics;
 pub mod infer;
 pub mod looping;
 pub mod metrics;
 pub mod options;
 pub mod plot;
+pub mod profile;
 pub mod progress;
 pub mod report;
 pub mod run;
+pub mod shadow;
 pub mod step;
 pub mod summary;
 pub mod tensorboard;

@@ -80,6 +80,8 @@ pub struct TrainOptions {
     pub ema: Option<f64>,
     /// `run.max_skipped_steps`: skipped steps in a row after which the run fails.
     pub max_skipped_steps: u64,
+    /// `run.shadow_every_steps`: steps between two updates of which a sample is replayed by the plain rule ([`super::shadow`]).
+    pub shadow_every_steps: Option<u64>,
 }
 
 impl Default for TrainOptions {
@@ -98,6 +100,7 @@ impl Default for TrainOptions {
             early_stopping: None,
             ema: None,
             max_skipped_steps: 50,
+            shadow_every_steps: None,
         }
     }
 }
@@ -133,6 +136,9 @@ impl TrainOptions {
         }
         if self.log_every_steps == 0 {
             return wrong("run.log_every_steps", "0".into(), "1 or more");
+        }
+        if self.shadow_every_steps == Some(0) {
+            return wrong("run.shadow_every_steps", "0".into(), "1 or more");
         }
         if self.keep == 0 {
             return wrong("checkpoint.keep", "0".into(), "1 or more");

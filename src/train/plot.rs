@@ -5,6 +5,7 @@ use std::path::Path;
 use plotters::prelude::*;
 
 use super::files::write_whole;
+use super::forensics::LAYERS;
 use super::metrics::{Record, SplitName};
 use crate::error::{Error, Result};
 
@@ -77,8 +78,8 @@ const NOISY: usize = 80;
 
 type Figure = fn(&Record) -> Option<f64>;
 
-/// The charts of one run or several: loss, accuracy, learning rate, gradient norm, speed. Charts without a figure are left
-/// out. `clip` is the bound of the clip by global norm.
+/// The charts of one run or several: loss, accuracy, learning rate, gradient norm (and of one run its shares by layer), speed.
+/// Charts without a figure are left out. `clip` is the bound of the clip by global norm.
 ///
 /// One run has a colour a split. Of several runs each has a colour: strong for validation, thin for training.
 pub fn charts(runs: &[NamedRun<'_>], clip: Option<f64>) -> Vec<Chart> {
@@ -96,6 +97,7 @@ pub fn charts(runs: &[NamedRun<'_>], clip: Option<f64>) -> Vec<Chart> {
         loss,
         accuracy,
         norm,
+        Chart { most: Some(100.0), ..Chart::over_steps("Share of the squared gradient norm (%)", shares(runs)) },
         Chart::over_steps("Learning rate", training(runs, |r| r.lr)),
         Chart::over_steps("Samples a second", training(runs, |r| r.samples_per_s)),
         Chart::over_steps("Tokens a second", training(runs, |r| r.tokens_per_s)),
@@ -145,6 +147,28 @@ fn training(runs: &[NamedRun<'_>], figure: Figure) -> Vec<Curve> {
         stroke: Stroke::Thin,
     };
     runs.iter().enumerate().map(curve).filter(|curve| !curve.points.is_empty()).collect()
+}
+
+/// Curves of the layers with the largest shares of the gradient norm, of one run. A record names its largest alone: where a layer is
+/// not among them, its curve has a gap.
+fn shares(runs: &[NamedRun<'_>]) -> Vec<Curve> {
+    let [(_, records)] = runs else { return Vec::new() };
+    let recorded: Vec<_> = records.iter().filter_map(|r| Some((r.step as f64, r.norm_share.as_ref()?))).collect();
+    let mut sums: Vec<(&str, f64)> = Vec::new();
+    for (name, share) in recorded.iter().flat_map(|(_, shares)| &shares.0) {
+        match sums.iter_mut().find(|(known, _)| known == name) {
+            Some((_, sum)) => *sum += share,
+            None => sums.push((name, *share)),
+        }
+    }
+    sums.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let curve = |(color, (name, _)): (usize, &(&str, f64))| Curve {
+        name: (*name).to_owned(),
+        points: recorded.iter().map(|(step, s)| (*step, s.of(name).map_or(f64::NAN, |share| 100.0 * share))).collect(),
+        color,
+        stroke: Stroke::Thin,
+    };
+    sums.iter().take(LAYERS).enumerate().map(curve).collect()
 }
 
 /// Steps at whose record more steps had been skipped than at the one before.

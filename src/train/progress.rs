@@ -103,8 +103,13 @@ impl Progress {
         };
         let rate = record.lr.map_or_else(String::new, |lr| format!("  lr {lr:.2e}"));
         let skipped = if record.skipped > 0 { format!("  skipped {}", record.skipped) } else { String::new() };
+        // How often a clip acts: of the steps for a norm clip, of the values for a clip by value.
+        let acted = [("clipped", record.clipped), ("clamped", record.clamped)];
+        let acted: String = (acted.iter())
+            .filter_map(|&(name, share)| share.map(|share| format!("  {name} {:.0} %", 100.0 * share)))
+            .collect();
         let text = format!(
-            "{}/{}  loss {:.4}  {} left  {speed}{rate}{skipped}",
+            "{}/{}  loss {:.4}  {} left  {speed}{rate}{acted}{skipped}",
             record.step,
             self.steps,
             record.loss,

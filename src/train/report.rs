@@ -97,17 +97,20 @@ fn page(name: &str, summary: &Summary, records: &[Record], config: &str, clip: O
         rows += &score_row(&format!("best (step {}), test", grouped(best.step)), best.test);
     }
     let memory = summary.peak_memory_bytes.map_or_else(|| "not known".to_owned(), |b| format!("{} MiB", b >> 20));
-    let clipped: Vec<f64> = records.iter().filter(|r| r.split == SplitName::Train).filter_map(|r| r.clipped).collect();
-    let clipped = if clipped.is_empty() {
-        "no norm clip".to_owned()
-    } else {
-        percent(clipped.iter().sum::<f64>() / clipped.len() as f64)
+    let training = || records.iter().filter(|r| r.split == SplitName::Train);
+    let mean = |figures: Vec<f64>, none: &str| {
+        if figures.is_empty() { none.to_owned() } else { percent(figures.iter().sum::<f64>() / figures.len() as f64) }
     };
+    let clipped = mean(training().filter_map(|r| r.clipped).collect(), "no norm clip");
+    let clamped = mean(training().filter_map(|r| r.clamped).collect(), "no value clip");
+    let shadow = training().filter_map(|r| r.shadow_ulp).reduce(f64::max);
     let facts = [
         ("device", summary.device.clone()),
         ("peak memory", memory),
         ("steps skipped", summary.skipped_steps.to_string()),
         ("steps clipped", clipped),
+        ("values clamped", clamped),
+        ("updates replayed", shadow.map_or_else(|| "none".to_owned(), |ulp| format!("off by {ulp} ulp at most"))),
         ("Warpstep", summary.version.clone()),
     ];
     let facts: String =

@@ -1,9 +1,11 @@
 //! The training step: micro-batches through the program, then one update.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{HashMap, VecDeque};
 
 use crate::backend::ops::{METRICS, Update};
-use crate::backend::{Activations, Arena, Backend, Memory, StepContext};
+use crate::backend::step::{Fill, Finished, LossScale, Pass, UpdateWork, Work};
+use crate::backend::{Activations, Arena, Backend, StepContext};
 use crate::data::{Batch, Inputs, Targets};
 use crate::error::{Error, Result};
 use crate::model::{Input, Mode, Model, Program, Value};
@@ -32,6 +34,11 @@ impl LossSums {
         self.right / self.counted
     }
 
+    fn new(metrics: Option<[f64; METRICS]>) -> Self {
+        let [_, loss, counted, right] = metrics.unwrap_or_default();
+        LossSums { loss, counted, right }
+    }
+
     /// Adds the sums of more samples.
     pub fn add(&mut self, other: LossSums) {
         self.loss += other.loss;
@@ -53,6 +60,19 @@ pub struct Counters {
     pub skipped: u64,
 }
 
+/// What a step found.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// Mean of its micro-batches' mean losses.
+    pub loss: f64,
+    /// Sums over its micro-batches.
+    pub sums: LossSums,
+    /// Its samples.
+    pub samples: u64,
+    /// What its update found.
+    pub outcome: StepOutcome,
+}
+
 /// A program and the memory of its activations.
 struct Planned<B: Backend> {
     program: Program<B>,
@@ -61,6 +81,8 @@ struct Planned<B: Backend> {
 
 /// A model in training: parameters, optimizer slots, and the planned programs.
 pub struct Trainer<B: Backend + Update> {
+    /// Steps in flight, which name the memory below and go before it.
+    queue: B::Queue,
     backend: B,
     model: Model<B>,
     input: Input,
@@ -71,7 +93,14 @@ pub struct Trainer<B: Backend + Update> {
     training: Planned<B>,
     evaluations: HashMap<usize, Planned<B>>,
     average: Option<(f64, B::Buffer<B::Real>)>,
+    /// What is finished.
     counters: Counters,
+    /// Micro-batches and steps that were queued, finished ones counted.
+    queued: Counters,
+    /// Samples of each micro-batch in the queue; none for an update alone.
+    samples: VecDeque<Option<usize>>,
+    /// What the micro-batches of the oldest unfinished step found.
+    begun: StepReport,
 }
 
 /// What a [`Trainer`] is made of.
@@ -102,11 +131,15 @@ impl<B: Backend + Update> Trainer<B> {
     pub fn new(parts: TrainerParts<'_, B>) -> Result<Self> {
         let TrainerParts { backend, mut model, input, batch_size, accumulate, optimizer, ema, seed } = parts;
         let program = model.plan(&input, batch_size, Mode::Training)?;
-        let activations = program.activations(&backend)?;
+        let activations = program.activations_with_slots(&backend, B::INPUT_SLOTS)?;
         let (layout, _) = model.parameters().layout()?;
         let plan = UpdatePlan::new(optimizer, &layout)?;
         let arena = model.arena(&backend, seed, plan.slots.len())?;
+        if backend.loss_scale()?.is_some() {
+            backend.set_loss_scale(LossScale::INITIAL)?;
+        }
         let mut trainer = Trainer {
+            queue: B::Queue::default(),
             average: None,
             backend,
             model,
@@ -118,6 +151,9 @@ impl<B: Backend + Update> Trainer<B> {
             training: Planned { program, activations },
             evaluations: HashMap::new(),
             counters: Counters::default(),
+            queued: Counters::default(),
+            samples: VecDeque::new(),
+            begun: StepReport::default(),
         };
         if let Some(decay) = ema {
             trainer.average = Some((decay, trainer.copy_of_parameters()?));
@@ -189,53 +225,120 @@ impl<B: Backend + Update> Trainer<B> {
         &self.plan
     }
 
-    /// Where it stands.
+    /// What is finished.
     pub fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// What was queued, finished or not: steps and micro-batches.
+    pub fn queued(&self) -> Counters {
+        self.queued
     }
 
     /// Sets where it stands, after a checkpoint was read.
     pub fn set_counters(&mut self, counters: Counters) {
         self.counters = counters;
+        self.queued = counters;
     }
 
-    /// Forward and backward of one micro-batch. Gradients are overwritten by the first of a step, added to by the others.
-    ///
-    /// # Errors
-    /// A batch of another shape than planned, targets out of range, or a device that failed.
-    pub fn micro_batch(&mut self, batch: &Batch) -> Result<LossSums> {
-        let step = StepContext {
-            seed: self.seed,
-            micro_step: self.counters.micro_step,
-            accumulate: !self.counters.micro_step.is_multiple_of(u64::from(self.accumulate)),
-        };
-        let sums = run(&self.backend, &mut self.arena, &mut self.training, batch, &step)?;
-        self.counters.micro_step += 1;
-        Ok(sums)
-    }
-
-    /// The update of the gradients that the micro-batches left, and the average after it.
+    /// The dynamic loss scale, where the device needs one.
     ///
     /// # Errors
     /// A device that failed.
-    pub fn update(&mut self, learning_rate: f64) -> Result<StepOutcome> {
-        let step = StepParams {
-            learning_rate,
-            step: self.counters.applied + 1,
-            divisor: f64::from(self.accumulate),
-            zero_gradients: false,
+    pub fn loss_scale(&self) -> Result<Option<LossScale>> {
+        self.backend.loss_scale()
+    }
+
+    /// One whole step: forward and backward of each micro-batch, then the update. Waits for its end.
+    ///
+    /// # Errors
+    /// Another number of batches than `accumulate`, a batch of another shape than planned, or a device that failed.
+    pub fn step(&mut self, batches: &[Batch], learning_rate: f64) -> Result<StepReport> {
+        if batches.len() != self.accumulate as usize || self.queued != self.counters_of_finished_steps() {
+            let expected = format!("{} micro-batches, and no other step begun", self.accumulate);
+            return Err(Error::shape("step", expected, batches.len().to_string()));
+        }
+        for (index, batch) in batches.iter().enumerate() {
+            self.queue(batch, (index + 1 == batches.len()).then_some(learning_rate))?;
+        }
+        self.finished(true)?.ok_or_else(|| Error::Training("the step that was queued did not end".into()))
+    }
+
+    fn counters_of_finished_steps(&self) -> Counters {
+        Counters { applied: self.queued.applied, skipped: self.queued.skipped, ..self.counters }
+    }
+
+    /// Queues forward and backward of a micro-batch, and, given its learning rate, the update that ends the step. The first
+    /// micro-batch of a step overwrites gradients, the others add to them. What it finds comes by [`Trainer::finished`].
+    ///
+    /// # Errors
+    /// A batch of another shape than planned, or a device that failed.
+    pub fn queue(&mut self, batch: &Batch, learning_rate: Option<f64>) -> Result<()> {
+        let context = StepContext {
+            seed: self.seed,
+            micro_step: self.queued.micro_step,
+            accumulate: !self.queued.micro_step.is_multiple_of(u64::from(self.accumulate)),
         };
-        let outcome = self.backend.update(&mut self.arena, &self.plan, &step)?;
-        self.counters.step += 1;
-        if outcome.skipped {
-            self.counters.skipped += 1;
-        } else {
-            self.counters.applied += 1;
-            if let Some((decay, average)) = &mut self.average {
-                self.backend.average(average, &self.arena.parameters, *decay)?;
+        let Planned { program, activations } = &mut self.training;
+        let pass = pass(program, activations, batch, context)?;
+        let params = learning_rate.map(|rate| step_params(rate, self.counters, self.accumulate));
+        let update = params.map(|params| UpdateWork {
+            plan: &self.plan,
+            params,
+            average: self.average.as_mut().map(|(decay, average)| (*decay, average)),
+        });
+        self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(pass), update })?;
+        self.samples.push_back(Some(batch.samples));
+        self.queued.micro_step += 1;
+        self.queued.step += u64::from(learning_rate.is_some());
+        Ok(())
+    }
+
+    /// Queues the update that ends a step whose micro-batches were queued without one.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn queue_update(&mut self, learning_rate: f64) -> Result<()> {
+        let params = step_params(learning_rate, self.counters, self.accumulate);
+        let average = self.average.as_mut().map(|(decay, average)| (*decay, average));
+        let update = Some(UpdateWork { plan: &self.plan, params, average });
+        self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: None, update })?;
+        self.samples.push_back(None);
+        self.queued.step += 1;
+        Ok(())
+    }
+
+    /// What the update after everything that is finished is told, the loss scale in its divisor.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn step_params(&self, learning_rate: f64) -> Result<StepParams> {
+        let params = step_params(learning_rate, self.counters, self.accumulate);
+        let scale = self.loss_scale()?.map_or(1.0, |loss_scale| f64::from(loss_scale.scale));
+        Ok(StepParams { divisor: params.divisor * scale, ..params })
+    }
+
+    /// What the oldest step found that nobody has taken yet: none where it is not done, and, with `wait`, where none is left.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn finished(&mut self, wait: bool) -> Result<Option<StepReport>> {
+        while let Some(Finished { metrics, outcome }) = self.backend.finished(&mut self.queue, wait)? {
+            if let Some(samples) = self.samples.pop_front().flatten() {
+                let sums = LossSums::new(metrics);
+                self.counters.micro_step += 1;
+                self.begun.loss += sums.mean() / f64::from(self.accumulate);
+                self.begun.sums.add(sums);
+                self.begun.samples += samples as u64;
+            }
+            if let Some(outcome) = outcome {
+                self.counters.step += 1;
+                self.counters.applied += u64::from(!outcome.skipped);
+                self.counters.skipped += u64::from(outcome.skipped);
+                return Ok(Some(StepReport { outcome, ..std::mem::take(&mut self.begun) }));
             }
         }
-        Ok(outcome)
+        Ok(None)
     }
 
     /// Loss and right predictions over batches, by the average of weights where there is one.
@@ -256,7 +359,9 @@ impl<B: Backend + Update> Trainer<B> {
                     }
                 };
                 let step = StepContext { seed: trainer.seed, ..StepContext::default() };
-                total.add(run(&trainer.backend, &mut trainer.arena, planned, &batch, &step)?);
+                let Planned { program, activations } = planned;
+                let metrics = pass(program, activations, &batch, step)?.run(&trainer.backend, &mut trainer.arena)?;
+                total.add(LossSums::new(metrics));
             }
             Ok(total)
         })
@@ -277,76 +382,34 @@ impl<B: Backend + Update> Trainer<B> {
     }
 }
 
-/// Copies a batch into a program's inputs, runs it, and reads the sums of its loss.
-fn run<B: Backend>(
-    backend: &B,
-    arena: &mut Arena<B>,
-    planned: &mut Planned<B>,
-    batch: &Batch,
-    step: &StepContext,
-) -> Result<LossSums> {
-    let Planned { program, activations } = planned;
-    match &batch.inputs {
-        Inputs::Real(values) => write_real(backend, activations, program.input, values, "input")?,
-        Inputs::Tokens(values) => write_indices(backend, activations, program.input, values, "input")?,
-    }
+/// What the update after `counters` is told.
+fn step_params(learning_rate: f64, counters: Counters, accumulate: u32) -> StepParams {
+    StepParams { learning_rate, step: counters.applied + 1, divisor: f64::from(accumulate), zero_gradients: false }
+}
+
+/// The run of a program over a batch.
+fn pass<'a, B: Backend>(
+    program: &'a Program<B>,
+    activations: &'a mut Activations<B>,
+    batch: &'a Batch,
+    context: StepContext,
+) -> Result<Pass<'a, B>> {
+    let mut fills = vec![match (&batch.inputs, program.input) {
+        (Inputs::Real(values), Value::Real(act)) => Fill::Real(act, Cow::Borrowed(values)),
+        (Inputs::Tokens(values), Value::Tokens(indices)) => Fill::Indices(indices, values),
+        (Inputs::Real(_), Value::Tokens(_)) => return Err(Error::shape("input", "whole numbers", "real values")),
+        (Inputs::Tokens(_), Value::Real(_)) => return Err(Error::shape("input", "real values", "whole numbers")),
+    }];
     if let Some(target) = program.target {
-        match (&batch.targets, target) {
-            (Targets::Real(values), _) => write_real(backend, activations, target, values, "target")?,
-            (Targets::Index(values), Value::Tokens(_)) => {
-                write_indices(backend, activations, target, values, "target")?;
-            }
+        fills.push(match (&batch.targets, target) {
+            (Targets::Real(values), Value::Real(act)) => Fill::Real(act, Cow::Borrowed(values)),
+            (Targets::Index(values), Value::Tokens(indices)) => Fill::Indices(indices, values),
             // Classes 0 and 1 as targets of a real output: logistic regression.
-            (Targets::Index(classes), Value::Real(_)) => {
-                let values: Vec<f32> = classes.iter().map(|&class| class as f32).collect();
-                write_real(backend, activations, target, &values, "target")?;
+            (Targets::Index(classes), Value::Real(act)) => {
+                Fill::Real(act, classes.iter().map(|&class| class as f32).collect())
             }
-        }
+            (Targets::Real(_), Value::Tokens(_)) => return Err(Error::shape("target", "whole numbers", "real values")),
+        });
     }
-    let mut memory = Memory { arena, activations };
-    backend.run(&program.ops, &mut memory, step)?;
-    let mut metrics = [B::Real::from_f64(0.0); METRICS];
-    if let Some(act) = program.metrics {
-        backend.read_statistic(activations, act, &mut metrics)?;
-    }
-    let [_, loss, counted, right] = metrics.map(Element::f64);
-    Ok(LossSums { loss, counted, right })
-}
-
-fn write_real<B: Backend>(
-    backend: &B,
-    activations: &mut Activations<B>,
-    to: Value,
-    values: &[f32],
-    what: &str,
-) -> Result<()> {
-    let Value::Real(act) = to else {
-        return Err(Error::shape(what, "whole numbers", "real values"));
-    };
-    let range = activations.range(act);
-    check_len(what, range.len(), values.len())?;
-    let values: Vec<B::Storage> = values.iter().map(|&v| B::Storage::from_f32(v)).collect();
-    backend.upload(&mut activations.values, range.start, &values)
-}
-
-fn write_indices<B: Backend>(
-    backend: &B,
-    activations: &mut Activations<B>,
-    to: Value,
-    values: &[i32],
-    what: &str,
-) -> Result<()> {
-    let Value::Tokens(indices) = to else {
-        return Err(Error::shape(what, "real values", "whole numbers"));
-    };
-    let range = activations.index_range(indices);
-    check_len(what, range.len(), values.len())?;
-    backend.upload(&mut activations.indices, range.start, values)
-}
-
-fn check_len(what: &str, expected: usize, found: usize) -> Result<()> {
-    if expected == found {
-        return Ok(());
-    }
-    Err(Error::shape(format!("batch {what}"), format!("{expected} values"), found.to_string()))
+    Ok(Pass { ops: &program.ops, activations, fills, metrics: program.metrics, context })
 }

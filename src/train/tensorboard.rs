@@ -52,11 +52,15 @@ impl TensorBoard {
             ("optimizer/learning_rate".to_owned(), record.lr),
             ("optimizer/grad_norm".to_owned(), record.grad_norm),
             ("optimizer/clipped".to_owned(), record.clipped),
+            ("optimizer/clamped".to_owned(), record.clamped),
+            ("optimizer/shadow_ulp".to_owned(), record.shadow_ulp),
             ("speed/samples_per_s".to_owned(), record.samples_per_s),
             ("speed/tokens_per_s".to_owned(), record.tokens_per_s),
         ];
+        let shares = record.norm_share.iter().flat_map(|share| &share.0);
+        let shares = shares.map(|(layer, share)| (format!("norm_share/{layer}"), Some(*share)));
         let mut summary = Vec::new();
-        for (tag, value) in figures {
+        for (tag, value) in figures.into_iter().chain(shares) {
             if let Some(value) = value {
                 let mut scalar = field_bytes(1, tag.as_bytes());
                 scalar.push(2 << 3 | 5);

@@ -16,9 +16,10 @@ pub fn fresh_seed() -> u64 {
     seed
 }
 
-/// The `warpstep` command that this test run built.
+/// The `warpstep` command that this test run built, or that `WARPSTEP_BIN` names: where tests run without cargo.
 pub fn warpstep() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_warpstep"))
+    let named = std::env::var_os("WARPSTEP_BIN").filter(|path| !path.is_empty());
+    Command::new(named.unwrap_or_else(|| env!("CARGO_BIN_EXE_warpstep").into()))
 }
 
 /// Runs `warpstep` to its end.

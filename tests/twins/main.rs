@@ -163,7 +163,8 @@ impl<B: Backend> Bed<B> {
         let mut indices = backend.allocate(self.indices.len())?;
         backend.upload(&mut indices, 0, &self.indices)?;
         let (ranges, index_ranges) = (self.ranges.clone(), self.index_ranges.clone());
-        let mut activations = Activations { ranges, index_ranges, values, indices, recording: B::Recording::default() };
+        let recording = B::Recording::default();
+        let mut activations = Activations { ranges, index_ranges, values, indices, slots: Vec::new(), recording };
         let mut memory = Memory { arena: &mut arena, activations: &mut activations };
         op.run(backend, &mut memory, &self.step)?;
         let mut values = self.values.clone();

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::{map, map2, rows_in_piece, vectorize};
+use super::parallel::{apply_in_place, apply_to_rows, map, map2, rows_in_piece, update, vectorize};
 use crate::backend::ops::{
     Activation, ActivationBackward, ActivationForward, ActivationKind, SwigluBackward, SwigluForward,
 };
@@ -60,6 +60,101 @@ fn silu_slope<R: Real>(x: R) -> R {
     s * (R::one() + x * (R::one() - s))
 }
 
+#[inline(always)]
+fn relu<R: Real>(x: R) -> R {
+    if x < R::zero() { R::zero() } else { x }
+}
+
+#[inline(always)]
+fn silu<R: Real>(x: R) -> R {
+    x * sigmoid(x)
+}
+
+/// `d f'(x)` of each function.
+mod backward {
+    use super::{gelu_slope, gelu_tanh_slope, silu_slope};
+    use crate::real::Real;
+
+    #[inline(always)]
+    pub fn relu<R: Real>(x: R, d: R) -> R {
+        if x > R::zero() { d } else { R::zero() }
+    }
+
+    #[inline(always)]
+    pub fn gelu_tanh<R: Real>(x: R, d: R) -> R {
+        d * gelu_tanh_slope(x)
+    }
+
+    #[inline(always)]
+    pub fn gelu<R: Real>(x: R, d: R) -> R {
+        d * gelu_slope(x)
+    }
+
+    #[inline(always)]
+    pub fn silu<R: Real>(x: R, d: R) -> R {
+        d * silu_slope(x)
+    }
+
+    #[inline(always)]
+    pub fn sigmoid<R: Real>(x: R, d: R) -> R {
+        let s = super::sigmoid(x);
+        d * s * (R::one() - s)
+    }
+
+    #[inline(always)]
+    pub fn tanh<R: Real>(x: R, d: R) -> R {
+        let t = x.tanh_lane();
+        d * (R::one() - t * t)
+    }
+}
+
+/// Calls `$run` with the function of `$kind`, so that each is compiled into its loop.
+macro_rules! with_function {
+    ($kind:expr, $run:ident($($args:expr),*)) => {
+        match $kind {
+            ActivationKind::Relu => $run($($args,)* relu),
+            ActivationKind::GeluTanh => $run($($args,)* gelu_tanh),
+            ActivationKind::Gelu => $run($($args,)* gelu),
+            ActivationKind::Silu => $run($($args,)* silu),
+            ActivationKind::Sigmoid => $run($($args,)* sigmoid),
+            ActivationKind::Tanh => $run($($args,)* R::tanh_lane),
+        }
+    };
+}
+
+/// As [`with_function`], with the gradient's function.
+macro_rules! with_slope {
+    ($kind:expr, $run:ident($($args:expr),*)) => {
+        match $kind {
+            ActivationKind::Relu => $run($($args,)* backward::relu),
+            ActivationKind::GeluTanh => $run($($args,)* backward::gelu_tanh),
+            ActivationKind::Gelu => $run($($args,)* backward::gelu),
+            ActivationKind::Silu => $run($($args,)* backward::silu),
+            ActivationKind::Sigmoid => $run($($args,)* backward::sigmoid),
+            ActivationKind::Tanh => $run($($args,)* backward::tanh),
+        }
+    };
+}
+
+/// `u += b` and `y = f(u)`, row by row of `width`; u is `kept`, or y itself where none is kept.
+pub(super) fn add_and_apply<R: Real>(
+    kind: ActivationKind,
+    y: &mut [R],
+    kept: Option<&mut [R]>,
+    bias: Option<&[R]>,
+    width: usize,
+) {
+    match kept {
+        Some(kept) => with_function!(kind, apply_to_rows(y, kept, bias, width)),
+        None => with_function!(kind, apply_in_place(y, bias, width)),
+    }
+}
+
+/// `d = d f'(x)`, value by value.
+pub(super) fn multiply_by_slope<R: Real>(kind: ActivationKind, d: &mut [R], x: &[R]) {
+    with_slope!(kind, update(d, x));
+}
+
 impl<R: Real> Activation for Cpu<R> {
     fn activation_forward(
         &self,
@@ -70,24 +165,7 @@ impl<R: Real> Activation for Cpu<R> {
         let activations = &mut *memory.activations;
         let ranges = [activations.range(args.x), activations.range(args.y)];
         let [x, y] = disjoint(&mut activations.values, ranges, "activation")?;
-        match args.kind {
-            ActivationKind::Relu => map(
-                y,
-                x,
-                #[inline(always)]
-                |x| if x < R::zero() { R::zero() } else { x },
-            ),
-            ActivationKind::GeluTanh => map(y, x, gelu_tanh),
-            ActivationKind::Gelu => map(y, x, gelu),
-            ActivationKind::Silu => map(
-                y,
-                x,
-                #[inline(always)]
-                |x| x * sigmoid(x),
-            ),
-            ActivationKind::Sigmoid => map(y, x, sigmoid),
-            ActivationKind::Tanh => map(y, x, R::tanh_lane),
-        }
+        with_function!(args.kind, map(y, x));
         Ok(())
     }
 
@@ -100,58 +178,7 @@ impl<R: Real> Activation for Cpu<R> {
         let activations = &mut *memory.activations;
         let ranges = [activations.range(args.x), activations.range(args.dy), activations.range(args.dx)];
         let [x, dy, dx] = disjoint(&mut activations.values, ranges, "activation")?;
-        match args.kind {
-            ActivationKind::Relu => {
-                map2(
-                    dx,
-                    x,
-                    dy,
-                    #[inline(always)]
-                    |x, d| if x > R::zero() { d } else { R::zero() },
-                );
-            }
-            ActivationKind::GeluTanh => map2(
-                dx,
-                x,
-                dy,
-                #[inline(always)]
-                |x, d| d * gelu_tanh_slope(x),
-            ),
-            ActivationKind::Gelu => map2(
-                dx,
-                x,
-                dy,
-                #[inline(always)]
-                |x, d| d * gelu_slope(x),
-            ),
-            ActivationKind::Silu => map2(
-                dx,
-                x,
-                dy,
-                #[inline(always)]
-                |x, d| d * silu_slope(x),
-            ),
-            ActivationKind::Sigmoid => map2(
-                dx,
-                x,
-                dy,
-                #[inline(always)]
-                |x, d| {
-                    let s = sigmoid(x);
-                    d * s * (R::one() - s)
-                },
-            ),
-            ActivationKind::Tanh => map2(
-                dx,
-                x,
-                dy,
-                #[inline(always)]
-                |x, d| {
-                    let t = x.tanh_lane();
-                    d * (R::one() - t * t)
-                },
-            ),
-        }
+        with_slope!(args.kind, map2(dx, x, dy));
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::Cpu;
+use super::activation::{add_and_apply, multiply_by_slope};
 use super::parallel::{add_to_rows, sum_rows};
 use super::product::product;
 use crate::backend::ops::{Linear, LinearBackward, LinearForward};
@@ -40,17 +41,25 @@ impl<R: Real> Linear for Cpu<R> {
     fn linear_forward(&self, memory: &mut Memory<'_, Self>, args: &LinearForward, _: &StepContext) -> Result<()> {
         let LinearForward { rows, inputs, outputs, .. } = *args;
         let (arena, activations) = (&*memory.arena, &mut *memory.activations);
-        let ranges = [activations.range(args.x), activations.range(args.y)];
-        let [x, y] = disjoint(&mut activations.values, ranges, "linear")?;
+        let kept = args.activation.and_then(|activation| activation.kept);
+        let kept_range = kept.map_or(0..0, |kept| activations.range(kept));
+        let ranges = [activations.range(args.x), activations.range(args.y), kept_range];
+        let [x, y, before] = disjoint(&mut activations.values, ranges, "linear")?;
         let weight = matrix(&arena.parameters[arena.range(args.weight)], outputs, inputs, "linear weight")?;
+        let out = if kept.is_some() { &mut *before } else { &mut *y };
         product(
-            matrix_mut(y, rows, outputs, "linear output")?,
+            matrix_mut(out, rows, outputs, "linear output")?,
             matrix(x, rows, inputs, "linear input")?,
             weight.t(),
             false,
         );
-        if let Some(bias) = args.bias {
-            add_to_rows(y, &arena.parameters[arena.range(bias)]);
+        let bias = args.bias.map(|bias| &arena.parameters[arena.range(bias)]);
+        match (args.activation, bias) {
+            (Some(activation), bias) => {
+                add_and_apply(activation.kind, y, kept.is_some().then_some(before), bias, outputs);
+            }
+            (None, Some(bias)) => add_to_rows(y, bias),
+            (None, None) => {}
         }
         Ok(())
     }
@@ -59,8 +68,12 @@ impl<R: Real> Linear for Cpu<R> {
         let LinearBackward { rows, inputs, outputs, .. } = *args;
         let (arena, activations) = (&mut *memory.arena, &mut *memory.activations);
         let dx_range = args.dx.map_or(0..0, |dx| activations.range(dx));
-        let ranges = [activations.range(args.x), activations.range(args.dy), dx_range];
-        let [x, dy, dx] = disjoint(&mut activations.values, ranges, "linear")?;
+        // The slope may be that of x itself.
+        let of = args.slope.map(|slope| slope.of).filter(|&of| of != args.x);
+        let of_range = of.map_or(0..0, |of| activations.range(of));
+        let ranges = [activations.range(args.x), activations.range(args.dy), dx_range, of_range];
+        let [x, dy, dx, before] = disjoint(&mut activations.values, ranges, "linear")?;
+        let (x, before) = (&*x, &*before);
         if let Some(dbias) = args.dbias {
             let range = arena.range(dbias.param);
             sum_rows(&mut arena.gradients[range], dy, !step.overwrites(dbias));
@@ -76,6 +89,9 @@ impl<R: Real> Linear for Cpu<R> {
         if args.dx.is_some() {
             let weight = matrix(&arena.parameters[arena.range(args.weight)], outputs, inputs, "linear weight")?;
             product(matrix_mut(dx, rows, inputs, "linear input gradient")?, dy, weight, false);
+            if let Some(slope) = args.slope {
+                multiply_by_slope(slope.kind, dx, if of.is_some() { before } else { x });
+            }
         }
         Ok(())
     }

@@ -17,9 +17,10 @@ mod loss;
 mod parallel;
 mod pool;
 mod product;
+mod profile;
 mod update;
 
-pub use update::{average, update};
+pub use update::{average, update, update_bf16};
 
 use std::marker::PhantomData;
 
@@ -44,8 +45,10 @@ impl<R: Real> Backend for Cpu<R> {
     type Real = R;
     type Storage = R;
     type Recording = ();
-    type Prepared = ();
+    /// The sum of squares of each tensor's gradients at the last update.
+    type Prepared = Vec<f64>;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Vec<T>;
+    const INPUT_SLOTS: usize = 1;
 
     fn description(&self) -> String {
         let threads = rayon::current_num_threads();

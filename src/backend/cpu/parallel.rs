@@ -57,6 +57,75 @@ pub(super) fn map2<R: Real>(y: &mut [R], a: &[R], b: &[R], f: impl Fn(R, R) -> R
     }
 }
 
+/// `y[i] = f(a[i], y[i])`.
+pub(super) fn update<R: Real>(y: &mut [R], a: &[R], f: impl Fn(R, R) -> R + Sync) {
+    let piece = |(y, a): (&mut [R], &[R])| {
+        vectorize(
+            #[inline(always)]
+            || y.iter_mut().zip(a).for_each(|(y, &a)| *y = f(a, *y)),
+        )
+    };
+    if y.len() <= PIECE {
+        piece((y, a));
+    } else {
+        y.par_chunks_mut(PIECE).zip(a.par_chunks(PIECE)).for_each(piece);
+    }
+}
+
+/// `x += bias` on every row `[rows, width]`, and `y = f(x)` while the row is in the cache.
+pub(super) fn apply_to_rows<R: Real>(
+    y: &mut [R],
+    x: &mut [R],
+    bias: Option<&[R]>,
+    width: usize,
+    f: impl Fn(R) -> R + Sync,
+) {
+    let width = width.max(1);
+    let rows = rows_in_piece(width);
+    let piece = |(y, x): (&mut [R], &mut [R])| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact_mut(width)) {
+                    if let Some(bias) = bias {
+                        x.iter_mut().zip(bias).for_each(|(x, &b)| *x += b);
+                    }
+                    y.iter_mut().zip(x).for_each(|(y, &mut x)| *y = f(x));
+                }
+            },
+        )
+    };
+    if y.len() <= PIECE {
+        piece((y, x));
+    } else {
+        y.par_chunks_mut(rows * width).zip(x.par_chunks_mut(rows * width)).for_each(piece);
+    }
+}
+
+/// `y = f(y + bias)` on every row `[rows, width]`.
+pub(super) fn apply_in_place<R: Real>(y: &mut [R], bias: Option<&[R]>, width: usize, f: impl Fn(R) -> R + Sync) {
+    let width = width.max(1);
+    let rows = rows_in_piece(width);
+    let piece = |y: &mut [R]| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for row in y.chunks_exact_mut(width) {
+                    match bias {
+                        Some(bias) => row.iter_mut().zip(bias).for_each(|(y, &b)| *y = f(*y + b)),
+                        None => row.iter_mut().for_each(|y| *y = f(*y)),
+                    }
+                }
+            },
+        )
+    };
+    if y.len() <= PIECE {
+        piece(y);
+    } else {
+        y.par_chunks_mut(rows * width).for_each(piece);
+    }
+}
+
 /// Adds `bias` to every row of `y` `[rows, bias.len()]`, `+=`.
 pub(super) fn add_to_rows<R: Real>(y: &mut [R], bias: &[R]) {
     let width = bias.len().max(1);

@@ -7,16 +7,22 @@
 //! Tensors are cut into pieces of fixed size, and what is summed over pieces is summed in their order: the same bits for
 //! any number of threads. Padding is not touched.
 
+mod alone;
 mod muon;
 mod pieces;
 
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use rayon::prelude::*;
 
+pub use self::alone::update_bf16;
 use self::pieces::{Arrays, Piece, cut, squares};
 use super::Cpu;
 use super::parallel::vectorize;
 use crate::backend::Arena;
 use crate::backend::ops::Update;
+use crate::backend::step::{self, Finished, Work};
 use crate::error::{Error, Result};
 use crate::optim::{Group, MomentumForm, NormClip, Rule, RuleStep, StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
@@ -26,9 +32,24 @@ use crate::real::Real;
 const PIECE: usize = 1 << 14;
 
 impl<R: Real> Update for Cpu<R> {
+    type Queue = VecDeque<Finished>;
+
+    fn submit(&self, queue: &mut VecDeque<Finished>, work: Work<'_, Self>) -> Result<()> {
+        step::at_once(self, queue, work)
+    }
+
+    fn finished(&self, queue: &mut VecDeque<Finished>, _: bool) -> Result<Option<Finished>> {
+        Ok(queue.pop_front())
+    }
+
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         let mut slots: Vec<&mut [R]> = arena.slots.iter_mut().map(Vec::as_mut_slice).collect();
-        update(&mut arena.parameters, &mut arena.gradients, &mut slots, plan, step)
+        let kept = &mut arena.prepared;
+        update_keeping(&mut arena.parameters, &mut arena.gradients, &mut slots, plan, step, kept)
+    }
+
+    fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>> {
+        Ok(arena.prepared.clone())
     }
 
     fn average(&self, average: &mut Vec<R>, parameters: &Vec<R>, decay: f64) -> Result<()> {
@@ -69,6 +90,18 @@ pub fn update<R: Real>(
     plan: &UpdatePlan,
     step: &StepParams,
 ) -> Result<StepOutcome> {
+    update_keeping(parameters, gradients, slots, plan, step, &mut Vec::new())
+}
+
+/// As [`update`], and leaves the sum of squares of each tensor's gradients in `kept`.
+fn update_keeping<R: Real>(
+    parameters: &mut [R],
+    gradients: &mut [R],
+    slots: &mut [&mut [R]],
+    plan: &UpdatePlan,
+    step: &StepParams,
+    kept: &mut Vec<f64>,
+) -> Result<StepOutcome> {
     check(parameters, gradients, slots, plan, step)?;
     let mut slots = slots.iter_mut().map(|slot| &mut **slot);
     let mut arrays = Arrays {
@@ -82,15 +115,23 @@ pub fn update<R: Real>(
         bound: plan.clip.value.map_or(R::infinity(), R::from_f64),
         coefficient: R::one(),
     };
-    let mut pieces = cut(arrays.all(), plan, PIECE);
-    let gradients = sums(plan, &pieces, |piece| scale.checked_squares(piece.arrays.gradient));
+    let mut pieces = cut(arrays.all(), plan);
+    let clamped = AtomicU64::new(0);
+    let gradients = sums(plan, &pieces, |piece| {
+        if plan.clip.value.is_some() {
+            clamped.fetch_add(scale.clamped(piece.arrays.gradient), Ordering::Relaxed);
+        }
+        scale.checked_squares(piece.arrays.gradient)
+    });
+    let clamped = clamped.into_inner();
     let grad_norm = gradients.iter().sum::<f64>().sqrt();
+    kept.clone_from(&gradients);
     if !grad_norm.is_finite() {
         drop(pieces);
         if step.zero_gradients {
             arrays.gradient.fill(R::zero());
         }
-        return Ok(StepOutcome { grad_norm, clip_coefficient: 1.0, skipped: true });
+        return Ok(StepOutcome { grad_norm, clip_coefficient: 1.0, clamped, skipped: true });
     }
     let global = plan.clip.coefficient(grad_norm);
     let coefficients: Vec<f64> = match plan.clip.norm {
@@ -109,7 +150,7 @@ pub fn update<R: Real>(
     drop(pieces);
     let least = found.iter().map(|found| found.coefficient).fold(pass.muon(&mut arrays), f64::min);
     let clip_coefficient = coefficients.into_iter().fold(least, f64::min);
-    Ok(StepOutcome { grad_norm, clip_coefficient, skipped: false })
+    Ok(StepOutcome { grad_norm, clip_coefficient, clamped, skipped: false })
 }
 
 fn check<R>(parameters: &[R], gradients: &[R], slots: &[&mut [R]], plan: &UpdatePlan, step: &StepParams) -> Result<()> {
@@ -122,12 +163,7 @@ fn check<R>(parameters: &[R], gradients: &[R], slots: &[&mut [R]], plan: &Update
             format!("{:?}", lens.collect::<Vec<_>>()),
         ));
     }
-    let StepParams { learning_rate, divisor, step, .. } = *step;
-    if !learning_rate.is_finite() || !divisor.is_finite() || divisor <= 0.0 || step == 0 {
-        let found = format!("{learning_rate}, {divisor} and step {step}");
-        return Err(Error::shape("update", "a finite learning rate, a divisor above 0, steps counted from 1", found));
-    }
-    Ok(())
+    step.check()
 }
 
 /// `f` of every piece, in parallel, summed over the pieces of each tensor in their order.
@@ -164,6 +200,14 @@ impl<R: Real> Scale<R> {
                     |[g]| self.of(g),
                 )
             },
+        )
+    }
+
+    /// How many of the gradients the value clip changes.
+    fn clamped(&self, gradients: &[R]) -> u64 {
+        vectorize(
+            #[inline(always)]
+            || gradients.iter().map(|&g| u64::from((g * self.divide).abs() > self.bound)).sum(),
         )
     }
 

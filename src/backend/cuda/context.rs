@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::module::{Image, image};
+use super::step::StepState;
 use crate::error::{Error, Result};
 
 /// The libraries that are named in errors with what installs them.
@@ -22,11 +23,13 @@ pub struct DeviceOptions {
     pub tf32: bool,
     /// Whether programs are recorded and replayed as CUDA graphs.
     pub graphs: bool,
+    /// Whether a small arena is updated in one cooperative launch.
+    pub persistent_update: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        DeviceOptions { ordinal: 0, tf32: false, graphs: true }
+        DeviceOptions { ordinal: 0, tf32: false, graphs: true, persistent_update: true }
     }
 }
 
@@ -34,12 +37,15 @@ impl Default for DeviceOptions {
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    copy_stream: Arc<CudaStream>,
     options: DeviceOptions,
     name: String,
     capability: (i32, i32),
     multiprocessors: usize,
     loaded: Mutex<Loaded>,
     timings: Mutex<Option<Vec<super::profile::Timing>>>,
+    /// The operation that kernels belong to, while they are timed.
+    pub(super) operation: Mutex<Option<&'static str>>,
     blas: std::sync::OnceLock<super::product::Blas>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
@@ -108,6 +114,20 @@ impl Device {
         // SAFETY: every buffer of this backend is used on the one stream below, in its order, so no event need guard it; and
         // events would be illegal within a capture.
         unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(fail)?;
+        Self::on_stream(&stream, options)
+    }
+
+    /// The device of a stream that somebody else made, in a context of their own: all work is queued on that stream, in its
+    /// order. `options.ordinal` is not looked at.
+    ///
+    /// # Errors
+    /// A device that is too old, or that failed.
+    pub fn on_stream(stream: &Arc<CudaStream>, options: DeviceOptions) -> Result<Arc<Self>> {
+        let context = stream.context().clone();
+        let options = DeviceOptions { ordinal: context.ordinal(), ..options };
+        let fail = |error| driver_error(&format!("open device {}", options.ordinal), error);
+        context.bind_to_thread().map_err(fail)?;
         let capability = context.compute_capability().map_err(fail)?;
         if capability.0 < 8 {
             return Err(Error::Device(format!(
@@ -119,7 +139,8 @@ impl Device {
         }
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let mut device = Device {
-            stream: context.new_stream().map_err(fail)?,
+            stream: stream.clone(),
+            copy_stream: context.new_stream().map_err(fail)?,
             name: context.name().map_err(fail)?,
             multiprocessors: usize::try_from(context.attribute(count).map_err(fail)?).unwrap_or(1),
             capability,
@@ -127,12 +148,15 @@ impl Device {
             options,
             loaded: Mutex::default(),
             timings: Mutex::default(),
+            operation: Mutex::default(),
             blas: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
         };
-        device.step_state = device.allocate(STEP_STATE_BYTES)?;
-        device.fill_zero(device.step_state, STEP_STATE_BYTES)?;
+        device.step_state = device.allocate(size_of::<StepState>())?;
+        // Losses are scaled by trainers, which say so.
+        let state = StepState { loss_scale: 1.0, ..StepState::default() };
+        device.write(device.step_state, bytemuck::bytes_of(&state))?;
         Ok(Arc::new(device))
     }
 
@@ -171,6 +195,20 @@ impl Device {
 
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// The stream that batches are copied on.
+    pub(super) fn copy_stream(&self) -> &Arc<CudaStream> {
+        &self.copy_stream
+    }
+
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// Keeps an error of something that cannot return one, for the next [`Device::synchronize`].
+    pub(super) fn record<T>(&self, result: std::result::Result<T, DriverError>) {
+        self.context.record_err(result);
     }
 
     /// The products' library, opened on first use.
@@ -325,7 +363,6 @@ impl Device {
     }
 
     /// Copies within the device, in the order of the stream.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller owns as many bytes at both addresses.
@@ -344,8 +381,6 @@ impl Device {
     }
 }
 
-/// Bytes of `StepState` (kernels/common.cuh).
-const STEP_STATE_BYTES: usize = 8;
 /// Bytes of shared memory that need no permission.
 const STATIC_SHARED: u32 = 48 << 10;
 

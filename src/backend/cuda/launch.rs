@@ -1,5 +1,7 @@
 //! Kernel launches with named parts.
 
+use std::ffi::c_void;
+
 use cudarc::driver::result;
 
 use super::context::{Device, driver_error};
@@ -11,7 +13,7 @@ use crate::error::Result;
 pub(super) struct Arg([u64; ARG_WORDS]);
 
 /// Room for the largest struct that is handed to a kernel by value.
-const ARG_WORDS: usize = 12;
+const ARG_WORDS: usize = 13;
 
 impl Arg {
     /// A struct that is laid out as the kernel's is.
@@ -83,6 +85,11 @@ macro_rules! args {
 }
 pub(super) use args;
 
+/// Where each argument lies, as the driver wants to know.
+pub(super) fn pointers(args: &mut [Arg]) -> Vec<*mut c_void> {
+    args.iter_mut().map(|arg| arg.0.as_mut_ptr().cast()).collect()
+}
+
 impl<S: Storage> Cuda<S> {
     /// Queues the form for `S` of a kernel template: `name_f32`, `name_bf16` or `name_f16`.
     ///
@@ -102,7 +109,7 @@ impl Device {
     pub(super) unsafe fn launch(&self, file: &'static str, kernel: &str, grid: Grid, args: &mut [Arg]) -> Result<()> {
         let function = self.function(file, kernel, grid.shared)?;
         self.timed(kernel, || {
-            let mut pointers: Vec<_> = args.iter_mut().map(|arg| arg.0.as_mut_ptr().cast()).collect();
+            let mut pointers = pointers(args);
             let [bx, by, bz] = grid.blocks;
             let [tx, ty, tz] = grid.threads;
             // SAFETY: the function belongs to this context, which `function` bound; the arguments are as the caller promises.

@@ -25,7 +25,9 @@ impl<S: Storage> Loss for Cuda<S> {
         let (losses, rights) = (found + COUNTED as u64, found + (COUNTED + 4 * rows) as u64);
         let count = args![targets, found, rows, classes, ignore_index];
         let smoothing = args.label_smoothing as f32;
-        let list = args![logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore_index];
+        let state = self.loss_scale_state();
+        let list =
+            args![logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore_index, state];
         let (kernel, rows_a_block) =
             if classes <= NARROW { ("cross_entropy_narrow", 8) } else { ("cross_entropy_wide", 1) };
         // SAFETY: logits and dlogits hold `rows * classes` values, targets `rows`; scratch holds the count and two f32 a row.
@@ -68,7 +70,8 @@ impl<S: Storage> Cuda<S> {
         let losses = self.device().scratch(8 * parts)?;
         let rights = losses + (4 * parts) as u64;
         let [x, target, metrics] = [x, target, metrics].map(|act| Self::act(memory, act));
-        let list = args![x, target, Self::act_or_null(memory, gradient), losses, rights, len, binary];
+        let (dx, state) = (Self::act_or_null(memory, gradient), self.loss_scale_state());
+        let list = args![x, target, dx, losses, rights, len, binary, state];
         // SAFETY: the activations hold `len` values each, scratch two f32 for each block.
         unsafe { self.launch(FILE, "pointwise_loss", Grid::new(parts, 256), list)? };
         self.finish_loss([losses, rights, 0, metrics], parts, len)

@@ -4,12 +4,17 @@
 //! products), then recorded as a CUDA graph, and replayed from then on.
 
 mod activation;
+mod alias;
+pub mod auto;
 mod buffer;
 mod context;
+mod cooperative;
+pub mod doctor;
 mod dropout;
 mod elementwise;
 pub mod emulated;
 mod launch;
+pub mod libraries;
 mod linear;
 mod loss;
 mod module;
@@ -17,14 +22,18 @@ mod pending;
 mod product;
 mod profile;
 mod recording;
+mod step;
 pub mod update;
+
+/// The bindings, so that a program that owns its device memory can name the same release of them.
+pub use cudarc;
 
 pub use buffer::Buffer;
 pub use context::{Device, DeviceOptions};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
-pub use profile::KernelTime;
 pub use recording::Recording;
+pub use step::Queue;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -115,6 +124,7 @@ impl<S: Storage> Backend for Cuda<S> {
     type Recording = Recording;
     type Prepared = Option<update::Prepared>;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Buffer<T>;
+    const INPUT_SLOTS: usize = 2;
 
     fn description(&self) -> String {
         format!("{}, {}", self.device.name(), self.device.precision_name(S::NAME))

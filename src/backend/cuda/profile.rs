@@ -1,29 +1,24 @@
-//! Times of kernels, taken by events on the stream.
+//! Times of kernels, taken by events on the stream; ranges that NVIDIA's profilers show.
+
+use std::sync::PoisonError;
 
 use cudarc::driver::{CudaEvent, sys};
 
 use super::context::{Device, driver_error};
-use crate::error::Result;
+use super::{Buffer, Cuda, Storage, emulated};
+use crate::backend::profile::{KernelTime, Profiled};
+use crate::error::{Error, Result};
 
 /// A kernel or a library's call that was queued between two events.
 pub(super) struct Timing {
+    operation: Option<&'static str>,
     name: String,
     events: [CudaEvent; 2],
 }
 
-/// What all runs of one kernel took.
-#[derive(Clone, Debug, PartialEq)]
-pub struct KernelTime {
-    /// The kernel, or the library's call.
-    pub name: String,
-    /// How often it ran.
-    pub count: usize,
-    /// Milliseconds in all.
-    pub milliseconds: f64,
-}
-
 impl Device {
-    /// Starts to time every kernel that is queued. Programs are not replayed meanwhile, since a graph hides its kernels.
+    /// Starts to time every kernel that is queued, with none timed yet. Programs are not replayed meanwhile, since a graph hides
+    /// its kernels.
     pub fn start_timing(&self) {
         *self.timings() = Some(Vec::new());
     }
@@ -41,11 +36,11 @@ impl Device {
         let timings = self.timings().take().unwrap_or_default();
         self.synchronize()?;
         let mut times: Vec<KernelTime> = Vec::new();
-        for Timing { name, events: [start, end] } in timings {
-            let milliseconds = f64::from(start.elapsed_ms(&end).map_err(|error| driver_error("time a kernel", error))?);
-            match times.iter_mut().find(|time| time.name == name) {
+        for Timing { operation, name, events } in timings {
+            let milliseconds = between(&events)?;
+            match times.iter_mut().find(|time| time.name == name && time.operation == operation) {
                 Some(time) => (time.count, time.milliseconds) = (time.count + 1, time.milliseconds + milliseconds),
-                None => times.push(KernelTime { name, count: 1, milliseconds }),
+                None => times.push(KernelTime { operation, name, count: 1, milliseconds }),
             }
         }
         Ok(times)
@@ -56,14 +51,86 @@ impl Device {
         if !self.is_timing() {
             return work();
         }
-        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        let event = || self.stream().record_event(Some(flags)).map_err(|error| driver_error("time a kernel", error));
-        let start = event()?;
+        let start = self.event()?;
         work()?;
-        let end = event()?;
+        let events = [start, self.event()?];
+        let operation = *self.operation.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(timings) = self.timings().as_mut() {
-            timings.push(Timing { name: name.to_owned(), events: [start, end] });
+            timings.push(Timing { operation, name: name.to_owned(), events });
         }
         Ok(())
+    }
+
+    fn event(&self) -> Result<CudaEvent> {
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        self.stream().record_event(Some(flags)).map_err(|error| driver_error("time a kernel", error))
+    }
+}
+
+/// Milliseconds from the first event to the second, both of which are past.
+fn between([start, end]: &[CudaEvent; 2]) -> Result<f64> {
+    start.elapsed_ms(end).map(f64::from).map_err(|error| driver_error("time a kernel", error))
+}
+
+/// Runs an operation within a range of its name, where Warpstep was built with the feature `nvtx` and NVIDIA's library for it
+/// (`libnvToolsExt.so`) is there.
+#[cfg(feature = "nvtx")]
+pub(super) fn ranged(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    static PRESENT: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        // SAFETY: asks whether a library of this name loads; nothing of it is called.
+        unsafe { cudarc::nvtx::sys::is_culib_present() }
+    });
+    let _range = PRESENT.then(|| cudarc::nvtx::scoped_range(name));
+    work()
+}
+
+/// Runs an operation: its name is for builds with the feature `nvtx`.
+#[cfg(not(feature = "nvtx"))]
+#[inline]
+pub(super) fn ranged(_: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    work()
+}
+
+impl<S: Storage> Profiled for Cuda<S> {
+    fn start_timing(&self) {
+        self.device().start_timing();
+    }
+
+    fn within(&self, operation: &'static str, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<f64>> {
+        let set = |operation| *self.device().operation.lock().unwrap_or_else(PoisonError::into_inner) = operation;
+        set(Some(operation));
+        let worked = work();
+        set(None);
+        worked.map(|()| None)
+    }
+
+    fn finish_timing(&self) -> Result<Vec<KernelTime>> {
+        self.device().finish_timing()
+    }
+
+    fn milliseconds(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        let device = self.device();
+        let start = device.event()?;
+        work()?;
+        let events = [start, device.event()?];
+        device.synchronize()?;
+        between(&events)
+    }
+
+    fn copy(&self, to: &mut Buffer<f32>, from: &Buffer<f32>) -> Result<()> {
+        if to.len() != from.len() {
+            return Err(Error::shape("copy", format!("{} elements", to.len()), from.len().to_string()));
+        }
+        self.device().copy(to.address_of(0), from.address_of(0), to.len() * size_of::<f32>())
+    }
+
+    /// Two buffers of 1 GiB, or a quarter of what is free.
+    fn copy_len(&self) -> usize {
+        let most = if emulated::is_active() { 1 << 22 } else { 1 << 28 };
+        self.device().memory().map_or(1 << 22, |(free, _)| (free / 16).min(most))
+    }
+
+    fn product_size(&self) -> [usize; 3] {
+        if emulated::is_active() { [256; 3] } else { [8192, 4096, 4096] }
     }
 }

@@ -3,13 +3,14 @@
 use cudarc::driver::{CudaGraph, sys};
 
 use super::context::driver_error;
+use super::profile::ranged;
 use super::{Cuda, Storage};
-use crate::backend::{Memory, Op, StepContext};
+use crate::backend::{Activations, Arena, Memory, Op, StepContext};
 use crate::error::{Error, Result};
 
 /// What a recording depends on besides the program: another of these, and it must be made anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Key {
+pub(super) struct Key {
     /// The program, by where its list of operations lies.
     program: usize,
     operations: usize,
@@ -17,6 +18,24 @@ struct Key {
     values: u64,
     accumulate: bool,
     seed: u64,
+}
+
+impl Key {
+    pub fn new<S: Storage>(
+        program: &[Box<dyn Op<Cuda<S>>>],
+        arena: &Arena<Cuda<S>>,
+        activations: &Activations<Cuda<S>>,
+        step: &StepContext,
+    ) -> Self {
+        Key {
+            program: program.as_ptr() as usize,
+            operations: program.len(),
+            parameters: arena.parameters.address_of(0),
+            values: activations.values.address_of(0),
+            accumulate: step.accumulate,
+            seed: step.seed,
+        }
+    }
 }
 
 /// A key that was run once, and its graph from the second time on.
@@ -36,6 +55,16 @@ unsafe impl Send for Recording {}
 // SAFETY: a shared recording gives no access to its graphs.
 unsafe impl Sync for Recording {}
 
+/// Queues each operation of a program.
+pub(super) fn each<S: Storage>(
+    backend: &Cuda<S>,
+    program: &[Box<dyn Op<Cuda<S>>>],
+    memory: &mut Memory<'_, Cuda<S>>,
+    step: &StepContext,
+) -> Result<()> {
+    program.iter().try_for_each(|op| ranged(op.name(), || op.run(backend, memory, step)))
+}
+
 /// Runs a program: the first time as it is, the second time while it is recorded, from then on by replay.
 pub(super) fn run<S: Storage>(
     backend: &Cuda<S>,
@@ -45,25 +74,17 @@ pub(super) fn run<S: Storage>(
 ) -> Result<()> {
     let device = backend.device();
     device.write(device.step_state(), &step.micro_step.to_ne_bytes())?;
-    let eager = |memory: &mut Memory<'_, Cuda<S>>| program.iter().try_for_each(|op| op.run(backend, memory, step));
     if !device.options().graphs || device.is_timing() {
-        return eager(memory);
+        return each(backend, program, memory, step);
     }
-    let key = Key {
-        program: program.as_ptr() as usize,
-        operations: program.len(),
-        parameters: memory.arena.parameters.address_of(0),
-        values: memory.activations.values.address_of(0),
-        accumulate: step.accumulate,
-        seed: step.seed,
-    };
+    let key = Key::new(program, memory.arena, memory.activations, step);
     let Some(at) = memory.activations.recording.entries.iter().position(|entry| entry.key == key) else {
-        eager(memory)?;
+        each(backend, program, memory, step)?;
         memory.activations.recording.entries.push(Recorded { key, graph: None });
         return Ok(());
     };
     if memory.activations.recording.entries[at].graph.is_none() {
-        let graph = record(backend, || eager(memory))?;
+        let graph = record(backend, || each(backend, program, memory, step))?;
         memory.activations.recording.entries[at].graph = Some(graph);
     }
     let Some(graph) = &memory.activations.recording.entries[at].graph else { return Ok(()) };

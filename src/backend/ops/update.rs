@@ -1,14 +1,53 @@
+use crate::backend::step::{Finished, LossScale, Work};
 use crate::backend::{Arena, Backend};
 use crate::error::Result;
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 
-/// The fused update of all parameters.
+/// The fused update of all parameters, and whole steps that end in it.
 pub trait Update: Backend {
+    /// Work that was queued, and what it found that nobody has taken yet. It lives no longer than the memory it names.
+    type Queue: Default + Send;
+
+    /// Queues a part of a step, without waiting for what was queued before as long as there is room.
+    ///
+    /// # Errors
+    /// A batch of another shape, an arena that does not fit the plan, or a device that failed.
+    fn submit(&self, queue: &mut Self::Queue, work: Work<'_, Self>) -> Result<()>;
+
+    /// What the oldest work queued found, once it is done: none when none is done yet, and, with `wait`, when none is left.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn finished(&self, queue: &mut Self::Queue, wait: bool) -> Result<Option<Finished>>;
+
+    /// The dynamic loss scale; none where gradients need none.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn loss_scale(&self) -> Result<Option<LossScale>> {
+        Ok(None)
+    }
+
+    /// Sets the dynamic loss scale, where there is one.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn set_loss_scale(&self, _: LossScale) -> Result<()> {
+        Ok(())
+    }
+
     /// One update of `arena` as [`crate::optim`] defines it: parameters and slots `=`, gradients left as they are or set to 0.
     ///
     /// # Errors
     /// An arena that does not fit the plan, or a device that failed.
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome>;
+
+    /// The sum of squares of each tensor's gradients at the last update, in arena order, as the norm was summed: after the
+    /// division and the value clip, before the norm clip. Empty before the first update. Waits for the device.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>>;
 
     /// `average = decay * average + (1 - decay) * parameters`.
     ///

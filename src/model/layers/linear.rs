@@ -69,7 +69,7 @@ impl<B: Backend> Layer<B> for Linear {
         }
         let (y, output) = planner.tensor(&shape, true);
         let saved = Saved { x: x.real("linear")?, needs_gradient: x.needs_gradient, weight, bias, rows, inputs };
-        planner.emit(LinearForward { x: saved.x, weight, bias, y, rows, inputs, outputs });
+        planner.emit(LinearForward { x: saved.x, weight, bias, y, rows, inputs, outputs, activation: None });
         self.saved = Some(saved);
         Ok(output)
     }
@@ -115,7 +115,7 @@ impl<B: Backend> Layer<B> for TiedLinear {
         }
         let (y, output) = planner.tensor(&shape, true);
         let saved = Saved { x: x.real("linear")?, needs_gradient: x.needs_gradient, weight, bias: None, rows, inputs };
-        planner.emit(LinearForward { x: saved.x, weight, bias: None, y, rows, inputs, outputs });
+        planner.emit(LinearForward { x: saved.x, weight, bias: None, y, rows, inputs, outputs, activation: None });
         self.saved = Some(saved);
         self.outputs = outputs;
         Ok(output)
@@ -151,6 +151,7 @@ fn backward<B: Backend>(
         rows: saved.rows,
         inputs: saved.inputs,
         outputs,
+        slope: None,
     });
     Ok(dx.map(|(_, tensor)| tensor))
 }

@@ -102,6 +102,19 @@ pub enum LayerOptions {
     },
 }
 
+impl LayerOptions {
+    /// Whether it is a convolution, or holds one.
+    pub(super) fn has_convolutions(&self) -> bool {
+        match self {
+            LayerOptions::Conv2d { .. } => true,
+            LayerOptions::Residual { layers, shortcut } => {
+                layers.iter().chain(shortcut).any(LayerOptions::has_convolutions)
+            }
+            _ => false,
+        }
+    }
+}
+
 /// The list as a model; layers are named by their number.
 ///
 /// # Errors

@@ -101,6 +101,15 @@ pub struct ModelOptions {
 const IGNORE: i32 = -100;
 
 impl ModelOptions {
+    /// Whether it holds convolutions, which some devices need a library for.
+    pub fn has_convolutions(&self) -> bool {
+        match &self.preset {
+            Preset::Cnn(_) | Preset::ResNet(_) | Preset::TextCnn(_) | Preset::AudioCnn(_) => true,
+            Preset::Layers(layers) => layers.iter().any(LayerOptions::has_convolutions),
+            Preset::Linear(_) | Preset::Logistic(_) | Preset::Mlp(_) | Preset::Gpt(_) | Preset::TextEncoder(_) => false,
+        }
+    }
+
     /// The model for this data.
     ///
     /// # Errors

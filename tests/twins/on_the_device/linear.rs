@@ -15,11 +15,11 @@ impl Case for Affine {
         let weight = bed.parameter(&draw.normal(2, outputs * inputs));
         let bias = bed.parameter(&draw.normal(3, outputs));
         let (y, dx) = (bed.empty(rows * outputs), bed.empty(rows * inputs));
-        let forward = LinearForward { x, weight, bias: Some(bias), y, rows, inputs, outputs };
+        let forward = LinearForward { x, weight, bias: Some(bias), y, rows, inputs, outputs, activation: None };
         let forward = bed.run(&forward).unwrap().get(y);
         let dweight = first(weight);
         let dbias = Some(first(bias));
-        let back = LinearBackward { x, weight, dy, dx: Some(dx), dweight, dbias, rows, inputs, outputs };
+        let back = LinearBackward { x, weight, dy, dx: Some(dx), dweight, dbias, rows, inputs, outputs, slope: None };
         let back = bed.run(&back).unwrap();
         vec![forward, back.get(dx), back.gradient(weight), back.gradient(bias)]
     }

@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
-use super::pieces::{Arrays, piece_len};
+use super::pieces::Arrays;
 use super::{PIECE, Pass, plain_squares};
 use crate::backend::cpu::parallel::vectorize;
 use crate::backend::cpu::product::product;
@@ -22,7 +22,7 @@ impl<R: Real> Pass<'_, R> {
             let gradient = &mut arrays.gradient[range.clone()];
             let momentum = &mut arrays.first[range];
             let mut direction = vec![R::zero(); tensor.len];
-            let (piece, unit) = (piece_len(self.plan, index, PIECE), self.unit(index));
+            let (piece, unit) = (self.plan.piece(index), self.unit(index));
             let halves = (direction.par_chunks_mut(piece), momentum.par_chunks_mut(piece));
             let found: Vec<f64> = (halves.0.zip(halves.1))
                 .zip(theta.par_chunks(piece).zip(gradient.par_chunks(piece)))

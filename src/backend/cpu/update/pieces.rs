@@ -1,6 +1,6 @@
 //! The arena cut into pieces, and sums of squares over them.
 
-use crate::optim::{NormClip, UpdatePlan};
+use crate::optim::UpdatePlan;
 use crate::real::Real;
 
 /// The same elements of every arena; a slot that the rule does not keep is empty.
@@ -47,41 +47,45 @@ pub(super) struct Piece<'a, R> {
     pub arrays: Arrays<'a, R>,
 }
 
-/// Elements of a tensor's pieces: `piece`, or a multiple of its unit where a clip looks at units.
-pub(super) fn piece_len(plan: &UpdatePlan, tensor: usize, piece: usize) -> usize {
-    match plan.clip.norm {
-        NormClip::Adaptive { .. } => {
-            let unit = plan.tensors[tensor].unit();
-            (piece / unit).max(1) * unit
-        }
-        NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => piece,
-    }
-}
-
 /// The arena in pieces, in arena order, without the padding.
-pub(super) fn cut<'a, R>(arrays: Arrays<'a, R>, plan: &UpdatePlan, piece: usize) -> Vec<Piece<'a, R>> {
-    let mut pieces = Vec::with_capacity(plan.tensors.len() + arrays.theta.len() / piece);
+pub(super) fn cut<'a, R>(arrays: Arrays<'a, R>, plan: &UpdatePlan) -> Vec<Piece<'a, R>> {
+    let mut pieces = Vec::with_capacity(2 * plan.tensors.len());
     let (mut rest, mut start) = (arrays, 0);
     for (index, tensor) in plan.tensors.iter().enumerate() {
         let (_, from_tensor) = rest.split_at(tensor.offset - start);
         let (of_tensor, after) = from_tensor.split_at(tensor.len);
-        let of_tensor = of_tensor.chunks(piece_len(plan, index, piece));
+        let of_tensor = of_tensor.chunks(plan.piece(index));
         pieces.extend(of_tensor.map(|arrays| Piece { tensor: index, arrays }));
         (rest, start) = (after, tensor.offset + tensor.len);
     }
     pieces
 }
 
-/// Lanes of a sum of squares.
-const LANES: usize = 32;
+/// Values whose squares are added up together.
+const SPAN: usize = 2048;
+/// Sums that a span's squares are added up in.
+const LANES: usize = 128;
 
-/// `sum of f(x)^2` over the elements of slices of the same length: in f64, in 32 lanes that are added up in order at the
-/// end, so the same bits at any vector width. No square of an f32 overflows it.
+/// `sum of f(x)^2` over the elements of slices of the same length, in f64. No square of an f32 overflows it.
+///
+/// Spans of 2048 elements in their order; within a span, element i belongs to lane `i % 128`, each lane takes its elements in
+/// order, and halves of the lanes are added at the end: the same bits at any vector width, and on any device.
 #[inline(always)]
 pub(super) fn squares<R: Real, const N: usize>(slices: [&[R]; N], f: impl Fn([R; N]) -> R) -> f64 {
     let len = slices.iter().map(|slice| slice.len()).min().unwrap_or(0);
+    let mut total = 0.0;
+    for start in (0..len).step_by(SPAN) {
+        let end = len.min(start + SPAN);
+        total += span(slices.map(|slice| &slice[start..end]), &f);
+    }
+    total
+}
+
+#[inline(always)]
+fn span<R: Real, const N: usize>(slices: [&[R]; N], f: &impl Fn([R; N]) -> R) -> f64 {
+    let len = slices.iter().map(|slice| slice.len()).min().unwrap_or(0);
     let mut lanes = [0.0f64; LANES];
-    let split = slices.map(|slice| slice[..len].as_chunks::<LANES>());
+    let split = slices.map(|slice| slice.as_chunks::<LANES>());
     for row in 0..len / LANES {
         let rows = split.map(|(rows, _)| &rows[row]);
         for (lane, total) in lanes.iter_mut().enumerate() {
@@ -93,5 +97,12 @@ pub(super) fn squares<R: Real, const N: usize>(slices: [&[R]; N], f: impl Fn([R;
         let x = f(split.map(|(_, tail)| tail[lane])).f64();
         *total = x.mul_add(x, *total);
     }
-    lanes.iter().sum()
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }

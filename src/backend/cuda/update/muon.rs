@@ -1,11 +1,13 @@
 //! Muon's matrices, one after another, each by products in f32.
 
 use super::plan::Pass;
-use super::{Arrays, FILE, Prepared};
+use super::{Arrays, Prepared};
 use crate::backend::cuda::launch::{Arg, Grid, args};
 use crate::backend::cuda::product::{Epilogue, Matrix, Product};
 use crate::error::Result;
 use crate::optim::{Rule, TensorPlan};
+
+const FILE: &str = "update_muon";
 
 /// Newton and Schulz's quintic iteration (Jordan 2024).
 const COEFFICIENTS: [f32; 3] = [3.4445, -4.7750, 2.0315];
@@ -47,19 +49,19 @@ impl Prepared {
             at - bytes as u64
         });
         let room = Room { direction, gram, square, next, squares: at };
-        let [gradients, copy] = arrays.types;
+        let form = arrays.form();
         for (index, tensor, rule) in matrices {
             let Rule::Muon { nesterov, steps, scale, .. } = rule else { continue };
             let grid = Grid::elements(device, tensor.len, 1);
             let [parameters, first] = [arrays.parameters, arrays.slots[0]];
             let list = args![parameters, arrays.gradients, first, room.direction, index, nesterov, Arg::of(pass)];
             // SAFETY: the arrays are laid out as the plan says; the room holds the largest matrix.
-            unsafe { device.launch(FILE, &format!("muon_direction_{gradients}"), grid, list)? };
+            unsafe { device.launch(FILE, &format!("muon_direction_{form}"), grid, list)? };
             self.orthogonalize(&room, [tensor.units, tensor.unit()], steps)?;
             let factor = scale.factor(tensor.units, tensor.unit());
             let list = args![parameters, arrays.copy, room.direction, index, factor, Arg::of(pass)];
             // SAFETY: as above.
-            unsafe { device.launch(FILE, &format!("muon_apply_{copy}"), grid, list)? };
+            unsafe { device.launch(FILE, &format!("muon_apply_{form}"), grid, list)? };
         }
         Ok(())
     }

@@ -5,9 +5,6 @@ use bytemuck::{Pod, Zeroable};
 use crate::optim::{Clip, Group, MomentumForm, NormClip, Rule, UpdatePlan};
 use crate::plan::ALIGNMENT;
 
-/// Elements of a piece: as the CPU's, so that sums have the same order.
-const PIECE: usize = 1 << 14;
-
 /// `enum RuleKind`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
@@ -150,7 +147,7 @@ pub(super) struct UpdateParams {
 /// `struct Outcome`.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
-pub(super) struct Outcome {
+pub struct Outcome {
     pub grad_norm: f64,
     pub clip_coefficient: f64,
     pub applied: u64,
@@ -177,8 +174,25 @@ pub(super) struct Pass {
     pub params: u64,
     pub outcome: u64,
     pub len: u64,
+    pub seed: u64,
     pub bound: f32,
     pub zero_gradients: i32,
+}
+
+/// `struct Norm`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Norm {
+    pub pieces: u64,
+    pub squares: u64,
+    pub clamped: u64,
+    pub tensor_squares: u64,
+    pub barrier: u64,
+    pub clip: ClipOptions,
+    pub piece_count: u32,
+    pub tensor_count: u32,
+    pub group_count: u32,
+    pub padding: u32,
 }
 
 const _: () = {
@@ -188,7 +202,8 @@ const _: () = {
     assert!(size_of::<ClipOptions>() == 24 && std::mem::offset_of!(ClipOptions, max_norm) == 8);
     assert!(size_of::<UpdateParams>() == 16);
     assert!(size_of::<Outcome>() == 40 && std::mem::offset_of!(Outcome, skipped) == 32);
-    assert!(size_of::<Pass>() == 96 && std::mem::offset_of!(Pass, bound) == 88);
+    assert!(size_of::<Pass>() == 104 && std::mem::offset_of!(Pass, bound) == 96);
+    assert!(size_of::<Norm>() == 80 && std::mem::offset_of!(Norm, piece_count) == 64);
 };
 
 /// Everything that is uploaded of a plan.
@@ -215,7 +230,7 @@ impl Tables {
         };
         for (index, tensor) in plan.tensors.iter().enumerate() {
             let unit = tensor.unit();
-            let piece = if adaptive { (PIECE / unit).max(1) * unit } else { PIECE };
+            let piece = plan.piece(index);
             let first_piece = tables.pieces.len() as u32;
             tables.pieces.extend((0..tensor.len).step_by(piece).map(|start| Piece {
                 offset: (tensor.offset + start) as u64,

@@ -1,0 +1,151 @@
+//! A part of a training step as it is queued: what goes in, and what comes out later.
+//!
+//! A device that works on its own takes [`Work`] without waiting for what came before, and tells by [`Finished`], in order, what
+//! each found. The CPU does at once what it is given ([`at_once`]).
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+
+use super::ops::{METRICS, Update};
+use super::{Act, Activations, Arena, Backend, Indices, Memory, Op, StepContext};
+use crate::error::{Error, Result};
+use crate::optim::{StepOutcome, StepParams, UpdatePlan};
+use crate::real::Element;
+
+/// A part of a step: forward and backward of a micro-batch, an update, or one after the other.
+pub struct Work<'a, B: Backend> {
+    /// Parameters, gradients, slots.
+    pub arena: &'a mut Arena<B>,
+    /// Forward and backward.
+    pub pass: Option<Pass<'a, B>>,
+    /// The update after it.
+    pub update: Option<UpdateWork<'a, B>>,
+}
+
+/// Forward and backward of a micro-batch.
+pub struct Pass<'a, B: Backend> {
+    /// The program.
+    pub ops: &'a [Box<dyn Op<B>>],
+    /// The memory of its activations.
+    pub activations: &'a mut Activations<B>,
+    /// Inputs and targets.
+    pub fills: Vec<Fill<'a>>,
+    /// Where the program leaves its metrics.
+    pub metrics: Option<Act>,
+    /// Seed, position, accumulation.
+    pub context: StepContext,
+}
+
+/// Values for an input or a target.
+pub enum Fill<'a> {
+    /// Real values, in f32.
+    Real(Act, Cow<'a, [f32]>),
+    /// Whole numbers.
+    Indices(Indices, &'a [i32]),
+}
+
+/// The update of a step.
+pub struct UpdateWork<'a, B: Backend> {
+    /// Groups, tensors, clip.
+    pub plan: &'a UpdatePlan,
+    /// Learning rate, number and divisor. The number counts where nothing is queued before; else the device, which knows what it
+    /// skipped, goes on from its own count.
+    pub params: StepParams,
+    /// The average of weights that follows the update, and its decay.
+    pub average: Option<(f64, &'a mut B::Buffer<B::Real>)>,
+}
+
+/// What a part of a step found.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Finished {
+    /// The program's metrics, where it ran and has any.
+    pub metrics: Option<[f64; METRICS]>,
+    /// What the update found, where there was one.
+    pub outcome: Option<StepOutcome>,
+}
+
+/// The dynamic loss scale of a device that stores activations in f16, where small gradients would vanish.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct LossScale {
+    /// What gradients are multiplied by on their way: a power of 2.
+    pub scale: f32,
+    /// Steps without a skip since it last changed.
+    pub good_steps: u32,
+}
+
+impl LossScale {
+    /// Where it starts, as PyTorch's `GradScaler` does.
+    pub const INITIAL: LossScale = LossScale { scale: 65_536.0, good_steps: 0 };
+}
+
+/// Fails unless `found` values fit into the room for an input.
+///
+/// # Errors
+/// Another number.
+pub(super) fn check_len(what: &str, expected: usize, found: usize) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::shape(what, format!("{expected} values"), found.to_string()))
+}
+
+impl<B: Backend> Pass<'_, B> {
+    /// Writes the batch, by the backend's plain copies.
+    fn fill(&mut self, backend: &B) -> Result<()> {
+        let activations = &mut *self.activations;
+        for fill in &self.fills {
+            match fill {
+                Fill::Real(act, values) => {
+                    let range = activations.range(*act);
+                    check_len("batch", range.len(), values.len())?;
+                    let values: Vec<B::Storage> = values.iter().map(|&v| B::Storage::from_f32(v)).collect();
+                    backend.upload(&mut activations.values, range.start, &values)?;
+                }
+                Fill::Indices(indices, values) => {
+                    let range = activations.index_range(*indices);
+                    check_len("batch", range.len(), values.len())?;
+                    backend.upload(&mut activations.indices, range.start, values)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the batch, runs the program, and reads its metrics when that is done.
+    ///
+    /// # Errors
+    /// A batch of another shape, or what an operation reports.
+    pub fn run(mut self, backend: &B, arena: &mut Arena<B>) -> Result<Option<[f64; METRICS]>> {
+        self.fill(backend)?;
+        let mut memory = Memory { arena, activations: &mut *self.activations };
+        backend.run(self.ops, &mut memory, &self.context)?;
+        let Some(act) = self.metrics else { return Ok(None) };
+        let mut metrics = [B::Real::default(); METRICS];
+        backend.read_statistic(self.activations, act, &mut metrics)?;
+        Ok(Some(metrics.map(Element::f64)))
+    }
+}
+
+/// Does the work and waits for it.
+///
+/// # Errors
+/// A batch of another shape, or what the device reports.
+pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: Work<'_, B>) -> Result<()> {
+    let Work { arena, pass, update } = work;
+    let metrics = match pass {
+        Some(pass) => pass.run(backend, arena)?,
+        None => None,
+    };
+    let outcome = match update {
+        Some(UpdateWork { plan, params, average }) => {
+            let outcome = backend.update(arena, plan, &params)?;
+            if let (false, Some((decay, average))) = (outcome.skipped, average) {
+                backend.average(average, &arena.parameters, decay)?;
+            }
+            Some(outcome)
+        }
+        None => None,
+    };
+    finished.push_back(Finished { metrics, outcome });
+    Ok(())
+}
