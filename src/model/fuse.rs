@@ -22,8 +22,7 @@ impl<B: Backend> Operations<B> {
         let mut at = 0;
         while at + 1 < self.ops.len() {
             // What runs a part of a program may stop where the backward starts, so nothing is joined across.
-            if at + 1 != self.forward && (self.join_forward(at, &kept) || self.join_backward(at, &kept))
-            {
+            if at + 1 != self.forward && (self.join_forward(at, &kept) || self.join_backward(at, &kept)) {
                 let second = at + 1;
                 drop(self.ops.remove(second));
                 self.forward -= usize::from(second < self.forward);
@@ -61,7 +60,8 @@ impl<B: Backend> Operations<B> {
         let mut needed = kept(u) || !others.is_empty();
         // ReLU's value has the slopes of what it was given: its backward then needs nothing more than the next layer's does.
         if let (ActivationKind::Relu, false, &[only]) = (kind, kept(u), others.as_slice())
-            && let Some(backward) = self.find::<ActivationBackward>(only).filter(|b| b.x == u && b.dy != u && b.kind == kind)
+            && let Some(backward) =
+                self.find::<ActivationBackward>(only).filter(|b| b.x == u && b.dy != u && b.kind == kind)
         {
             let backward = ActivationBackward { x: y, ..backward.clone() };
             self.ops[only] = Box::new(backward);

@@ -43,7 +43,8 @@ fn an_affine_map_is_what_it_is_for_any_number_of_threads() {
             let (y, dx) = (bed.empty(rows * outputs), bed.empty(rows * inputs));
             let forward = LinearForward { x, weight, bias: Some(bias), y, rows, inputs, outputs, activation: None };
             let (dweight, dbias) = (first(weight), Some(first(bias)));
-            let backward = LinearBackward { x, dy, weight, dx: Some(dx), dweight, dbias, rows, inputs, outputs, slope: None };
+            let backward =
+                LinearBackward { x, dy, weight, dx: Some(dx), dweight, dbias, rows, inputs, outputs, slope: None };
             let backward = bed.run(&backward).unwrap();
             let forward = bed.run(&forward).unwrap();
             vec![forward.get(y), backward.get(dx), backward.gradient(weight), backward.gradient(bias)]

@@ -4,7 +4,9 @@
 //! products), then recorded as a CUDA graph, and replayed from then on.
 
 mod activation;
+mod blas;
 mod buffer;
+mod choice;
 mod context;
 mod dropout;
 mod elementwise;
@@ -20,7 +22,7 @@ mod recording;
 pub mod update;
 
 pub use buffer::Buffer;
-pub use context::{Device, DeviceOptions};
+pub use context::{Device, DeviceOptions, Fusion};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
 pub use profile::KernelTime;
