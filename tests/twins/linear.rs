@@ -55,6 +55,44 @@ fn an_affine_map_is_what_it_is_for_any_number_of_threads() {
 }
 
 #[test]
+fn a_joined_operation_has_the_bits_of_its_parts() {
+    use ActivationKind::*;
+    let seed = fresh_seed();
+    let (rows, inputs, outputs) = (70, 37, 500);
+    for (kind, bias) in [Relu, GeluTanh, Gelu, Silu, Sigmoid, Tanh].into_iter().flat_map(|k| [(k, false), (k, true)]) {
+        let mut bed = Bed::<Cpu<f32>>::cpu();
+        let (x, dy) = (bed.real(&normal(seed, 0, rows * inputs)), bed.real(&normal(seed, 1, rows * outputs)));
+        let weight = bed.parameter(&normal(seed, 2, inputs * outputs));
+        let bias = bias.then(|| bed.parameter(&normal(seed, 3, outputs)));
+        let (y, kept) = (bed.empty(rows * outputs), bed.empty(rows * outputs));
+        let forward = LinearForward { x, weight, bias, y, rows, inputs, outputs, activation: None };
+        let before = bed.run(&forward).unwrap().get(y);
+        let given = bed.real(&before);
+        let expected = bed.run(&ActivationForward { x: given, y, kind, len: rows * outputs }).unwrap().get(y);
+        for keep in [None, Some(kept)] {
+            let fused = LinearForward { activation: Some(FusedActivation { kind, kept: keep }), ..forward.clone() };
+            let ran = bed.run(&fused).unwrap();
+            assert_eq!(ran.get(y), expected, "{kind:?}");
+            if keep.is_some() {
+                assert_eq!(ran.get(kept), before, "{kind:?}");
+            }
+        }
+        let (dx, of) = (bed.empty(rows * inputs), bed.real(&normal(seed, 4, rows * inputs)));
+        let dweight = first(weight);
+        let backward =
+            LinearBackward { x, dy, weight, dx: Some(dx), dweight, dbias: None, rows, inputs, outputs, slope: None };
+        let d = bed.run(&backward).unwrap().get(dx);
+        let d = bed.real(&d);
+        for of in [of, x] {
+            let parts = ActivationBackward { x: of, dy: d, dx, kind, len: rows * inputs };
+            let expected = bed.run(&parts).unwrap().get(dx);
+            let fused = LinearBackward { slope: Some(FusedSlope { kind, of }), ..backward.clone() };
+            assert_eq!(bed.run(&fused).unwrap().get(dx), expected, "{kind:?}");
+        }
+    }
+}
+
+#[test]
 fn a_whole_gpt_has_the_same_gradients_for_any_number_of_threads() {
     let seed = fresh_seed();
     let options = GptOptions { layers: 2, heads: 4, width: 64, dropout: 0.1, bias: true, ..GptOptions::default() };
