@@ -74,7 +74,9 @@ pub fn open_device(run: &RunFile) -> Result<Opened> {
         }
     };
     let tf32 = run.precision == Precision::Tf32;
-    let device = Device::open(DeviceOptions { ordinal, tf32, ..DeviceOptions::default() })?;
+    let options = DeviceOptions { ordinal, tf32, ..DeviceOptions::default() };
+    // What is measured on one machine may come out otherwise on the next.
+    let device = Device::open(DeviceOptions { measure: options.measure && !run.reproducible, ..options })?;
     Ok(match run.precision {
         Precision::Bf16 => Opened::CudaBf16(Cuda::new(device)),
         Precision::F32 | Precision::Tf32 => Opened::Cuda(Cuda::new(device)),

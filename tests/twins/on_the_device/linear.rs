@@ -100,10 +100,12 @@ fn fused_forms_hold_with_epilogues_of_the_library_and_with_passes_of_our_own() {
     }
 }
 
+/// A factor loses half a unit of its tenth bit at most, 2^-11 of it; what is lost in a sum of up to 130 products of normal
+/// factors deviates by 4e-3, of which five are allowed before a function that may shrink the values but not the error.
 #[test]
 fn fused_forms_in_tf32_differ_by_its_rounding_alone() {
     let options = DeviceOptions { tf32: true, fusion: Fusion::Always, ..DeviceOptions::default() };
-    compare_with::<f32>(options, "linear with activation in tf32", &fused_cases(), [3.0 / 2048.0, 0.0]);
+    compare_with::<f32>(options, "linear with activation in tf32", &fused_cases(), [3.0 / 2048.0, 40.0 / 2048.0]);
 }
 
 /// What kernels ran, by their names.
