@@ -6,7 +6,9 @@
 mod activation;
 mod alias;
 pub mod auto;
+mod blas;
 mod buffer;
+mod choice;
 mod context;
 mod cooperative;
 pub mod doctor;
@@ -29,7 +31,7 @@ pub mod update;
 pub use cudarc;
 
 pub use buffer::Buffer;
-pub use context::{Device, DeviceOptions};
+pub use context::{Device, DeviceOptions, Fusion};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
 pub use recording::Recording;
