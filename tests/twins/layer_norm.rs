@@ -69,13 +69,16 @@ fn layer_norm_is_what_the_paper_says() {
             let (y, mean, reciprocal_std) = (bed.empty(rows * width), bed.empty(rows), bed.empty(rows));
             let epsilon = EPSILON;
             let bias_of = Some(bias);
-            let forward = LayerNormForward { x, weight, bias: bias_of, y, mean, reciprocal_std, rows, width, epsilon };
+            let forward =
+                LayerNormForward { x, sum: None, weight, bias: bias_of, y, mean, reciprocal_std, rows, width, epsilon };
             let forward = bed.run(&forward).unwrap();
             let (mean, reciprocal_std) = (bed.real(&forward.get(mean)), bed.real(&forward.get(reciprocal_std)));
             let input_gradient = bed.empty(rows * width);
             let dx = Some(input_gradient);
             let (dweight, dbias) = (first(weight), Some(first(bias)));
-            let backward = LayerNormBackward { x, dy, weight, mean, reciprocal_std, dx, dweight, dbias, rows, width };
+            let residual = None;
+            let backward =
+                LayerNormBackward { x, dy, weight, mean, reciprocal_std, residual, dx, dweight, dbias, rows, width };
             let backward = bed.run(&backward).unwrap();
             vec![forward.get(y), backward.get(input_gradient), backward.gradient(weight), backward.gradient(bias)]
         });
@@ -94,12 +97,13 @@ fn rms_norm_is_what_the_paper_says() {
             let weight = bed.parameter(&case.weight);
             let (y, reciprocal_rms) = (bed.empty(rows * width), bed.empty(rows));
             let epsilon = EPSILON;
-            let forward = bed.run(&RmsNormForward { x, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap();
+            let forward =
+                bed.run(&RmsNormForward { x, sum: None, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap();
             let reciprocal_rms = bed.real(&forward.get(reciprocal_rms));
             let input_gradient = bed.empty(rows * width);
             let dx = Some(input_gradient);
             let dweight = first(weight);
-            let backward = RmsNormBackward { x, dy, weight, reciprocal_rms, dx, dweight, rows, width };
+            let backward = RmsNormBackward { x, dy, weight, reciprocal_rms, residual: None, dx, dweight, rows, width };
             let backward = bed.run(&backward).unwrap();
             vec![forward.get(y), backward.get(input_gradient), backward.gradient(weight)]
         });
@@ -125,6 +129,7 @@ fn a_later_write_of_a_gradient_adds() {
             weight,
             mean,
             reciprocal_std,
+            residual: None,
             dx: None,
             dweight,
             dbias: None,

@@ -8,8 +8,10 @@ mod buffer;
 mod context;
 mod dropout;
 mod elementwise;
+mod embedding;
 pub mod emulated;
 mod launch;
+mod layer_norm;
 mod linear;
 mod loss;
 mod module;
@@ -75,7 +77,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of an activation, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn act_or_null(memory: &Memory<'_, Self>, act: Option<Act>) -> u64 {
         act.map_or(0, |act| Self::act(memory, act))
     }
@@ -92,7 +93,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a parameter, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn param_or_null(memory: &Memory<'_, Self>, param: Option<Param>) -> u64 {
         param.map_or(0, |param| Self::param(memory, param))
     }

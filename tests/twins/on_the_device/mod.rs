@@ -2,6 +2,8 @@
 
 mod activation;
 mod dropout;
+mod embedding;
+mod layer_norm;
 mod linear;
 mod loss;
 
