@@ -2,6 +2,7 @@
 
 mod activation;
 mod dropout;
+mod elementwise;
 mod embedding;
 mod layer_norm;
 mod linear;
