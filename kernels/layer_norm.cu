@@ -146,7 +146,7 @@ __device__ void norm_forward(const T* x, const T* other, T* sum, const T* weight
 
 // Gradients of the above. With g = dy weight and n = (x - mean) scale: dx = scale (g - mean of g - n mean of (g n)), the mean
 // of g counting as 0 where `means` is null, plus `residual` where it is given. Each block leaves the sums of dy n and of dy
-// over its own rows in `dweights` and `dbiases`, which `norm_finish` adds up.
+// over its own rows in `dweights` and `dbiases`, which `finish_norm_gradients` adds up.
 // x, dy, residual, dx: [rows, width] (residual may be null; dx too, where no input needs it); dweights, dbiases: [blocks,
 // width] (dbiases may be null), `=`. Grid: ceil(rows / rows_a_block) blocks of 128 threads, a warp a row at a time (narrow), or
 // of 256 threads, all a row at a time (wide). Moves 3 sizeof(T) bytes a value, 4 with the residual.
@@ -272,7 +272,7 @@ __device__ void norm_backward(const T* x, const T* dy, const T* residual, const 
 // bias: [width]. 32 rows of threads take every 32nd part each, in order, and are added up in order.
 // Grid: (ceil(width / 32), 1 or 2) blocks of 1,024 threads. Reads 4 bytes a value and part.
 extern "C" __global__ void __launch_bounds__(1024)
-    norm_finish(const float* dweights, const float* dbiases, float* weight, float* bias, i64 parts, i64 width,
+    finish_norm_gradients(const float* dweights, const float* dbiases, float* weight, float* bias, i64 parts, i64 width,
                 int add_weight, int add_bias) {
     __shared__ float sums[32][33];
     const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;

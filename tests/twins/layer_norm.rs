@@ -143,3 +143,67 @@ fn a_later_write_of_a_gradient_adds() {
     bed.step.accumulate = true;
     assert_eq!(gradient(&bed, true), [1.5, 0.75]);
 }
+
+#[test]
+fn a_norm_that_takes_a_sum_has_the_bits_of_the_sum_and_the_norm() {
+    let seed = fresh_seed();
+    let draw = |tensor, len| normal(seed, tensor, len);
+    for (rows, width) in [(1, 1), (3, 17), (70, 300)] {
+        let (len, epsilon) = (rows * width, EPSILON);
+        let mut bed = Bed::<Cpu<f32>>::cpu();
+        let (a, b) = (bed.real(&draw(0, len)), bed.real(&draw(1, len)));
+        let weight = bed.parameter(&draw(2, width));
+        let [total, y, mean, scale] = [len, len, rows, rows].map(|len| bed.empty(len));
+        let added = bed.run(&Add { a, b, y: total, len }).unwrap().get(total);
+        let alone = bed.real(&added);
+        let sum = Some(RowSum { other: b, sum: total });
+        let layer_norm = |x, sum| {
+            let (reciprocal_std, bias) = (scale, None);
+            let op = LayerNormForward { x, sum, weight, bias, y, mean, reciprocal_std, rows, width, epsilon };
+            bed.run(&op).unwrap()
+        };
+        let rms_norm = |x, sum| {
+            let reciprocal_rms = scale;
+            bed.run(&RmsNormForward { x, sum, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap()
+        };
+        for [apart, together] in
+            [[layer_norm(alone, None), layer_norm(a, sum)], [rms_norm(alone, None), rms_norm(a, sum)]]
+        {
+            assert_eq!(together.get(total), added);
+            assert_eq!(together.get(y), apart.get(y));
+            assert_eq!(together.get(scale), apart.get(scale));
+        }
+    }
+}
+
+#[test]
+fn a_norm_s_backward_that_adds_has_the_bits_of_the_backward_and_the_sum() {
+    let seed = fresh_seed();
+    let draw = |tensor, len| normal(seed, tensor, len);
+    for (rows, width) in [(1, 1), (3, 17), (70, 300)] {
+        let len = rows * width;
+        let mut bed = Bed::<Cpu<f32>>::cpu();
+        let (x, dy, past) = (bed.real(&draw(0, len)), bed.real(&draw(1, len)), bed.real(&draw(2, len)));
+        let weight = bed.parameter(&draw(3, width));
+        let (mean, scale) = (bed.real(&draw(4, rows)), bed.real(&draw(5, rows)));
+        let [gradient, total] = [len, len].map(|len| bed.empty(len));
+        let (dx, dweight) = (Some(gradient), first(weight));
+        let layer_norm = |residual| {
+            let (reciprocal_std, dbias) = (scale, None);
+            let op =
+                LayerNormBackward { x, dy, weight, mean, reciprocal_std, residual, dx, dweight, dbias, rows, width };
+            bed.run(&op).unwrap()
+        };
+        let rms_norm = |residual| {
+            let reciprocal_rms = scale;
+            bed.run(&RmsNormBackward { x, dy, weight, reciprocal_rms, residual, dx, dweight, rows, width }).unwrap()
+        };
+        let pairs = [[layer_norm(None), layer_norm(Some(past))], [rms_norm(None), rms_norm(Some(past))]];
+        for [apart, together] in pairs {
+            let alone = bed.real(&apart.get(gradient));
+            let added = bed.run(&Add { a: alone, b: past, y: total, len }).unwrap();
+            assert_eq!(together.get(gradient), added.get(total));
+            assert_eq!(together.gradient(weight), apart.gradient(weight));
+        }
+    }
+}

@@ -97,7 +97,7 @@ impl<S: Storage> Cuda<S> {
         // `parts * width` f32 of each kind, the gradients `width`.
         unsafe {
             self.launch(FILE, &format!("norm_backward_{form}"), grid, list)?;
-            self.device().launch(FILE, "norm_finish", finish_grid, finish)
+            self.device().launch(FILE, "finish_norm_gradients", finish_grid, finish)
         }
     }
 }
