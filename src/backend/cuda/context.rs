@@ -75,11 +75,11 @@ pub struct Device {
     scratch: Mutex<Vec<(u64, usize)>>,
 }
 
-/// Modules by file, functions by name.
+/// Modules by file, functions by file and name.
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<&'static str, sys::CUmodule>,
-    functions: HashMap<String, (sys::CUfunction, u32)>,
+    functions: HashMap<&'static str, HashMap<String, (sys::CUfunction, u32)>>,
 }
 
 // SAFETY: modules and functions are handles of the driver, which may be used from any thread that the context is bound to.
@@ -281,7 +281,7 @@ impl Device {
     pub(super) fn function(&self, file: &'static str, kernel: &str, shared: u32) -> Result<sys::CUfunction> {
         self.bind()?;
         let mut loaded = self.loaded();
-        if let Some(&(function, allowed)) = loaded.functions.get(kernel)
+        if let Some(&(function, allowed)) = loaded.functions.get(file).and_then(|functions| functions.get(kernel))
             && shared <= allowed
         {
             return Ok(function);
@@ -304,7 +304,7 @@ impl Device {
             unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
                 .map_err(|error| driver_error(&format!("give {kernel} {shared} bytes of shared memory"), error))?;
         }
-        loaded.functions.insert(kernel.to_owned(), (function, shared.max(STATIC_SHARED)));
+        loaded.functions.entry(file).or_default().insert(kernel.to_owned(), (function, shared.max(STATIC_SHARED)));
         Ok(function)
     }
 

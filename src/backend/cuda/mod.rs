@@ -14,8 +14,10 @@ mod cooperative;
 pub mod doctor;
 mod dropout;
 mod elementwise;
+mod embedding;
 pub mod emulated;
 mod launch;
+mod layer_norm;
 pub mod libraries;
 mod linear;
 mod loss;
@@ -86,7 +88,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of an activation, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn act_or_null(memory: &Memory<'_, Self>, act: Option<Act>) -> u64 {
         act.map_or(0, |act| Self::act(memory, act))
     }
@@ -103,7 +104,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a parameter, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn param_or_null(memory: &Memory<'_, Self>, param: Option<Param>) -> u64 {
         param.map_or(0, |param| Self::param(memory, param))
     }

@@ -2,6 +2,9 @@
 
 mod activation;
 mod dropout;
+mod elementwise;
+mod embedding;
+mod layer_norm;
 mod linear;
 mod loss;
 
