@@ -4,6 +4,7 @@
 //! products), then recorded as a CUDA graph, and replayed from then on.
 
 mod activation;
+mod attention;
 mod buffer;
 mod context;
 mod dropout;
