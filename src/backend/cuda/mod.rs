@@ -5,6 +5,7 @@
 
 mod activation;
 mod alias;
+mod attention;
 pub mod auto;
 mod blas;
 mod buffer;

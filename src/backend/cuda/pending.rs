@@ -47,15 +47,3 @@ impl<S: Storage> BatchNorm for Cuda<S> {
         missing("batch_norm_backward")
     }
 }
-
-impl<S: Storage> Attention for Cuda<S> {
-    fn attention_forward(&self, _: &mut Memory<'_, Self>, _: &AttentionForward, _: &StepContext) -> Result<()> {
-        missing("attention_forward")
-    }
-    fn attention_backward(&self, _: &mut Memory<'_, Self>, _: &AttentionBackward, _: &StepContext) -> Result<()> {
-        missing("attention_backward")
-    }
-    fn rotary(&self, _: &mut Memory<'_, Self>, _: &Rotary, _: &StepContext) -> Result<()> {
-        missing("rotary")
-    }
-}

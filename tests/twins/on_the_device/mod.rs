@@ -1,6 +1,7 @@
 //! Operations on the CUDA device against the CPU in f32, given the same inputs, rounded to what the device stores.
 
 mod activation;
+mod attention;
 mod dropout;
 mod elementwise;
 mod embedding;
