@@ -32,6 +32,17 @@ impl Bench {
     /// Runs `body`, whose first line is line 10 of the text: `%rd1` the buffer, `%rd2` freed memory, `%rd3` memory that nothing
     /// wrote, `%r1` the thread, `%r2` the block, `%rd4` the thread's word of the buffer, `%r3` its word of shared memory.
     fn run(&self, body: &str, grid: [u32; 3], block: [u32; 3], checks: Checks) -> Result<Counts, Fault> {
+        self.run_as(body, grid, block, checks, false)
+    }
+
+    fn run_as(
+        &self,
+        body: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        checks: Checks,
+        cooperative: bool,
+    ) -> Result<Counts, Fault> {
         let text = format!(
             ".version 9.0\n.target sm_80\n.address_size 64\n.visible .entry planted(.param .u64 a, .param .u64 b, .param .u64 c)\n{{
 .reg .pred %p<8>; .reg .b32 %r<16>; .reg .b64 %rd<16>; .reg .f32 %f<8>; .shared .align 16 .b8 tile[1024];
@@ -44,7 +55,7 @@ ret;\n}}"
         let module = Arc::new(Module::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}")));
         let loaded = module.instantiate(&self.memory, 0).unwrap();
         let params: Vec<u8> = [self.buffer, self.freed, self.unwritten].iter().flat_map(|x| x.to_le_bytes()).collect();
-        let launched = Launch { grid, block, dynamic_shared: 0, params: &params, cooperative: false, checks };
+        let launched = Launch { grid, block, dynamic_shared: 0, params: &params, cooperative, checks };
         let mut counts = Counts::default();
         launch(&loaded, "planted", &launched, &self.memory, &mut counts).map(|()| counts)
     }
@@ -117,7 +128,7 @@ fn memory_that_nothing_wrote_is_not_read() {
 #[test]
 fn warps_that_share_a_word_without_a_barrier_race() {
     // The same word stored by both warps of a block.
-    let (kind, _, _, thread) = caught("st.shared.u32 [tile], %r1;");
+    let (kind, _, _, thread) = caught("st.shared.u32 [tile], %r2;");
     let FaultKind::Race { write: true, other_write: true, other_thread, .. } = kind else { panic!("{kind}") };
     assert!(other_thread < 32 && thread >= 32);
     // With a barrier between, neither races.
@@ -217,4 +228,153 @@ fn counts_tell_scattered_accesses_and_bank_conflicts() {
     // A stride of 8 words: 8 lanes on each of 4 banks.
     let conflicts = run("mov.u32 %r5, tile; mad.lo.u32 %r4, %r1, 32, %r5;\nst.shared.u32 [%r4], %r1;");
     assert_eq!((conflicts.shared_written, conflicts.bank_conflicts), (128, 7));
+}
+
+#[test]
+fn lanes_of_a_warp_that_do_not_synchronize_race() {
+    // One instruction, one address, two values.
+    let (kind, line, _, thread) = caught("mov.u32 %r4, %r1;\nst.shared.u32 [tile], %r4;");
+    let FaultKind::Race { write: true, other_write: true, other_thread: 0, .. } = kind else { panic!("{kind}") };
+    assert_eq!((line, thread), (11, 1));
+    // A neighbour's word, read without a meeting; then one lane overwrites what others have read.
+    let turn = "st.shared.u32 [%r3], %r1;\nMEETING\nxor.b32 %r4, %r3, 4;\nld.shared.u32 %r5, [%r4];";
+    let meetings = [
+        "bar.warp.sync 0xffffffff;",
+        "shfl.sync.bfly.b32 %r6, %r1, 1, 31, 0xffffffff;",
+        "vote.sync.any.pred %p2, %p2, 0xffffffff;",
+        "bar.sync 0;",
+    ];
+    let (kind, line, ..) = caught(&turn.replace("MEETING", "mov.u32 %r6, 0;"));
+    assert!(matches!(kind, FaultKind::Race { write: false, other_write: true, .. }), "{kind}");
+    assert_eq!(line, 13);
+    for meeting in meetings {
+        let turn = turn.replace("MEETING", meeting);
+        let run = |body: &str| Bench::new().run(body, [2, 1, 1], [64, 1, 1], Checks::default());
+        run(&turn).unwrap_or_else(|fault| panic!("{meeting}: {fault}"));
+        let fault = run(&format!("{turn}\nst.shared.u32 [%r3], %r5;")).unwrap_err();
+        assert!(matches!(fault.kind, FaultKind::Race { write: true, other_write: false, .. }), "{meeting}: {fault}");
+        run(&format!("{turn}\n{meeting}\nst.shared.u32 [%r3], %r5;")).unwrap_or_else(|f| panic!("{meeting}: {f}"));
+    }
+    // Lanes that meet half a warp at a time are strangers to the other half.
+    let halves = turn.replace("MEETING", "and.b32 %r6, %r1, 16; setp.ne.u32 %p1, %r6, 0; selp.b32 %r6, 0xffff0000, 0xffff, %p1; @%p1 bra UP; bar.warp.sync %r6; bra OVER; UP: bar.warp.sync %r6; OVER:");
+    Bench::new().run(&halves, [1, 1, 1], [32, 1, 1], Checks::default()).unwrap();
+}
+
+#[test]
+fn lanes_may_store_the_same_and_share_words_by_parts() {
+    for body in [
+        // The same value by all lanes at once.
+        "st.shared.u32 [tile], %r2;",
+        // Half a word each, read back by its own lane, changed, and stored again.
+        "shr.u32 %r4, %r3, 0; mov.u32 %r5, tile; mad.lo.u32 %r4, %r1, 2, %r5;
+         st.shared.u16 [%r4], %r1; ld.shared.u16 %r6, [%r4]; add.u32 %r6, %r6, 1; st.shared.u16 [%r4], %r6;",
+        // All read a word, one changes it after a meeting.
+        "setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [tile], %r1; bar.sync 0; ld.shared.u32 %r4, [tile]; bar.sync 0;
+         @%p1 st.shared.u32 [tile], %r4;",
+    ] {
+        Bench::new().run(body, [1, 1, 1], [32, 1, 1], Checks::default()).unwrap_or_else(|f| panic!("{body}: {f}"));
+    }
+}
+
+#[test]
+fn copies_in_flight_are_not_read() {
+    let copy = "shl.b32 %r4, %r1, 4; mov.u32 %r5, tile; add.u32 %r4, %r4, %r5; mad.wide.u32 %rd5, %r1, 16, %rd1;
+        st.shared.v4.u32 [%r4], {%r1, %r1, %r1, %r1}; cp.async.cg.shared.global [%r4], [%rd5], 16; cp.async.commit_group;";
+    let run = |body: String| Bench::new().run(&body, [1, 1, 1], [64, 1, 1], Checks::default());
+    let fault = run(format!("{copy}\nld.shared.u32 %r6, [%r4];")).unwrap_err();
+    assert!(matches!(fault.kind, FaultKind::Unwritten { space: Space::Shared, .. }), "{fault}");
+    run(format!("{copy}\ncp.async.wait_group 0;\nld.shared.u32 %r6, [%r4];")).unwrap();
+    // Waited for, but not by the lane that reads.
+    let other = "xor.b32 %r7, %r4, 16;\nld.shared.u32 %r6, [%r7];";
+    let fault = run(format!("{copy}\ncp.async.wait_group 0;\n{other}")).unwrap_err();
+    assert!(matches!(fault.kind, FaultKind::Race { .. }), "{fault}");
+    run(format!("{copy}\ncp.async.wait_group 0;\nbar.sync 0;\n{other}")).unwrap();
+}
+
+/// A barrier of the whole grid: a counter at the buffer's end. `order` is how it is counted, `fence` what stands around.
+fn grid_barrier(order: &str, load: &str, fence: &str) -> String {
+    format!(
+        "bar.sync 0; setp.ne.u32 %p1, %r1, 0; @%p1 bra PAST;
+         {fence} {order}.u32 %r8, [%rd1+1020], 1;
+         SPIN: {load}.u32 %r9, [%rd1+1020]; setp.lt.u32 %p2, %r9, 4; @%p2 bra SPIN; {fence}
+         PAST: bar.sync 0;"
+    )
+}
+
+#[test]
+fn a_barrier_of_the_grid_orders_what_it_should() {
+    let run = |barrier: &str, cooperative: bool| {
+        let bench = Bench::new();
+        // Each block stores a word of its own and reads the next block's after the barrier.
+        let body = format!(
+            "setp.eq.u32 %p3, %r1, 33; mad.wide.u32 %rd5, %r2, 4, %rd1; @%p3 st.global.u32 [%rd5], %r2;
+             {barrier}
+             add.u32 %r4, %r2, 1; and.b32 %r4, %r4, 3; mad.wide.u32 %rd6, %r4, 4, %rd1; @%p3 ld.global.u32 %r5, [%rd6];
+             @%p3 st.global.u32 [%rd5+512], %r5;"
+        );
+        let checks = Checks { instructions: 3_000_000, ..Checks::default() };
+        bench.run_as(&body, [4, 1, 1], [64, 1, 1], checks, cooperative).map(|_| {
+            let mut found = [0; 16];
+            bench.memory.copy_out(bench.buffer + 512, &mut found).unwrap();
+            assert_eq!(found.map(u32::from), [1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
+        })
+    };
+    let released = grid_barrier("atom.add.release.gpu.global", "ld.acquire.gpu.global", "");
+    run(&released, true).unwrap();
+    // Blocks one after another never get past it.
+    assert!(matches!(run(&released, false).unwrap_err().kind, FaultKind::Endless { .. }));
+    run(&grid_barrier("atom.add.global", "ld.volatile.global", "membar.gl;"), true).unwrap();
+    run(&grid_barrier("atom.add.relaxed.gpu.global", "ld.relaxed.gpu.global", "fence.acq_rel.gpu;"), true).unwrap();
+    for weak in [
+        grid_barrier("atom.add.relaxed.gpu.global", "ld.relaxed.gpu.global", ""),
+        grid_barrier("atom.add.release.cta.global", "ld.acquire.cta.global", ""),
+        grid_barrier("atom.add.global", "ld.volatile.global", "membar.cta;"),
+        // Thread 0 waits, but the others do not wait for it.
+        released.replace("PAST: bar.sync 0;", "PAST:"),
+    ] {
+        let fault = run(&weak, true).unwrap_err();
+        assert!(matches!(fault.kind, FaultKind::Race { space: Space::Global, .. }), "{weak}: {fault}");
+    }
+}
+
+#[test]
+fn named_barriers_order_those_who_take_part() {
+    // Warp 0 fills, warp 1 waits for it at barrier 1, and warp 2 has no part in it.
+    let body = "and.b32 %r4, %r1, 31; mov.u32 %r5, tile; mad.lo.u32 %r5, %r4, 4, %r5; shr.u32 %r6, %r1, 5;
+        setp.eq.u32 %p1, %r6, 0; setp.eq.u32 %p2, %r6, 1; @%p2 bra WAITS; @!%p1 bra OTHER;
+        st.shared.u32 [%r5], %r1; bar.arrive 1, 64; ret;
+        WAITS: bar.sync 1, 64; ld.shared.u32 %r7, [%r5]; ret;
+        OTHER: ";
+    let run = |body: &str| Bench::new().run(body, [2, 1, 1], [96, 1, 1], Checks::default());
+    run(body).unwrap();
+    let fault = run(&format!("{body} ld.shared.u32 %r7, [%r5];")).unwrap_err();
+    assert!(matches!(fault.kind, FaultKind::Race { write: false, other_write: true, .. }), "{fault}");
+}
+
+#[test]
+fn warps_may_wait_for_what_others_write() {
+    let body = "mov.u32 %r5, tile; setp.eq.u32 %p1, %r1, 0; @%p1 st.volatile.shared.u32 [%r5], 0; bar.sync 0;
+        setp.ne.u32 %p1, %r1, 32; setp.ne.u32 %p2, %r1, 0; @!%p2 bra WAITS; @%p1 bra OUT;
+        st.shared.u32 [%r5+64], 7; membar.cta; st.volatile.shared.u32 [%r5], 1; bra OUT;
+        WAITS: ld.volatile.shared.u32 %r6, [%r5]; setp.eq.u32 %p3, %r6, 0; @%p3 bra WAITS; FENCE ld.shared.u32 %r7, [%r5+64];
+        OUT:";
+    let run = |fence: &str| Bench::new().run(&body.replace("FENCE", fence), [1, 1, 1], [64, 1, 1], Checks::default());
+    run("membar.cta;").unwrap();
+    let fault = run("").unwrap_err();
+    assert!(matches!(fault.kind, FaultKind::Race { .. }), "{fault}");
+}
+
+#[test]
+fn memory_of_another_device_needs_peer_access() {
+    let bench = Bench::new();
+    let other = bench.memory.allocate(1, 64).unwrap();
+    bench.memory.fill(other, &[0], 64).unwrap();
+    let body = format!("mov.u64 %rd5, {other};\nld.global.u32 %r4, [%rd5];");
+    let run = || bench.run(&body, [1, 1, 1], [32, 1, 1], Checks::default());
+    let fault = run().unwrap_err();
+    assert!(matches!(fault.kind, FaultKind::OtherDevice { write: false, owner: 1, by: 0, .. }), "{fault}");
+    assert!(bench.memory.set_peer(0, 1, true) && !bench.memory.set_peer(0, 1, true));
+    run().unwrap();
+    assert!(bench.memory.set_peer(0, 1, false));
+    assert!(run().is_err());
 }

@@ -40,6 +40,7 @@ fn run(body: &str, result: Kind, operands: &[[u64; 3]]) -> Vec<u64> {
     let ptx = format!(
         ".version 9.0\n.target sm_80\n.address_size 64\n.visible .entry test(.param .u64 from, .param .u64 to)\n{{
          .reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<16>; .reg .b64 %rd<16>; .reg .f32 %f<8>; .reg .f64 %d<8>;
+         .reg .b128 %q<2>;
          ld.param.u64 %rd10, [from]; ld.param.u64 %rd11, [to]; mov.u32 %r10, %tid.x;
          mad.wide.u32 %rd12, %r10, 24, %rd10; mad.wide.u32 %rd11, %r10, 8, %rd11;
          {}{}{}{body}\n{finish}\nst.global.u64 [%rd11], %rd0;\nret;\n}}",
@@ -189,6 +190,13 @@ fn comparisons_know_what_is_no_number() {
     check("setp.lt.and.s32 %p4|%p0, %r1, %r2, %p3;", Pred, &[([2, 1, 0], 0), ([2, 1, 1], 1)]);
     check("set.gt.u32.s32 %r0, %r1, %r2;", R32, &[([2, 1, 0], 0xffff_ffff), ([1, 1, 0], 0)]);
     check("xor.pred %p0, %p1, !%p2;", Pred, &[([1, 0, 0], 0), ([1, 1, 0], 1)]);
+    let constants = [("xor", [0, 1], [1, 0]), ("and", [0, 0], [0, 1]), ("or", [0, 1], [1, 1])];
+    for (name, with_false, with_true) in constants {
+        for (constant, expected) in [("0", with_false), ("-1", with_true)] {
+            let cases = [([0, 0, 0], expected[0]), ([1, 0, 0], expected[1])];
+            check(&format!("{name}.pred %p0, %p1, {constant};"), Pred, &cases);
+        }
+    }
 }
 
 #[test]
@@ -291,6 +299,220 @@ fn warps_multiply_matrices() {
             assert_eq!(f32::from_bits(found as u32), a(row, column) + 1.0, "D[{row}, {column}]");
         }
     }
+}
+
+#[test]
+fn bytes_and_fields_are_picked() {
+    let operands = [0x3322_1100u64, 0x7766_5544];
+    for (mode, expected) in [
+        ("f4e", [0x3322_1100u64, 0x4433_2211, 0x5544_3322, 0x6655_4433]),
+        ("b4e", [0x5566_7700, 0x6677_0011, 0x7700_1122, 0x0011_2233]),
+        ("rc8", [0, 0x1111_1111, 0x2222_2222, 0x3333_3333]),
+        ("ecl", [0x3322_1100, 0x3322_1111, 0x3322_2222, 0x3333_3333]),
+        ("ecr", [0, 0x1111_1100, 0x2222_1100, 0x3322_1100]),
+        ("rc16", [0x1100_1100, 0x3322_3322, 0x1100_1100, 0x3322_3322]),
+    ] {
+        let cases: Vec<_> = (0..4).map(|c: usize| ([operands[0], operands[1], c as u64], expected[c])).collect();
+        check(&format!("prmt.b32.{mode} %r0, %r1, %r2, %r3;"), R32, &cases);
+    }
+    check("bmsk.clamp.b32 %r0, %r1, %r2;", R32, &[([4, 8, 0], 0xff0), ([30, 8, 0], 0xc000_0000), ([40, 1, 0], 0)]);
+    check("bmsk.wrap.b32 %r0, %r1, %r2;", R32, &[([36, 4, 0], 0xf0), ([0, 32, 0], 0)]);
+    check("szext.clamp.s32 %r0, %r1, %r2;", R32, &[([0x80, 8, 0], 0xffff_ff80), ([0x80, 40, 0], 0x80), ([7, 0, 0], 0)]);
+    check("szext.wrap.u32 %r0, %r1, %r2;", R32, &[([0x1ff, 8, 0], 0xff), ([0x1ff, 40, 0], 0xff)]);
+    check("dp4a.u32.u32 %r0, %r1, %r2, %r3;", R32, &[([0xff01_0203, 0x0101_0101, 10], 271)]);
+    check("dp4a.s32.u32 %r0, %r1, %r2, %r3;", R32, &[([0xff01_0203, 0xff01_0101, 10], u64::from(-239i32 as u32))]);
+    check("dp2a.lo.u32.u32 %r0, %r1, %r2, %r3;", R32, &[([0x0002_0003, 0x0708_0504, 1], 1 + 3 * 4 + 2 * 5)]);
+    check("dp2a.hi.s32.s32 %r0, %r1, %r2, %r3;", R32, &[([0xffff_0003, 0x0708_0504, 1], 1 + 3 * 8 - 7)]);
+    check(
+        "mov.b128 %q0, {%rd1, %rd2}; mov.b128 {%rd4, %rd0}, %q0; add.u64 %rd0, %rd0, %rd4;",
+        R64,
+        &[([3, 40, 0], 43)],
+    );
+    check("mov.b128 %q0, {%rd1, %rd2}; mov.b128 %q1, %q0; mov.b128 {_, %rd0}, %q1;", R64, &[([3, 40, 0], 40)]);
+}
+
+#[test]
+fn floats_are_tested_and_pairs_compared() {
+    let tiny = 1u64;
+    check("testp.finite.f32 %p0, %f1;", Pred, &[([f(1.0), 0, 0], 1), ([f(f32::INFINITY), 0, 0], 0), ([NAN, 0, 0], 0)]);
+    check("testp.infinite.f32 %p0, %f1;", Pred, &[([f(f32::NEG_INFINITY), 0, 0], 1), ([NAN, 0, 0], 0)]);
+    check("testp.notanumber.f64 %p0, %d1;", Pred, &[([d(f64::NAN), 0, 0], 1), ([d(1.0), 0, 0], 0)]);
+    check("testp.subnormal.f32 %p0, %f1;", Pred, &[([tiny, 0, 0], 1), ([0, 0, 0], 0)]);
+    check("testp.normal.f32 %p0, %f1;", Pred, &[([tiny, 0, 0], 0), ([f(2.0), 0, 0], 1)]);
+    // 1 and 2 against 2 and 1: the lower half of the pair decides the first predicate.
+    let pairs = [0x4000_3c00u64, 0x3c00_4000, 0];
+    check("setp.lt.f16x2 %p0|%p4, %r1, %r2;", Pred, &[(pairs, 1)]);
+    check("setp.lt.f16x2 %p4|%p0, %r1, %r2;", Pred, &[(pairs, 0)]);
+    check(
+        "setp.gt.and.bf16x2 %p4|%p0, %r1, %r2, %p3;",
+        Pred,
+        &[([0x4000_3f80, 0x3f80_4000, 1], 1), ([0x4000_3f80, 0x3f80_4000, 0], 0)],
+    );
+    check("add.sat.f16x2 %r0, %r1, %r2;", R32, &[([0x3c00_bc00, 0x3c00_3800, 0], 0x3c00_0000)]);
+    check(
+        "fma.rn.sat.f16 %h0, %h1, %h2, %h3;",
+        H16,
+        &[([0x3800, 0x3800, 0x3800], 0x3a00), ([0x4000, 0x4000, 0], 0x3c00)],
+    );
+    check("fma.rn.bf16x2 %r0, %r1, %r2, %r3;", R32, &[([0x4000_3f80, 0x4040_4000, 0x3f80_3f80], 0x40e0_4040)]);
+    check("ex2.approx.ftz.bf16x2 %r0, %r1;", R32, &[([0x4000_0000, 0, 0], 0x4080_3f80)]);
+    check("tanh.approx.f32 %f0, %f1;", F32, &[([f(0.0), 0, 0], 0), ([f(20.0), 0, 0], f(1.0))]);
+}
+
+#[test]
+fn atomics_change_memory_once_for_each_lane() {
+    // Lane i adds, takes or compares at the word that the first lane's operands lie in; the last lane reads what is left.
+    let run = |operation: &str, ty: &str, register: &str, values: &[u64]| {
+        let bytes = if ty.ends_with("64") {
+            8
+        } else if ty.contains("16") && !ty.contains("x2") {
+            2
+        } else {
+            4
+        };
+        let word = if bytes == 2 {
+            "u16"
+        } else if bytes == 8 {
+            "u64"
+        } else {
+            "u32"
+        };
+        let body = format!(
+            "atom.global.{operation}.{ty} {register}4, [%rd10+16], {register}1; bar.sync 0;
+             ld.global.{word} %rd0, [%rd10+16];"
+        );
+        let operands: Vec<[u64; 3]> = values.iter().map(|&value| [value, 0, values[0]]).collect();
+        self::run(&body, R64, &operands)[0]
+    };
+    let f16 = |x: f32| u64::from(half::f16::from_f32(x).to_bits());
+    let bf16 = |x: f32| u64::from(half::bf16::from_f32(x).to_bits());
+    assert_eq!(run("add", "u32", "%r", &[1, 2, 3]), 1 + 6);
+    assert_eq!(run("add", "u64", "%rd", &[1 << 40, 2, 3]), (2 << 40) + 5);
+    assert_eq!(run("add", "f32", "%f", &[f(0.5), f(2.0)]), f(3.0));
+    assert_eq!(run("add", "f64", "%d", &[d(0.5), d(2.0)]), d(3.0));
+    assert_eq!(run("add.noftz", "f16", "%h", &[f16(0.5), f16(2.0)]), f16(3.0));
+    assert_eq!(run("add.noftz", "bf16", "%h", &[bf16(0.5), bf16(2.0)]), bf16(3.0));
+    assert_eq!(
+        run("add.noftz", "f16x2", "%r", &[f16(1.0) << 16 | f16(0.5), f16(3.0) << 16]),
+        f16(5.0) << 16 | f16(1.0)
+    );
+    assert_eq!(
+        run("add.noftz", "bf16x2", "%r", &[bf16(1.0) << 16, bf16(3.0) << 16 | bf16(1.0)]),
+        bf16(5.0) << 16 | bf16(1.0)
+    );
+    assert_eq!(run("min", "s32", "%r", &[5, 0xffff_ffff]), 0xffff_ffff);
+    assert_eq!(run("max", "u64", "%rd", &[5, u64::MAX]), u64::MAX);
+    assert_eq!(run("min", "s64", "%rd", &[5, u64::MAX]), u64::MAX);
+    assert_eq!(run("and", "b32", "%r", &[0b111, 0b101, 0b110]), 0b100);
+    assert_eq!(run("xor", "b64", "%rd", &[0b111, 0b101]), 0b101);
+    assert_eq!(run("exch", "b32", "%r", &[1, 2, 9]), 9);
+    assert_eq!(run("inc", "u32", "%r", &[2, 2, 2]), 2, "2, then 0, 1, 2");
+    assert_eq!(run("dec", "u32", "%r", &[1, 5]), 5, "1, then 0, then the limit");
+    let swap =
+        "atom.global.cas.b32 %r0, [%rd10], %r1, 77; bar.sync 0; ld.global.u32 %r5, [%rd10]; add.u32 %r0, %r0, %r5;";
+    assert_eq!(self::run(swap, R32, &[[5, 0, 0], [9, 0, 0]]), [5 + 77, 77 + 77]);
+    let short = "atom.global.cas.b16 %h0, [%rd10], %h1, 7;";
+    assert_eq!(self::run(short, H16, &[[5, 0, 0], [9, 0, 0]]), [5, 7]);
+    let red = "red.global.add.u32 [%rd10+8], %r1; bar.sync 0; ld.global.u32 %r0, [%rd10+8];";
+    assert_eq!(self::run(red, R32, &[[5, 1, 0], [9, 0, 0]]), [15, 15]);
+}
+
+#[test]
+fn a_matrix_is_transposed_across_lanes() {
+    // Row r, column c holds 8 r + c.
+    let operands: Vec<[u64; 3]> = (0..32u64).map(|lane| [2 * lane | (2 * lane + 1) << 16, 0, 0]).collect();
+    let found = run("movmatrix.sync.aligned.m8n8.trans.b16 %r0, %r1;", R32, &operands);
+    for (lane, found) in (0..).zip(found) {
+        let (row, column) = (lane / 4, 2 * (lane % 4));
+        assert_eq!(found, 8 * column + row | (8 * (column + 1) + row) << 16, "lane {lane}");
+    }
+}
+
+/// Runs a whole text whose kernel `test` takes an address of 32 words that hold their number, a lane each; gives the words.
+fn run_text(text: &str, lanes: u32) -> Vec<u32> {
+    let module = Arc::new(Module::parse(text).unwrap_or_else(|error| panic!("{error}\n{text}")));
+    let memory = Memory::new(1 << 20);
+    let loaded = module.instantiate(&memory, 0).unwrap();
+    let at = memory.allocate(0, 128).unwrap();
+    let bytes: Vec<u8> = (0..32u32).flat_map(u32::to_le_bytes).collect();
+    memory.copy_in(at, &bytes).unwrap();
+    let params = at.to_le_bytes();
+    let launched = Launch {
+        grid: [1; 3],
+        block: [lanes, 1, 1],
+        dynamic_shared: 0,
+        params: &params,
+        cooperative: false,
+        checks: Checks::default(),
+    };
+    launch(&loaded, "test", &launched, &memory, &mut Counts::default()).unwrap_or_else(|fault| panic!("{fault}"));
+    let mut out = vec![0; 128];
+    memory.copy_out(at, &mut out).unwrap();
+    out.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+#[test]
+fn functions_are_called_with_arguments_and_results() {
+    // `half` halves even numbers and returns early for odd ones; `twice` calls it and takes a structure.
+    let text = "
+        .version 9.0 .target sm_80 .address_size 64
+        .func (.param .b32 result) twice(.param .align 4 .b8 pair[8]);
+        .func (.param .b32 result) half(.param .b32 x)
+        { .reg .pred %p<2>; .reg .b32 %r<4>;
+          ld.param.u32 %r1, [x]; and.b32 %r2, %r1, 1; setp.eq.u32 %p1, %r2, 0; @%p1 bra $EVEN;
+          st.param.b32 [result+0], %r1; ret;
+          $EVEN: shr.u32 %r3, %r1, 1; st.param.b32 [result+0], %r3; ret; }
+        .visible .entry test(.param .u64 at)
+        { .reg .pred %p<4>; .reg .b32 %r<8>; .reg .b64 %rd<4>;
+          ld.param.u64 %rd1, [at]; mov.u32 %r1, %tid.x; mad.wide.u32 %rd2, %r1, 4, %rd1; ld.global.u32 %r2, [%rd2];
+          setp.ne.u32 %p1, %r1, 6;
+          { .param .align 4 .b8 param0[8]; st.param.b32 [param0+0], %r2; st.param.b32 [param0+4], 100;
+            .param .b32 retval0;
+            st.param.b32 [retval0+0], 5;
+            @%p1 call.uni (retval0), twice, (param0);
+            ld.param.b32 %r3, [retval0+0]; }
+          st.global.u32 [%rd2], %r3; ret; }
+        .func (.param .b32 result) twice(.param .align 4 .b8 pair[8])
+        { .reg .b32 %r<6>; ld.param.u32 %r1, [pair]; ld.param.u32 %r2, [pair+4];
+          { .param .b32 param0; st.param.b32 [param0+0], %r1; .param .b32 retval0;
+            call (retval0), half, (param0); ld.param.b32 %r3, [retval0]; }
+          { .param .b32 param0; st.param.b32 [param0+0], %r3; .param .b32 retval0;
+            call (retval0), half, (param0); ld.param.b32 %r4, [retval0]; }
+          add.u32 %r5, %r4, %r2; st.param.b32 [result], %r5; ret; }";
+    let half = |x: u32| if x % 2 == 0 { x / 2 } else { x };
+    let found = run_text(text, 16);
+    for (lane, found) in (0..16).zip(found) {
+        assert_eq!(found, if lane == 6 { 5 } else { half(half(lane)) + 100 }, "lane {lane}");
+    }
+    for (call, words) in [
+        ("call half, (param0);", "call of half"),
+        ("call (param0), test2, (param0);", "calls itself"),
+        ("call (param0), %r1, (param0), proto;", "by its address"),
+    ] {
+        let text = format!(
+            ".func (.param .b32 r) test2(.param .b32 x) {{ .param .b32 p; call (r), test2, (x); ret; }}
+             .visible .entry test() {{ .reg .b32 %r<4>; .param .b32 param0; {call} ret; }}"
+        );
+        let error = Module::parse(&text).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn jumps_by_a_table_part_the_lanes() {
+    let text = "
+        .visible .entry test(.param .u64 at)
+        { .reg .pred %p<4>; .reg .b32 %r<8>; .reg .b64 %rd<4>;
+          ld.param.u64 %rd1, [at]; mov.u32 %r1, %tid.x; mad.wide.u32 %rd2, %r1, 4, %rd1; and.b32 %r2, %r1, 3;
+          $TABLE: .branchtargets $A, $B, $C, $B;
+          brx.idx %r2, $TABLE;
+          $A: mov.u32 %r3, 10; bra $END;
+          $B: mov.u32 %r3, 20; bra $END;
+          $C: mov.u32 %r3, 30;
+          $END: activemask.b32 %r4; setp.ne.u32 %p1, %r4, 0xffffffff;
+          @%p1 trap; st.global.u32 [%rd2], %r3; ret; }";
+    let expected = [10, 20, 30, 20];
+    assert!(run_text(text, 32).iter().enumerate().all(|(lane, &found)| found == expected[lane % 4]));
 }
 
 #[test]

@@ -62,6 +62,8 @@ pub struct RunFile {
     pub device: DeviceChoice,
     /// `run.precision`.
     pub precision: Precision,
+    /// `run.reproducible`: the same bits on every device of a kind, by choices that measure nothing.
+    pub reproducible: bool,
     /// `run.threads`: threads of the CPU backend; one a processor where not given.
     pub threads: Option<usize>,
     /// The trainer's options.
@@ -121,8 +123,8 @@ impl RunFile {
         let base = run.or("base", absolute)?;
         let device = device(&mut run)?;
         let precision = precision(&mut run, device)?;
-        // On one CPU the bits are the same whatever is asked; the key decides once there are several devices.
-        run.or("reproducible", false)?;
+        // On the CPU the bits are the same whatever is asked.
+        let reproducible = run.or("reproducible", false)?;
         let threads = run.optional("threads")?;
         if threads == Some(0) {
             return Err(run.error("threads", "found 0, expected 1 or more"));
@@ -160,6 +162,7 @@ impl RunFile {
             out,
             device,
             precision,
+            reproducible,
             threads,
             train,
             data,

@@ -6,7 +6,6 @@ mod activation;
 mod attention;
 #[path = "../common/device.rs"]
 mod device;
-mod elementwise;
 mod embedding;
 mod layer_norm;
 mod linear;

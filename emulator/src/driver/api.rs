@@ -8,7 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use super::{
@@ -29,10 +29,30 @@ static INITIALIZED: AtomicBool = AtomicBool::new(false);
 /// Contexts are numbered from here on; each device has its primary one.
 const CONTEXT: usize = 0x100;
 
-/// Emulated devices: `WARPSTEP_EMULATOR_DEVICES`, 1 unless set.
+/// The devices that this process sees, by their numbers among all: `WARPSTEP_EMULATOR_DEVICES` there are (1 unless set), of which
+/// `CUDA_VISIBLE_DEVICES` may pick some.
+fn visible() -> &'static [u32] {
+    static VISIBLE: OnceLock<Vec<u32>> = OnceLock::new();
+    VISIBLE.get_or_init(|| {
+        let set = std::env::var("WARPSTEP_EMULATOR_DEVICES").ok().and_then(|count| count.parse().ok());
+        let count: u32 = set.unwrap_or(1);
+        match std::env::var("CUDA_VISIBLE_DEVICES") {
+            // Up to the first that is none, as the driver has it.
+            Ok(picked) => {
+                picked.split(',').map_while(|one| one.trim().parse().ok().filter(|&one| one < count)).collect()
+            }
+            Err(_) => (0..count).collect(),
+        }
+    })
+}
+
 fn devices() -> u32 {
-    let set = std::env::var("WARPSTEP_EMULATOR_DEVICES").ok().and_then(|count| count.parse().ok());
-    set.unwrap_or(1)
+    visible().len() as u32
+}
+
+/// A device's number among all of the machine.
+pub(crate) fn physical(ordinal: u32) -> u32 {
+    visible().get(ordinal as usize).copied().unwrap_or(ordinal)
 }
 
 /// Runs a call; a panic within it is an unknown error.
@@ -66,10 +86,29 @@ fn device(ordinal: c_int) -> Call<u32> {
 /// The device of this thread's context, which no fault has broken.
 fn current() -> Call<u32> {
     ready()?;
-    if let Some(broken) = state().broken {
-        return Err(broken);
+    let device = CURRENT.get().ok_or(status::INVALID_CONTEXT)?;
+    match state().broken.get(&device) {
+        Some(&broken) => Err(broken),
+        None => Ok(device),
     }
-    CURRENT.get().ok_or(status::INVALID_CONTEXT)
+}
+
+/// The device of this thread's context, as libraries ask for it.
+pub(crate) fn current_device() -> Call<u32> {
+    current()
+}
+
+/// The device of this thread's context, if it has one.
+pub(crate) fn context() -> Option<u32> {
+    CURRENT.get()
+}
+
+/// A stream of the device of this thread's context.
+fn own_stream(stream: usize) -> Call<Shared<Stream>> {
+    let device = current()?;
+    let found = state().streams.get(stream)?;
+    let owner = lock(&found).device;
+    if owner == device { Ok(found) } else { Err(status::INVALID_HANDLE) }
 }
 
 /// Refuses what is illegal while this thread captures, and spoils the capture, as the driver does.
@@ -145,7 +184,7 @@ pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, len: c_int, ordinal:
 pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], ordinal: c_int) -> c_int {
     call(|| {
         let mut bytes = *b"warpstep-emul-00";
-        bytes[15] = device(ordinal)? as u8;
+        bytes[15] = physical(device(ordinal)?) as u8;
         // SAFETY: as the driver's callers promise.
         unsafe { put(uuid, bytes) }
     })
@@ -275,7 +314,11 @@ pub extern "C" fn cuMemFree_v2(address: u64) -> c_int {
     call(|| {
         current()?;
         outside_capture()?;
-        if address == 0 { Ok(()) } else { Memory::global().free(address).map_err(fail) }
+        if address == 0 {
+            return Ok(());
+        }
+        state().host.frees += 1;
+        Memory::global().free(address).map_err(fail)
     })
 }
 
@@ -295,6 +338,7 @@ pub unsafe extern "C" fn cuMemHostAlloc(to: *mut usize, bytes: usize, _flags: c_
     call(|| {
         current()?;
         outside_capture()?;
+        state().host.host_allocations += 1;
         let address = Memory::global().allocate_host(bytes).map_err(fail)?;
         // SAFETY: as the driver's callers promise.
         unsafe { put(to, address as usize) }
@@ -369,10 +413,49 @@ pub extern "C" fn cuMemsetD32Async(to: u64, value: u32, count: usize, stream: us
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceCanAccessPeer(can: *mut c_int, by: c_int, owner: c_int) -> c_int {
+    // SAFETY: as the driver's callers promise.
+    call(|| unsafe { put(can, c_int::from(device(by)? != device(owner)?)) })
+}
+
+fn set_peer(context: usize, reach: bool) -> Call<()> {
+    let by = current()?;
+    let owner = context.wrapping_sub(CONTEXT);
+    if owner >= devices() as usize || owner == by as usize {
+        return Err(status::INVALID_CONTEXT);
+    }
+    let changed = Memory::global().set_peer(by, owner as u32, reach);
+    let same = if reach { status::PEER_ACCESS_ALREADY_ENABLED } else { status::PEER_ACCESS_NOT_ENABLED };
+    if changed { Ok(()) } else { Err(same) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxEnablePeerAccess(context: usize, flags: c_uint) -> c_int {
+    call(|| if flags == 0 { set_peer(context, true) } else { Err(status::INVALID_VALUE) })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxDisablePeerAccess(context: usize) -> c_int {
+    call(|| set_peer(context, false))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyPeerAsync(
+    to: u64,
+    _to_context: usize,
+    from: u64,
+    _from_context: usize,
+    bytes: usize,
+    stream: usize,
+) -> c_int {
+    call(|| queue(stream, Work::Copy { to, from, bytes }))
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(to: *mut usize, _flags: c_uint) -> c_int {
     call(|| {
-        current()?;
-        let handle = state().streams.insert(Arc::default());
+        let stream = Stream { device: current()?, ..Stream::default() };
+        let handle = state().streams.insert(Arc::new(Mutex::new(stream)));
         // SAFETY: as the driver's callers promise.
         unsafe { put(to, handle) }
     })
@@ -507,7 +590,9 @@ pub extern "C" fn cuGraphLaunch(graph: usize, stream: usize) -> c_int {
                     return Err(status::STREAM_CAPTURE_UNSUPPORTED);
                 }
             }
-            state.graphs.get(graph)?
+            let work = state.graphs.get(graph)?;
+            state.host.graph_kernels += work.iter().filter(|work| matches!(work, Work::Kernel(_))).count() as u64;
+            work
         };
         work.iter().try_for_each(perform)
     })
@@ -762,8 +847,15 @@ unsafe fn launch(
     params: *mut *mut c_void,
     cooperative: bool,
 ) -> Call<()> {
-    current()?;
+    let device = current()?;
     let function = state().functions.get(function)?;
+    // A kernel belongs to the context that its module was loaded in, and so does the stream.
+    if function.loaded.device != device {
+        return Err(status::INVALID_HANDLE);
+    }
+    if stream != 0 {
+        own_stream(stream)?;
+    }
     let kernel = function.loaded.module.kernel(&function.name).ok_or(status::NOT_FOUND)?;
     let allowed = function.shared_limit.load(Ordering::Relaxed);
     if dynamic_shared > allowed || params.is_null() && !kernel.params.is_empty() {
@@ -841,6 +933,10 @@ fn error_texts(number: c_int) -> (&'static CStr, &'static CStr) {
             (c"CUDA_ERROR_NO_BINARY_FOR_GPU", c"no kernel image is available for execution on the device")
         }
         status::INVALID_PTX => (c"CUDA_ERROR_INVALID_PTX", c"a PTX JIT compilation failed"),
+        status::PEER_ACCESS_ALREADY_ENABLED => {
+            (c"CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED", c"peer access is already enabled")
+        }
+        status::PEER_ACCESS_NOT_ENABLED => (c"CUDA_ERROR_PEER_ACCESS_NOT_ENABLED", c"peer access has not been enabled"),
         status::INVALID_HANDLE => (c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"),
         status::NOT_FOUND => (c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"),
         status::ILLEGAL_ADDRESS => (c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered"),

@@ -31,6 +31,8 @@ pub(crate) mod status {
     pub const NO_BINARY_FOR_GPU: i32 = 209;
     pub const INVALID_PTX: i32 = 218;
     pub const INVALID_HANDLE: i32 = 400;
+    pub const PEER_ACCESS_ALREADY_ENABLED: i32 = 704;
+    pub const PEER_ACCESS_NOT_ENABLED: i32 = 705;
     pub const NOT_FOUND: i32 = 500;
     pub const ILLEGAL_ADDRESS: i32 = 700;
     pub const MISALIGNED_ADDRESS: i32 = 716;
@@ -87,6 +89,7 @@ pub(crate) type Shared<T> = Arc<Mutex<T>>;
 
 #[derive(Default)]
 pub(crate) struct Stream {
+    pub device: u32,
     /// What the stream records into, and whether it began the capture.
     pub capture: Option<(Shared<Capture>, bool)>,
 }
@@ -109,10 +112,28 @@ pub struct HostCounts {
     pub synchronizations: u64,
     /// Allocations of device memory.
     pub allocations: u64,
+    /// Times that device memory was freed.
+    pub frees: u64,
+    /// Allocations of pinned host memory.
+    pub host_allocations: u64,
+    /// Copies from the host, in graphs too.
+    pub copies_in: u64,
     /// Bytes copied from the host.
     pub bytes_in: u64,
+    /// Copies to the host, in graphs too.
+    pub copies_out: u64,
     /// Bytes copied to the host.
     pub bytes_out: u64,
+    /// Copies between device memory, in graphs too.
+    pub copies: u64,
+    /// Bytes of those.
+    pub bytes_copied: u64,
+    /// Fills of device memory, in graphs too.
+    pub fills: u64,
+    /// Bytes of those.
+    pub bytes_filled: u64,
+    /// Kernels that graphs launched.
+    pub graph_kernels: u64,
     /// Calls of libraries.
     pub library_calls: u64,
 }
@@ -127,8 +148,8 @@ pub(crate) struct State {
     pub host: HostCounts,
     pub kernels: HashMap<String, Counts>,
     pub last_fault: Option<Fault>,
-    /// The error that every call returns after a fault, as a broken context does.
-    pub broken: Option<i32>,
+    /// By device, the error that every call returns after a fault, as a broken context does.
+    pub broken: HashMap<u32, i32>,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -157,9 +178,11 @@ fn number(kind: &FaultKind) -> (i32, bool) {
         FaultKind::Launch(_) | FaultKind::SharedMemory { .. } | FaultKind::NotAllocated { .. } => {
             (status::INVALID_VALUE, false)
         }
+        FaultKind::Collective(_) => (status::LAUNCH_FAILED, false),
         FaultKind::Misaligned { .. } => (status::MISALIGNED_ADDRESS, true),
         FaultKind::Trap
         | FaultKind::Endless { .. }
+        | FaultKind::BranchTable { .. }
         | FaultKind::DivergentBarrier { .. }
         | FaultKind::AbsentLane { .. } => (status::LAUNCH_FAILED, true),
         _ => (status::ILLEGAL_ADDRESS, true),
@@ -173,11 +196,15 @@ pub(crate) fn fail(fault: Fault) -> i32 {
         eprintln!("emulated device: {fault}");
     }
     let mut state = state();
-    if breaks {
-        state.broken.get_or_insert(number);
+    if let (true, Some(device)) = (breaks, api::context()) {
+        state.broken.entry(device).or_insert(number);
     }
     state.last_fault = Some(fault);
     number
+}
+
+fn count(what: impl FnOnce(&mut HostCounts)) {
+    what(&mut state().host);
 }
 
 /// Does work now.
@@ -186,19 +213,37 @@ pub(crate) fn perform(work: &Work) -> Call<()> {
     let done = match work {
         Work::Kernel(kernel) => run_kernel(kernel),
         Work::CopyIn { to, from, bytes } => {
-            state().host.bytes_in += *bytes as u64;
+            count(|host| {
+                host.copies_in += 1;
+                host.bytes_in += *bytes as u64;
+            });
             // SAFETY: the caller of the driver owns as many bytes of host memory, until the stream is done with them.
             memory.copy_in(*to, unsafe { std::slice::from_raw_parts(*from as *const u8, *bytes) })
         }
         Work::CopyOut { to, from, bytes } => {
-            state().host.bytes_out += *bytes as u64;
+            count(|host| {
+                host.copies_out += 1;
+                host.bytes_out += *bytes as u64;
+            });
             // SAFETY: as above.
             memory.copy_out(*from, unsafe { std::slice::from_raw_parts_mut(*to as *mut u8, *bytes) })
         }
-        Work::Copy { to, from, bytes } => memory.copy(*to, *from, *bytes),
-        Work::Fill { to, pattern, count } => memory.fill(*to, pattern, *count),
+        Work::Copy { to, from, bytes } => {
+            count(|host| {
+                host.copies += 1;
+                host.bytes_copied += *bytes as u64;
+            });
+            memory.copy(*to, *from, *bytes)
+        }
+        Work::Fill { to, pattern, count: times } => {
+            count(|host| {
+                host.fills += 1;
+                host.bytes_filled += (pattern.len() * times) as u64;
+            });
+            memory.fill(*to, pattern, *times)
+        }
         Work::Library(task) => {
-            state().host.library_calls += 1;
+            count(|host| host.library_calls += 1);
             task()
         }
     };
@@ -229,7 +274,7 @@ fn run_kernel(kernel: &KernelLaunch) -> Result<(), Fault> {
 
 /// Queues work on a stream: done now, or kept where the stream records.
 pub(crate) fn queue(stream: usize, work: Work) -> Call<()> {
-    if let Some(broken) = state().broken {
+    if let Some(broken) = api::context().and_then(|device| state().broken.get(&device).copied()) {
         return Err(broken);
     }
     if stream != 0 {
@@ -255,4 +300,10 @@ pub(crate) fn queue_task(stream: usize, task: impl Fn() -> Result<(), Fault> + S
     queue(stream, Work::Library(Arc::new(task)))
 }
 
+/// Whether a stream records what is queued on it.
+pub(crate) fn is_capturing(stream: usize) -> bool {
+    stream != 0 && state().streams.get(stream).is_ok_and(|stream| lock(&stream).capture.is_some())
+}
+
+pub(crate) use api::{current_device, physical};
 pub use inspect::{counts_of, host_counts, last_fault, reset};

@@ -5,15 +5,20 @@
 
 mod activation;
 mod alias;
+mod attention;
 pub mod auto;
+mod blas;
 mod buffer;
+mod choice;
 mod context;
 mod cooperative;
 pub mod doctor;
 mod dropout;
 mod elementwise;
+mod embedding;
 pub mod emulated;
 mod launch;
+mod layer_norm;
 pub mod libraries;
 mod linear;
 mod loss;
@@ -29,7 +34,7 @@ pub mod update;
 pub use cudarc;
 
 pub use buffer::Buffer;
-pub use context::{Device, DeviceOptions};
+pub use context::{Device, DeviceOptions, Fusion};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
 pub use recording::Recording;
@@ -84,7 +89,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of an activation, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn act_or_null(memory: &Memory<'_, Self>, act: Option<Act>) -> u64 {
         act.map_or(0, |act| Self::act(memory, act))
     }
@@ -101,7 +105,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a parameter, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn param_or_null(memory: &Memory<'_, Self>, param: Option<Param>) -> u64 {
         param.map_or(0, |param| Self::param(memory, param))
     }
