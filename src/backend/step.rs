@@ -56,12 +56,14 @@ pub struct UpdateWork<'a, B: Backend> {
 }
 
 /// What a part of a step found.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Finished {
     /// The program's metrics, where it ran and has any.
     pub metrics: Option<[f64; METRICS]>,
     /// What the update found, where there was one.
     pub outcome: Option<StepOutcome>,
+    /// The sum of squares of each tensor's gradients at that update ([`Update::norm_squares`]); else empty.
+    pub norm_squares: Vec<f64>,
 }
 
 /// The dynamic loss scale of a device that stores activations in f16, where small gradients would vanish.
@@ -146,6 +148,7 @@ pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: 
         }
         None => None,
     };
-    finished.push_back(Finished { metrics, outcome });
+    let norm_squares = if outcome.is_some() { backend.norm_squares(arena)? } else { Vec::new() };
+    finished.push_back(Finished { metrics, outcome, norm_squares });
     Ok(())
 }

@@ -181,6 +181,8 @@ struct Interval {
 struct LastStep {
     rate: f64,
     norm: f64,
+    /// Of each tensor's gradients.
+    squares: Vec<f64>,
 }
 
 struct Loop<B: Backend + Update> {
@@ -338,7 +340,7 @@ impl<B: Backend + Update> Loop<B> {
 
     /// Takes over what a step found, and records it where it is time to.
     fn take_report(&mut self, report: StepReport, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        let StepReport { loss, sums, samples, outcome } = report;
+        let StepReport { loss, sums, samples, outcome, norm_squares } = report;
         let rate = self.schedule.at(self.state.step, self.steps, self.peak);
         self.state.set_counters(self.trainer.counters());
         let interval = &mut self.interval;
@@ -354,7 +356,7 @@ impl<B: Backend + Update> Loop<B> {
             self.state.step_seconds += seconds;
         }
         self.state.seconds = self.seconds_before + self.began.elapsed().as_secs_f64();
-        self.last_step = LastStep { rate, norm: outcome.grad_norm };
+        self.last_step = LastStep { rate, norm: outcome.grad_norm, squares: norm_squares };
         let step = self.state.step;
         self.skipped_in_a_row = if outcome.skipped { self.skipped_in_a_row + 1 } else { 0 };
         if self.skipped_in_a_row >= self.options.max_skipped_steps {
@@ -402,7 +404,6 @@ impl<B: Backend + Update> Loop<B> {
         let speed = samples as f64 / seconds;
         let layout = &self.trainer.arena().layout;
         let values = (steps * layout.parameters() as u64) as f64;
-        let squares = self.trainer.backend().norm_squares(self.trainer.arena())?;
         let record = Record {
             loss,
             accuracy,
@@ -410,7 +411,7 @@ impl<B: Backend + Update> Loop<B> {
             grad_norm: self.last_step.norm.is_finite().then_some(self.last_step.norm),
             clipped: self.clips.then(|| clipped as f64 / steps as f64),
             clamped: self.clamps.then(|| clamped as f64 / values),
-            norm_share: NormShare::largest(layout, &squares, LAYERS),
+            norm_share: NormShare::largest(layout, &self.last_step.squares, LAYERS),
             shadow_ulp,
             samples_per_s: self.tokens_per_sample.is_none().then_some(speed),
             tokens_per_s: self.tokens_per_sample.map(|tokens| speed * tokens as f64),

@@ -61,7 +61,7 @@ pub struct Counters {
 }
 
 /// What a step found.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepReport {
     /// Mean of its micro-batches' mean losses.
     pub loss: f64,
@@ -71,6 +71,8 @@ pub struct StepReport {
     pub samples: u64,
     /// What its update found.
     pub outcome: StepOutcome,
+    /// The sum of squares of each tensor's gradients, as the update's norm was summed.
+    pub norm_squares: Vec<f64>,
 }
 
 /// A program and the memory of its activations.
@@ -327,7 +329,7 @@ impl<B: Backend + Update> Trainer<B> {
     /// # Errors
     /// A device that failed.
     pub fn finished(&mut self, wait: bool) -> Result<Option<StepReport>> {
-        while let Some(Finished { metrics, outcome }) = self.backend.finished(&mut self.queue, wait)? {
+        while let Some(Finished { metrics, outcome, norm_squares }) = self.backend.finished(&mut self.queue, wait)? {
             if let Some(samples) = self.samples.pop_front().flatten() {
                 let sums = LossSums::new(metrics);
                 self.counters.micro_step += 1;
@@ -339,7 +341,7 @@ impl<B: Backend + Update> Trainer<B> {
                 self.counters.step += 1;
                 self.counters.applied += u64::from(!outcome.skipped);
                 self.counters.skipped += u64::from(outcome.skipped);
-                return Ok(Some(StepReport { outcome, ..std::mem::take(&mut self.begun) }));
+                return Ok(Some(StepReport { outcome, norm_squares, ..std::mem::take(&mut self.begun) }));
             }
         }
         Ok(None)

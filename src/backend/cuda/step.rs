@@ -121,12 +121,13 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(device: &Arc<Device>) -> Result<Self> {
+    /// A slot for steps of an arena of so many tensors.
+    fn new(device: &Arc<Device>, tensors: usize) -> Result<Self> {
         let event = || device.context().new_event(None).map_err(|error| driver_error("make an event", error));
         Ok(Slot {
             batch: Pinned::new(device, 1)?,
             scalars: Pinned::new(device, size_of::<Scalars>())?,
-            report: Pinned::new(device, size_of::<Report>())?,
+            report: Pinned::new(device, size_of::<Report>() + tensors * size_of::<f64>())?,
             copied: event()?,
             done: event()?,
             leaves: [false; 2],
@@ -225,7 +226,8 @@ impl Queue {
             slot.done.synchronize().map_err(|error| driver_error("finish a step", error))?;
         }
         self.pending.pop_front();
-        let report: Report = bytemuck::pod_read_unaligned(&slot.report.bytes()[..size_of::<Report>()]);
+        let (report, squares) = slot.report.bytes().split_at(size_of::<Report>());
+        let report: Report = bytemuck::pod_read_unaligned(report);
         let [metrics, outcome] = slot.leaves;
         if outcome {
             self.applied = Some(report.outcome.applied);
@@ -233,6 +235,7 @@ impl Queue {
         self.finished.push_back(Finished {
             metrics: metrics.then(|| report.metrics.map(f64::from)),
             outcome: outcome.then(|| StepOutcome::from(report.outcome)),
+            norm_squares: if outcome { bytemuck::pod_collect_to_vec(squares) } else { Vec::new() },
         });
         Ok(true)
     }
@@ -249,7 +252,7 @@ pub(super) fn finished(queue: &mut Queue, wait: bool) -> Result<Option<Finished>
 pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, Cuda<S>>) -> Result<()> {
     let device = backend.device();
     while queue.slots.len() < SLOTS {
-        queue.slots.push(Slot::new(device)?);
+        queue.slots.push(Slot::new(device, work.arena.layout.entries().len())?);
     }
     let at = queue.next;
     while queue.pending.contains(&at) {
@@ -325,7 +328,7 @@ fn queue_work<S: Storage>(
         recording::each(backend, pass.ops, &mut memory, &pass.context)?;
         metrics = pass.metrics.map(|act| pass.activations.values.address_of(pass.activations.range(act).start));
     }
-    let mut outcome = None;
+    let (mut outcome, mut squares) = (None, (None, 0));
     if let Some(UpdateWork { plan, params, average }) = update {
         let loss_scale = backend.scales_losses();
         if loss_scale {
@@ -335,6 +338,8 @@ fn queue_work<S: Storage>(
         let (prepared, arrays) = backend.arrays(arena, plan)?;
         prepared.queue(&arrays, params.zero_gradients, device.step_state() + UPDATE_PARAMS)?;
         let address = prepared.outcome_address();
+        let (first, tensors) = prepared.tensor_squares();
+        squares = (Some(first), tensors * size_of::<f64>());
         if let Some((decay, average)) = average {
             backend.queue_average(average, &arena.parameters, *decay, address)?;
         }
@@ -349,10 +354,11 @@ fn queue_work<S: Storage>(
     let parts = [
         (metrics, std::mem::offset_of!(Report, metrics), size_of::<[f32; METRICS]>()),
         (outcome, std::mem::offset_of!(Report, outcome), size_of::<Outcome>()),
+        (squares.0, size_of::<Report>(), squares.1),
     ];
     for (address, offset, bytes) in parts {
         let Some(address) = address else { continue };
-        // SAFETY: the page-locked report holds `bytes` bytes there, which nobody reads before `done` has passed.
+        // SAFETY: the page-locked report holds `bytes` bytes there (the plan has as many tensors as the arena), which nobody reads before `done` has passed.
         unsafe {
             let to = std::slice::from_raw_parts_mut(report.add(offset), bytes);
             result::memcpy_dtoh_async(to, address, device.stream().cu_stream())

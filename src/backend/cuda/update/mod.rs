@@ -135,6 +135,11 @@ impl Prepared {
         self.outcome.address_of(0)
     }
 
+    /// Where the device leaves the sum of squares of each tensor's gradients, and how many there are.
+    pub(super) fn tensor_squares(&self) -> (u64, usize) {
+        (self.tensor_squares.address_of(0), self.tensor_squares.len())
+    }
+
     /// What the last update found, after it is done.
     fn outcome(&mut self) -> Result<StepOutcome> {
         let mut outcome = [Outcome::default()];
