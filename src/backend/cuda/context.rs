@@ -41,6 +41,7 @@ pub struct Device {
     loaded: Mutex<Loaded>,
     timings: Mutex<Option<Vec<super::profile::Timing>>>,
     blas: std::sync::OnceLock<super::product::Blas>,
+    dnn: std::sync::OnceLock<super::convolution::Dnn>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
 }
@@ -128,6 +129,7 @@ impl Device {
             loaded: Mutex::default(),
             timings: Mutex::default(),
             blas: std::sync::OnceLock::new(),
+            dnn: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
         };
@@ -180,6 +182,15 @@ impl Device {
         }
         let blas = super::product::Blas::open(self)?;
         Ok(self.blas.get_or_init(|| blas))
+    }
+
+    /// The convolutions' library, opened on first use.
+    pub(super) fn dnn(&self) -> Result<&super::convolution::Dnn> {
+        if let Some(dnn) = self.dnn.get() {
+            return Ok(dnn);
+        }
+        let dnn = super::convolution::Dnn::open(self)?;
+        Ok(self.dnn.get_or_init(|| dnn))
     }
 
     /// Address of the device's `StepState`.
@@ -355,6 +366,7 @@ impl Drop for Device {
         if let Some(blas) = self.blas.take() {
             blas.close(self);
         }
+        drop(self.dnn.take());
         for (address, _) in std::mem::take(self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner)) {
             self.release(address);
         }

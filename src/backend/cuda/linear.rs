@@ -72,11 +72,15 @@ impl<S: Storage> Cuda<S> {
         let partial = self.device().scratch(parts * width * size_of::<f32>())?;
         let mut grid = Grid::new(width.div_ceil(COLUMNS), 256);
         grid.blocks[1] = parts as u32;
-        // SAFETY: x holds `rows * width` values, the scratch `parts * width`, sums `width`.
-        unsafe {
-            self.launch(FILE, "sum_rows_partial", grid, args![x, partial, rows, width])?;
-            let grid = Grid::new(width.div_ceil(256), 256);
-            self.device().launch(FILE, "sum_rows_finish", grid, args![partial, sums, parts, width, add])
-        }
+        // SAFETY: x holds `rows * width` values, the scratch `parts * width`.
+        unsafe { self.launch(FILE, "sum_rows_partial", grid, args![x, partial, rows, width])? };
+        self.finish_rows(partial, sums, [parts, width], add)
+    }
+
+    /// `sums[column] (+)= sum over parts of partial`, partial: `[parts, width]`, sums: `[width]`, in f32; parts in order.
+    pub(super) fn finish_rows(&self, partial: u64, sums: u64, [parts, width]: [usize; 2], add: bool) -> Result<()> {
+        let grid = Grid::new(width.div_ceil(256), 256);
+        // SAFETY: the callers hand on `parts * width` and `width` values.
+        unsafe { self.device().launch(FILE, "sum_rows_finish", grid, args![partial, sums, parts, width, add]) }
     }
 }

@@ -4,8 +4,12 @@
 //! products), then recorded as a CUDA graph, and replayed from then on.
 
 mod activation;
+mod batch_norm;
 mod buffer;
+mod channel;
 mod context;
+mod conv;
+mod convolution;
 mod dropout;
 mod elementwise;
 pub mod emulated;
@@ -14,6 +18,7 @@ mod linear;
 mod loss;
 mod module;
 mod pending;
+mod pool;
 mod product;
 mod profile;
 mod recording;
@@ -103,7 +108,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a kept tensor, f32.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn state(memory: &Memory<'_, Self>, state: State) -> u64 {
         memory.arena.state.address_of(memory.arena.state_range(state).start)
     }

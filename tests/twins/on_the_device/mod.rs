@@ -1,9 +1,12 @@
 //! Operations on the CUDA device against the CPU in f32, given the same inputs, rounded to what the device stores.
 
 mod activation;
+mod batch_norm;
+mod conv;
 mod dropout;
 mod linear;
 mod loss;
+mod pool;
 
 use half::{bf16, f16};
 use warpstep::backend::Backend;
