@@ -55,6 +55,10 @@ pub struct Counts {
     pub sectors: u64,
     /// The fewest sectors that accesses of as many bytes could touch.
     pub ideal_sectors: u64,
+    /// Accesses of warps to global memory.
+    pub accesses: u64,
+    /// Those that touched more sectors than as many bytes need.
+    pub uncoalesced: u64,
     /// Passes over shared memory besides the first of an access.
     pub bank_conflicts: u64,
     /// Barriers that blocks completed.
@@ -81,6 +85,8 @@ impl AddAssign for Counts {
         self.local += other.local;
         self.sectors += other.sectors;
         self.ideal_sectors += other.ideal_sectors;
+        self.accesses += other.accesses;
+        self.uncoalesced += other.uncoalesced;
         self.bank_conflicts += other.bank_conflicts;
         self.barriers += other.barriers;
     }

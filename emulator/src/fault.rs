@@ -70,6 +70,18 @@ pub enum FaultKind {
         /// What was freed.
         range: Range,
     },
+    /// An access of a kernel to another device's memory.
+    #[error("{} at address {address:#x}, which is memory of device {owner}; device {by} has no access to it", access(*write))]
+    OtherDevice {
+        /// A store or a load.
+        write: bool,
+        /// First address of the access.
+        address: u64,
+        /// Whose memory it is.
+        owner: u32,
+        /// The device that the kernel runs on.
+        by: u32,
+    },
     /// An address that is not a multiple of the access's length.
     #[error("{} of {bytes} bytes at {space} address {address:#x}, which is not a multiple of {bytes}", access(*write))]
     Misaligned {
@@ -137,6 +149,14 @@ pub enum FaultKind {
         asked: u64,
         /// The most there is.
         limit: u64,
+    },
+    /// A jump past the end of its table.
+    #[error("a jump to entry {index} of a table of {length}")]
+    BranchTable {
+        /// The entry asked for.
+        index: u64,
+        /// Entries of the table.
+        length: u64,
     },
     /// A launch that the device refuses.
     #[error("{0}")]

@@ -5,7 +5,7 @@
 //! another allocation. Two shadows lie beside the range: one byte for each byte says whether anything wrote it, and two entries
 //! for each word of 4 bytes say who touched it last ([`crate::exec`] finds races by them).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{OnceLock, RwLock};
 
 use crate::fault::{Fault, FaultKind, Range, Space};
@@ -32,6 +32,8 @@ struct Table {
     allocations: BTreeMap<u64, Allocation>,
     used: usize,
     in_use: BTreeMap<u32, usize>,
+    /// Who may reach whose memory.
+    peers: HashSet<(u32, u32)>,
 }
 
 /// The memory of all emulated devices of a process.
@@ -179,12 +181,24 @@ impl Memory {
     ///
     /// # Errors
     /// [`FaultKind::OutOfBounds`] or [`FaultKind::UseAfterFree`].
-    pub(crate) fn locate(&self, address: u64, bytes: u64, write: bool) -> Result<(u64, u64), FaultKind> {
+    ///
+    /// `by` is the device that accesses; none for the host, which reaches all.
+    pub(crate) fn locate(
+        &self,
+        by: Option<u32>,
+        address: u64,
+        bytes: u64,
+        write: bool,
+    ) -> Result<(u64, u64), FaultKind> {
         let table = self.read();
         let near = table.allocations.range(..=address).next_back();
         let range = near.map(|(&start, allocation)| Range { start, bytes: allocation.bytes as u64 });
         match (near, range) {
-            (Some((_, allocation)), Some(range)) if address + bytes <= range.start + range.bytes => {
+            (Some((_, allocation)), Some(range)) if address.saturating_add(bytes) <= range.start + range.bytes => {
+                let owner = allocation.device;
+                if let Some(by) = by.filter(|&by| by != owner && owner != HOST && !table.peers.contains(&(by, owner))) {
+                    return Err(FaultKind::OtherDevice { write, address, owner, by });
+                }
                 if allocation.live {
                     return Ok((range.start, range.start + range.bytes));
                 }
@@ -202,7 +216,7 @@ impl Memory {
         if bytes == 0 {
             return Ok(address as *mut u8);
         }
-        let (start, end) = self.locate(address, bytes as u64, write)?;
+        let (start, end) = self.locate(None, address, bytes as u64, write)?;
         if write {
             self.mark_written(address, bytes);
         } else if let Some(at) = self.first_unwritten(address, bytes) {
@@ -229,7 +243,7 @@ impl Memory {
     /// A copy that does not fit.
     pub fn copy_out(&self, from: u64, to: &mut [u8]) -> Result<(), Fault> {
         if !to.is_empty() {
-            self.locate(from, to.len() as u64, false)?;
+            self.locate(None, from, to.len() as u64, false)?;
             // SAFETY: `locate` found as many bytes.
             unsafe { std::ptr::copy(from as *const u8, to.as_mut_ptr(), to.len()) };
         }
@@ -242,8 +256,8 @@ impl Memory {
     /// A copy that does not fit.
     pub fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Fault> {
         if bytes > 0 {
-            self.locate(from, bytes as u64, false)?;
-            self.locate(to, bytes as u64, true)?;
+            self.locate(None, from, bytes as u64, false)?;
+            self.locate(None, to, bytes as u64, true)?;
             // SAFETY: both ranges and their shadows lie in live allocations; `copy` allows overlap.
             unsafe {
                 std::ptr::copy(from as *const u8, to as *mut u8, bytes);
@@ -266,6 +280,19 @@ impl Memory {
             slice.chunks_exact_mut(pattern.len()).for_each(|chunk| chunk.copy_from_slice(pattern));
         }
         Ok(())
+    }
+
+    /// Lets kernels of device `by` reach memory of device `owner`, or no longer; false where that is so already.
+    pub fn set_peer(&self, by: u32, owner: u32, reach: bool) -> bool {
+        let mut table = self.write();
+        if reach { table.peers.insert((by, owner)) } else { table.peers.remove(&(by, owner)) }
+    }
+
+    /// Forgets who accessed what, on every page.
+    pub(crate) fn forget_traces(&self) {
+        let used = self.read().used;
+        // SAFETY: the pages belong to the traces, which no launch uses meanwhile; they read as 0 afterwards.
+        unsafe { libc::madvise(self.trace as *mut libc::c_void, used * TRACE, libc::MADV_DONTNEED) };
     }
 
     /// Bytes that a device has handed out.

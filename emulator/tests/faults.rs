@@ -117,7 +117,7 @@ fn memory_that_nothing_wrote_is_not_read() {
 #[test]
 fn warps_that_share_a_word_without_a_barrier_race() {
     // The same word stored by both warps of a block.
-    let (kind, _, _, thread) = caught("st.shared.u32 [tile], %r1;");
+    let (kind, _, _, thread) = caught("st.shared.u32 [tile], %r2;");
     let FaultKind::Race { write: true, other_write: true, other_thread, .. } = kind else { panic!("{kind}") };
     assert!(other_thread < 32 && thread >= 32);
     // With a barrier between, neither races.

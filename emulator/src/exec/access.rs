@@ -1,10 +1,10 @@
 //! Loads, stores, atomics and asynchronous copies, with every check of them.
 
-use super::trace::Who;
-use super::warp::{PendingCopy, Warp, lanes, named};
+use super::trace::{Conflict, Knowledge, Who};
+use super::warp::{PendingCopy, Warp, lanes};
 use super::{Block, LOCAL_WINDOW, Run, SHARED_WINDOW, WINDOW};
 use crate::fault::{FaultKind, Range, Space};
-use crate::ptx::{Lanes, Op};
+use crate::ptx::{CALL_PARAMS, Lanes, Op, Order};
 
 /// Which space a generic address lies in.
 pub(super) fn space_of(address: u64) -> Space {
@@ -19,49 +19,179 @@ pub(super) fn space_of(address: u64) -> Space {
 
 /// An address within its space: generic ones lose their window.
 fn within(space: Option<Space>, address: u64) -> (Space, u64) {
-    let found = named(space, address);
-    let window = match found {
-        _ if space.is_some() => 0,
-        Space::Shared => SHARED_WINDOW,
-        Space::Local => LOCAL_WINDOW,
-        _ => 0,
-    };
-    // Addresses of shared and local memory have 32 bits.
-    let inside = address.wrapping_sub(window);
-    (
-        found,
-        if matches!(found, Space::Shared | Space::Local) && space.is_some() { inside & 0xffff_ffff } else { inside },
-    )
+    match space {
+        // Addresses of shared and local memory have 32 bits.
+        Some(space @ (Space::Shared | Space::Local)) => (space, address & 0xffff_ffff),
+        Some(space) => (space, address),
+        None => match space_of(address) {
+            Space::Shared => (Space::Shared, address - SHARED_WINDOW),
+            Space::Local => (Space::Local, address - LOCAL_WINDOW),
+            space => (space, address),
+        },
+    }
 }
 
-/// One lane's access.
+/// What the lanes of one access have in common.
 #[derive(Clone, Copy)]
 struct Access {
-    space: Space,
-    address: u64,
     bytes: u64,
     write: bool,
-    /// Volatile or stronger: it orders, and does not race.
-    ordered: bool,
-    thread: u32,
+    /// At least relaxed: it does not race.
+    strong: bool,
     instruction: usize,
+}
+
+/// The lanes' addresses, each in its space.
+struct Places {
+    addresses: Lanes,
+    /// The space of all lanes; none where they differ.
+    space: Option<Space>,
+    spaces: [Space; 32],
+}
+
+impl Places {
+    fn new(space: Option<Space>, bases: &Lanes, offset: i64, active: u32) -> Self {
+        let mut places = Places { addresses: [0; 32], space, spaces: [space.unwrap_or(Space::Global); 32] };
+        match space {
+            Some(Space::Shared | Space::Local) => {
+                for (address, base) in places.addresses.iter_mut().zip(bases) {
+                    *address = base.wrapping_add_signed(offset) & 0xffff_ffff;
+                }
+            }
+            Some(_) => {
+                for (address, base) in places.addresses.iter_mut().zip(bases) {
+                    *address = base.wrapping_add_signed(offset);
+                }
+            }
+            None => {
+                for i in lanes(active) {
+                    (places.spaces[i], places.addresses[i]) = within(None, bases[i].wrapping_add_signed(offset));
+                }
+                let first = places.spaces[active.trailing_zeros() as usize % 32];
+                places.space = lanes(active).all(|i| places.spaces[i] == first).then_some(first);
+            }
+        }
+        places
+    }
+}
+
+/// One lane's part of an access.
+#[derive(Clone, Copy)]
+struct Part<'p> {
+    places: &'p Places,
+    active: u32,
+    lane: usize,
+    thread: u32,
+}
+
+impl Part<'_> {
+    fn address(self) -> u64 {
+        self.places.addresses[self.lane]
+    }
+
+    /// Whether a conflict is with a lane before this one that stores the same in this very instruction.
+    fn together(self, conflict: Conflict, write: bool, slot: u32) -> bool {
+        let Some(other) = conflict.lane_of(slot, self.thread / 32) else { return false };
+        let other = other as usize;
+        write
+            && conflict.stored
+            && other < self.lane
+            && self.active >> other & 1 == 1
+            && self.places.addresses[other] == self.address()
+    }
 }
 
 fn all_written(shadow: &[u8]) -> bool {
     shadow.iter().fold(1, |all, &byte| all & byte) == 1
 }
 
+/// The bytes of a word that an access of it touches, as a mask.
+fn word_mask(address: u64, bytes: u64) -> u32 {
+    if bytes >= 4 { 0xf } else { ((1 << bytes) - 1) << (address & 3) }
+}
+
+unsafe fn read(place: *const u8, size: usize) -> u64 {
+    // SAFETY: `size` bytes lie there, as the caller promises.
+    unsafe {
+        match size {
+            1 => u64::from(place.read()),
+            2 => u64::from(place.cast::<u16>().read_unaligned()),
+            4 => u64::from(place.cast::<u32>().read_unaligned()),
+            _ => place.cast::<u64>().read_unaligned(),
+        }
+    }
+}
+
+unsafe fn write(place: *mut u8, size: usize, value: u64) {
+    // SAFETY: `size` bytes lie there, as the caller promises.
+    unsafe {
+        match size {
+            1 => place.write(value as u8),
+            2 => place.cast::<u16>().write_unaligned(value as u16),
+            4 => place.cast::<u32>().write_unaligned(value as u32),
+            _ => place.cast::<u64>().write_unaligned(value),
+        }
+    }
+}
+
 impl Run<'_> {
-    /// Checks an access and gives the place of its bytes; a write is marked.
-    fn place(&mut self, block: &mut Block, warp: &mut Warp, access: Access) -> Result<*mut u8, FaultKind> {
-        let Access { space, address, bytes, write, .. } = access;
-        if address % bytes != 0 {
+    /// Whether the lanes' addresses are all aligned and within one allocation: then each need not be asked.
+    fn all_inside(&mut self, places: &Places, active: u32, access: Access) -> bool {
+        if places.space != Some(Space::Global) {
+            return false;
+        }
+        let (mut least, mut most, mut any) = (u64::MAX, 0, 0);
+        for i in lanes(active) {
+            let address = places.addresses[i];
+            least = least.min(address);
+            most = most.max(address);
+            any |= address;
+        }
+        if any % access.bytes != 0 {
+            return false;
+        }
+        let Some(end) = most.checked_add(access.bytes) else { return false };
+        let range = &mut self.ranges[access.instruction];
+        if least >= range.0 && end <= range.1 {
+            return true;
+        }
+        match self.memory.locate(Some(self.device), least, access.bytes, access.write) {
+            Ok(found) => {
+                *range = found;
+                end <= found.1
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Checks a lane's access and gives the place of its bytes; a write is marked.
+    fn place(
+        &mut self,
+        block: &mut Block,
+        warp: &mut Warp,
+        (places, active, lane): (&Places, u32, usize),
+        access: Access,
+        inside: bool,
+    ) -> Result<*mut u8, FaultKind> {
+        let (space, address) = (places.spaces[lane], places.addresses[lane]);
+        let Access { bytes, write, .. } = access;
+        if !inside && address % bytes != 0 {
             return Err(FaultKind::Misaligned { space, write, address, bytes });
         }
+        let part = Part { places, active, lane, thread: warp.index * 32 + lane as u32 };
         match space {
-            Space::Global => self.place_global(block, access),
-            Space::Shared => self.place_shared(block, access),
-            Space::Local => self.place_local(warp, access),
+            Space::Global => self.place_global(block.number, &warp.knows, part, access, inside),
+            Space::Shared => self.place_shared(block, &warp.knows, part, access),
+            Space::Local => self.place_local(warp, lane, address, access),
+            // Arguments of functions that are called lie among the thread's own memory.
+            Space::Param if address >= CALL_PARAMS => {
+                // A compiler may load what it left undefined of a structure.
+                if !write {
+                    let start = lane * self.kernel.local + (address - CALL_PARAMS) as usize;
+                    warp.local_written[start..start + bytes as usize].fill(1);
+                }
+                self.place_local(warp, lane, address - CALL_PARAMS, access)
+            }
             Space::Param => {
                 let params = self.launch.params;
                 let outside = FaultKind::OutOfBounds { space, write, address, bytes, near: None };
@@ -71,37 +201,55 @@ impl Run<'_> {
         }
     }
 
-    fn place_global(&mut self, block: &Block, access: Access) -> Result<*mut u8, FaultKind> {
-        let Access { address, bytes, write, .. } = access;
-        let range = &mut self.ranges[access.instruction];
-        if address < range.0 || address + bytes > range.1 {
-            *range = self.memory.locate(address, bytes, write)?;
+    fn place_global(
+        &mut self,
+        block: u32,
+        knows: &Knowledge,
+        part: Part<'_>,
+        access: Access,
+        inside: bool,
+    ) -> Result<*mut u8, FaultKind> {
+        let (Access { bytes, write, .. }, address) = (access, part.address());
+        if !inside {
+            let range = &mut self.ranges[access.instruction];
+            if address < range.0 || address.saturating_add(bytes) > range.1 {
+                *range = self.memory.locate(Some(self.device), address, bytes, write)?;
+            }
         }
-        let range = *range;
         // SAFETY: the range is a live allocation, whose shadow is mapped.
         let shadow = unsafe { std::slice::from_raw_parts_mut(self.memory.shadow(address), bytes as usize) };
         if write {
             shadow.fill(1);
         } else if self.launch.checks.unwritten && !all_written(shadow) {
+            let range = self.ranges[access.instruction];
             let range = Some(Range { start: range.0, bytes: range.1 - range.0 });
             return Err(FaultKind::Unwritten { space: Space::Global, address, bytes, range });
         }
-        if self.launch.checks.races && !access.ordered {
-            let words = bytes.div_ceil(4);
-            for word in 0..words {
-                let at = (address & !3) + 4 * word;
-                // SAFETY: as above; an entry belongs to the word, and this thread alone runs the launch.
-                let entries = unsafe { &mut *self.memory.trace(at) };
-                let mask = if bytes >= 4 { 0xf } else { ((1 << bytes) - 1) << (address & 3) };
-                let who = Who { block: block.number, thread: access.thread, epoch: block.epoch };
-                self.trace.access(entries, (Space::Global, at), mask, write, who)?;
+        if self.launch.checks.races && !access.strong {
+            let (mask, who) = (word_mask(address, bytes), Who { block, thread: part.thread, knows });
+            let first = address & !3;
+            // SAFETY: as above; the entries belong to the words, and this thread alone runs the launch.
+            let words = unsafe { std::slice::from_raw_parts_mut(self.memory.trace(first), bytes.div_ceil(4) as usize) };
+            for (word, at) in words.iter_mut().zip((first..).step_by(4)) {
+                if let Some(conflict) = self.trace.conflict(word, mask, write, who)
+                    && !part.together(conflict, write, self.trace.slot(block))
+                {
+                    return Err(conflict.kind(Space::Global, at, write));
+                }
+                self.trace.note(word, mask, write, who);
             }
         }
         Ok(address as *mut u8)
     }
 
-    fn place_shared(&mut self, block: &mut Block, access: Access) -> Result<*mut u8, FaultKind> {
-        let Access { address, bytes, write, .. } = access;
+    fn place_shared(
+        &mut self,
+        block: &mut Block,
+        knows: &Knowledge,
+        part: Part<'_>,
+        access: Access,
+    ) -> Result<*mut u8, FaultKind> {
+        let (Access { bytes, write, .. }, address) = (access, part.address());
         let size = block.shared.len() as u64;
         if address + bytes > size {
             let near = Some(Range { start: 0, bytes: size });
@@ -114,29 +262,38 @@ impl Run<'_> {
             let range = Some(Range { start: 0, bytes: size });
             return Err(FaultKind::Unwritten { space: Space::Shared, address, bytes, range });
         }
-        if self.launch.checks.races && !access.ordered {
-            for word in 0..bytes.div_ceil(4) {
-                let at = (address & !3) + 4 * word;
-                let mask = if bytes >= 4 { 0xf } else { ((1 << bytes) - 1) << (address & 3) };
-                // Every block has its own shared memory: what earlier blocks left is past by the clock.
-                let who = Who { block: 0, thread: access.thread, epoch: block.epoch };
-                let entries = &mut block.shared_trace[at as usize / 4];
-                self.trace.access(entries, (Space::Shared, at), mask, write, who)?;
+        if self.launch.checks.races && !access.strong {
+            // Every block has its own shared memory: what earlier blocks left is past by the clock.
+            let (mask, who) = (word_mask(address, bytes), Who { block: 0, thread: part.thread, knows });
+            let first = address as usize / 4;
+            let words = &mut block.shared_trace[first..first + bytes.div_ceil(4) as usize];
+            for (word, at) in words.iter_mut().zip((first as u64 * 4..).step_by(4)) {
+                if let Some(conflict) = self.trace.conflict(word, mask, write, who)
+                    && !part.together(conflict, write, 0)
+                {
+                    return Err(conflict.kind(Space::Shared, at, write));
+                }
+                self.trace.note(word, mask, write, who);
             }
         }
         Ok(block.shared[range].as_mut_ptr())
     }
 
-    fn place_local(&mut self, warp: &mut Warp, access: Access) -> Result<*mut u8, FaultKind> {
-        let Access { address, bytes, write, .. } = access;
+    fn place_local(
+        &mut self,
+        warp: &mut Warp,
+        lane: usize,
+        address: u64,
+        access: Access,
+    ) -> Result<*mut u8, FaultKind> {
+        let Access { bytes, write, .. } = access;
         let size = self.kernel.local as u64;
         if address + bytes > size {
             let near = Some(Range { start: 0, bytes: size });
             return Err(FaultKind::OutOfBounds { space: Space::Local, write, address, bytes, near });
         }
-        let start = u64::from(access.thread % 32) * size + address;
+        let start = lane as u64 * size + address;
         let range = start as usize..(start + bytes) as usize;
-        self.counts.local += bytes;
         if write {
             warp.local_written[range.clone()].fill(1);
         } else if self.launch.checks.unwritten && !all_written(&warp.local_written[range.clone()]) {
@@ -152,15 +309,39 @@ impl Run<'_> {
             Space::Global => {
                 let sum = if write { &mut self.counts.global_written } else { &mut self.counts.global_read };
                 *sum += total;
-                self.counts.sectors += distinct(addresses, active, bytes, 32);
-                self.counts.ideal_sectors += total.div_ceil(32);
+                let (sectors, ideal) = (distinct(addresses, active, bytes, 32), total.div_ceil(32));
+                self.counts.sectors += sectors;
+                self.counts.ideal_sectors += ideal;
+                self.counts.accesses += 1;
+                self.counts.uncoalesced += u64::from(sectors > ideal);
             }
             Space::Shared => {
                 let sum = if write { &mut self.counts.shared_written } else { &mut self.counts.shared_read };
                 *sum += total;
                 self.counts.bank_conflicts += conflicts(addresses, active, bytes);
             }
-            Space::Local | Space::Param => {}
+            Space::Local => self.counts.local += total,
+            Space::Param => {}
+        }
+    }
+
+    /// What strong accesses order, lane by lane.
+    fn order(
+        &mut self,
+        block: &Block,
+        warp: &mut Warp,
+        active: u32,
+        places: &Places,
+        order: Order,
+        reads: bool,
+        writes: bool,
+    ) {
+        if !order.strong {
+            return;
+        }
+        for i in lanes(active) {
+            let place = (places.addresses[i], places.spaces[i] == Space::Shared);
+            self.trace.order(place, order, reads, writes, (block.number, warp.index), &mut warp.knows);
         }
     }
 
@@ -173,28 +354,19 @@ impl Run<'_> {
         lane: &mut usize,
     ) -> Result<(), Box<FaultKind>> {
         let kernel = self.kernel;
-        let Op::Load { space, width, d, base, offset, ordered } = &kernel.code[at].op else { return Ok(()) };
+        let Op::Load { space, width, d, base, offset, order } = &kernel.code[at].op else { return Ok(()) };
         let size = usize::from(width.bytes);
-        let bytes = (size * d.len()) as u64;
+        let access = Access { bytes: (size * d.len()) as u64, write: false, strong: order.strong, instruction: at };
+        let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
+        self.order(block, warp, active, &places, *order, true, false);
+        let inside = self.all_inside(&places, active, access);
         let mut out = [[0u64; 32]; 8];
-        let mut addresses: Lanes = [0; 32];
-        let mut last = Space::Param;
-        let bases = warp.registers[*base as usize];
-        if *ordered {
-            self.trace.order(block.number);
-        }
         for i in lanes(active) {
             *lane = i;
-            let (space, address) = within(*space, bases[i].wrapping_add_signed(*offset));
-            (addresses[i], last) = (address, space);
-            let thread = warp.index * 32 + i as u32;
-            let access = Access { space, address, bytes, write: false, ordered: *ordered, thread, instruction: at };
-            let place = self.place(block, warp, access)?;
+            let place = self.place(block, warp, (&places, active, i), access, inside)?;
             for (part, out) in out[..d.len()].iter_mut().enumerate() {
-                let mut value = [0u8; 8];
-                // SAFETY: `place` found `bytes` bytes there.
-                unsafe { std::ptr::copy_nonoverlapping(place.add(part * size), value.as_mut_ptr(), size) };
-                out[i] = u64::from_le_bytes(value);
+                // SAFETY: `place` found as many bytes there.
+                out[i] = unsafe { read(place.add(part * size), size) };
             }
         }
         if width.signed && width.register > width.bytes {
@@ -209,7 +381,7 @@ impl Run<'_> {
                 warp.write(*d, active, out);
             }
         }
-        self.count(last, &addresses, active, bytes, false);
+        self.count(places.spaces[*lane], &places.addresses, active, access.bytes, false);
         Ok(())
     }
 
@@ -222,29 +394,37 @@ impl Run<'_> {
         lane: &mut usize,
     ) -> Result<(), Box<FaultKind>> {
         let kernel = self.kernel;
-        let Op::Store { space, bytes: size, a, base, offset, ordered } = &kernel.code[at].op else { return Ok(()) };
+        let Op::Store { space, bytes: size, a, base, offset, order } = &kernel.code[at].op else { return Ok(()) };
         let size = usize::from(*size);
-        let bytes = (size * a.len()) as u64;
-        let mut addresses: Lanes = [0; 32];
-        let mut last = Space::Param;
-        let bases = warp.registers[*base as usize];
-        if *ordered {
-            self.trace.order(block.number);
-        }
+        let access = Access { bytes: (size * a.len()) as u64, write: true, strong: order.strong, instruction: at };
+        let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
+        self.order(block, warp, active, &places, *order, false, true);
+        let inside = self.all_inside(&places, active, access);
         for i in lanes(active) {
             *lane = i;
-            let (space, address) = within(*space, bases[i].wrapping_add_signed(*offset));
-            (addresses[i], last) = (address, space);
-            let thread = warp.index * 32 + i as u32;
-            let access = Access { space, address, bytes, write: true, ordered: *ordered, thread, instruction: at };
-            let place = self.place(block, warp, access)?;
+            let place = self.place(block, warp, (&places, active, i), access, inside)?;
             for (part, a) in a.iter().enumerate() {
-                let value = warp.registers[*a as usize][i].to_le_bytes();
-                // SAFETY: `place` found `bytes` bytes there.
-                unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), place.add(part * size), size) };
+                // SAFETY: `place` found as many bytes there.
+                unsafe { write(place.add(part * size), size, warp.registers[*a as usize][i]) };
             }
         }
-        self.count(last, &addresses, active, bytes, true);
+        if self.launch.checks.races && !order.strong {
+            if let Some((first, second)) = different_values(warp, active, &places, a) {
+                *lane = second;
+                let (space, address) = (places.spaces[second], places.addresses[second]);
+                let (other_thread, other_block) = (warp.index * 32 + first as u32, block.number);
+                return Err(FaultKind::Race {
+                    space,
+                    address,
+                    write: true,
+                    other_write: true,
+                    other_thread,
+                    other_block,
+                }
+                .into());
+            }
+        }
+        self.count(places.spaces[*lane], &places.addresses, active, access.bytes, true);
         Ok(())
     }
 
@@ -257,28 +437,24 @@ impl Run<'_> {
         lane: &mut usize,
     ) -> Result<(), Box<FaultKind>> {
         let kernel = self.kernel;
-        let Op::Atomic { space, atomic, d, base, offset, b, c } = &kernel.code[at].op else { return Ok(()) };
+        let Op::Atomic { space, atomic, d, base, offset, b, c, order } = &kernel.code[at].op else { return Ok(()) };
         let size = usize::from(atomic.bytes);
+        let access = Access { bytes: size as u64, write: false, strong: true, instruction: at };
+        let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
+        self.order(block, warp, active, &places, *order, true, true);
         let mut out: Lanes = [0; 32];
-        self.trace.order(block.number);
-        let [bases, b, c] = [base, b, c].map(|&register| warp.registers[register as usize]);
+        let [b, c] = [b, c].map(|&register| warp.registers[register as usize]);
         for i in lanes(active) {
             *lane = i;
-            let (space, address) = within(*space, bases[i].wrapping_add_signed(*offset));
-            let thread = warp.index * 32 + i as u32;
-            let bytes = size as u64;
-            let access = Access { space, address, bytes, write: false, ordered: true, thread, instruction: at };
-            let place = self.place(block, warp, access)?;
-            let mut value = [0u8; 8];
+            let place = self.place(block, warp, (&places, active, i), access, false)?;
             // SAFETY: `place` found as many bytes; launches of other threads use other allocations.
-            unsafe { std::ptr::copy_nonoverlapping(place, value.as_mut_ptr(), size) };
-            out[i] = u64::from_le_bytes(value);
-            let next = (atomic.update)(out[i], b[i], c[i]).to_le_bytes();
-            // SAFETY: as above.
-            unsafe { std::ptr::copy_nonoverlapping(next.as_ptr(), place, size) };
-            if space == Space::Global {
-                self.counts.global_read += bytes;
-                self.counts.global_written += bytes;
+            unsafe {
+                out[i] = read(place, size);
+                write(place, size, (atomic.update)(out[i], b[i], c[i]));
+            }
+            if places.spaces[i] == Space::Global {
+                self.counts.global_read += access.bytes;
+                self.counts.global_written += access.bytes;
             }
         }
         if let Some(d) = d {
@@ -287,7 +463,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Reads the source at once; the bytes arrive in shared memory when the copy's group is waited for.
+    /// Reads the source at once; the bytes arrive in shared memory when the copy's group is waited for, and until then nothing
+    /// may read what was there.
     pub(super) fn copy_async(
         &mut self,
         block: &mut Block,
@@ -300,45 +477,45 @@ impl Run<'_> {
         let Op::CopyAsync { bytes, to, to_offset, from, from_offset, source_bytes } = &kernel.code[at].op else {
             return Ok(());
         };
-        let [targets, sources] = [to, from].map(|&register| warp.registers[register as usize]);
+        let whole = u64::from(*bytes);
         let lengths = source_bytes.map(|register| warp.registers[register as usize]);
-        let mut addresses: Lanes = [0; 32];
+        let sources = Places::new(Some(Space::Global), &warp.registers[*from as usize], *from_offset, active);
+        let targets = Places::new(Some(Space::Shared), &warp.registers[*to as usize], *to_offset, active);
+        let reading = Access { bytes: whole, write: false, strong: false, instruction: at };
+        let inside = lengths.is_none() && self.all_inside(&sources, active, reading);
         let mut present = 0;
         for i in lanes(active) {
             *lane = i;
-            let thread = warp.index * 32 + i as u32;
-            let length = lengths.map_or(u64::from(*bytes), |lengths| lengths[i].min(u64::from(*bytes)));
+            let length = lengths.map_or(whole, |lengths| lengths[i].min(whole));
             let mut data = [0; 16];
             if length > 0 {
-                let address = sources[i].wrapping_add_signed(*from_offset);
-                if address % u64::from(*bytes) != 0 {
-                    let bytes = u64::from(*bytes);
-                    return Err(FaultKind::Misaligned { space: Space::Global, write: false, address, bytes }.into());
+                let address = sources.addresses[i];
+                if address % whole != 0 {
+                    return Err(
+                        FaultKind::Misaligned { space: Space::Global, write: false, address, bytes: whole }.into()
+                    );
                 }
-                (addresses[i], present) = (address, present | 1 << i);
+                present |= 1 << i;
                 // A source that ends early is read in parts of its own length.
-                let step = 1 << length.trailing_zeros().min(4);
+                let step = if length == whole { whole } else { 1 << length.trailing_zeros().min(4) };
+                let mut source = Places { space: sources.space, spaces: sources.spaces, addresses: sources.addresses };
                 for part in (0..length).step_by(step as usize) {
-                    let access = Access {
-                        space: Space::Global,
-                        address: address + part,
-                        bytes: step,
-                        write: false,
-                        ordered: false,
-                        thread,
-                        instruction: at,
-                    };
-                    let place = self.place(block, warp, access)?;
+                    source.addresses[i] = address + part;
+                    let access = Access { bytes: step, ..reading };
+                    let place = self.place(block, warp, (&source, active, i), access, inside)?;
                     // SAFETY: `place` found `step` bytes there; `data` has room, as `part + step <= 16`.
                     unsafe {
                         std::ptr::copy_nonoverlapping(place, data[part as usize..].as_mut_ptr(), step as usize);
                     }
                 }
             }
-            let (_, to) = within(Some(Space::Shared), targets[i].wrapping_add_signed(*to_offset));
-            warp.copies.push(PendingCopy { to, thread, data, bytes: *bytes });
+            let writing = Access { write: true, ..reading };
+            self.place(block, warp, (&targets, active, i), writing, false)?;
+            let to = targets.addresses[i];
+            block.shared_written[to as usize..(to + whole) as usize].fill(0);
+            warp.copies.push(PendingCopy { to, lane: i as u8, data, bytes: *bytes });
         }
-        self.count(Space::Global, &addresses, present, u64::from(*bytes), false);
+        self.count(Space::Global, &sources.addresses, present, whole, false);
         Ok(())
     }
 
@@ -352,18 +529,13 @@ impl Run<'_> {
     ) -> Result<(), Box<FaultKind>> {
         while warp.groups.len() > but {
             for copy in warp.groups.pop_front().unwrap_or_default() {
-                *lane = copy.thread as usize % 32;
+                let i = usize::from(copy.lane);
+                *lane = i;
                 let bytes = u64::from(copy.bytes);
-                let access = Access {
-                    space: Space::Shared,
-                    address: copy.to,
-                    bytes,
-                    write: true,
-                    ordered: false,
-                    thread: copy.thread,
-                    instruction: 0,
-                };
-                let place = self.place(block, warp, access)?;
+                let access = Access { bytes, write: true, strong: false, instruction: 0 };
+                let target =
+                    Places { space: Some(Space::Shared), spaces: [Space::Shared; 32], addresses: [copy.to; 32] };
+                let place = self.place(block, warp, (&target, 1 << i, i), access, false)?;
                 // SAFETY: `place` found `bytes` bytes there.
                 unsafe { std::ptr::copy_nonoverlapping(copy.data.as_ptr(), place, bytes as usize) };
                 self.counts.shared_written += bytes;
@@ -387,20 +559,16 @@ impl Run<'_> {
             *lane = (!active).trailing_zeros() as usize;
             return Err(FaultKind::AbsentLane { instruction: "ldmatrix", lane: *lane as u32 }.into());
         }
-        let bases = warp.registers[*base as usize];
+        let places = Places::new(Some(Space::Shared), &warp.registers[*base as usize], *offset, active);
+        let access = Access { bytes: 16, write: false, strong: false, instruction: at };
         for (matrix, d) in d.iter().enumerate() {
             let mut rows = [[0u16; 8]; 8];
-            let mut addresses: Lanes = [0; 32];
+            let own = 0xff << (8 * matrix);
             for (row, values) in rows.iter_mut().enumerate() {
                 let i = matrix * 8 + row;
                 *lane = i;
-                let (space, address) = within(Some(Space::Shared), bases[i].wrapping_add_signed(*offset));
-                addresses[row] = address;
-                // The warp reads together: any of its lanes may stand for it.
-                let thread = warp.index * 32 + i as u32;
-                let access =
-                    Access { space, address, bytes: 16, write: false, ordered: false, thread, instruction: at };
-                let place = self.place(block, warp, access)?;
+                // The lane that names a row stands for the warp, which reads together.
+                let place = self.place(block, warp, (&places, own, i), access, false)?;
                 // SAFETY: `place` found 16 bytes there.
                 unsafe { std::ptr::copy_nonoverlapping(place, values.as_mut_ptr().cast(), 16) };
             }
@@ -414,10 +582,34 @@ impl Run<'_> {
                 u64::from(pair[0]) | u64::from(pair[1]) << 16
             });
             warp.write(*d, active, &out);
-            self.count(Space::Shared, &addresses, 0xff, 16, false);
+            self.count(Space::Shared, &places.addresses, own, 16, false);
         }
+        self.trace.lanes_meet(&mut warp.knows, active);
         Ok(())
     }
+}
+
+/// Two lanes that store different values to the same address, first and second.
+fn different_values(warp: &Warp, active: u32, places: &Places, values: &[u32]) -> Option<(usize, usize)> {
+    let mut last = None;
+    let ascending = lanes(active).all(|i| {
+        let address = places.addresses[i];
+        last.replace(address).is_none_or(|last| last < address)
+    });
+    if ascending || !matches!(places.space, Some(Space::Global | Space::Shared) | None) {
+        return None;
+    }
+    let value = |lane: usize| values.iter().map(move |&register| warp.registers[register as usize][lane]);
+    lanes(active).find_map(|second| {
+        let same = |&first: &usize| {
+            first < second
+                && places.addresses[first] == places.addresses[second]
+                && places.spaces[first] == places.spaces[second]
+                && matches!(places.spaces[first], Space::Global | Space::Shared)
+        };
+        let first = lanes(active).filter(same).find(|&first| !value(first).eq(value(second)))?;
+        Some((first, second))
+    })
 }
 
 /// How many parts of `unit` bytes the lanes' accesses touch together.
@@ -426,10 +618,9 @@ fn distinct(addresses: &Lanes, active: u32, bytes: u64, unit: u64) -> u64 {
     let mut count = 0;
     for lane in lanes(active) {
         for sector in addresses[lane] / unit..=(addresses[lane] + bytes - 1) / unit {
-            if count > 0 && seen[count - 1] == sector || seen[..count].contains(&sector) {
-                continue;
-            }
-            if count < seen.len() {
+            // Neighbours mostly share a part, or go on to the next.
+            let known = count > 0 && (seen[count - 1] == sector || seen[..count].contains(&sector));
+            if !known && count < seen.len() {
                 seen[count] = sector;
                 count += 1;
             }
@@ -449,16 +640,26 @@ fn conflicts(addresses: &Lanes, active: u32, bytes: u64) -> u64 {
     let mut extra = 0;
     for start in (0..32).step_by(together) {
         let group = active & (((1u64 << together) - 1) << start) as u32;
-        let mut words: [Vec<u64>; 32] = Default::default();
+        // Every word once, in the list of its bank.
+        let (mut words, mut next, mut len) = ([0u64; 128], [u8::MAX; 128], 0);
+        let (mut heads, mut lengths, mut most) = ([u8::MAX; 32], [0u8; 32], 0);
         for lane in lanes(group) {
             for word in addresses[lane] / 4..(addresses[lane] + bytes).div_ceil(4) {
-                let bank = &mut words[word as usize % 32];
-                if !bank.contains(&word) {
-                    bank.push(word);
+                let bank = word as usize % 32;
+                let mut at = heads[bank];
+                while at != u8::MAX && words[at as usize] != word {
+                    at = next[at as usize];
+                }
+                if at == u8::MAX {
+                    (words[len], next[len]) = (word, heads[bank]);
+                    heads[bank] = len as u8;
+                    lengths[bank] += 1;
+                    most = most.max(lengths[bank]);
+                    len += 1;
                 }
             }
         }
-        extra += words.iter().map(Vec::len).max().unwrap_or(0).saturating_sub(1) as u64;
+        extra += u64::from(most.saturating_sub(1));
     }
     extra
 }

@@ -2,65 +2,75 @@
 //!
 //! Products are exact and summed in f64 with the addend, and the sum is rounded once; hardware keeps fewer bits between.
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::warp::Warp;
 use crate::ptx::{Lanes, Matrix, MatrixType};
 
-fn value(factors: MatrixType, registers: &[Lanes], index: usize, lane: usize) -> f64 {
-    let half = |bits: u64| match factors {
-        MatrixType::F16 => f16::from_bits(bits as u16).to_f64(),
-        _ => bf16::from_bits(bits as u16).to_f64(),
+/// A factor of two in a register, lower first.
+fn halves(factors: MatrixType, bits: u64) -> [f64; 2] {
+    let of = |bits: u16| match factors {
+        MatrixType::F16 => f64::from(from_f16(bits)),
+        _ => f64::from(f32::from_bits(u32::from(bits) << 16)),
     };
-    match factors {
-        MatrixType::Tf32 => f64::from(f32::from_bits(truncated(registers[index][lane]) as u32)),
-        _ => half(registers[index / 2][lane] >> (16 * (index % 2))),
-    }
+    [of(bits as u16), of((bits >> 16) as u16)]
 }
 
-/// Products take the upper 19 bits of what they are given.
-fn truncated(bits: u64) -> u64 {
-    bits & 0xffff_e000
+/// The value of an f16: by a shift of its exponent, which f32 has room for.
+fn from_f16(bits: u16) -> f32 {
+    if bits & 0x7c00 == 0x7c00 {
+        return f16::from_bits(bits).to_f32();
+    }
+    let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    f32::from_bits(magnitude.to_bits() | u32::from(bits & 0x8000) << 16)
+}
+
+/// Products of tf32 take the upper 19 bits of what they are given.
+fn single(bits: u64) -> f64 {
+    f64::from(f32::from_bits(bits as u32 & 0xffff_e000))
 }
 
 pub(super) fn multiply(warp: &mut Warp, matrix: Matrix, d: &[u32], a: &[u32], b: &[u32], c: &[u32]) {
-    let take = |registers: &[u32]| -> Vec<Lanes> {
-        registers.iter().map(|&register| warp.registers[register as usize]).collect()
-    };
-    let (a, b, c) = (take(a), take(b), take(c));
-    let k = usize::from(matrix.k);
-    let mut left = [[0.0; 16]; 16];
-    let mut right = [[0.0; 8]; 16];
+    let (k, factors) = (usize::from(matrix.k), matrix.factors);
+    let registers = &warp.registers;
+    let (mut left, mut right) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
     for lane in 0..32 {
         let (group, inside) = (lane / 4, lane % 4);
-        if matrix.factors == MatrixType::Tf32 {
-            for index in 0..k / 2 {
-                left[group + 8 * (index % 2)][inside + 4 * (index / 2)] = value(matrix.factors, &a, index, lane);
+        for (index, &register) in a.iter().enumerate() {
+            let (row, part, bits) = (group + 8 * (index % 2), index / 2, registers[register as usize][lane]);
+            if factors == MatrixType::Tf32 {
+                left[row][inside + 4 * part] = single(bits);
+            } else {
+                [left[row][2 * inside + 8 * part], left[row][2 * inside + 8 * part + 1]] = halves(factors, bits);
             }
-            for index in 0..k / 4 {
-                right[inside + 4 * index][group] = value(matrix.factors, &b, index, lane);
-            }
-        } else {
-            for index in 0..k / 2 {
-                let row = group + 8 * (index / 2 % 2);
-                left[row][2 * inside + index % 2 + 8 * (index / 4)] = value(matrix.factors, &a, index, lane);
-            }
-            for index in 0..k / 4 {
-                right[2 * inside + index % 2 + 8 * (index / 2)][group] = value(matrix.factors, &b, index, lane);
+        }
+        for (index, &register) in b.iter().enumerate() {
+            let bits = registers[register as usize][lane];
+            if factors == MatrixType::Tf32 {
+                right[inside + 4 * index][group] = single(bits);
+            } else {
+                let [low, high] = halves(factors, bits);
+                right[2 * inside + 8 * index][group] = low;
+                right[2 * inside + 8 * index + 1][group] = high;
             }
         }
     }
-    let mut out = vec![[0u64; 32]; d.len()];
+    let mut sums = [[0.0; 8]; 16];
+    for (sums, left) in sums.iter_mut().zip(&left) {
+        for (&factor, right) in left[..k].iter().zip(&right) {
+            sums.iter_mut().zip(right).for_each(|(sum, value)| *sum += factor * value);
+        }
+    }
+    let mut out = [[0u64; 32]; 4];
     for lane in 0..32 {
         for index in 0..4 {
-            let (row, column) = (lane / 4 + 8 * (index / 2), 2 * (lane % 4) + index % 2);
-            let sum: f64 = (0..k).map(|i| left[row][i] * right[i][column]).sum();
+            let sum = sums[lane / 4 + 8 * (index / 2)][2 * (lane % 4) + index % 2];
             if matrix.half_sums {
                 let (register, shift) = (index / 2, 16 * (index % 2));
-                let start = f16::from_bits((c[register][lane] >> shift) as u16).to_f64();
-                out[register][lane] |= u64::from(f16::from_f64(start + sum).to_bits()) << shift;
+                let start = from_f16((registers[c[register] as usize][lane] >> shift) as u16);
+                out[register][lane] |= u64::from(f16::from_f64(f64::from(start) + sum).to_bits()) << shift;
             } else {
-                let start = f64::from(f32::from_bits(c[index][lane] as u32));
+                let start = f64::from(f32::from_bits(registers[c[index] as usize][lane] as u32));
                 out[index][lane] = u64::from(((start + sum) as f32).to_bits());
             }
         }
@@ -68,4 +78,13 @@ pub(super) fn multiply(warp: &mut Warp, matrix: Matrix, d: &[u32], a: &[u32], b:
     for (register, values) in d.iter().zip(&out) {
         warp.registers[*register as usize] = *values;
     }
+}
+
+/// `movmatrix`: lane 4i + j holds values 2j and 2j + 1 of row i, and gets them of column i.
+pub(super) fn transpose(a: &Lanes) -> Lanes {
+    let value = |row: usize, column: usize| a[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff;
+    std::array::from_fn(|lane| {
+        let (row, column) = (lane / 4, 2 * (lane % 4));
+        value(column, row) | value(column + 1, row) << 16
+    })
 }

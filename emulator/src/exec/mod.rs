@@ -1,8 +1,10 @@
 //! Executes kernels: blocks of warps of 32 lanes in lockstep.
 //!
 //! Lanes of a warp that part at a branch wait for each other where their ways meet again: the group of lanes that stands
-//! furthest back in the code always runs, which is a legal order for every kernel and the one that brings lanes together
-//! soonest. Blocks run one after another, or in turn where the launch is cooperative.
+//! furthest back in the code always runs, which is a legal order for most kernels and the one that brings lanes together
+//! soonest. (A lock that lanes of one warp take from each other can turn for ever; hardware would get out.) Blocks run one
+//! after another, or in turn where the launch is cooperative: then a barrier of the whole grid ends. The warps of a block have
+//! turns too, so that one may wait for what another writes.
 
 mod access;
 mod matrix;
@@ -10,6 +12,7 @@ mod trace;
 mod warp;
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use crate::counts::Counts;
 use crate::fault::{Fault, FaultKind, Place};
@@ -75,6 +78,10 @@ pub(crate) struct Run<'a> {
     pub instructions: u64,
     /// The range that each instruction found its last address in.
     pub ranges: Vec<(u64, u64)>,
+    /// The device that the kernel runs on.
+    pub device: u32,
+    /// What cooperative groups ask for by `%envreg1` and `%envreg2`: memory of the grid's barrier.
+    workspace: u64,
     pub trace: trace::Trace,
 }
 
@@ -85,14 +92,14 @@ pub(crate) struct Block {
     pub shared: Vec<u8>,
     pub shared_written: Vec<u8>,
     pub shared_trace: Vec<[u64; 2]>,
-    /// Clock at the last barrier.
-    pub epoch: u32,
     /// Threads that arrived at each barrier, how many should, the combined predicate and the count.
     pub barriers: [BarrierState; 16],
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Default)]
 pub(crate) struct BarrierState {
+    /// What the warps that arrived know.
+    pub knows: Option<Box<trace::Knowledge>>,
     pub arrived: u32,
     pub expected: u32,
     pub all: bool,
@@ -102,6 +109,19 @@ pub(crate) struct BarrierState {
 
 /// Clocks go on from launch to launch, so that what earlier launches left in the traces counts as past.
 static CLOCK: AtomicU32 = AtomicU32::new(1);
+
+/// Launches hold it to read; who sets the clock back holds it alone.
+static RUNNING: RwLock<()> = RwLock::new(());
+
+/// A launch that starts later than this sets the clock back first: a launch has room for two thousand million ticks.
+const LATE: u32 = 1 << 31;
+
+/// Instructions of a warp until the next of its block has its turn, where blocks run one by one.
+const TURN: u64 = 1 << 16;
+/// The same where all blocks run at once.
+const COOPERATIVE_TURN: u64 = 2000;
+/// Turns of a block in which nothing was written and nobody left or arrived, after which it counts as waiting for ever.
+const IDLE_TURNS: u32 = 2000;
 
 /// Runs a kernel to its end and adds what it did to `counts`.
 ///
@@ -120,7 +140,17 @@ pub fn launch(
     };
     check(kernel, launch)?;
     let blocks = launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
+    let warps = launch.block.iter().product::<u32>().div_ceil(32);
+    let running = run_after_the_clock(memory);
     let start = CLOCK.load(Ordering::Relaxed) + 1;
+    let grid_barrier = kernel.specials.iter().any(|(_, special)| matches!(special, Special::Environment(_)));
+    let workspace = if launch.cooperative && grid_barrier {
+        let address = memory.allocate(loaded.device, WORKSPACE)?;
+        memory.fill(address, &[0], WORKSPACE)?;
+        address
+    } else {
+        0
+    };
     let mut run = Run {
         kernel,
         launch,
@@ -128,12 +158,33 @@ pub fn launch(
         counts: Counts { launches: 1, ..Counts::default() },
         instructions: 0,
         ranges: vec![(0, 0); kernel.code.len()],
-        trace: trace::Trace::new(start, blocks as usize),
+        device: loaded.device,
+        workspace,
+        trace: trace::Trace::new(start, blocks as usize, warps as usize),
     };
     let result = if launch.cooperative { run.in_turn(loaded, blocks) } else { run.one_by_one(loaded, blocks) };
     CLOCK.fetch_max(run.trace.clock, Ordering::Relaxed);
+    drop(running);
     *counts += run.counts;
+    if workspace != 0 {
+        memory.free(workspace)?;
+    }
     result.map_err(|found| found.placed(kernel, launch, &module.files))
+}
+
+/// Bytes of what a grid's barrier works with.
+const WORKSPACE: usize = 64;
+
+/// Joins the launches that run; where the clock is late, all traces are forgotten first.
+fn run_after_the_clock(memory: &Memory) -> RwLockReadGuard<'static, ()> {
+    if CLOCK.load(Ordering::Relaxed) > LATE {
+        let _alone = RUNNING.write().unwrap_or_else(PoisonError::into_inner);
+        if CLOCK.load(Ordering::Relaxed) > LATE {
+            memory.forget_traces();
+            CLOCK.store(1, Ordering::Relaxed);
+        }
+    }
+    RUNNING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn check(kernel: &Kernel, launch: &Launch<'_>) -> Result<(), Fault> {
@@ -198,7 +249,16 @@ impl Run<'_> {
         let mut block = self.block();
         for number in 0..blocks {
             self.start(&mut block, &mut warps, number as u32);
-            while !self.turn(&mut block, &mut warps, u64::MAX)? {}
+            let mut idle = 0;
+            let mut before = self.progress();
+            while !self.turn(&mut block, &mut warps, TURN)? {
+                let now = self.progress();
+                idle = if now == before { idle + 1 } else { 0 };
+                before = now;
+                if idle > IDLE_TURNS {
+                    return Err(idling(&block, &warps, self.instructions));
+                }
+            }
         }
         Ok(())
     }
@@ -208,12 +268,24 @@ impl Run<'_> {
         for (number, (block, warps, _)) in all.iter_mut().enumerate() {
             self.start(block, warps, number as u32);
         }
+        let mut idle = 0;
         while all.iter().any(|(_, _, done)| !done) {
+            let before = self.progress();
             for (block, warps, done) in all.iter_mut().filter(|(_, _, done)| !done) {
-                *done = self.turn(block, warps, 2000)?;
+                *done = self.turn(block, warps, COOPERATIVE_TURN)?;
+            }
+            idle = if self.progress() == before { idle + 1 } else { 0 };
+            if let (true, Some((block, warps, _))) = (idle > IDLE_TURNS, all.iter().find(|(_, _, done)| !done)) {
+                return Err(idling(block, warps, self.instructions));
             }
         }
         Ok(())
+    }
+
+    /// What changes when a block gets on, other than its registers.
+    fn progress(&self) -> [u64; 4] {
+        let counts = &self.counts;
+        [counts.global_written, counts.shared_written, counts.local, counts.barriers]
     }
 
     fn block(&self) -> Block {
@@ -224,8 +296,7 @@ impl Run<'_> {
             shared: vec![0; shared],
             shared_written: vec![0; shared],
             shared_trace: vec![[0; 2]; shared.div_ceil(4)],
-            epoch: 0,
-            barriers: [BarrierState::default(); 16],
+            barriers: Default::default(),
         }
     }
 
@@ -260,7 +331,9 @@ impl Run<'_> {
                             Special::Multiprocessors => 108,
                             Special::DynamicShared => launch.dynamic_shared,
                             Special::TotalShared => launch.dynamic_shared + kernel.static_shared as u32,
-                            Special::Grid | Special::Block(_) | Special::Multiprocessor => 0,
+                            Special::Environment(1) => (self.workspace >> 32) as u32,
+                            Special::Environment(2) => self.workspace as u32,
+                            Special::Environment(_) | Special::Grid | Special::Block(_) | Special::Multiprocessor => 0,
                         })
                     });
                 }
@@ -274,10 +347,10 @@ impl Run<'_> {
         block.number = number;
         block.coordinates = [number % width, number / width % height, number / width / height];
         block.shared_written.fill(0);
-        block.epoch = self.trace.tick();
-        block.barriers = [BarrierState::default(); 16];
+        let clock = self.trace.tick();
+        block.barriers = Default::default();
         for warp in warps {
-            warp.restart();
+            warp.restart(clock);
             for &(register, special) in &self.kernel.specials {
                 let value = match special {
                     Special::Block(axis) => block.coordinates[axis as usize],
@@ -320,23 +393,34 @@ impl Run<'_> {
                 continue;
             }
             any = true;
+            let clock = self.trace.tick();
             for warp in warps.iter_mut().filter(|warp| warp.waiting == Some(number as u8)) {
                 warp.waiting = None;
                 warp.finish_reduction(state);
+                if let Some(knows) = &state.knows {
+                    warp.knows.take(knows, clock);
+                }
             }
             *state = BarrierState::default();
             self.counts.barriers += 1;
-            block.epoch = self.trace.tick();
         }
         any
     }
+}
+
+/// Threads turn round and round and wait for what nobody writes.
+fn idling(block: &Block, warps: &[Warp], instructions: u64) -> Found {
+    let turning = warps.iter().find(|warp| warp.waiting.is_none() && warp.live != 0);
+    let thread = turning.map_or(0, |warp| warp.index * 32 + warp.mask.trailing_zeros().min(31));
+    let instruction = turning.map_or(0, |warp| warp.pc as usize);
+    Found { kind: FaultKind::Endless { instructions }, block: block.coordinates, thread, instruction }
 }
 
 /// No warp can go on: some wait at a barrier that the others never reach.
 fn stuck(block: &Block, warps: &[Warp]) -> Found {
     let waiting = warps.iter().find(|warp| warp.waiting.is_some());
     let number = waiting.and_then(|warp| warp.waiting).unwrap_or_default();
-    let state = block.barriers[usize::from(number)];
+    let state = &block.barriers[usize::from(number)];
     let reason = if warps.iter().any(|warp| warp.live == 0) {
         "the others have left the kernel"
     } else {

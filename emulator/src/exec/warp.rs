@@ -1,13 +1,14 @@
 //! A warp, and the loop that executes its instructions.
 
+use super::trace::Knowledge;
 use super::{BarrierState, Block, Found, Run};
-use crate::fault::{FaultKind, Space};
+use crate::fault::FaultKind;
 use crate::ptx::{Combine, Kernel, Lanes, Op, Shuffle, Vote, insert_bits};
 
 /// A copy to shared memory that was asked for and is not done: lane by lane.
 pub(crate) struct PendingCopy {
     pub to: u64,
-    pub thread: u32,
+    pub lane: u8,
     pub data: [u8; 16],
     pub bytes: u8,
 }
@@ -30,6 +31,8 @@ pub(crate) struct Warp {
     reduction: Option<(Combine, Result<u32, u32>)>,
     pub local: Vec<u8>,
     pub local_written: Vec<u8>,
+    /// What of others' accesses comes before its own.
+    pub knows: Knowledge,
     pub copies: Vec<PendingCopy>,
     pub groups: std::collections::VecDeque<Vec<PendingCopy>>,
 }
@@ -64,13 +67,15 @@ impl Warp {
             reduction: None,
             local: vec![0; kernel.local * 32],
             local_written: vec![0; kernel.local * 32],
+            knows: Knowledge::default(),
             copies: Vec::new(),
             groups: std::collections::VecDeque::new(),
         }
     }
 
-    /// Back to the first instruction, for the next block.
-    pub fn restart(&mut self) {
+    /// Back to the first instruction, for the next block, which starts at `clock`.
+    pub fn restart(&mut self, clock: u32) {
+        self.knows.begin(clock);
         let lanes = (self.threads - self.index * 32).min(32);
         self.live = if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 };
         self.mask = self.live;
@@ -147,8 +152,26 @@ impl Warp {
     }
 }
 
-pub(crate) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
-    (0..32).filter(move |lane| mask >> lane & 1 == 1)
+pub(crate) fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lane = mask.trailing_zeros();
+        mask &= mask.wrapping_sub(1);
+        (lane < 32).then_some(lane as usize)
+    })
+}
+
+/// `table`'s function of three bits, over whole words.
+fn logic(table: u8, a: u64, b: u64, c: u64) -> u64 {
+    let pick = |bit: u8, value: u64| if table >> bit & 1 == 1 { value } else { 0 };
+    let (na, nb, nc) = (!a, !b, !c);
+    pick(0, na & nb & nc)
+        | pick(1, na & nb & c)
+        | pick(2, na & b & nc)
+        | pick(3, na & b & c)
+        | pick(4, a & nb & nc)
+        | pick(5, a & nb & c)
+        | pick(6, a & b & nc)
+        | pick(7, a & b & c)
 }
 
 impl Run<'_> {
@@ -176,6 +199,20 @@ impl Run<'_> {
                 if !warp.others.is_empty() {
                     warp.regroup();
                 }
+                continue;
+            }
+            if let Op::BranchIndexed { targets, a } = &instruction.op {
+                let index = warp.registers[*a as usize];
+                for i in lanes(active) {
+                    let Some(&to) = targets.get(index[i] as usize) else {
+                        let kind = FaultKind::BranchTable { index: index[i], length: targets.len() as u64 };
+                        return Err(found(kind, block, warp, i, at));
+                    };
+                    warp.others.push((to, 1 << i));
+                }
+                warp.mask &= !active;
+                warp.pc += 1;
+                warp.regroup();
                 continue;
             }
             let mut next = Next::On;
@@ -212,8 +249,12 @@ impl Run<'_> {
         lane: &mut usize,
     ) -> Result<Next, Box<FaultKind>> {
         let kernel = self.kernel;
+        let op = &kernel.code[at].op;
+        if active == u32::MAX && whole_warp(warp, op) {
+            return Ok(Next::On);
+        }
         let mut out: Lanes = [0; 32];
-        match &kernel.code[at].op {
+        match op {
             Op::Map1 { f, d, a } => {
                 f(&warp.registers[*a as usize], &mut out);
                 warp.write(*d, active, &out);
@@ -234,14 +275,7 @@ impl Run<'_> {
             }
             Op::Logic3 { table, mask, d, a, b, c } => {
                 let [a, b, c] = [a, b, c].map(|&register| &warp.registers[register as usize]);
-                for i in 0..32 {
-                    let terms = (0..8).filter(|bit| table >> bit & 1 == 1).map(|bit| {
-                        (if bit & 4 != 0 { a[i] } else { !a[i] })
-                            & (if bit & 2 != 0 { b[i] } else { !b[i] })
-                            & (if bit & 1 != 0 { c[i] } else { !c[i] })
-                    });
-                    out[i] = terms.fold(0, |sum, term| sum | term) & mask;
-                }
+                out = std::array::from_fn(|i| logic(*table, a[i], b[i], c[i]) & mask);
                 warp.write(*d, active, &out);
             }
             Op::Insert { wide, d, a, b, start, length } => {
@@ -348,6 +382,16 @@ impl Run<'_> {
                     return Err(FaultKind::AbsentLane { instruction: "mma", lane: *lane as u32 }.into());
                 }
                 super::matrix::multiply(warp, *matrix, d, a, b, c);
+                self.trace.lanes_meet(&mut warp.knows, active);
+            }
+            Op::MoveMatrix { d, a } => {
+                if active != u32::MAX {
+                    *lane = (!active).trailing_zeros() as usize;
+                    return Err(FaultKind::AbsentLane { instruction: "movmatrix", lane: *lane as u32 }.into());
+                }
+                out = super::matrix::transpose(&warp.registers[*a as usize]);
+                warp.write(*d, active, &out);
+                self.trace.lanes_meet(&mut warp.knows, active);
             }
             Op::IsSpace { d, a, space } => {
                 let a = &warp.registers[*a as usize];
@@ -355,13 +399,17 @@ impl Run<'_> {
                     (0..32).fold(0, |mask, lane| mask | u32::from(super::access::space_of(a[lane]) == *space) << lane);
                 warp.write_pred(*d, active, values);
             }
-            Op::Shuffle { .. } => shuffle(warp, active, &kernel.code[at].op, lane)?,
-            Op::Vote { kind, d, value, members } => {
+            Op::Shuffle { .. } => {
+                shuffle(warp, active, op, lane)?;
+                self.trace.lanes_meet(&mut warp.knows, active);
+            }
+            Op::WarpBarrier { members } => {
                 let members = warp.registers[*members as usize][*lane] as u32;
-                if let Some(absent) = lanes(members & warp.live & !active).next() {
-                    return Err(FaultKind::AbsentLane { instruction: "vote", lane: absent as u32 }.into());
-                }
-                let (holds, among) = (warp.pred(*value) & active, active & members);
+                self.trace.lanes_meet(&mut warp.knows, active & members);
+            }
+            Op::Vote { kind, d, value, members } => {
+                let members = self.members(warp, active, *members, "vote", lane)?;
+                let (holds, among) = (warp.pred(*value) & active, members);
                 let answer = match kind {
                     Vote::All => holds & among == among,
                     Vote::Any => holds & among != 0,
@@ -373,32 +421,53 @@ impl Run<'_> {
                 };
                 warp.write_pred(*d, active, if answer { u32::MAX } else { 0 });
             }
-            Op::Match { all, d, present, a } => {
+            Op::Match { all, d, present, a, members } => {
+                let members = self.members(warp, active, *members, "match", lane)?;
                 let a = warp.registers[*a as usize];
                 let same =
-                    |lane: usize| lanes(active).filter(|&other| a[other] == a[lane]).fold(0, |m, l| m | 1u32 << l);
+                    |lane: usize| lanes(members).filter(|&other| a[other] == a[lane]).fold(0, |m, l| m | 1u32 << l);
                 let first = same(*lane);
                 out = std::array::from_fn(|lane| {
-                    u64::from(if *all { if first == active { active } else { 0 } } else { same(lane) })
+                    u64::from(if *all { if first == members { members } else { 0 } } else { same(lane) })
                 });
-                warp.write(*d, active, &out);
+                if let Some(d) = d {
+                    warp.write(*d, active, &out);
+                }
                 if let Some(present) = present {
-                    warp.write_pred(*present, active, if first == active { u32::MAX } else { 0 });
+                    warp.write_pred(*present, active, if first == members { u32::MAX } else { 0 });
                 }
             }
             Op::ActiveMask { d } => warp.write(*d, active, &[u64::from(active); 32]),
-            Op::Reduce { f, d, a } => {
+            Op::Reduce { f, d, a, members } => {
+                let members = self.members(warp, active, *members, "redux", lane)?;
                 let a = &warp.registers[*a as usize];
-                let total = lanes(active).map(|lane| a[lane]).reduce(f).unwrap_or_default();
+                let total = lanes(members).map(|lane| a[lane]).reduce(f).unwrap_or_default();
                 warp.write(*d, active, &[total; 32]);
             }
             Op::Barrier { .. } => return self.barrier(block, warp, active, at, lane),
-            Op::Fence => self.trace.order(block.number),
-            Op::Nothing | Op::Branch { .. } => {}
+            Op::Fence { within } => self.trace.fence(*within, (block.number, warp.index), &mut warp.knows),
+            Op::Nothing | Op::Branch { .. } | Op::BranchIndexed { .. } => {}
             Op::Exit => return Ok(Next::Left),
             Op::Trap => return Err(FaultKind::Trap.into()),
         }
         Ok(Next::On)
+    }
+
+    /// The lanes that take part in an instruction of the warp, who meet by it.
+    fn members(
+        &mut self,
+        warp: &mut Warp,
+        active: u32,
+        members: u32,
+        instruction: &'static str,
+        lane: &mut usize,
+    ) -> Result<u32, Box<FaultKind>> {
+        let members = warp.registers[members as usize][*lane] as u32;
+        if let Some(absent) = lanes(members & warp.live & !active).next() {
+            return Err(FaultKind::AbsentLane { instruction, lane: absent as u32 }.into());
+        }
+        self.trace.lanes_meet(&mut warp.knows, active & members);
+        Ok(active & members)
     }
 
     fn barrier(
@@ -435,6 +504,8 @@ impl Run<'_> {
             state.count += holds.count_ones();
             warp.reduction = Some((*with, *target));
         }
+        let clock = self.trace.tick();
+        state.knows.get_or_insert_default().gather(&warp.knows, warp.index, clock);
         // A warp counts whole where a number of threads is asked for.
         state.arrived += if threads.is_some() { 32 } else { active.count_ones() };
         state.expected = expected;
@@ -448,6 +519,27 @@ impl Warp {
             self.carry = self.carry & !active | carries & active;
         }
     }
+}
+
+/// Instructions of arithmetic that all lanes execute, whose target is none of their operands, write where the result belongs.
+fn whole_warp(warp: &mut Warp, op: &Op) -> bool {
+    let at = |register: &u32| *register as usize;
+    match op {
+        Op::Map1 { f, d, a } => match warp.registers.get_disjoint_mut([at(d), at(a)]) {
+            Ok([d, a]) => f(a, d),
+            Err(_) => return false,
+        },
+        Op::Map2 { f, d, a, b } => match warp.registers.get_disjoint_mut([at(d), at(a), at(b)]) {
+            Ok([d, a, b]) => f(a, b, d),
+            Err(_) => return false,
+        },
+        Op::Map3 { f, d, a, b, c } => match warp.registers.get_disjoint_mut([at(d), at(a), at(b), at(c)]) {
+            Ok([d, a, b, c]) => f(a, b, c, d),
+            Err(_) => return false,
+        },
+        _ => return false,
+    }
+    true
 }
 
 fn joined(with: Combine, a: u32, b: u32) -> u32 {
@@ -490,9 +582,4 @@ fn shuffle(warp: &mut Warp, active: u32, op: &Op, lane: &mut usize) -> Result<()
 
 fn found(kind: FaultKind, block: &Block, warp: &Warp, lane: usize, at: usize) -> Found {
     Found { kind, block: block.coordinates, thread: warp.index * 32 + lane as u32, instruction: at }
-}
-
-/// The space of an access: that of the instruction, or of the generic address.
-pub(crate) fn named(space: Option<Space>, address: u64) -> Space {
-    space.unwrap_or_else(|| super::access::space_of(address))
 }

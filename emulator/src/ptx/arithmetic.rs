@@ -139,6 +139,21 @@ pub(super) fn binary(base: &str, ty: &str) -> Option<Map2> {
             "s32" => map2!(|a, b| u64::from((((a as i32) << 8 >> 8).wrapping_mul((b as i32) << 8 >> 8)) as u32)),
             _ => return None,
         }),
+        // `bmsk`: ones from a start, so many; the start is clamped to the width, or wraps.
+        "bmsk.clamp" => {
+            (ty == "b32").then_some(map2!(|a, b| ones((a & 0xffff_ffff).min(32), (b & 0xffff_ffff).min(32))))
+        }
+        "bmsk.wrap" => (ty == "b32").then_some(map2!(|a, b| ones(a & 31, b & 31))),
+        "szext.clamp" => Some(match ty {
+            "u32" => map2!(|a, b| if b >= 32 { a } else { a & ((1 << b) - 1) }),
+            "s32" => map2!(|a, b| if b >= 32 { a } else { extract(a, 0, b, 32, true) & 0xffff_ffff }),
+            _ => return None,
+        }),
+        "szext.wrap" => Some(match ty {
+            "u32" => map2!(|a, b| a & ((1 << (b & 31)) - 1)),
+            "s32" => map2!(|a, b| extract(a, 0, b & 31, 32, true) & 0xffff_ffff),
+            _ => return None,
+        }),
         "add.sat" => (ty == "s32").then_some(map2!(|a, b| u64::from((a as i32).saturating_add(b as i32) as u32))),
         "sub.sat" => (ty == "s32").then_some(map2!(|a, b| u64::from((a as i32).saturating_sub(b as i32) as u32))),
         "shl" => shift_left(ty),
@@ -200,16 +215,51 @@ pub(super) fn ternary(base: &str, ty: &str) -> Option<Map3> {
             _ => return None,
         }),
         "prmt" => Some(map3!(|a, b, c| permute(a, b, c))),
-        "dp4a.u32.u32" => Some(map3!(|a, b, c| {
-            let sum: u32 = (0..4).map(|i| u32::from((a >> (8 * i)) as u8) * u32::from((b >> (8 * i)) as u8)).sum();
-            u64::from(sum.wrapping_add(c as u32))
-        })),
-        "dp4a.s32.s32" => Some(map3!(|a, b, c| {
-            let sum: i32 = (0..4).map(|i| i32::from((a >> (8 * i)) as i8) * i32::from((b >> (8 * i)) as i8)).sum();
-            u64::from(sum.wrapping_add(c as i32) as u32)
-        })),
+        // The modes of `prmt`: bytes of b:a that the lower two bits of c choose.
+        "prmt.f4e" => Some(map3!(|a, b, c| gather(a, b, c, |i, n| n + i))),
+        "prmt.b4e" => Some(map3!(|a, b, c| gather(a, b, c, |i, n| (n + 8 - i) % 8))),
+        "prmt.rc8" => Some(map3!(|a, b, c| gather(a, b, c, |_, n| n))),
+        "prmt.ecl" => Some(map3!(|a, b, c| gather(a, b, c, |i, n| i.max(n)))),
+        "prmt.ecr" => Some(map3!(|a, b, c| gather(a, b, c, |i, n| i.min(n)))),
+        "prmt.rc16" => Some(map3!(|a, b, c| gather(a, b, c, |i, n| i % 2 + 2 * (n % 2)))),
+        "dp4a.u32.u32" => Some(map3!(|a, b, c| dot(c, 4, |i| byte(a, i, false) * byte(b, i, false)))),
+        "dp4a.u32.s32" => Some(map3!(|a, b, c| dot(c, 4, |i| byte(a, i, false) * byte(b, i, true)))),
+        "dp4a.s32.u32" => Some(map3!(|a, b, c| dot(c, 4, |i| byte(a, i, true) * byte(b, i, false)))),
+        "dp4a.s32.s32" => Some(map3!(|a, b, c| dot(c, 4, |i| byte(a, i, true) * byte(b, i, true)))),
+        "dp2a.lo.u32.u32" => Some(map3!(|a, b, c| dot(c, 2, |i| half(a, i, false) * byte(b, i, false)))),
+        "dp2a.lo.s32.s32" => Some(map3!(|a, b, c| dot(c, 2, |i| half(a, i, true) * byte(b, i, true)))),
+        "dp2a.hi.u32.u32" => Some(map3!(|a, b, c| dot(c, 2, |i| half(a, i, false) * byte(b, i + 2, false)))),
+        "dp2a.hi.s32.s32" => Some(map3!(|a, b, c| dot(c, 2, |i| half(a, i, true) * byte(b, i + 2, true)))),
         _ => None,
     }
+}
+
+/// `length` ones from `start` on, within 32 bits.
+fn ones(start: u64, length: u64) -> u64 {
+    (((1 << length) - 1) << start) & 0xffff_ffff
+}
+
+/// Four bytes of b:a, the places by the number of the byte and the lower bits of c.
+fn gather(a: u64, b: u64, c: u64, place: fn(u64, u64) -> u64) -> u64 {
+    let bytes = (b & 0xffff_ffff) << 32 | a & 0xffff_ffff;
+    (0..4).fold(0, |out, i| out | (bytes >> (8 * place(i, c & 3)) & 0xff) << (8 * i))
+}
+
+/// Byte `i`, with its sign or without.
+fn byte(x: u64, i: u64, signed: bool) -> i64 {
+    let byte = (x >> (8 * i)) as u8;
+    if signed { i64::from(byte as i8) } else { i64::from(byte) }
+}
+
+fn half(x: u64, i: u64, signed: bool) -> i64 {
+    let half = (x >> (16 * i)) as u16;
+    if signed { i64::from(half as i16) } else { i64::from(half) }
+}
+
+/// `c` and the products of `terms`, wrapped to 32 bits.
+fn dot(c: u64, terms: u64, product: impl Fn(u64) -> i64) -> u64 {
+    let sum: i64 = (0..terms).map(product).sum();
+    u64::from((c as u32).wrapping_add(sum as u32))
 }
 
 /// `bfe`: `length` bits from `start` on; bits past the width are copies of the sign, or 0.

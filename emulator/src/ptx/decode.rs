@@ -1,10 +1,12 @@
 //! From an opcode with its modifiers to what is executed. What is not known is an error.
 
+use half::{bf16, f16};
+
 use super::arithmetic::{self, insert};
 use super::convert;
 use super::float::{self, Modifiers};
 use super::instruction::{
-    Atomic, Combine, Compare, Map1, Map2, Map3, Matrix, MatrixType, Op, Pred, Reg, Shuffle, Vote, Width,
+    Atomic, Combine, Compare, Map1, Map2, Map3, Matrix, MatrixType, Op, Order, Pred, Reg, Shuffle, Vote, Width,
 };
 use super::parse::type_bytes;
 use super::scope::{Builder, Operand};
@@ -174,7 +176,20 @@ impl Decoder<'_, '_> {
                 Class::Integer,
             ),
             "bfe" => self.map3(arithmetic::ternary("bfe", ty), [ty, "u32", "u32"], Class::Integer),
-            "prmt" if op.mods.len() == 1 => self.map3(arithmetic::ternary("prmt", ty), [ty; 3], Class::Integer),
+            "prmt" => {
+                // Its type comes first, a mode after it.
+                let form = if op.mods.len() == 1 { "prmt".to_owned() } else { format!("prmt.{ty}") };
+                self.map3(arithmetic::ternary(&form, "b32"), ["b32"; 3], Class::Integer)
+            }
+            "bmsk" => {
+                self.map2(arithmetic::binary(&format!("bmsk.{}", op.mods[0]), ty), ["u32", "u32"], Class::Integer)
+            }
+            "szext" => self.map2(arithmetic::binary(&format!("szext.{}", op.mods[0]), ty), [ty, "u32"], Class::Integer),
+            "dp2a" if op.mods.len() == 3 => self.map3(
+                arithmetic::ternary(&format!("dp2a.{}.{}.{}", op.mods[0], op.mods[1], op.mods[2]), ty),
+                [ty; 3],
+                Class::Integer,
+            ),
             "dp4a" => self.map3(
                 arithmetic::ternary(&format!("dp4a.{}.{}", op.mods[0], op.mods[1]), ty),
                 [ty; 3],
@@ -224,7 +239,21 @@ impl Decoder<'_, '_> {
             "mma" => self.matrix(),
             "shfl" | "vote" | "match" | "activemask" | "redux" => self.warp(ty),
             "bar" | "barrier" => self.barrier(),
-            "membar" | "fence" => self.one(Op::Fence, Class::Synchronize),
+            "membar" | "fence" => {
+                op.only(0, &["sc", "acq_rel", "acquire", "release", "cta", "gl", "gpu", "sys"])?;
+                self.one(Op::Fence { within: op.has("cta") }, Class::Synchronize)
+            }
+            "movmatrix" => {
+                op.only(1, &["sync", "aligned", "m8n8", "trans"])?;
+                let (d, a) = (self.target(0)?.0, self.source(1, "b32")?);
+                self.one(Op::MoveMatrix { d, a }, Class::Synchronize)
+            }
+            "testp" => {
+                let f: Compare =
+                    float::test(op.mods[0], ty).ok_or("a test that is not known to the emulated device")?;
+                let (d, a) = (self.pred(0)?.index, self.source(1, ty)?);
+                self.one(Op::Compare { f, d, opposite: None, a, b: a, combine: None }, Class::Integer)
+            }
             "prefetch" | "prefetchu" | "nanosleep" | "discard" | "applypriority" => {
                 self.one(Op::Nothing, Class::Integer)
             }
@@ -240,6 +269,10 @@ impl Decoder<'_, '_> {
             }
             // Resolved to its place when the kernel ends.
             "bra" if matches!(self.operand(0)?, Operand::Label(_)) => self.one(Op::Branch { to: 0 }, Class::Branch),
+            "brx" if op.has("idx") && matches!(self.operand(1)?, Operand::Label(_)) => {
+                let a = self.source(0, "u32")?;
+                self.one(Op::BranchIndexed { targets: Vec::new(), a }, Class::Branch)
+            }
             "ret" | "exit" => self.one(Op::Exit, Class::Branch),
             "trap" | "brkpt" => self.one(Op::Trap, Class::Branch),
             _ => self.unknown(),
@@ -261,6 +294,17 @@ impl Decoder<'_, '_> {
             return self.one(Op::PredMove { d, a }, Class::Integer);
         }
         let bytes = type_bytes(ty).ok_or("a type of mov")? as u8;
+        if bytes == 16 {
+            let halves = |operand: &Operand| match operand {
+                Operand::Reg { number, bytes: 16 } => Ok(vec![Some(*number), Some(*number + 1)]),
+                Operand::Vector(parts) => parts.iter().map(part).collect(),
+                other => Err(format!("{other:?} is no value of 128 bits")),
+            };
+            let (to, from) = (halves(self.operand(0)?)?, halves(self.operand(1)?)?);
+            let moves = to.into_iter().zip(from).filter_map(|(d, a)| Some((d?, a?)));
+            let f = arithmetic::map1!(|a| a);
+            return Ok(moves.map(|(d, a)| (Op::Map1 { f, d, a }, Class::Integer)).collect());
+        }
         match (self.operand(0)?.clone(), self.operand(1)?.clone()) {
             (Operand::Vector(parts), _) => {
                 let a = self.source(1, ty)?;
@@ -381,6 +425,9 @@ impl Decoder<'_, '_> {
             return self.one(Op::SetValue { f, value, d, a, b, combine }, class);
         }
         op.only(1, &[relation, "and", "or", "xor", "ftz"])?;
+        if matches!(ty, "f16x2" | "bf16x2") {
+            return self.compare_pairs(f, (a, b), combine);
+        }
         let (d, opposite) = match self.operand(0)? {
             Operand::Pred(pred) => (pred.index, None),
             Operand::Pair(first, second) => {
@@ -391,6 +438,32 @@ impl Decoder<'_, '_> {
             _ => return self.unknown(),
         };
         self.one(Op::Compare { f, d, opposite, a, b, combine }, class)
+    }
+
+    /// `setp.lt.f16x2 p|q, a, b`: `p` for the lower halves, `q` for the upper.
+    fn compare_pairs(&mut self, f: Compare, (a, b): (Reg, Reg), combine: Option<(Combine, Pred)>) -> Decoded {
+        let (Operand::Pair(low, high), class) = (self.operand(0)?.clone(), Class::Integer) else {
+            return self.unknown();
+        };
+        let (Operand::Pred(low), Operand::Pred(high)) = (*low, *high) else { return self.unknown() };
+        let upper = arithmetic::map1!(|a| a >> 16);
+        let [upper_a, upper_b] = [self.builder.register(), self.builder.register()];
+        // The upper ones first into a register each: the predicates may be among what is combined.
+        let compare = |d: Pred, a, b| (Op::Compare { f, d: d.index, opposite: None, a, b, combine }, class);
+        Ok(vec![
+            (Op::Map1 { f: upper, d: upper_a, a }, class),
+            (Op::Map1 { f: upper, d: upper_b, a: b }, class),
+            compare(low, a, b),
+            compare(high, upper_a, upper_b),
+        ])
+    }
+
+    /// How an access orders memory, by its modifiers.
+    fn order(&self, atomic: bool) -> Order {
+        let op = self.op;
+        let (acquire, release) = (op.has("acquire") || op.has("acq_rel"), op.has("release") || op.has("acq_rel"));
+        let strong = atomic || acquire || release || op.has("relaxed") || op.has("volatile");
+        Order { strong, acquire, release, block: op.has("cta") }
     }
 
     fn space(&self) -> Option<Space> {
@@ -426,24 +499,27 @@ impl Decoder<'_, '_> {
                 return Err(format!("the modifier .{modifier} of {} is not known to the emulated device", op.base));
             }
         }
-        let bytes = type_bytes(ty).filter(|&bytes| bytes > 0 && bytes <= 8).ok_or("a type of this access")? as u8;
-        let ordered = ["volatile", "relaxed", "acquire", "release"].iter().any(|order| op.has(order));
+        let bytes = type_bytes(ty).filter(|&bytes| bytes > 0).ok_or("a type of this access")?.min(8) as u8;
+        let order = self.order(false);
         let space = self.space();
         let (value, place) = if op.base == "st" { (1, 0) } else { (0, 1) };
         let (base, offset) = self.address(place)?;
         let parts = match self.operand(value)?.clone() {
             Operand::Vector(parts) => parts,
+            Operand::Reg { number, bytes: 16 } => {
+                [number, number + 1].map(|number| Operand::Reg { number, bytes: 8 }).to_vec()
+            }
             single => vec![single],
         };
         if op.base == "st" {
             let a: Result<Vec<_>, String> = parts.iter().map(|part| self.source_of(part, ty)).collect();
-            return self.one(Op::Store { space, bytes, a: a?, base, offset, ordered }, Class::Store);
+            return self.one(Op::Store { space, bytes, a: a?, base, offset, order }, Class::Store);
         }
         let register =
             parts.iter().find_map(|part| if let Operand::Reg { bytes, .. } = part { Some(*bytes) } else { None });
         let d: Result<Vec<_>, String> = parts.iter().map(part).collect();
         let width = Width { bytes, signed: ty.starts_with('s'), register: register.unwrap_or(bytes) };
-        self.one(Op::Load { space, width, d: d?, base, offset, ordered }, Class::Load)
+        self.one(Op::Load { space, width, d: d?, base, offset, order }, Class::Load)
     }
 
     fn atomic(&mut self) -> Decoded {
@@ -454,6 +530,7 @@ impl Decoder<'_, '_> {
         let [operation] = rest[..] else { return self.unknown() };
         let Some(update) = update(operation, ty) else { return self.unknown() };
         let bytes = type_bytes(ty).unwrap_or(4) as u8;
+        let order = self.order(true);
         let returns = op.base == "atom";
         let at = usize::from(returns);
         let d = match self.operand(0)? {
@@ -464,7 +541,7 @@ impl Decoder<'_, '_> {
         let b = self.source(at + 1, ty)?;
         let c = if *operation == "cas" { self.source(at + 2, ty)? } else { b };
         let space = self.space();
-        self.one(Op::Atomic { space, atomic: Atomic { update, bytes }, d, base, offset, b, c }, Class::Atomic)
+        self.one(Op::Atomic { space, atomic: Atomic { update, bytes }, d, base, offset, b, c, order }, Class::Atomic)
     }
 
     fn copy_async(&mut self) -> Decoded {
@@ -576,13 +653,15 @@ impl Decoder<'_, '_> {
             "match" => {
                 let (d, present) = match self.operand(0)? {
                     Operand::Pair(value, present) => match (&**value, &**present) {
-                        (Operand::Reg { number, .. }, Operand::Pred(pred)) => (*number, Some(pred.index)),
+                        (Operand::Reg { number, .. }, Operand::Pred(pred)) => (Some(*number), Some(pred.index)),
+                        (Operand::Sink, Operand::Pred(pred)) => (None, Some(pred.index)),
+                        (Operand::Reg { number, .. }, Operand::Sink) => (Some(*number), None),
                         _ => return self.unknown(),
                     },
-                    _ => (self.target(0)?.0, None),
+                    _ => (Some(self.target(0)?.0), None),
                 };
-                let a = self.source(1, ty)?;
-                self.one(Op::Match { all: op.has("all"), d, present, a }, class)
+                let (a, members) = (self.source(1, ty)?, self.source(2, "b32")?);
+                self.one(Op::Match { all: op.has("all"), d, present, a, members }, class)
             }
             _ => {
                 let f: fn(u64, u64) -> u64 = match (op.mods[1], ty) {
@@ -596,8 +675,8 @@ impl Decoder<'_, '_> {
                     ("xor", "b32") => |a, b| a ^ b,
                     _ => return self.unknown(),
                 };
-                let (d, a) = (self.target(0)?.0, self.source(1, ty)?);
-                self.one(Op::Reduce { f, d, a }, class)
+                let (d, a, members) = (self.target(0)?.0, self.source(1, ty)?, self.source(2, "b32")?);
+                self.one(Op::Reduce { f, d, a, members }, class)
             }
         }
     }
@@ -605,7 +684,8 @@ impl Decoder<'_, '_> {
     fn barrier(&mut self) -> Decoded {
         let op = self.op;
         if op.has("warp") {
-            return self.one(Op::Nothing, Class::Synchronize);
+            let members = self.source(0, "b32")?;
+            return self.one(Op::WarpBarrier { members }, Class::Synchronize);
         }
         let arrive = op.has("arrive");
         if op.has("red") {
@@ -652,10 +732,25 @@ fn update(operation: &str, ty: &str) -> Option<super::instruction::Update> {
     fn float(a: u64, b: u64) -> u64 {
         u64::from((f32::from_bits(a as u32) + f32::from_bits(b as u32)).to_bits())
     }
+    fn half(a: u64, b: u64) -> u64 {
+        let [a, b] = [a, b].map(|x| f16::from_bits(x as u16).to_f64());
+        u64::from(f16::from_f64(a + b).to_bits())
+    }
+    fn brain(a: u64, b: u64) -> u64 {
+        let [a, b] = [a, b].map(|x| bf16::from_bits(x as u16).to_f64());
+        u64::from(bf16::from_f64(a + b).to_bits())
+    }
+    fn both(add: fn(u64, u64) -> u64, a: u64, b: u64) -> u64 {
+        add(a, b) | add(a >> 16, b >> 16) << 16
+    }
     Some(match (operation, ty) {
         ("add", "u32" | "s32") => |a, b, _| u64::from((a as u32).wrapping_add(b as u32)),
         ("add", "u64" | "s64") => |a, b, _| a.wrapping_add(b),
         ("add", "f32") => |a, b, _| float(a, b),
+        ("add", "f16") => |a, b, _| half(a, b),
+        ("add", "bf16") => |a, b, _| brain(a, b),
+        ("add", "f16x2") => |a, b, _| both(half, a, b),
+        ("add", "bf16x2") => |a, b, _| both(brain, a, b),
         ("add", "f64") => |a, b, _| (f64::from_bits(a) + f64::from_bits(b)).to_bits(),
         ("min", "u32" | "u64") => |a, b, _| a.min(b),
         ("max", "u32" | "u64") => |a, b, _| a.max(b),
@@ -663,11 +758,11 @@ fn update(operation: &str, ty: &str) -> Option<super::instruction::Update> {
         ("max", "s32") => |a, b, _| u64::from((a as i32).max(b as i32) as u32),
         ("min", "s64") => |a, b, _| (a as i64).min(b as i64) as u64,
         ("max", "s64") => |a, b, _| (a as i64).max(b as i64) as u64,
-        ("and", _) => |a, b, _| a & b,
-        ("or", _) => |a, b, _| a | b,
-        ("xor", _) => |a, b, _| a ^ b,
-        ("exch", _) => |_, b, _| b,
-        ("cas", _) => |a, b, c| if a == b { c } else { a },
+        ("and", "b32" | "b64") => |a, b, _| a & b,
+        ("or", "b32" | "b64") => |a, b, _| a | b,
+        ("xor", "b32" | "b64") => |a, b, _| a ^ b,
+        ("exch", "b32" | "b64") => |_, b, _| b,
+        ("cas", "b16" | "b32" | "b64") => |a, b, c| if a == b { c } else { a },
         ("inc", "u32") => |a, b, _| if a >= b { 0 } else { a + 1 },
         ("dec", "u32") => |a, b, _| if a == 0 || a > b { b } else { a - 1 },
         _ => return None,

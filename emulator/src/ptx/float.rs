@@ -261,8 +261,35 @@ pub(super) fn binary(base: &str, ty: &str, m: &impl Modifiers) -> Option<Map2> {
     }
 }
 
+/// Clamped to [0, 1]; not a number becomes 0.
+trait Saturate {
+    fn saturated(self) -> Self;
+}
+impl Saturate for f16 {
+    fn saturated(self) -> Self {
+        if self.is_nan() { f16::ZERO } else { f16::from_f32(self.to_f32().clamp(0.0, 1.0).abs()) }
+    }
+}
+impl Saturate for bf16 {
+    fn saturated(self) -> Self {
+        if self.is_nan() { bf16::ZERO } else { bf16::from_f32(self.to_f32().clamp(0.0, 1.0).abs()) }
+    }
+}
+fn saturated<T: Saturate>(x: T) -> T {
+    x.saturated()
+}
+
 fn half_binary(base: &str, ty: &str, m: &impl Modifiers) -> Option<Map2> {
-    if m.has("sat") || m.has("ftz") {
+    if m.has("sat") {
+        return match (base, ty) {
+            (_, "bf16" | "bf16x2") => None,
+            ("add", _) => by_half!(ty, map2, |a, b| T => saturated(T::from_f64(a.to_f64() + b.to_f64()))),
+            ("sub", _) => by_half!(ty, map2, |a, b| T => saturated(T::from_f64(a.to_f64() - b.to_f64()))),
+            ("mul", _) => by_half!(ty, map2, |a, b| T => saturated(T::from_f64(a.to_f64() * b.to_f64()))),
+            _ => None,
+        };
+    }
+    if m.has("ftz") {
         return None;
     }
     // Sums and products of two such values are exact in f64, so rounding once is right.
@@ -291,6 +318,9 @@ pub(super) fn ternary(ty: &str, m: &impl Modifiers) -> Option<Map3> {
             let x = T::from_f64(add_to_odd(a.to_f64() * b.to_f64(), c.to_f64()));
             if x.to_f32() < 0.0 { T::from_f32(0.0) } else { x }
         }),
+        "f16" | "f16x2" if m.has("sat") && !m.has("ftz") => {
+            by_half!(ty, map3, |a, b, c| T => saturated(T::from_f64(add_to_odd(a.to_f64() * b.to_f64(), c.to_f64()))))
+        }
         "f16" | "bf16" | "f16x2" | "bf16x2" if !m.has("sat") && !m.has("ftz") => {
             by_half!(ty, map3, |a, b, c| T => T::from_f64(add_to_odd(a.to_f64() * b.to_f64(), c.to_f64())))
         }
@@ -331,8 +361,31 @@ pub(super) fn comparison(relation: &str, ty: &str, m: &impl Modifiers) -> Option
         "f32" if m.has("ftz") => relations!(of::<true>),
         "f32" => relations!(of::<false>),
         "f64" => relations!(f64::from_bits),
-        "f16" => relations!((|x: u64| f16::from_bits(x as u16).to_f32())),
-        "bf16" => relations!((|x: u64| bf16::from_bits(x as u16).to_f32())),
+        "f16" | "f16x2" => relations!((|x: u64| f16::from_bits(x as u16).to_f32())),
+        "bf16" | "bf16x2" => relations!((|x: u64| bf16::from_bits(x as u16).to_f32())),
+        _ => None,
+    }
+}
+
+/// `testp`: of its first operand alone.
+pub(super) fn test(property: &str, ty: &str) -> Option<Compare> {
+    macro_rules! tests {
+        ($of:expr) => {
+            match property {
+                "finite" => Some(compare!(|a, _b| $of(a).is_finite())),
+                "infinite" => Some(compare!(|a, _b| $of(a).is_infinite())),
+                "number" => Some(compare!(|a, _b| !$of(a).is_nan())),
+                "notanumber" => Some(compare!(|a, _b| $of(a).is_nan())),
+                // Zeros count as normal.
+                "normal" => Some(compare!(|a, _b| $of(a).is_normal() || $of(a) == 0.0)),
+                "subnormal" => Some(compare!(|a, _b| $of(a).is_subnormal())),
+                _ => None,
+            }
+        };
+    }
+    match ty {
+        "f32" => tests!(of::<false>),
+        "f64" => tests!(f64::from_bits),
         _ => None,
     }
 }

@@ -25,6 +25,17 @@ pub(crate) struct Pred {
     pub negated: bool,
 }
 
+/// How an access or an atomic orders memory between threads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Order {
+    /// Relaxed or stronger, volatile included.
+    pub strong: bool,
+    pub acquire: bool,
+    pub release: bool,
+    /// Among the threads of a block only.
+    pub block: bool,
+}
+
 /// How a comparison is combined with a predicate.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Combine {
@@ -202,7 +213,7 @@ pub(crate) enum Op {
         d: Vec<Option<Reg>>,
         base: Reg,
         offset: i64,
-        ordered: bool,
+        order: Order,
     },
     Store {
         space: Option<Space>,
@@ -210,7 +221,7 @@ pub(crate) enum Op {
         a: Vec<Reg>,
         base: Reg,
         offset: i64,
-        ordered: bool,
+        order: Order,
     },
     Atomic {
         space: Option<Space>,
@@ -220,6 +231,7 @@ pub(crate) enum Op {
         offset: i64,
         b: Reg,
         c: Reg,
+        order: Order,
     },
     CopyAsync {
         bytes: u8,
@@ -268,9 +280,19 @@ pub(crate) enum Op {
     },
     Match {
         all: bool,
-        d: Reg,
+        /// None where only `present` is asked for.
+        d: Option<Reg>,
         present: Option<u32>,
         a: Reg,
+        members: Reg,
+    },
+    /// `movmatrix`: an 8 by 8 matrix of 16-bit values, transposed.
+    MoveMatrix {
+        d: Reg,
+        a: Reg,
+    },
+    WarpBarrier {
+        members: Reg,
     },
     ActiveMask {
         d: Reg,
@@ -279,6 +301,7 @@ pub(crate) enum Op {
         f: fn(u64, u64) -> u64,
         d: Reg,
         a: Reg,
+        members: Reg,
     },
     Barrier {
         number: Reg,
@@ -286,10 +309,18 @@ pub(crate) enum Op {
         arrive: bool,
         reduce: Option<(Combine, Pred, Result<u32, Reg>)>,
     },
-    Fence,
+    Fence {
+        /// Among the threads of a block only.
+        within: bool,
+    },
     Nothing,
     Branch {
         to: u32,
+    },
+    /// To the target that a lane's value numbers.
+    BranchIndexed {
+        targets: Vec<u32>,
+        a: Reg,
     },
     Exit,
     Trap,

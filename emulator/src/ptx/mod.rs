@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 pub(crate) use decode::insert_bits;
-pub(crate) use instruction::{Combine, Instruction, Lanes, Matrix, MatrixType, Op, Pred, Shuffle, Vote};
+pub(crate) use instruction::{Combine, Instruction, Lanes, Matrix, MatrixType, Op, Order, Pred, Shuffle, Vote};
 
 use crate::fault::Fault;
 use crate::memory::Memory;
@@ -27,6 +27,9 @@ pub struct ParseError {
     /// What is wrong.
     pub message: String,
 }
+
+/// Addresses of param space from here on: arguments and results of functions that a kernel calls, in the thread's own memory.
+pub(crate) const CALL_PARAMS: u64 = 1 << 40;
 
 /// A parameter of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +97,8 @@ pub(crate) enum Special {
     DynamicShared,
     TotalShared,
     Grid,
+    /// `%envreg0` and so on.
+    Environment(u8),
 }
 
 /// Which lanes a `%lanemask_..` names, relative to the lane that reads it.
@@ -146,7 +151,7 @@ impl Module {
             memory.copy_in(address, &bytes)?;
             globals.insert(name.clone(), (address, variable.bytes));
         }
-        Ok(Loaded { module: Arc::clone(self), globals })
+        Ok(Loaded { module: Arc::clone(self), device, globals })
     }
 }
 
@@ -155,6 +160,8 @@ impl Module {
 pub struct Loaded {
     /// The module.
     pub module: Arc<Module>,
+    /// The device.
+    pub device: u32,
     globals: HashMap<String, (u64, usize)>,
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::decode::{Opcode, decode};
 use super::instruction::{Instruction, Op, Pred};
-use super::scope::{Builder, Operand};
+use super::scope::{Builder, Operand, RETURN};
 use super::token::{Placed, Token, error, split};
 use super::{Kernel, Module, ParseError, Variable};
 
@@ -14,10 +14,20 @@ struct Parser<'a> {
     at: usize,
     module: Module,
     files: HashMap<u32, String>,
+    functions: HashMap<String, Function>,
     /// Shared variables of the module: name, bytes (none: dynamic), alignment.
     shared: Vec<(String, Option<usize>, usize)>,
     /// File and line of the source of the next instruction.
     source: (u32, u32),
+}
+
+/// A function that kernels call: its body is read anew into each that does.
+#[derive(Clone)]
+struct Function {
+    results: Vec<String>,
+    params: Vec<String>,
+    /// The place of its first statement; none where only its name is declared.
+    body: Option<usize>,
 }
 
 /// A declared variable.
@@ -29,8 +39,16 @@ struct Declared {
 
 pub(super) fn module(text: &str) -> Result<Module, ParseError> {
     let tokens = split(text)?;
-    let mut parser =
-        Parser { tokens, at: 0, module: Module::default(), files: HashMap::new(), shared: Vec::new(), source: (0, 0) };
+    let mut parser = Parser {
+        tokens,
+        at: 0,
+        module: Module::default(),
+        files: HashMap::new(),
+        functions: HashMap::new(),
+        shared: Vec::new(),
+        source: (0, 0),
+    };
+    parser.find_functions()?;
     while parser.at < parser.tokens.len() {
         parser.top_level()?;
     }
@@ -135,9 +153,137 @@ impl<'a> Parser<'a> {
                 }
                 Ok(())
             }
-            ".func" => self.fail("functions that are called are not known to the emulated device; inline them"),
+            ".func" => self.function().map(drop),
             other => self.fail(format!("{other} is not known to the emulated device")),
         }
+    }
+
+    /// Functions may be called before their place in the text.
+    fn find_functions(&mut self) -> Result<(), ParseError> {
+        for at in 0..self.tokens.len() {
+            if self.tokens[at].token == Token::Word(".func") {
+                self.at = at + 1;
+                let (name, function) = self.function()?;
+                let known = self.functions.get(&name).is_some_and(|function| function.body.is_some());
+                if !known {
+                    self.functions.insert(name, function);
+                }
+            }
+        }
+        self.at = 0;
+        Ok(())
+    }
+
+    /// A function after `.func`, its body passed over.
+    fn function(&mut self) -> Result<(String, Function), ParseError> {
+        let results = if self.accept('(') { self.names_of_params()? } else { Vec::new() };
+        let name = self.word()?.to_owned();
+        let params = if self.accept('(') { self.names_of_params()? } else { Vec::new() };
+        while !(self.accept(';') || self.accept('{')) {
+            self.next()?;
+        }
+        let body = (self.tokens[self.at - 1].token == Token::Mark('{')).then_some(self.at);
+        let mut depth = usize::from(body.is_some());
+        while depth > 0 {
+            match self.next()? {
+                Token::Mark('{') => depth += 1,
+                Token::Mark('}') => depth -= 1,
+                _ => {}
+            }
+        }
+        Ok((name, Function { results, params, body }))
+    }
+
+    fn names_of_params(&mut self) -> Result<Vec<String>, ParseError> {
+        let mut names = Vec::new();
+        if self.accept(')') {
+            return Ok(names);
+        }
+        loop {
+            names.push(self.param_of()?.0.to_owned());
+            if !self.accept(',') {
+                self.expect(')')?;
+                return Ok(names);
+            }
+        }
+    }
+
+    /// `call (result), function, (arguments);` after `call`: the function's body, read in place.
+    fn call(&mut self, builder: &mut Builder, guard: Option<Pred>, line: u32) -> Result<(), ParseError> {
+        let start = self.at - 1;
+        let results = if self.accept('(') { self.arguments(builder)? } else { Vec::new() };
+        self.accept(',');
+        let name = self.word()?.to_owned();
+        let params = if self.accept(',') && self.accept('(') { self.arguments(builder)? } else { Vec::new() };
+        self.expect(';')?;
+        let wrong = |message: String| ParseError { line, message };
+        let Some(function) = self.functions.get(&name).cloned() else {
+            return Err(wrong(format!(
+                "a call of {name}, which is no function of this module, is not known to the emulated device"
+            )));
+        };
+        let text: Arc<str> = self.text(start).into();
+        let source = self.source;
+        let class = crate::counts::Class::Branch;
+        let Some(body) = function.body else {
+            if name != "__assertfail" {
+                return Err(wrong(format!("a call of {name}, which has no body, is not known to the emulated device")));
+            }
+            builder.code.push(Instruction { op: Op::Trap, guard, class, line, source, text });
+            return Ok(());
+        };
+        if function.params.len() != params.len() || function.results.len() != results.len() {
+            return Err(wrong(format!("{name} takes {} arguments", function.params.len())));
+        }
+        let over = format!("over {}", builder.calls_read());
+        if let Some(guard) = guard {
+            builder.jump(&over);
+            let guard = Some(Pred { negated: !guard.negated, ..guard });
+            builder.code.push(Instruction { op: Op::Branch { to: 0 }, guard, class, line, source, text });
+        }
+        let names = function.params.into_iter().chain(function.results);
+        let bound: Vec<_> = names.zip(params.into_iter().chain(results)).collect();
+        builder.enter_call(&name, &bound).map_err(wrong)?;
+        let after = std::mem::replace(&mut self.at, body);
+        self.body(builder)?;
+        self.at = after;
+        self.source = source;
+        builder.leave_call();
+        builder.label(&over);
+        Ok(())
+    }
+
+    /// Addresses of the arguments of a call.
+    fn arguments(&mut self, builder: &mut Builder) -> Result<Vec<u64>, ParseError> {
+        let mut out = Vec::new();
+        while !self.accept(')') {
+            let name = self.word()?;
+            match builder.operand(name) {
+                Some(Operand::Bits(address)) if address >= super::CALL_PARAMS => out.push(address),
+                _ => return self.fail(format!("{name} is not a .param variable")),
+            }
+            self.accept(',');
+        }
+        Ok(out)
+    }
+
+    /// Statements up to the end of the braces.
+    fn body(&mut self, builder: &mut Builder) -> Result<(), ParseError> {
+        let mut depth = 1;
+        while depth > 0 {
+            if self.accept('{') {
+                depth += 1;
+                builder.enter();
+            } else if self.accept('}') {
+                depth -= 1;
+                if depth > 0 {
+                    builder.leave();
+                }
+            } else {
+                self.statement(builder)?;
+            }
+        }
+        Ok(())
     }
 
     fn file(&mut self) -> Result<(), ParseError> {
@@ -241,18 +387,7 @@ impl<'a> Parser<'a> {
             return Ok(());
         }
         self.expect('{')?;
-        let mut depth = 1;
-        while depth > 0 {
-            if self.accept('{') {
-                depth += 1;
-                builder.enter();
-            } else if self.accept('}') {
-                depth -= 1;
-                builder.leave();
-            } else {
-                self.statement(&mut builder)?;
-            }
-        }
+        self.body(&mut builder)?;
         let line = self.line();
         let exit = Instruction {
             op: Op::Exit,
@@ -269,6 +404,13 @@ impl<'a> Parser<'a> {
     }
 
     fn param(&mut self, builder: &mut Builder) -> Result<(), ParseError> {
+        let (name, size, align) = self.param_of()?;
+        builder.declare_param(name, size, align);
+        Ok(())
+    }
+
+    /// Name, bytes and alignment of `.param .align 8 .b8 name[16]`.
+    fn param_of(&mut self) -> Result<(&'a str, usize, usize), ParseError> {
         self.word()?;
         let (mut align, mut bytes) = (0, 0);
         loop {
@@ -283,8 +425,7 @@ impl<'a> Parser<'a> {
                             size *= self.int()? as usize;
                             self.expect(']')?;
                         }
-                        builder.declare_param(word, size, align.max(bytes));
-                        return Ok(());
+                        return Ok((word, size, align.max(bytes)));
                     }
                 },
             }
@@ -335,7 +476,7 @@ impl<'a> Parser<'a> {
                     match word {
                         ".shared" => builder.declare_shared(&declared.name, bytes, align),
                         ".local" => builder.declare_local(&declared.name, bytes, align),
-                        _ => return self.fail("calls are not known to the emulated device"),
+                        _ => builder.declare_call_param(&declared.name, bytes, align),
                     }
                 }
                 return Ok(());
@@ -343,8 +484,20 @@ impl<'a> Parser<'a> {
             _ => {}
         }
         if self.accept(':') {
+            if self.peek() == Some(&Token::Word(".branchtargets")) {
+                self.at += 1;
+                let mut labels = vec![self.word()?.to_owned()];
+                while self.accept(',') {
+                    labels.push(self.word()?.to_owned());
+                }
+                builder.table(word, labels);
+                return self.expect(';');
+            }
             builder.label(word);
             return Ok(());
+        }
+        if word == "call" || word == "call.uni" {
+            return self.call(builder, guard, line);
         }
         let mut operands = Vec::new();
         while !self.accept(';') {
@@ -352,8 +505,11 @@ impl<'a> Parser<'a> {
             self.accept(',');
         }
         let opcode = Opcode::new(word);
-        if let ("bra", Some(Operand::Label(label))) = (opcode.base, operands.first()) {
-            builder.jump(label);
+        match (opcode.base, &operands[..]) {
+            ("bra", [Operand::Label(label)]) => builder.jump(label),
+            ("brx", [_, Operand::Label(table)]) => builder.jump_by(table),
+            ("ret", _) if builder.in_call() => builder.jump(RETURN),
+            _ => {}
         }
         let text: Arc<str> = self.text(start).into();
         let ops = decode(&opcode, &operands, builder)
@@ -396,9 +552,6 @@ impl<'a> Parser<'a> {
         let Some(bytes) = ty.strip_prefix('.').and_then(type_bytes) else {
             return self.fail(format!("{ty} is not a type of registers"));
         };
-        if bytes > 8 {
-            return self.fail("registers of 128 bits are not known to the emulated device");
-        }
         loop {
             let name = self.word()?;
             let count = if self.accept('<') {

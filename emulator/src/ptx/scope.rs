@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 
 use super::instruction::{Instruction, Op, Pred};
-use super::{Kernel, LaneMask, Param, Special};
+use super::{CALL_PARAMS, Kernel, LaneMask, Param, Special};
+
+/// The end of a function that is called.
+pub(super) const RETURN: &str = "end of the call";
 
 /// What a name stands for.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +64,11 @@ pub(super) struct Builder {
     pub max_threads: u32,
     labels: HashMap<String, u32>,
     jumps: Vec<(usize, String)>,
+    tables: HashMap<String, Vec<String>>,
+    indexed: Vec<(usize, String)>,
+    /// The functions whose bodies are being read into the kernel, innermost last: name, and a number that no other call has.
+    calls: Vec<(String, u32)>,
+    calls_read: u32,
     pub code: Vec<Instruction>,
 }
 
@@ -89,7 +97,8 @@ impl Builder {
 
     /// `count` registers named `name0`, `name1`, ..; or one named `name`. No bytes: predicates.
     pub fn declare(&mut self, name: &str, count: Option<u32>, bytes: u8) {
-        let number = count.unwrap_or(1);
+        // Values of 128 bits take two registers each.
+        let number = count.unwrap_or(1) * if bytes == 16 { 2 } else { 1 };
         let what = if bytes == 0 {
             self.predicates += number;
             Name::Predicates { first: self.predicates - number, count: number }
@@ -123,6 +132,59 @@ impl Builder {
         let offset = align(self.local, alignment);
         self.local = offset + size;
         self.define(name, Name::Variable(offset as u64));
+    }
+
+    /// An argument or a result of a call.
+    pub fn declare_call_param(&mut self, name: &str, size: usize, alignment: usize) {
+        let offset = align(self.local, alignment);
+        self.local = offset + size;
+        self.define(name, Name::Variable(CALL_PARAMS + offset as u64));
+    }
+
+    /// Starts the body of a function that is called: its parameters, then its results, stand where the caller's do.
+    pub fn enter_call(&mut self, function: &str, bound: &[(String, u64)]) -> Result<(), String> {
+        if self.calls.iter().any(|(name, _)| name == function) {
+            return Err(format!("{function} calls itself, which is not known to the emulated device"));
+        }
+        self.calls_read += 1;
+        self.calls.push((function.to_owned(), self.calls_read));
+        self.enter();
+        for (name, address) in bound {
+            self.define(name, Name::Variable(*address));
+        }
+        Ok(())
+    }
+
+    /// Ends it: its returns lead here.
+    pub fn leave_call(&mut self) {
+        self.label(RETURN);
+        self.leave();
+        self.calls.pop();
+    }
+
+    /// Whether the code belongs to a function that is called.
+    pub fn in_call(&self) -> bool {
+        !self.calls.is_empty()
+    }
+
+    /// Labels are a call's own.
+    fn own_label(&self, name: &str) -> String {
+        self.calls.last().map_or_else(|| name.to_owned(), |(_, number)| format!("{name}@{number}"))
+    }
+
+    /// Where a call's body begins, for a guard to jump over it.
+    pub fn calls_read(&self) -> u32 {
+        self.calls_read
+    }
+
+    pub fn table(&mut self, name: &str, labels: Vec<String>) {
+        let labels = labels.iter().map(|label| self.own_label(label)).collect();
+        self.tables.insert(self.own_label(name), labels);
+    }
+
+    /// Remembers that the next instruction jumps by a table.
+    pub fn jump_by(&mut self, table: &str) {
+        self.indexed.push((self.code.len(), self.own_label(table)));
     }
 
     pub fn register(&mut self) -> u32 {
@@ -163,6 +225,9 @@ impl Builder {
     pub fn operand(&mut self, name: &str) -> Option<Operand> {
         if let Some((what, number)) = self.find(name) {
             return match what {
+                Name::Registers { first, count, bytes: 16 } if 2 * number < count => {
+                    Some(Operand::Reg { number: first + 2 * number, bytes: 16 })
+                }
                 Name::Registers { first, count, bytes } if number < count => {
                     Some(Operand::Reg { number: first + number, bytes })
                 }
@@ -179,6 +244,9 @@ impl Builder {
             Some((stem, letter)) => (stem, axis(letter)?),
             None => (name, 0),
         };
+        if let Some(number) = stem.strip_prefix("%envreg").and_then(|number| number.parse().ok()) {
+            return Some(self.special(Special::Environment(number)));
+        }
         Some(self.special(match stem {
             "%tid" => Special::Thread(axis),
             "%ntid" => Special::Threads(axis),
@@ -197,7 +265,9 @@ impl Builder {
             "%lanemask_le" => Special::LaneMask(LaneMask::LessEqual),
             "%lanemask_gt" => Special::LaneMask(LaneMask::Greater),
             "%lanemask_ge" => Special::LaneMask(LaneMask::GreaterEqual),
-            "%clock" | "%clock64" | "%globaltimer" | "%clock_hi" => return Some(Operand::Clock),
+            "%clock" | "%clock64" | "%globaltimer" | "%globaltimer_lo" | "%globaltimer_hi" | "%clock_hi" => {
+                return Some(Operand::Clock);
+            }
             _ => return None,
         }))
     }
@@ -213,19 +283,26 @@ impl Builder {
     }
 
     pub fn label(&mut self, name: &str) {
-        self.labels.insert(name.to_owned(), self.code.len() as u32);
+        self.labels.insert(self.own_label(name), self.code.len() as u32);
     }
 
     /// Remembers that the next instruction jumps to a label.
     pub fn jump(&mut self, label: &str) {
-        self.jumps.push((self.code.len(), label.to_owned()));
+        self.jumps.push((self.code.len(), self.own_label(label)));
     }
 
     /// The kernel, its jumps resolved.
     pub fn finish(mut self, name: &str) -> Result<Kernel, String> {
+        let target = |label: &String| self.labels.get(label).copied().ok_or_else(|| format!("no label {label}"));
         for (at, label) in &self.jumps {
-            let target = *self.labels.get(label).ok_or_else(|| format!("no label {label}"))?;
-            self.code[*at].op = Op::Branch { to: target };
+            self.code[*at].op = Op::Branch { to: target(label)? };
+        }
+        for (at, table) in &self.indexed {
+            let labels = self.tables.get(table).ok_or_else(|| format!("no table {table}"))?;
+            let found: Result<Vec<u32>, String> = labels.iter().map(target).collect();
+            if let Op::BranchIndexed { targets, .. } = &mut self.code[*at].op {
+                *targets = found?;
+            }
         }
         let mut constants: Vec<_> = self.constants.into_iter().map(|(bits, register)| (register, bits)).collect();
         if let Some((register, alignment)) = self.dynamic_shared {
