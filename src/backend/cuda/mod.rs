@@ -158,11 +158,15 @@ impl<S: Storage> Backend for Cuda<S> {
     }
 
     fn parameters_changed(&self, arena: &mut Arena<Self>) -> Result<()> {
-        if !S::HAS_MASTER {
+        if !S::HAS_MASTER || self.stores_alone(arena) {
             return Ok(());
         }
         let len = arena.parameters.len();
         self.convert(arena.parameters.address_of(0), arena.stored.address_of(0), len)
+    }
+
+    fn stores_alone(&self, arena: &Arena<Self>) -> bool {
+        S::HAS_MASTER && arena.parameters.is_empty() && !arena.stored.is_empty()
     }
 
     fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
