@@ -382,6 +382,7 @@ fn atomics_change_memory_once_for_each_lane() {
     assert_eq!(run("add", "u32", "%r", &[1, 2, 3]), 1 + 6);
     assert_eq!(run("add", "u64", "%rd", &[1 << 40, 2, 3]), (2 << 40) + 5);
     assert_eq!(run("add", "f32", "%f", &[f(0.5), f(2.0)]), f(3.0));
+    assert_eq!(run("add", "f32", "%f", &[1, 1]), 0, "subnormals are flushed in global memory");
     assert_eq!(run("add", "f64", "%d", &[d(0.5), d(2.0)]), d(3.0));
     assert_eq!(run("add.noftz", "f16", "%h", &[f16(0.5), f16(2.0)]), f16(3.0));
     assert_eq!(run("add.noftz", "bf16", "%h", &[bf16(0.5), bf16(2.0)]), bf16(3.0));

@@ -338,9 +338,9 @@ impl Trace {
         None
     }
 
-    /// Notes an access of `bytes` (a mask) of a word.
+    /// Notes an access of `bytes` (a mask) of a word; true where it is the launch's first load, or store, of the word.
     #[inline]
-    pub fn note(&mut self, word: &mut [u64; 2], bytes: u32, write: bool, who: Who<'_>) {
+    pub fn note(&mut self, word: &mut [u64; 2], bytes: u32, write: bool, who: Who<'_>) -> bool {
         self.noted = true;
         let slot = self.slot(who.block);
         let place = &mut word[usize::from(!write)];
@@ -371,5 +371,6 @@ impl Trace {
             }
         }
         *place = next.pack();
+        last.clock < self.start
     }
 }
