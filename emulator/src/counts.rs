@@ -58,7 +58,7 @@ pub struct Counts {
     pub local: u64,
     /// 32-byte sectors of global memory that accesses of warps touched.
     pub sectors: u64,
-    /// The fewest sectors that accesses of as many bytes could touch.
+    /// The fewest sectors that accesses of as many different bytes could touch.
     pub ideal_sectors: u64,
     /// Accesses of warps to global memory.
     pub accesses: u64,

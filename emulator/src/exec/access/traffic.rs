@@ -13,7 +13,9 @@ impl Run<'_> {
             Space::Global => {
                 let sum = if write { &mut self.counts.global_written } else { &mut self.counts.global_read };
                 *sum += total;
-                let (sectors, ideal) = (distinct(addresses, active, bytes, 32), total.div_ceil(32));
+                let sectors = distinct(addresses, active, bytes, 32);
+                // What several lanes read together comes once.
+                let ideal = (bytes * different(addresses, active)).div_ceil(32);
                 self.counts.sectors += sectors;
                 self.counts.ideal_sectors += ideal;
                 self.counts.accesses += 1;
@@ -28,6 +30,24 @@ impl Run<'_> {
             Space::Param => {}
         }
     }
+}
+
+/// How many different addresses the lanes name.
+fn different(addresses: &Lanes, active: u32) -> u64 {
+    let (mut count, mut most) = (0, None);
+    for lane in lanes(active) {
+        let address = addresses[lane];
+        // Addresses mostly go up, or stay.
+        let known = match most {
+            Some(most) if address > most => false,
+            Some(most) if address == most => true,
+            Some(_) => lanes(active).take_while(|&other| other < lane).any(|other| addresses[other] == address),
+            None => false,
+        };
+        most = most.max(Some(address));
+        count += u64::from(!known);
+    }
+    count
 }
 
 /// How many parts of `unit` bytes the lanes' accesses touch together.
