@@ -308,7 +308,7 @@ impl Run<'_> {
         Ok(warp.local[range].as_mut_ptr())
     }
 
-    /// What strong accesses order, lane by lane.
+    /// What strong accesses order, lane by lane; `reads` and `writes` say what they do.
     fn order(
         &mut self,
         block: &Block,
@@ -316,15 +316,14 @@ impl Run<'_> {
         active: u32,
         places: &Places,
         order: Order,
-        reads: bool,
-        writes: bool,
+        (reads, writes): (bool, bool),
     ) {
         if !order.strong {
             return;
         }
         for i in lanes(active) {
             let place = (places.addresses[i], places.spaces[i] == Space::Shared);
-            self.trace.order(place, order, reads, writes, (block.number, warp.index), &mut warp.knows);
+            self.trace.order(place, order, (reads, writes), (block.number, warp.index), &mut warp.knows);
         }
     }
 
@@ -341,7 +340,7 @@ impl Run<'_> {
         let size = usize::from(width.bytes);
         let access = Access { bytes: (size * d.len()) as u64, write: false, strong: order.strong, instruction: at };
         let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
-        self.order(block, warp, active, &places, *order, true, false);
+        self.order(block, warp, active, &places, *order, (true, false));
         let inside = self.all_inside(&places, active, access);
         let mut out = [[0u64; 32]; 8];
         for i in lanes(active) {
@@ -381,7 +380,7 @@ impl Run<'_> {
         let size = usize::from(*size);
         let access = Access { bytes: (size * a.len()) as u64, write: true, strong: order.strong, instruction: at };
         let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
-        self.order(block, warp, active, &places, *order, false, true);
+        self.order(block, warp, active, &places, *order, (false, true));
         let inside = self.all_inside(&places, active, access);
         for i in lanes(active) {
             *lane = i;
@@ -391,21 +390,15 @@ impl Run<'_> {
                 unsafe { write(place.add(part * size), size, warp.registers[*a as usize][i]) };
             }
         }
-        if self.launch.checks.races && !order.strong {
-            if let Some((first, second)) = different_values(warp, active, &places, a) {
-                *lane = second;
-                let (space, address) = (places.spaces[second], places.addresses[second]);
-                let (other_thread, other_block) = (warp.index * 32 + first as u32, block.number);
-                return Err(FaultKind::Race {
-                    space,
-                    address,
-                    write: true,
-                    other_write: true,
-                    other_thread,
-                    other_block,
-                }
-                .into());
-            }
+        if self.launch.checks.races
+            && !order.strong
+            && let Some((first, second)) = different_values(warp, active, &places, a)
+        {
+            *lane = second;
+            let (space, address) = (places.spaces[second], places.addresses[second]);
+            let (other_thread, other_block) = (warp.index * 32 + first as u32, block.number);
+            let race = FaultKind::Race { space, address, write: true, other_write: true, other_thread, other_block };
+            return Err(race.into());
         }
         self.count(places.spaces[*lane], &places.addresses, active, access.bytes, true);
         Ok(())
@@ -424,7 +417,7 @@ impl Run<'_> {
         let size = usize::from(atomic.bytes);
         let access = Access { bytes: size as u64, write: false, strong: true, instruction: at };
         let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
-        self.order(block, warp, active, &places, *order, true, true);
+        self.order(block, warp, active, &places, *order, (true, true));
         let mut out: Lanes = [0; 32];
         let [b, c] = [b, c].map(|&register| warp.registers[register as usize]);
         for i in lanes(active) {

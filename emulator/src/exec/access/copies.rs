@@ -34,7 +34,7 @@ impl Run<'_> {
             let mut data = [0; 16];
             if length > 0 {
                 let address = sources.addresses[i];
-                if address % whole != 0 {
+                if !address.is_multiple_of(whole) {
                     return Err(
                         FaultKind::Misaligned { space: Space::Global, write: false, address, bytes: whole }.into()
                     );

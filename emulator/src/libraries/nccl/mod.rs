@@ -381,12 +381,15 @@ pub extern "C" fn ncclGroupEnd() -> c_int {
     })
 }
 
+/// Calls that are done together, each with its communicator.
+type Part = Vec<(Arc<Comm>, Ask)>;
+
 /// Queues calls on their streams: all together, so that none waits for one behind it.
 fn queue(calls: Vec<(usize, Arc<Comm>, Ask)>) -> Call<()> {
     let mut streams: Vec<usize> = calls.iter().map(|call| call.0).collect();
     streams.dedup();
     let captured = streams.iter().any(|&stream| is_capturing(stream));
-    let mut parts: Vec<(usize, Vec<(Arc<Comm>, Ask)>)> = Vec::new();
+    let mut parts: Vec<(usize, Part)> = Vec::new();
     for (stream, comm, ask) in calls {
         // Each stream records its own; else the first stream stands for all.
         match parts.iter_mut().find(|part| part.0 == stream || !captured) {
