@@ -66,7 +66,7 @@ __device__ __forceinline__ float slope_of(int kind, float x, float dy) {
     }
 }
 
-// y = f(x). x, y: [len]. Grid: any, 256 threads, 16 bytes an access; moves 2 sizeof(T) bytes a value.
+// y = f(x). x, y: [len], y may be x. Grid: any, 256 threads, 16 bytes an access; moves 2 sizeof(T) bytes a value.
 template <typename T> __device__ void activation(const T* x, T* y, int kind, i64 len) {
     constexpr int N = per_access<T>();
     for (i64 i = thread_index() * N; i < len; i += thread_count() * N) {
@@ -81,7 +81,7 @@ template <typename T> __device__ void activation(const T* x, T* y, int kind, i64
     }
 }
 
-// dx = dy f'(x). x, dy, dx: [len]. Grid: any, 256 threads, 16 bytes an access; moves 3 sizeof(T) bytes a value.
+// dx = dy f'(x). x, dy, dx: [len], dx may be dy. Grid: any, 256 threads, 16 bytes an access; moves 3 sizeof(T) bytes a value.
 template <typename T> __device__ void activation_backward(const T* x, const T* dy, T* dx, int kind, i64 len) {
     constexpr int N = per_access<T>();
     for (i64 i = thread_index() * N; i < len; i += thread_count() * N) {

@@ -141,7 +141,7 @@ fn addresses_are_updated_as_slices_are() {
             gradients: address(&gradients),
             copy: 0,
             slots: [address(&slots[0]), address(&slots[1])],
-            types: ["f32", "f32"],
+            types: ["f32"; 3],
         };
         // SAFETY: five slices of the plan's length, which nothing else uses, on the stream of the device.
         unsafe { place.prepared.update_at(&arrays, &params(step)).unwrap() };
@@ -165,11 +165,11 @@ fn arrays_that_do_not_fit_are_refused_and_left_as_they_were() {
     refused(&mut gradients, &mut [&mut first], "2 slots");
     refused(&mut short, &mut [&mut first, &mut second], "gradients of");
     refused(&mut gradients, &mut [&mut first, &mut short], "a slot of");
-    let arrays = Arrays { parameters: 16, gradients: 24, copy: 0, slots: [32, 48], types: ["f32", "f32"] };
+    let arrays = Arrays { parameters: 16, gradients: 24, copy: 0, slots: [32, 48], types: ["f32"; 3] };
     for (arrays, expected) in [
         (arrays, "multiples of 16"),
         (Arrays { gradients: 0, ..arrays }, "an address of 0"),
-        (Arrays { gradients: 32, types: ["bf16", "f32"], ..arrays }, "bf16 and f32"),
+        (Arrays { gradients: 32, types: ["f32", "bf16", "f32"], ..arrays }, "bf16"),
     ] {
         // SAFETY: it is refused before any address is used.
         let error = unsafe { place.prepared.update_at(&arrays, &params(1)) }.unwrap_err().to_string();

@@ -46,6 +46,20 @@ fn a_machine_without_a_driver_is_told_that_it_runs_on_the_cpu_and_what_installs_
 }
 
 #[test]
+fn a_real_device_works_and_auto_takes_it() {
+    if std::env::var_os("WARPSTEP_TEST_DEVICE").is_none_or(|device| device != "cuda") {
+        println!("skipped: no real device: WARPSTEP_TEST_DEVICE=cuda is not set");
+        return;
+    }
+    let folders = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+    let output = doctor(&folders, &["--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    let found = report(&output);
+    assert!(!found["cuda"]["devices"].as_array().unwrap().is_empty());
+    assert!(found["auto"].as_str().unwrap().starts_with("cuda:"), "{}", found["auto"]);
+}
+
+#[test]
 fn the_emulated_device_is_listed_and_works() {
     let Some(library_file) = emulated::find_library().filter(|_| is_embedded()) else {
         println!("skipped: the emulator was not built, or Warpstep was built without nvcc");

@@ -76,3 +76,18 @@ fn a_whole_network_whose_output_shares_the_token_table() {
         .then("lm_head", TiedLinear::new("transformer.wte.weight"));
     check_tokens(network, 13, 7, 3);
 }
+
+/// Norms that take the sum before them and add the residual's gradient, and those that cannot: the first of a network, one
+/// whose gradient and whose residual's are the same, one behind an activation.
+#[test]
+fn norms_within_and_after_residual_sums() {
+    let residual = |layers| Residual::<Cpu<f64>>::new("layers", layers);
+    let network = Sequential::new()
+        .then("0", residual(Sequential::new().then("norm", LayerNorm::new(1e-5)).then("linear", Linear::new(6))))
+        .then("1", residual(Sequential::new().then("norm", RmsNorm::new(1e-5))))
+        .then("2", residual(Sequential::new().then("norm", LayerNorm::new(1e-5).without_bias())))
+        .then("3", residual(Sequential::new().then("linear", Linear::new(6)).then("norm", RmsNorm::new(1e-5))))
+        .then("4", Activation::new(ActivationKind::Tanh))
+        .then("5", LayerNorm::new(1e-5));
+    check(network, &[4, 6], 3);
+}

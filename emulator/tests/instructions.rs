@@ -190,6 +190,13 @@ fn comparisons_know_what_is_no_number() {
     check("setp.lt.and.s32 %p4|%p0, %r1, %r2, %p3;", Pred, &[([2, 1, 0], 0), ([2, 1, 1], 1)]);
     check("set.gt.u32.s32 %r0, %r1, %r2;", R32, &[([2, 1, 0], 0xffff_ffff), ([1, 1, 0], 0)]);
     check("xor.pred %p0, %p1, !%p2;", Pred, &[([1, 0, 0], 0), ([1, 1, 0], 1)]);
+    let constants = [("xor", [0, 1], [1, 0]), ("and", [0, 0], [0, 1]), ("or", [0, 1], [1, 1])];
+    for (name, with_false, with_true) in constants {
+        for (constant, expected) in [("0", with_false), ("-1", with_true)] {
+            let cases = [([0, 0, 0], expected[0]), ([1, 0, 0], expected[1])];
+            check(&format!("{name}.pred %p0, %p1, {constant};"), Pred, &cases);
+        }
+    }
 }
 
 #[test]

@@ -47,8 +47,10 @@ pub trait Op<B: Backend>: Send + Sync {
     fn uses(&self, visit: &mut dyn FnMut(Use));
     /// Floating-point operations (a multiplication and an addition are two).
     fn flops(&self) -> u64;
-    /// Itself, for passes over programs that look for operations of a kind.
-    fn as_any(&self) -> &dyn Any;
+    /// Itself, where it may be joined with its neighbours when a program is planned. Own operations are left as they are.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
+    }
     /// Runs it.
     ///
     /// # Errors
@@ -124,8 +126,8 @@ macro_rules! op {
                 let $args = self;
                 ($flops) as u64
             }
-            fn as_any(&self) -> &dyn std::any::Any {
-                self
+            fn as_any(&self) -> Option<&dyn std::any::Any> {
+                Some(self)
             }
             fn run(
                 &self,

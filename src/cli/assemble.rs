@@ -96,7 +96,9 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
         }
     };
     let tf32 = run.precision == Precision::Tf32;
-    let device = Device::open(DeviceOptions { ordinal, tf32, graphs, ..DeviceOptions::default() })?;
+    let options = DeviceOptions { ordinal, tf32, graphs, ..DeviceOptions::default() };
+    // What is measured on one machine may come out otherwise on the next.
+    let device = Device::open(DeviceOptions { measure: options.measure && !run.reproducible, ..options })?;
     Ok(match run.precision {
         Precision::Bf16 => Opened::CudaBf16(Cuda::new(device)),
         Precision::F16 => Opened::CudaF16(Cuda::new(device)),

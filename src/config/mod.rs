@@ -62,6 +62,8 @@ pub struct RunFile {
     pub device: DeviceChoice,
     /// `run.precision`.
     pub precision: Precision,
+    /// `run.reproducible`: the same bits on every device of a kind, by choices that measure nothing.
+    pub reproducible: bool,
     /// `run.threads`: threads of the CPU backend; one a processor where not given.
     pub threads: Option<usize>,
     /// The trainer's options.
@@ -121,8 +123,8 @@ impl RunFile {
         let base = run.or("base", absolute)?;
         let device = device(&mut run)?;
         let precision = precision(&mut run, device)?;
-        // On one CPU the bits are the same whatever is asked; the key decides once there are several devices.
-        run.or("reproducible", false)?;
+        // On the CPU the bits are the same whatever is asked.
+        let reproducible = run.or("reproducible", false)?;
         let threads = run.optional("threads")?;
         if threads == Some(0) {
             return Err(run.error("threads", "found 0, expected 1 or more"));
@@ -137,6 +139,10 @@ impl RunFile {
         let language_model = matches!(model.preset, Preset::Gpt(_) | Preset::TextEncoder(_));
         let mut optimizer_section = root.section("optimizer")?;
         let optimizer = optimizer::optimizer(&mut optimizer_section, language_model)?;
+        if !optimizer.optimizer.master && precision != Precision::Bf16 {
+            let problem = "false keeps parameters in bf16 alone; expected true, or run.precision = \"bf16\"";
+            return Err(optimizer_section.error("master", problem));
+        }
         let mut schedule_section = root.section("schedule")?;
         let schedule = optimizer::schedule(&mut schedule_section)?;
         let train = train_options(&mut root, &mut run, batch_size, optimizer.accumulate, optimizer.ema)?;
@@ -156,6 +162,7 @@ impl RunFile {
             out,
             device,
             precision,
+            reproducible,
             threads,
             train,
             data,

@@ -33,7 +33,7 @@ impl<B: Backend> Operations<B> {
     }
 
     fn find<T: 'static>(&self, at: usize) -> Option<&T> {
-        self.ops[at].as_any().downcast_ref()
+        self.ops[at].as_any()?.downcast_ref()
     }
 
     /// The operations that name an activation.

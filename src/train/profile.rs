@@ -214,7 +214,7 @@ impl<B: Profiled> Profile<B> {
 
 /// Bytes that an update must move: the gradient twice where its norm is clipped, parameters and slots read and written, a copy
 /// of `copy` bytes a value written.
-fn update_bytes(plan: &UpdatePlan, parameters: usize, copy: usize) -> u64 {
+pub fn update_bytes(plan: &UpdatePlan, parameters: usize, copy: usize) -> u64 {
     let real = size_of::<f32>();
     let gradient = if plan.clip.norm == NormClip::Off { real } else { 2 * real };
     (parameters * (gradient + 2 * real + 2 * real * plan.slots.len() + copy)) as u64
@@ -242,7 +242,7 @@ impl<B: Profiled> Op<B> for Clocked<B> {
         self.op.flops()
     }
 
-    fn as_any(&self) -> &dyn Any {
+    fn as_any(&self) -> Option<&dyn Any> {
         self.op.as_any()
     }
 

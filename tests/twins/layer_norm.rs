@@ -69,13 +69,16 @@ fn layer_norm_is_what_the_paper_says() {
             let (y, mean, reciprocal_std) = (bed.empty(rows * width), bed.empty(rows), bed.empty(rows));
             let epsilon = EPSILON;
             let bias_of = Some(bias);
-            let forward = LayerNormForward { x, weight, bias: bias_of, y, mean, reciprocal_std, rows, width, epsilon };
+            let forward =
+                LayerNormForward { x, sum: None, weight, bias: bias_of, y, mean, reciprocal_std, rows, width, epsilon };
             let forward = bed.run(&forward).unwrap();
             let (mean, reciprocal_std) = (bed.real(&forward.get(mean)), bed.real(&forward.get(reciprocal_std)));
             let input_gradient = bed.empty(rows * width);
             let dx = Some(input_gradient);
             let (dweight, dbias) = (first(weight), Some(first(bias)));
-            let backward = LayerNormBackward { x, dy, weight, mean, reciprocal_std, dx, dweight, dbias, rows, width };
+            let residual = None;
+            let backward =
+                LayerNormBackward { x, dy, weight, mean, reciprocal_std, residual, dx, dweight, dbias, rows, width };
             let backward = bed.run(&backward).unwrap();
             vec![forward.get(y), backward.get(input_gradient), backward.gradient(weight), backward.gradient(bias)]
         });
@@ -94,12 +97,13 @@ fn rms_norm_is_what_the_paper_says() {
             let weight = bed.parameter(&case.weight);
             let (y, reciprocal_rms) = (bed.empty(rows * width), bed.empty(rows));
             let epsilon = EPSILON;
-            let forward = bed.run(&RmsNormForward { x, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap();
+            let forward =
+                bed.run(&RmsNormForward { x, sum: None, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap();
             let reciprocal_rms = bed.real(&forward.get(reciprocal_rms));
             let input_gradient = bed.empty(rows * width);
             let dx = Some(input_gradient);
             let dweight = first(weight);
-            let backward = RmsNormBackward { x, dy, weight, reciprocal_rms, dx, dweight, rows, width };
+            let backward = RmsNormBackward { x, dy, weight, reciprocal_rms, residual: None, dx, dweight, rows, width };
             let backward = bed.run(&backward).unwrap();
             vec![forward.get(y), backward.get(input_gradient), backward.gradient(weight)]
         });
@@ -125,6 +129,7 @@ fn a_later_write_of_a_gradient_adds() {
             weight,
             mean,
             reciprocal_std,
+            residual: None,
             dx: None,
             dweight,
             dbias: None,
@@ -137,4 +142,68 @@ fn a_later_write_of_a_gradient_adds() {
     assert_eq!(gradient(&bed, false), [1.5, 0.75]);
     bed.step.accumulate = true;
     assert_eq!(gradient(&bed, true), [1.5, 0.75]);
+}
+
+#[test]
+fn a_norm_that_takes_a_sum_has_the_bits_of_the_sum_and_the_norm() {
+    let seed = fresh_seed();
+    let draw = |tensor, len| normal(seed, tensor, len);
+    for (rows, width) in [(1, 1), (3, 17), (70, 300)] {
+        let (len, epsilon) = (rows * width, EPSILON);
+        let mut bed = Bed::<Cpu<f32>>::cpu();
+        let (a, b) = (bed.real(&draw(0, len)), bed.real(&draw(1, len)));
+        let weight = bed.parameter(&draw(2, width));
+        let [total, y, mean, scale] = [len, len, rows, rows].map(|len| bed.empty(len));
+        let added = bed.run(&Add { a, b, y: total, len }).unwrap().get(total);
+        let alone = bed.real(&added);
+        let sum = Some(RowSum { other: b, sum: total });
+        let layer_norm = |x, sum| {
+            let (reciprocal_std, bias) = (scale, None);
+            let op = LayerNormForward { x, sum, weight, bias, y, mean, reciprocal_std, rows, width, epsilon };
+            bed.run(&op).unwrap()
+        };
+        let rms_norm = |x, sum| {
+            let reciprocal_rms = scale;
+            bed.run(&RmsNormForward { x, sum, weight, y, reciprocal_rms, rows, width, epsilon }).unwrap()
+        };
+        for [apart, together] in
+            [[layer_norm(alone, None), layer_norm(a, sum)], [rms_norm(alone, None), rms_norm(a, sum)]]
+        {
+            assert_eq!(together.get(total), added);
+            assert_eq!(together.get(y), apart.get(y));
+            assert_eq!(together.get(scale), apart.get(scale));
+        }
+    }
+}
+
+#[test]
+fn a_norm_s_backward_that_adds_has_the_bits_of_the_backward_and_the_sum() {
+    let seed = fresh_seed();
+    let draw = |tensor, len| normal(seed, tensor, len);
+    for (rows, width) in [(1, 1), (3, 17), (70, 300)] {
+        let len = rows * width;
+        let mut bed = Bed::<Cpu<f32>>::cpu();
+        let (x, dy, past) = (bed.real(&draw(0, len)), bed.real(&draw(1, len)), bed.real(&draw(2, len)));
+        let weight = bed.parameter(&draw(3, width));
+        let (mean, scale) = (bed.real(&draw(4, rows)), bed.real(&draw(5, rows)));
+        let [gradient, total] = [len, len].map(|len| bed.empty(len));
+        let (dx, dweight) = (Some(gradient), first(weight));
+        let layer_norm = |residual| {
+            let (reciprocal_std, dbias) = (scale, None);
+            let op =
+                LayerNormBackward { x, dy, weight, mean, reciprocal_std, residual, dx, dweight, dbias, rows, width };
+            bed.run(&op).unwrap()
+        };
+        let rms_norm = |residual| {
+            let reciprocal_rms = scale;
+            bed.run(&RmsNormBackward { x, dy, weight, reciprocal_rms, residual, dx, dweight, rows, width }).unwrap()
+        };
+        let pairs = [[layer_norm(None), layer_norm(Some(past))], [rms_norm(None), rms_norm(Some(past))]];
+        for [apart, together] in pairs {
+            let alone = bed.real(&apart.get(gradient));
+            let added = bed.run(&Add { a: alone, b: past, y: total, len }).unwrap();
+            assert_eq!(together.get(gradient), added.get(total));
+            assert_eq!(together.gradient(weight), apart.gradient(weight));
+        }
+    }
 }

@@ -1,15 +1,24 @@
 //! cuBLASLt: `cublasLtMatmul` with the descriptions and epilogues that Warpstep uses. Column-major, sums in f32.
+//!
+//! Statuses of wrong use are those that the library's documentation gives; where it gives none, those that a card was reported
+//! to answer.
 #![allow(
     non_snake_case,
     clippy::missing_safety_doc,
     reason = "the library's own names; its documentation says what each asks"
 )]
 
+mod algorithm;
+pub(super) mod multiply;
+mod plan;
+
 use std::ffi::{c_int, c_void};
 
-use super::values::{Type, product, read, write};
+pub use algorithm::Algorithm;
+use algorithm::{ALGORITHMS, Limits};
+use plan::Plan;
+
 use crate::driver::queue_task;
-use crate::fault::Fault;
 
 mod status {
     pub const SUCCESS: i32 = 0;
@@ -19,11 +28,6 @@ mod status {
     pub const NOT_SUPPORTED: i32 = 15;
 }
 
-const COMPUTE_32F: i32 = 68;
-const COMPUTE_32F_FAST_TF32: i32 = 77;
-const EPILOGUE_DEFAULT: i32 = 1;
-const EPILOGUE_BIAS: i32 = 4;
-
 /// What a product does.
 #[derive(Clone, Copy, Debug)]
 pub struct Operation {
@@ -31,8 +35,18 @@ pub struct Operation {
     scale: i32,
     transposed: [bool; 2],
     epilogue: i32,
+    /// Vector and matrix of the epilogue: addresses, and types where they were set.
     bias: u64,
+    bias_type: i32,
+    aux: u64,
+    aux_type: i32,
+    aux_stride: i64,
 }
+
+/// A type that was not set: that of the output.
+const AS_OUTPUT: i32 = -1;
+/// `CUBLASLT_EPILOGUE_DEFAULT`.
+const EPILOGUE_DEFAULT: i32 = 1;
 
 /// A matrix's shape.
 #[derive(Clone, Copy, Debug)]
@@ -41,19 +55,6 @@ pub struct Layout {
     rows: usize,
     columns: usize,
     stride: usize,
-}
-
-/// Limits of the choice of an algorithm.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Preference {
-    workspace: usize,
-}
-
-/// An algorithm: its number.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct Algorithm {
-    data: [u64; 8],
 }
 
 /// A candidate of the heuristic.
@@ -67,9 +68,8 @@ pub struct Candidate {
     reserved: [c_int; 4],
 }
 
-/// Marks algorithms that came from here.
+/// What a handle points to.
 const MARK: u64 = 0x5741_5250;
-const ALGORITHMS: u64 = 3;
 
 fn call(body: impl FnOnce() -> Result<(), i32>) -> c_int {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)) {
@@ -130,7 +130,17 @@ pub extern "C" fn cublasLtGetVersion() -> usize {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cublasLtMatmulDescCreate(to: *mut *mut Operation, compute: c_int, scale: c_int) -> c_int {
-    let made = Operation { compute, scale, transposed: [false; 2], epilogue: EPILOGUE_DEFAULT, bias: 0 };
+    let made = Operation {
+        compute,
+        scale,
+        transposed: [false; 2],
+        epilogue: EPILOGUE_DEFAULT,
+        bias: 0,
+        bias_type: AS_OUTPUT,
+        aux: 0,
+        aux_type: AS_OUTPUT,
+        aux_stride: 0,
+    };
     // SAFETY: as the library's callers promise.
     call(|| unsafe { make(to, made) })
 }
@@ -164,6 +174,12 @@ pub unsafe extern "C" fn cublasLtMatmulDescSetAttribute(
             7 => operation.epilogue = whole()?,
             // SAFETY: as above.
             8 => operation.bias = unsafe { attribute(from, bytes)? },
+            // SAFETY: as above.
+            11 => operation.aux = unsafe { attribute(from, bytes)? },
+            // SAFETY: as above.
+            12 => operation.aux_stride = unsafe { attribute(from, bytes)? },
+            22 => operation.aux_type = whole()?,
+            26 => operation.bias_type = whole()?,
             _ => return Err(status::NOT_SUPPORTED),
         }
         Ok(())
@@ -195,20 +211,20 @@ pub unsafe extern "C" fn cublasLtMatrixLayoutDestroy(layout: *mut Layout) -> c_i
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatmulPreferenceCreate(to: *mut *mut Preference) -> c_int {
+pub unsafe extern "C" fn cublasLtMatmulPreferenceCreate(to: *mut *mut Limits) -> c_int {
     // SAFETY: as the library's callers promise.
-    call(|| unsafe { make(to, Preference::default()) })
+    call(|| unsafe { make(to, Limits::default()) })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatmulPreferenceDestroy(preference: *mut Preference) -> c_int {
+pub unsafe extern "C" fn cublasLtMatmulPreferenceDestroy(preference: *mut Limits) -> c_int {
     // SAFETY: as the library's callers promise.
     unsafe { destroy(preference) }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cublasLtMatmulPreferenceSetAttribute(
-    preference: *mut Preference,
+    preference: *mut Limits,
     number: c_int,
     from: *const c_void,
     bytes: usize,
@@ -216,44 +232,17 @@ pub unsafe extern "C" fn cublasLtMatmulPreferenceSetAttribute(
     call(|| {
         // SAFETY: as the library's callers promise.
         let preference = unsafe { preference.as_mut() }.ok_or(status::INVALID_VALUE)?;
+        // SAFETY: as above.
+        let word = || unsafe { attribute::<u32>(from, bytes) };
         match number {
             // SAFETY: as above.
             1 => preference.workspace = unsafe { attribute(from, bytes)? },
+            3 => preference.schemes = word()?,
+            5..=8 => preference.alignments[number as usize - 5] = word()?,
             _ => return Err(status::NOT_SUPPORTED),
         }
         Ok(())
     })
-}
-
-/// A product whose shapes and types fit together.
-#[derive(Clone, Copy)]
-struct Plan {
-    operation: Operation,
-    layouts: [Layout; 3],
-    types: [Type; 2],
-    size: [usize; 3],
-}
-
-fn plan(operation: Operation, a: Layout, b: Layout, c: Layout, d: Layout) -> Result<Plan, i32> {
-    let shape = |layout: Layout, transposed| {
-        if transposed { (layout.columns, layout.rows) } else { (layout.rows, layout.columns) }
-    };
-    let ((m, k), (inner, n)) = (shape(a, operation.transposed[0]), shape(b, operation.transposed[1]));
-    if inner != k || (d.rows, d.columns) != (m, n) || (c.rows, c.columns) != (m, n) {
-        return Err(status::INVALID_VALUE);
-    }
-    let types = [Type::from_cuda(a.ty), Type::from_cuda(b.ty), Type::from_cuda(c.ty), Type::from_cuda(d.ty)];
-    let [Some(left), Some(right), Some(added), Some(out)] = types else { return Err(status::NOT_SUPPORTED) };
-    let known = left == right
-        && added == out
-        && (out == left || out == Type::F32)
-        && operation.scale == 0
-        && matches!(operation.compute, COMPUTE_32F | COMPUTE_32F_FAST_TF32)
-        && matches!(operation.epilogue, EPILOGUE_DEFAULT | EPILOGUE_BIAS);
-    if !known {
-        return Err(status::NOT_SUPPORTED);
-    }
-    Ok(Plan { operation, layouts: [a, b, d], types: [left, out], size: [m, k, n] })
 }
 
 #[unsafe(no_mangle)]
@@ -265,7 +254,7 @@ pub unsafe extern "C" fn cublasLtMatmulAlgoGetHeuristic(
     b: *const Layout,
     c: *const Layout,
     d: *const Layout,
-    preference: *const Preference,
+    preference: *const Limits,
     asked: c_int,
     results: *mut Candidate,
     count: *mut c_int,
@@ -275,16 +264,51 @@ pub unsafe extern "C" fn cublasLtMatmulAlgoGetHeuristic(
             return Err(status::INVALID_VALUE);
         }
         // SAFETY: as the library's callers promise.
+        let (limits, plan) =
+            unsafe { (get(preference)?, Plan::new(get(operation)?, [get(a)?, get(b)?, get(c)?, get(d)?])?) };
+        let fitting = ALGORITHMS.iter().filter(|algorithm| algorithm.fits(&plan, &limits)).take(asked as usize);
+        let mut found = 0;
+        for algorithm in fitting {
+            // SAFETY: `asked` results have room, as the library's callers promise.
+            unsafe { results.add(found).write(algorithm.candidate(&plan, status::SUCCESS)) };
+            found += 1;
+        }
+        // SAFETY: as above.
+        unsafe { count.write(found as c_int) };
+        if found == 0 { Err(status::NOT_SUPPORTED) } else { Ok(()) }
+    })
+}
+
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments, reason = "the library's own list")]
+pub unsafe extern "C" fn cublasLtMatmulAlgoCheck(
+    _handle: *const u64,
+    operation: *const Operation,
+    a: *const Layout,
+    b: *const Layout,
+    c: *const Layout,
+    d: *const Layout,
+    algorithm: *const Algorithm,
+    result: *mut Candidate,
+) -> c_int {
+    call(|| {
+        if result.is_null() {
+            return Err(status::INVALID_VALUE);
+        }
+        // SAFETY: as the library's callers promise.
+        let (plan, algorithm) =
+            unsafe { (Plan::new(get(operation)?, [get(a)?, get(b)?, get(c)?, get(d)?])?, get(algorithm)?) };
+        let kind = algorithm.kind()?;
+        if !kind.rows_fit(&plan) {
+            return Err(status::NOT_SUPPORTED);
+        }
+        // The library leaves the algorithm of the result as it was.
+        let checked = kind.candidate(&plan, status::SUCCESS);
+        // SAFETY: as above.
         unsafe {
-            get(preference)?;
-            plan(get(operation)?, get(a)?, get(b)?, get(c)?, get(d)?)?;
-            let found = (asked as u64).min(ALGORITHMS);
-            for number in 0..found {
-                let algorithm = Algorithm { data: [MARK, number, 0, 0, 0, 0, 0, 0] };
-                let candidate = Candidate { algorithm, workspace: 0, state: 0, waves: 1.0, reserved: [0; 4] };
-                results.add(number as usize).write(candidate);
-            }
-            count.write(found as c_int);
+            (*result).workspace = checked.workspace;
+            (*result).state = checked.state;
+            (*result).waves = checked.waves;
         }
         Ok(())
     })
@@ -306,82 +330,32 @@ pub unsafe extern "C" fn cublasLtMatmul(
     d: u64,
     d_layout: *const Layout,
     algorithm: *const Algorithm,
-    _workspace: u64,
-    _workspace_bytes: usize,
+    workspace: u64,
+    workspace_bytes: usize,
     stream: usize,
 ) -> c_int {
     call(|| {
         // SAFETY: as the library's callers promise.
-        let (plan, alpha, beta, known) = unsafe {
-            let c_layout = get(c_layout)?;
-            let plan = plan(get(operation)?, get(a_layout)?, get(b_layout)?, c_layout, get(d_layout)?)?;
-            (plan, get(alpha)?, get(beta)?, algorithm.as_ref().is_none_or(|algorithm| algorithm.data[0] == MARK))
+        let (plan, alpha, beta, algorithm) = unsafe {
+            let layouts = [get(a_layout)?, get(b_layout)?, get(c_layout)?, get(d_layout)?];
+            (Plan::new(get(operation)?, layouts)?, get(alpha)?, get(beta)?, algorithm.as_ref())
         };
-        let aligned =
-            [a, b, c, d].iter().all(|address| address % 4 == 0 || plan.types[0] != Type::F32 && address % 2 == 0);
-        if !known || !aligned || c != d {
+        plan.check_addresses([a, b, c, d])?;
+        let kind = match algorithm {
+            Some(algorithm) => algorithm.kind()?,
+            None => ALGORITHMS
+                .iter()
+                .find(|kind| kind.rows_fit(&plan) && kind.addresses_fit([a, b, c, d]) && kind.workspace(&plan) == 0)
+                .ok_or(status::NOT_SUPPORTED)?,
+        };
+        if kind.workspace(&plan) > workspace_bytes || !workspace.is_multiple_of(256) {
+            return Err(status::INVALID_VALUE);
+        }
+        if !kind.rows_fit(&plan) || !kind.addresses_fit([a, b, c, d]) {
             return Err(status::NOT_SUPPORTED);
         }
-        queue_task(stream, move || multiply(&plan, [a, b, d], alpha, beta)).map_err(|_| status::EXECUTION_FAILED)
+        let parts = kind.parts;
+        queue_task(stream, move || multiply::multiply(&plan, [a, b, c, d], [alpha, beta], parts))
+            .map_err(|_| status::EXECUTION_FAILED)
     })
-}
-
-/// Values that a matrix spans, from its first to its last.
-fn span(layout: &Layout) -> usize {
-    if layout.rows * layout.columns == 0 { 0 } else { (layout.columns - 1) * layout.stride + layout.rows }
-}
-
-/// Reads a matrix column by column: what lies between the columns need not be written.
-fn matrix(ty: Type, address: u64, layout: &Layout) -> Result<Vec<f32>, Fault> {
-    if layout.stride == layout.rows {
-        return read(ty, address, span(layout));
-    }
-    let mut out = vec![0.0; span(layout)];
-    for column in 0..layout.columns {
-        let at = column * layout.stride;
-        let values = read(ty, address + (at * ty.bytes()) as u64, layout.rows)?;
-        out[at..at + layout.rows].copy_from_slice(&values);
-    }
-    Ok(out)
-}
-
-fn tf32(values: &mut [f32]) {
-    for value in values.iter_mut().filter(|value| value.is_finite()) {
-        *value = f32::from_bits(value.to_bits().wrapping_add(0x1000) & !0x1fff);
-    }
-}
-
-fn multiply(plan: &Plan, [a, b, d]: [u64; 3], alpha: f32, beta: f32) -> Result<(), Fault> {
-    let [m, _, n] = plan.size;
-    let [input, output] = plan.types;
-    let [a_layout, b_layout, d_layout] = &plan.layouts;
-    let (mut left, mut right) = (matrix(input, a, a_layout)?, matrix(input, b, b_layout)?);
-    if plan.operation.compute == COMPUTE_32F_FAST_TF32 {
-        tf32(&mut left);
-        tf32(&mut right);
-    }
-    let strides = |layout: &Layout, transposed: bool| {
-        if transposed { [layout.stride, 1] } else { [1, layout.stride] }
-    };
-    let [left_transposed, right_transposed] = plan.operation.transposed;
-    let mut out =
-        product(plan.size, (&left, strides(a_layout, left_transposed)), (&right, strides(b_layout, right_transposed)));
-    out.iter_mut().for_each(|value| *value *= alpha);
-    let bias = match plan.operation.epilogue {
-        EPILOGUE_BIAS => Some(read(output, plan.operation.bias, m)?),
-        _ => None,
-    };
-    for column in 0..n {
-        let address = d + (column * d_layout.stride * output.bytes()) as u64;
-        let values = &mut out[column * m..(column + 1) * m];
-        if beta != 0.0 {
-            let old = read(output, address, m)?;
-            values.iter_mut().zip(&old).for_each(|(value, old)| *value += beta * old);
-        }
-        if let Some(bias) = &bias {
-            values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-        }
-        write(output, address, values)?;
-    }
-    Ok(())
 }

@@ -347,7 +347,16 @@ impl Decoder<'_, '_> {
                 "xor" => Combine::Xor,
                 _ => return self.unknown(),
             };
-            let (d, a, b) = (self.pred(0)?.index, self.pred(1)?, self.pred(2)?);
+            let (d, a) = (self.pred(0)?.index, self.pred(1)?);
+            // A constant: the first operand, or its opposite, gives the same with `and` and `or`.
+            let b = match *self.operand(2)? {
+                Operand::Bits(bits) if op.base == "xor" => {
+                    let a = Pred { negated: a.negated ^ (bits != 0), ..a };
+                    return self.one(Op::PredMove { d, a }, Class::Integer);
+                }
+                Operand::Bits(bits) => Pred { negated: a.negated ^ ((bits != 0) == (op.base == "or")), ..a },
+                _ => self.pred(2)?,
+            };
             return self.one(Op::PredLogic { with, d, a, b }, Class::Integer);
         }
         if is_float(ty) {

@@ -1,11 +1,13 @@
-//! Layer normalization and root-mean-square normalization.
+//! Layer normalization and root-mean-square normalization, with the sum before and the residual's gradient after them.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Cpu;
 use super::parallel::{dot, rows_in_piece, sum_of, two_sums, vectorize};
-use crate::backend::ops::{LayerNorm, LayerNormBackward, LayerNormForward, RmsNormBackward, RmsNormForward};
-use crate::backend::{Memory, StepContext, disjoint};
+use crate::backend::ops::{LayerNorm, LayerNormBackward, LayerNormForward, RmsNormBackward, RmsNormForward, RowSum};
+use crate::backend::{Act, Activations, Memory, StepContext, disjoint};
 use crate::error::Result;
 use crate::real::Real;
 
@@ -26,6 +28,47 @@ fn add_partials<R: Real>(gradient: &mut [R], partials: &[Vec<R>], part: usize, o
             }
         },
     );
+}
+
+/// The elements of what a sum names; none without one.
+fn sum_ranges<R: Real>(activations: &Activations<Cpu<R>>, sum: Option<RowSum>) -> [Range<usize>; 2] {
+    sum.map_or([0..0, 0..0], |RowSum { other, sum }| [activations.range(other), activations.range(sum)])
+}
+
+/// The elements of an activation; none without one.
+fn range_of<R: Real>(activations: &Activations<Cpu<R>>, act: Option<Act>) -> Range<usize> {
+    act.map_or(0..0, |act| activations.range(act))
+}
+
+/// Runs `norm` on pieces of `piece` values: of y, of what is normalized, and their statistics. That is x, or where there are
+/// `[other, sum]`, x + other, which a piece leaves in `sum` first.
+fn in_pieces<R: Real, S: IndexedParallelIterator>(
+    [y, x]: [&mut [R]; 2],
+    sum: Option<[&mut [R]; 2]>,
+    statistics: S,
+    piece: usize,
+    norm: impl Fn(&mut [R], &[R], S::Item) + Sync,
+) {
+    let pieces = y.par_chunks_mut(piece).zip(x.par_chunks(piece)).zip(statistics);
+    let Some([other, sum]) = sum else {
+        pieces.for_each(|((y, x), statistics)| {
+            vectorize(
+                #[inline(always)]
+                || norm(y, x, statistics),
+            );
+        });
+        return;
+    };
+    let sums = sum.par_chunks_mut(piece).zip(other.par_chunks(piece));
+    pieces.zip(sums).for_each(|(((y, x), statistics), (sum, other))| {
+        vectorize(
+            #[inline(always)]
+            || {
+                sum.iter_mut().zip(x).zip(other).for_each(|((sum, &x), &other)| *sum = x + other);
+                norm(y, sum, statistics);
+            },
+        );
+    });
 }
 
 /// Mean and `1 / sqrt(variance + epsilon)` of a row.
@@ -73,6 +116,13 @@ fn rms_norm_row<R: Real>(dx: &mut [R], [x, dy, weight]: [&[R]; 3], s: R, inverse
     }
 }
 
+/// `dx += residual[row]`; nothing where there is no residual.
+#[inline(always)]
+fn add_row<R: Real>(dx: &mut [R], residual: &[R], row: usize) {
+    let residual = residual.chunks_exact(dx.len()).nth(row).unwrap_or_default();
+    dx.iter_mut().zip(residual).for_each(|(dx, &residual)| *dx += residual);
+}
+
 impl<R: Real> LayerNorm for Cpu<R> {
     fn layer_norm_forward(
         &self,
@@ -82,38 +132,40 @@ impl<R: Real> LayerNorm for Cpu<R> {
     ) -> Result<()> {
         let width = args.width.max(1);
         let (arena, activations) = (&*memory.arena, &mut *memory.activations);
-        let ranges = [args.x, args.y, args.mean, args.reciprocal_std].map(|act| activations.range(act));
-        let [x, y, mean, std] = disjoint(&mut activations.values, ranges, "layer norm")?;
+        let [x, y, mean, std] = [args.x, args.y, args.mean, args.reciprocal_std].map(|act| activations.range(act));
+        let [other, sum] = sum_ranges(activations, args.sum);
+        let ranges = [x, y, mean, std, other, sum];
+        let [x, y, mean, std, other, sum] = disjoint(&mut activations.values, ranges, "layer norm")?;
         let weight = &arena.parameters[arena.range(args.weight)];
         let bias = args.bias.map(|bias| &arena.parameters[arena.range(bias)]);
         let rows = rows_in_piece(width);
         let inverse = R::from_f64(1.0 / width as f64);
         let epsilon = R::from_f64(args.epsilon);
         let statistics = mean.par_chunks_mut(rows).zip(std.par_chunks_mut(rows));
-        y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).zip(statistics).for_each(
-            |((y, x), (mean, std))| {
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        let lines = y.chunks_exact_mut(width).zip(x.chunks_exact(width));
-                        for ((y, x), (mean, std)) in lines.zip(mean.iter_mut().zip(std)) {
-                            let (m, s) = row_statistics(x, inverse, epsilon);
-                            match bias {
-                                Some(bias) => {
-                                    for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-                                        *y = (x - m) * s * w + b;
-                                    }
-                                }
-                                None => {
-                                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-                                        *y = (x - m) * s * w;
-                                    }
-                                }
+        in_pieces(
+            [y, x],
+            args.sum.map(|_| [other, sum]),
+            statistics,
+            rows * width,
+            #[inline(always)]
+            |y, x, (mean, std)| {
+                let lines = y.chunks_exact_mut(width).zip(x.chunks_exact(width));
+                for ((y, x), (mean, std)) in lines.zip(mean.iter_mut().zip(std)) {
+                    let (m, s) = row_statistics(x, inverse, epsilon);
+                    match bias {
+                        Some(bias) => {
+                            for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                                *y = (x - m) * s * w + b;
                             }
-                            (*mean, *std) = (m, s);
                         }
-                    },
-                );
+                        None => {
+                            for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                                *y = (x - m) * s * w;
+                            }
+                        }
+                    }
+                    (*mean, *std) = (m, s);
+                }
             },
         );
         Ok(())
@@ -127,9 +179,10 @@ impl<R: Real> LayerNorm for Cpu<R> {
     ) -> Result<()> {
         let width = args.width.max(1);
         let (arena, activations) = (&mut *memory.arena, &mut *memory.activations);
-        let dx_range = args.dx.map_or(0..0, |dx| activations.range(dx));
+        let [dx, residual] = [args.dx, args.residual].map(|act| range_of(activations, act));
         let [x, dy, mean, std] = [args.x, args.dy, args.mean, args.reciprocal_std].map(|act| activations.range(act));
-        let [x, dy, mean, std, dx] = disjoint(&mut activations.values, [x, dy, mean, std, dx_range], "layer norm")?;
+        let ranges = [x, dy, mean, std, dx, residual];
+        let [x, dy, mean, std, dx, residual] = disjoint(&mut activations.values, ranges, "layer norm")?;
         let weight = &arena.parameters[arena.range(args.weight)];
         let inverse = R::from_f64(1.0 / width as f64);
         let group = |index: usize, mut dx: Option<&mut [R]>| {
@@ -152,6 +205,7 @@ impl<R: Real> LayerNorm for Cpu<R> {
                         if let Some(dx) = &mut dx {
                             let dx = &mut dx[local * width..(local + 1) * width];
                             layer_norm_row(dx, [x, dy, weight], [m, s], inverse);
+                            add_row(dx, residual, row);
                         }
                     }
                 },
@@ -175,28 +229,30 @@ impl<R: Real> LayerNorm for Cpu<R> {
     fn rms_norm_forward(&self, memory: &mut Memory<'_, Self>, args: &RmsNormForward, _: &StepContext) -> Result<()> {
         let width = args.width.max(1);
         let (arena, activations) = (&*memory.arena, &mut *memory.activations);
-        let ranges = [args.x, args.y, args.reciprocal_rms].map(|act| activations.range(act));
-        let [x, y, rms] = disjoint(&mut activations.values, ranges, "rms norm")?;
+        let [x, y, rms] = [args.x, args.y, args.reciprocal_rms].map(|act| activations.range(act));
+        let [other, sum] = sum_ranges(activations, args.sum);
+        let [x, y, rms, other, sum] = disjoint(&mut activations.values, [x, y, rms, other, sum], "rms norm")?;
         let weight = &arena.parameters[arena.range(args.weight)];
         let rows = rows_in_piece(width);
         let inverse = R::from_f64(1.0 / width as f64);
         let epsilon = R::from_f64(args.epsilon);
-        let pieces = y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width));
-        pieces.zip(rms.par_chunks_mut(rows)).for_each(|((y, x), rms)| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for ((y, x), rms) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(rms) {
-                        let squares = dot(x, x) * inverse;
-                        let s = R::one() / (squares + epsilon).sqrt();
-                        for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-                            *y = x * s * w;
-                        }
-                        *rms = s;
+        in_pieces(
+            [y, x],
+            args.sum.map(|_| [other, sum]),
+            rms.par_chunks_mut(rows),
+            rows * width,
+            #[inline(always)]
+            |y, x, rms| {
+                for ((y, x), rms) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(rms) {
+                    let squares = dot(x, x) * inverse;
+                    let s = R::one() / (squares + epsilon).sqrt();
+                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                        *y = x * s * w;
                     }
-                },
-            );
-        });
+                    *rms = s;
+                }
+            },
+        );
         Ok(())
     }
 
@@ -208,9 +264,10 @@ impl<R: Real> LayerNorm for Cpu<R> {
     ) -> Result<()> {
         let width = args.width.max(1);
         let (arena, activations) = (&mut *memory.arena, &mut *memory.activations);
-        let dx_range = args.dx.map_or(0..0, |dx| activations.range(dx));
+        let [dx, residual] = [args.dx, args.residual].map(|act| range_of(activations, act));
         let [x, dy, rms] = [args.x, args.dy, args.reciprocal_rms].map(|act| activations.range(act));
-        let [x, dy, rms, dx] = disjoint(&mut activations.values, [x, dy, rms, dx_range], "rms norm")?;
+        let ranges = [x, dy, rms, dx, residual];
+        let [x, dy, rms, dx, residual] = disjoint(&mut activations.values, ranges, "rms norm")?;
         let weight = &arena.parameters[arena.range(args.weight)];
         let inverse = R::from_f64(1.0 / width as f64);
         let group = |index: usize, mut dx: Option<&mut [R]>| {
@@ -229,6 +286,7 @@ impl<R: Real> LayerNorm for Cpu<R> {
                         if let Some(dx) = &mut dx {
                             let dx = &mut dx[local * width..(local + 1) * width];
                             rms_norm_row(dx, [x, dy, weight], s, inverse);
+                            add_row(dx, residual, row);
                         }
                     }
                 },

@@ -29,10 +29,7 @@ impl<S: Storage> Activation for Cuda<S> {
         args: &ActivationForward,
         _: &StepContext,
     ) -> Result<()> {
-        let [x, y] = [args.x, args.y].map(|act| Self::act(memory, act));
-        let grid = Grid::elements(self.device(), args.len, 16 / size_of::<S>());
-        // SAFETY: two activations of `len` values each, as the operation says.
-        unsafe { self.launch(FILE, "activation", grid, args![x, y, number(args.kind), args.len]) }
+        self.apply(args.kind, Self::act(memory, args.x), Self::act(memory, args.y), args.len)
     }
 
     fn activation_backward(
@@ -42,9 +39,7 @@ impl<S: Storage> Activation for Cuda<S> {
         _: &StepContext,
     ) -> Result<()> {
         let [x, dy, dx] = [args.x, args.dy, args.dx].map(|act| Self::act(memory, act));
-        let grid = Grid::elements(self.device(), args.len, 16 / size_of::<S>());
-        // SAFETY: three activations of `len` values each, as the operation says.
-        unsafe { self.launch(FILE, "activation_backward", grid, args![x, dy, dx, number(args.kind), args.len]) }
+        self.apply_slope(args.kind, x, dy, dx, args.len)
     }
 
     fn swiglu_forward(&self, memory: &mut Memory<'_, Self>, args: &SwigluForward, _: &StepContext) -> Result<()> {
@@ -59,5 +54,21 @@ impl<S: Storage> Activation for Cuda<S> {
         let grid = Grid::elements(self.device(), args.rows * args.width, 1);
         // SAFETY: x and dx hold `rows * 2 * width` values, dy half as many.
         unsafe { self.launch(FILE, "swiglu_backward", grid, args![x, dy, dx, args.rows, args.width]) }
+    }
+}
+
+impl<S: Storage> Cuda<S> {
+    /// `y = f(x)`, `len` values in `S`; y may be x.
+    pub(super) fn apply(&self, kind: ActivationKind, x: u64, y: u64, len: usize) -> Result<()> {
+        let grid = Grid::elements(self.device(), len, 16 / size_of::<S>());
+        // SAFETY: the callers hand on activations of `len` values each; a thread reads its values before it writes them.
+        unsafe { self.launch(FILE, "activation", grid, args![x, y, number(kind), len]) }
+    }
+
+    /// `dx = dy f'(x)`, `len` values in `S`; dx may be dy.
+    pub(super) fn apply_slope(&self, kind: ActivationKind, x: u64, dy: u64, dx: u64, len: usize) -> Result<()> {
+        let grid = Grid::elements(self.device(), len, 16 / size_of::<S>());
+        // SAFETY: as above.
+        unsafe { self.launch(FILE, "activation_backward", grid, args![x, dy, dx, number(kind), len]) }
     }
 }

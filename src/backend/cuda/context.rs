@@ -25,12 +25,36 @@ pub struct DeviceOptions {
     pub graphs: bool,
     /// Whether a small arena is updated in one cooperative launch.
     pub persistent_update: bool,
+    /// Whether products take functions of single values and sums of gradients along.
+    pub fusion: Fusion,
+    /// Whether a product's algorithm is chosen by measuring, once a shape, and kept in the cache (`$XDG_CACHE_HOME/warpstep` or
+    /// `~/.cache/warpstep`); otherwise it is what the library proposes first, which is the same on every machine of a kind.
+    pub measure: bool,
 }
 
 impl Default for DeviceOptions {
+    /// On the emulated device nothing is measured: its times say nothing about any device.
     fn default() -> Self {
-        DeviceOptions { ordinal: 0, tf32: false, graphs: true, persistent_update: true }
+        DeviceOptions {
+            ordinal: 0,
+            tf32: false,
+            graphs: true,
+            persistent_update: true,
+            fusion: Fusion::ByArchitecture,
+            measure: !super::emulated::is_active(),
+        }
     }
+}
+
+/// Whether passes of our own over what a product gives are left to the product (cuBLASLt's epilogues).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fusion {
+    /// Where that is known to be faster: in 16 bits, on Hopper's and Blackwell's server chips.
+    ByArchitecture,
+    /// Wherever the library can.
+    Always,
+    /// Nowhere.
+    Never,
 }
 
 /// A GPU, the stream that work is queued on, and the kernels that were loaded.
@@ -46,16 +70,17 @@ pub struct Device {
     timings: Mutex<Option<Vec<super::profile::Timing>>>,
     /// The operation that kernels belong to, while they are timed.
     pub(super) operation: Mutex<Option<&'static str>>,
-    blas: std::sync::OnceLock<super::product::Blas>,
+    blas: std::sync::OnceLock<super::blas::Blas>,
+    dnn: std::sync::OnceLock<super::convolution::Dnn>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
 }
 
-/// Modules by file, functions by name.
+/// Modules by file, functions by file and name.
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<&'static str, sys::CUmodule>,
-    functions: HashMap<String, (sys::CUfunction, u32)>,
+    functions: HashMap<&'static str, HashMap<String, (sys::CUfunction, u32)>>,
 }
 
 // SAFETY: modules and functions are handles of the driver, which may be used from any thread that the context is bound to.
@@ -150,6 +175,7 @@ impl Device {
             timings: Mutex::default(),
             operation: Mutex::default(),
             blas: std::sync::OnceLock::new(),
+            dnn: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
         };
@@ -212,17 +238,40 @@ impl Device {
     }
 
     /// The products' library, opened on first use.
-    pub(super) fn blas(&self) -> Result<&super::product::Blas> {
+    pub(super) fn blas(&self) -> Result<&super::blas::Blas> {
         if let Some(blas) = self.blas.get() {
             return Ok(blas);
         }
-        let blas = super::product::Blas::open(self)?;
+        let blas = super::blas::Blas::open(self)?;
         Ok(self.blas.get_or_init(|| blas))
+    }
+
+    /// The convolutions' library, opened on first use.
+    pub(super) fn dnn(&self) -> Result<&super::convolution::Dnn> {
+        if let Some(dnn) = self.dnn.get() {
+            return Ok(dnn);
+        }
+        let dnn = super::convolution::Dnn::open(self)?;
+        Ok(self.dnn.get_or_init(|| dnn))
     }
 
     /// Address of the device's `StepState`.
     pub(super) fn step_state(&self) -> u64 {
         self.step_state
+    }
+
+    /// Whether what is queued is recorded, not run.
+    pub(super) fn is_recording(&self) -> Result<bool> {
+        let status = self.stream.capture_status().map_err(|error| driver_error("ask for the recording", error))?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// The driver's version, 0 where it does not tell.
+    pub(super) fn driver_version(&self) -> i32 {
+        let mut version = 0;
+        // SAFETY: there is room for the number.
+        let status = unsafe { sys::cuDriverGetVersion(&mut version) };
+        if status == sys::CUresult::CUDA_SUCCESS { version } else { 0 }
     }
 
     /// Makes the context that of this thread.
@@ -243,7 +292,7 @@ impl Device {
     pub(super) fn function(&self, file: &'static str, kernel: &str, shared: u32) -> Result<sys::CUfunction> {
         self.bind()?;
         let mut loaded = self.loaded();
-        if let Some(&(function, allowed)) = loaded.functions.get(kernel)
+        if let Some(&(function, allowed)) = loaded.functions.get(file).and_then(|functions| functions.get(kernel))
             && shared <= allowed
         {
             return Ok(function);
@@ -266,7 +315,7 @@ impl Device {
             unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
                 .map_err(|error| driver_error(&format!("give {kernel} {shared} bytes of shared memory"), error))?;
         }
-        loaded.functions.insert(kernel.to_owned(), (function, shared.max(STATIC_SHARED)));
+        loaded.functions.entry(file).or_default().insert(kernel.to_owned(), (function, shared.max(STATIC_SHARED)));
         Ok(function)
     }
 
@@ -390,6 +439,7 @@ impl Drop for Device {
         if let Some(blas) = self.blas.take() {
             blas.close(self);
         }
+        drop(self.dnn.take());
         for (address, _) in std::mem::take(self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner)) {
             self.release(address);
         }

@@ -71,7 +71,6 @@ impl Grid {
     }
 
     /// With so many bytes of dynamic shared memory.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     pub fn with_shared(self, shared: usize) -> Self {
         Grid { shared: shared as u32, ..self }
     }

@@ -1,9 +1,10 @@
-//! The affine map: products by cuBLASLt, the bias added and its gradient summed in their epilogues where that is possible.
+//! The affine map: products by cuBLASLt. Biases are added in their epilogues; functions of single values, their slopes and the
+//! gradients of biases go with them where the device is faster for it, otherwise each is a pass of our own.
 
 use super::launch::{Grid, args};
 use super::product::{Epilogue, Matrix, Product};
 use super::{Cuda, Storage};
-use crate::backend::ops::{Linear, LinearBackward, LinearForward};
+use crate::backend::ops::{ActivationKind, FusedActivation, FusedSlope, Linear, LinearBackward, LinearForward};
 use crate::backend::{Memory, StepContext};
 use crate::error::Result;
 
@@ -12,53 +13,115 @@ const FILE: &str = "linear";
 impl<S: Storage> Linear for Cuda<S> {
     fn linear_forward(&self, memory: &mut Memory<'_, Self>, args: &LinearForward, _: &StepContext) -> Result<()> {
         let LinearForward { rows, inputs, outputs, .. } = *args;
-        let product = Product {
+        let y = Self::act(memory, args.y);
+        let bias = args.bias.map(|bias| Self::param(memory, bias));
+        let product = |out, epilogue| Product {
             left: Matrix::rows(Self::act(memory, args.x), inputs),
             right: Matrix::rows(Self::param(memory, args.weight), inputs).transposed(),
-            out: Matrix::rows(Self::act(memory, args.y), outputs),
+            out: Matrix::rows(out, outputs),
             size: [rows, inputs, outputs],
             add: false,
-            epilogue: args.bias.map_or(Epilogue::None, |bias| Epilogue::Bias(Self::param(memory, bias))),
+            epilogue,
             types: [S::NAME, S::NAME],
         };
-        // SAFETY: activations and parameters of the sizes that the operation says.
-        unsafe { self.device().product("linear_forward", &product) }
+        let plain = bias.map_or(Epilogue::None, Epilogue::Bias);
+        let Some(FusedActivation { kind, kept }) = args.activation else {
+            // SAFETY: activations and parameters of the sizes that the operation says.
+            return unsafe { self.device().product(NAME_FORWARD, &product(y, plain)) };
+        };
+        let kept = kept.map(|kept| Self::act(memory, kept));
+        // ReLU's kept matrix would be a mask of bits in the library, which is not what operations name.
+        let epilogue = match (kind, kept) {
+            (ActivationKind::GeluTanh, kept) => Some(Epilogue::Gelu { bias, kept }),
+            (ActivationKind::Relu, None) => Some(Epilogue::Relu { bias }),
+            _ => None,
+        };
+        if let Some(epilogue) = epilogue {
+            // SAFETY: as above; what is kept has the size of y.
+            if unsafe { self.device().fused_product("linear_forward_activation", &product(y, epilogue))? } {
+                return Ok(());
+            }
+        }
+        // The bias goes with the product anyway, so what is left is one pass over the values.
+        let before = kept.unwrap_or(y);
+        // SAFETY: as above.
+        unsafe { self.device().product(NAME_FORWARD, &product(before, plain))? };
+        self.apply(kind, before, y, rows * outputs)
     }
 
     fn linear_backward(&self, memory: &mut Memory<'_, Self>, args: &LinearBackward, step: &StepContext) -> Result<()> {
-        let LinearBackward { rows, inputs, outputs, .. } = *args;
-        let [x, dy] = [args.x, args.dy].map(|act| Self::act(memory, act));
         if let Some(dx) = args.dx {
-            let product = Product {
-                left: Matrix::rows(dy, outputs),
-                right: Matrix::rows(Self::param(memory, args.weight), inputs),
-                out: Matrix::rows(Self::act(memory, dx), inputs),
-                size: [rows, outputs, inputs],
-                add: false,
-                epilogue: Epilogue::None,
-                types: [S::NAME, S::NAME],
-            };
-            // SAFETY: as above.
-            unsafe { self.device().product("linear_backward_input", &product)? };
+            let dx = Self::act(memory, dx);
+            self.input_gradient(memory, args, dx)?;
         }
-        let product = Product {
+        self.parameter_gradients(memory, args, step)
+    }
+}
+
+const NAME_FORWARD: &str = "linear_forward";
+
+impl<S: Storage> Cuda<S> {
+    /// `dx = (dy W) f'(u)`.
+    fn input_gradient(&self, memory: &Memory<'_, Self>, args: &LinearBackward, dx: u64) -> Result<()> {
+        let LinearBackward { rows, inputs, outputs, .. } = *args;
+        let product = |epilogue| Product {
+            left: Matrix::rows(Self::act(memory, args.dy), outputs),
+            right: Matrix::rows(Self::param(memory, args.weight), inputs),
+            out: Matrix::rows(dx, inputs),
+            size: [rows, outputs, inputs],
+            add: false,
+            epilogue,
+            types: [S::NAME, S::NAME],
+        };
+        let slope = args.slope.map(|FusedSlope { kind, of }| (kind, Self::act(memory, of)));
+        // DGELU alone: with BGRAD besides, the bias gradient of the layer before would come in the type of dx, not in f32.
+        if let Some((ActivationKind::GeluTanh, of)) = slope {
+            // SAFETY: activations and parameters of the sizes that the operation says.
+            let fused = unsafe {
+                self.device().fused_product("linear_backward_input_slope", &product(Epilogue::GeluSlope { of }))?
+            };
+            if fused {
+                return Ok(());
+            }
+        }
+        // SAFETY: as above.
+        unsafe { self.device().product("linear_backward_input", &product(Epilogue::None))? };
+        slope.map_or(Ok(()), |(kind, of)| self.apply_slope(kind, of, dx, dx, rows * inputs))
+    }
+
+    /// `dW (+)= dy^T x`, `db (+)= sum of dy over rows`, both f32.
+    fn parameter_gradients(&self, memory: &Memory<'_, Self>, args: &LinearBackward, step: &StepContext) -> Result<()> {
+        let LinearBackward { rows, inputs, outputs, .. } = *args;
+        let dy = Self::act(memory, args.dy);
+        let product = |epilogue| Product {
             left: Matrix::rows(dy, outputs).transposed(),
-            right: Matrix::rows(x, inputs),
+            right: Matrix::rows(Self::act(memory, args.x), inputs),
             out: Matrix::rows(Self::grad(memory, args.dweight), inputs),
             size: [outputs, rows, inputs],
             add: !step.overwrites(args.dweight),
-            epilogue: Epilogue::None,
+            epilogue,
             types: [S::NAME, "f32"],
         };
-        // SAFETY: as above; the gradient holds f32.
-        unsafe { self.device().product("linear_backward_weight", &product)? };
-        if let Some(dbias) = args.dbias {
-            let add = !step.overwrites(dbias);
-            self.sum_rows(dy, Self::grad(memory, dbias), [rows, outputs], add)?;
+        let Some(dbias) = args.dbias else {
+            // SAFETY: activations and parameters of the sizes that the operation says; the gradient holds f32.
+            return unsafe { self.device().product(NAME_WEIGHT, &product(Epilogue::None)) };
+        };
+        let (add, sums) = (!step.overwrites(dbias), Self::grad(memory, dbias));
+        // The product's sums are f32, as its values are, and `=`: what is to be added goes through a vector besides.
+        let direct = if add { self.device().scratch(outputs * size_of::<f32>())? } else { sums };
+        // SAFETY: as above; there is room for `outputs` sums.
+        let fused =
+            unsafe { self.device().fused_product("linear_backward_parameters", &product(Epilogue::LeftSums(direct)))? };
+        if fused {
+            return if add { self.finish_sums(direct, sums, [1, outputs], true) } else { Ok(()) };
         }
-        Ok(())
+        // SAFETY: as above.
+        unsafe { self.device().product(NAME_WEIGHT, &product(Epilogue::None))? };
+        self.sum_rows(dy, sums, [rows, outputs], add)
     }
 }
+
+const NAME_WEIGHT: &str = "linear_backward_weight";
 
 /// Rows that a block of the first stage of a sum over rows takes (kernels/linear.cu).
 const ROWS_PER_BLOCK: usize = 128;
@@ -72,11 +135,15 @@ impl<S: Storage> Cuda<S> {
         let partial = self.device().scratch(parts * width * size_of::<f32>())?;
         let mut grid = Grid::new(width.div_ceil(COLUMNS), 256);
         grid.blocks[1] = parts as u32;
-        // SAFETY: x holds `rows * width` values, the scratch `parts * width`, sums `width`.
-        unsafe {
-            self.launch(FILE, "sum_rows_partial", grid, args![x, partial, rows, width])?;
-            let grid = Grid::new(width.div_ceil(256), 256);
-            self.device().launch(FILE, "sum_rows_finish", grid, args![partial, sums, parts, width, add])
-        }
+        // SAFETY: x holds `rows * width` values, the scratch `parts * width`.
+        unsafe { self.launch(FILE, "sum_rows_partial", grid, args![x, partial, rows, width])? };
+        self.finish_sums(partial, sums, [parts, width], add)
+    }
+
+    /// `sums[column] (+)= sum over the parts`, partial: `[parts, width]`, both f32.
+    pub(super) fn finish_sums(&self, partial: u64, sums: u64, [parts, width]: [usize; 2], add: bool) -> Result<()> {
+        let grid = Grid::new(width.div_ceil(256), 256);
+        // SAFETY: the callers hand on `parts * width` values and room for `width`.
+        unsafe { self.device().launch(FILE, "sum_rows_finish", grid, args![partial, sums, parts, width, add]) }
     }
 }

@@ -5,20 +5,29 @@
 
 mod activation;
 mod alias;
+mod attention;
 pub mod auto;
+mod batch_norm;
+mod blas;
 mod buffer;
+mod channel;
+mod choice;
 mod context;
+mod conv;
+mod convolution;
 mod cooperative;
 pub mod doctor;
 mod dropout;
 mod elementwise;
+mod embedding;
 pub mod emulated;
 mod launch;
+mod layer_norm;
 pub mod libraries;
 mod linear;
 mod loss;
 mod module;
-mod pending;
+mod pool;
 mod product;
 mod profile;
 mod recording;
@@ -29,7 +38,7 @@ pub mod update;
 pub use cudarc;
 
 pub use buffer::Buffer;
-pub use context::{Device, DeviceOptions};
+pub use context::{Device, DeviceOptions, Fusion};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
 pub use recording::Recording;
@@ -84,7 +93,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of an activation, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn act_or_null(memory: &Memory<'_, Self>, act: Option<Act>) -> u64 {
         act.map_or(0, |act| Self::act(memory, act))
     }
@@ -101,7 +109,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a parameter, 0 (null) where there is none.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn param_or_null(memory: &Memory<'_, Self>, param: Option<Param>) -> u64 {
         param.map_or(0, |param| Self::param(memory, param))
     }
@@ -112,7 +119,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a kept tensor, f32.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn state(memory: &Memory<'_, Self>, state: State) -> u64 {
         memory.arena.state.address_of(memory.arena.state_range(state).start)
     }
@@ -152,11 +158,15 @@ impl<S: Storage> Backend for Cuda<S> {
     }
 
     fn parameters_changed(&self, arena: &mut Arena<Self>) -> Result<()> {
-        if !S::HAS_MASTER {
+        if !S::HAS_MASTER || self.stores_alone(arena) {
             return Ok(());
         }
         let len = arena.parameters.len();
         self.convert(arena.parameters.address_of(0), arena.stored.address_of(0), len)
+    }
+
+    fn stores_alone(&self, arena: &Arena<Self>) -> bool {
+        S::HAS_MASTER && arena.parameters.is_empty() && !arena.stored.is_empty()
     }
 
     fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {

@@ -93,7 +93,8 @@ fn compile(file: &str, source: &str, options: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn cache_folder() -> Option<PathBuf> {
+/// Where what is made on this machine is kept, to be found by the next run.
+pub(super) fn cache_folder() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     base.filter(|path| path.is_absolute()).or_else(home).map(|folder| folder.join("warpstep"))

@@ -1,47 +1,82 @@
-//! Products of matrices by cuBLASLt, the algorithm chosen once a shape.
+//! Products of matrices by cuBLASLt, with what is done to them on their way out, the algorithm chosen once a shape.
 //!
 //! cuBLASLt is column-major; a row-major matrix is its transpose there. So `C = A B` in rows is computed as `C' = B' A'`.
 
-use std::collections::HashMap;
-use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
-use cudarc::cublaslt::result::{self, CublasError};
-use cudarc::cublaslt::sys::{
-    self, cublasComputeType_t, cublasLtEpilogue_t, cublasLtMatmulAlgo_t, cublasLtMatmulDescAttributes_t as Attribute,
-    cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t, cudaDataType,
-};
-
-use super::context::Device;
+use super::blas::{Described, blas_error, candidates, multiply};
+use super::choice::choose;
+use super::context::{Device, Fusion};
 use crate::error::{Error, Result};
 
 /// A row-major matrix in device memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Matrix {
-    address: u64,
+    pub address: u64,
     /// Values from one row to the next.
-    stride: usize,
-    transposed: bool,
+    pub stride: usize,
+    pub is_transposed: bool,
 }
 
 impl Matrix {
     /// A matrix whose rows start `stride` values apart.
     pub fn rows(address: u64, stride: usize) -> Self {
-        Matrix { address, stride, transposed: false }
+        Matrix { address, stride, is_transposed: false }
     }
 
     /// Its transpose, without moving anything.
     pub fn transposed(self) -> Self {
-        Matrix { transposed: !self.transposed, ..self }
+        Matrix { is_transposed: !self.is_transposed, ..self }
     }
 }
 
-/// What is done to a product on its way out.
+/// What is done to a product on its way out. Vectors and matrices are given by their addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Epilogue {
     None,
-    /// A vector is added to every row: its address, in the type of `out`.
+    /// A vector is added to every row, in the type of `out`.
     Bias(u64),
+    /// `out = max(u, 0)`, u the product and a bias.
+    Relu {
+        bias: Option<u64>,
+    },
+    /// `out = gelu(u)`, u the product and a bias; u itself may be kept, laid out as `out` is. The library's GELU is the tanh form.
+    Gelu {
+        bias: Option<u64>,
+        kept: Option<u64>,
+    },
+    /// `out = product * gelu'(u)`, u laid out as `out` is.
+    GeluSlope {
+        of: u64,
+    },
+    /// Besides the product, `sums = sum of left over its columns`, m values in the type of `out`, always `=`: the library has no
+    /// `+=` for it. `left` is given transposed.
+    LeftSums(u64),
+}
+
+impl Epilogue {
+    /// Address of the vector.
+    pub fn vector(self) -> Option<u64> {
+        match self {
+            Epilogue::None | Epilogue::GeluSlope { .. } => None,
+            Epilogue::Bias(vector) | Epilogue::LeftSums(vector) => Some(vector),
+            Epilogue::Relu { bias } | Epilogue::Gelu { bias, .. } => bias,
+        }
+    }
+
+    /// Address of the matrix that is kept, or read.
+    pub fn matrix(self) -> Option<u64> {
+        match self {
+            Epilogue::Gelu { kept, .. } => kept,
+            Epilogue::GeluSlope { of } => Some(of),
+            Epilogue::None | Epilogue::Bias(_) | Epilogue::Relu { .. } | Epilogue::LeftSums(_) => None,
+        }
+    }
+
+    /// Whether every version of the library has it, on every device, at no cost worth a thought.
+    fn is_plain(self) -> bool {
+        matches!(self, Epilogue::None | Epilogue::Bias(_))
+    }
 }
 
 /// `out = left right`, or `out += left right`: `[m, k]` times `[k, n]`.
@@ -58,97 +93,43 @@ pub(super) struct Product {
     pub types: [&'static str; 2],
 }
 
-/// What an algorithm is chosen for.
+/// All that an algorithm is chosen for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Shape {
-    types: [&'static str; 2],
-    size: [usize; 3],
-    strides: [usize; 3],
-    transposed: [bool; 2],
-    bias: bool,
-    tf32: bool,
+pub(super) struct Shape {
+    pub types: [&'static str; 2],
+    pub size: [usize; 3],
+    pub strides: [usize; 3],
+    pub transposed: [bool; 2],
+    pub add: bool,
+    /// `cublasLtEpilogue_t`.
+    pub epilogue: u32,
+    pub tf32: bool,
+    /// Bytes that the addresses of left, right, out, the epilogue's vector and its matrix are multiples of: algorithms ask for
+    /// more or less.
+    pub alignments: [u32; 5],
 }
 
-/// cuBLASLt, its workspace, and the algorithms that were chosen.
-pub(super) struct Blas {
-    handle: sys::cublasLtHandle_t,
-    workspace: u64,
-    chosen: Mutex<HashMap<Shape, cublasLtMatmulAlgo_t>>,
+/// The largest alignment that any algorithm asks for.
+const MOST_ALIGNMENT: u32 = 256;
+
+fn alignment(address: u64) -> u32 {
+    1 << address.trailing_zeros().min(MOST_ALIGNMENT.trailing_zeros())
 }
 
-// SAFETY: NVIDIA documents the handle as usable from several threads at once.
-unsafe impl Send for Blas {}
-// SAFETY: as above; the table is behind a lock.
-unsafe impl Sync for Blas {}
-
-/// What NVIDIA recommends on Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
-
-fn blas_error(what: &str, error: CublasError) -> Error {
-    Error::Device(format!("cuBLASLt: cannot {what}: {:?}", error.0))
-}
-
-impl Blas {
-    pub fn open(device: &Device) -> Result<Self> {
-        // SAFETY: asks whether a library of this name loads; nothing of it is called.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::Device(
-                "cuBLASLt was not found (libcublasLt.so): install NVIDIA's CUDA toolkit, or `pip install nvidia-cublas` and \
-                 name its folder in LD_LIBRARY_PATH; `warpstep doctor` tells what is there"
-                    .into(),
-            ));
+impl Shape {
+    fn of(product: &Product, tf32: bool) -> Self {
+        let Product { left, right, out, size, add, epilogue, types } = *product;
+        let [vector, matrix] = [epilogue.vector(), epilogue.matrix()].map(|address| address.unwrap_or(0));
+        Shape {
+            types,
+            size,
+            strides: [left.stride, right.stride, out.stride],
+            transposed: [left.is_transposed, right.is_transposed],
+            add,
+            epilogue: epilogue.number() as u32,
+            tf32: tf32 && types[0] == "f32",
+            alignments: [left.address, right.address, out.address, vector, matrix].map(alignment),
         }
-        device.bind()?;
-        let handle = result::create_handle().map_err(|error| blas_error("start", error))?;
-        Ok(Blas { handle, workspace: device.allocate(WORKSPACE_BYTES)?, chosen: Mutex::default() })
-    }
-
-    /// Frees what the device holds for it.
-    pub fn close(&self, device: &Device) {
-        device.release(self.workspace);
-        // SAFETY: the handle came from `create_handle` and is not used again: the device that owns it is being dropped.
-        let closed = unsafe { result::destroy_handle(self.handle) };
-        // A library that does not close leaves nothing to be done.
-        let _ = closed;
-    }
-}
-
-/// Descriptions that cuBLASLt keeps of one product, freed with it.
-struct Described {
-    operation: sys::cublasLtMatmulDesc_t,
-    layouts: Vec<sys::cublasLtMatrixLayout_t>,
-}
-
-impl Drop for Described {
-    fn drop(&mut self) {
-        for &layout in &self.layouts {
-            // SAFETY: created by `describe`, destroyed once.
-            let _ = unsafe { result::destroy_matrix_layout(layout) };
-        }
-        // SAFETY: as above.
-        let _ = unsafe { result::destroy_matmul_desc(self.operation) };
-    }
-}
-
-impl Described {
-    fn set<T>(&self, attribute: Attribute, value: &T) -> std::result::Result<(), CublasError> {
-        // SAFETY: the description lives; the value is read before the call returns, and is of the attribute's type.
-        unsafe {
-            result::set_matmul_desc_attribute(
-                self.operation,
-                attribute,
-                std::ptr::from_ref(value).cast::<c_void>(),
-                size_of::<T>(),
-            )
-        }
-    }
-}
-
-fn data_type(name: &str) -> cudaDataType {
-    match name {
-        "bf16" => cudaDataType::CUDA_R_16BF,
-        "f16" => cudaDataType::CUDA_R_16F,
-        _ => cudaDataType::CUDA_R_32F,
     }
 }
 
@@ -156,166 +137,72 @@ impl Device {
     /// Queues a product.
     ///
     /// # Safety
-    /// The matrices hold what `size`, their strides and `types` say.
+    /// The matrices hold what `size`, their strides and `types` say, and so do the epilogue's; none overlaps `out`.
     pub(super) unsafe fn product(&self, name: &str, product: &Product) -> Result<()> {
-        let device = self;
-        let blas = device.blas()?;
-        let Product { left, right, out, size, .. } = *product;
-        let shape = Shape {
-            types: product.types,
-            size,
-            strides: [left.stride, right.stride, out.stride],
-            transposed: [left.transposed, right.transposed],
-            bias: product.epilogue != Epilogue::None,
-            tf32: device.options().tf32,
+        // SAFETY: as the caller promises.
+        if unsafe { self.queue_product(name, product)? } {
+            return Ok(());
+        }
+        let shape = Shape::of(product, self.options().tf32);
+        Err(Error::Device(format!("cuBLASLt: has no algorithm for {shape:?}")))
+    }
+
+    /// Queues a product with an epilogue that takes the place of a pass of our own; false, with nothing queued, where the pass is
+    /// to be taken: on this device it is faster, or the library cannot do it.
+    ///
+    /// # Safety
+    /// As [`Device::product`].
+    pub(super) unsafe fn fused_product(&self, name: &str, product: &Product) -> Result<bool> {
+        // SAFETY: as the caller promises.
+        Ok(self.fuses(product) && unsafe { self.queue_product(name, product)? })
+    }
+
+    fn fuses(&self, product: &Product) -> bool {
+        // The kept matrix must be aligned, and so must its rows.
+        let fits = product
+            .epilogue
+            .matrix()
+            .is_none_or(|matrix| matrix.is_multiple_of(16) && product.out.stride.is_multiple_of(8));
+        let wanted = match self.options().fusion {
+            Fusion::Always => true,
+            Fusion::Never => false,
+            // Server chips run such epilogues within the product; on others the library was seen to write twice or to fall
+            // back to slower products. In f32 a product takes so long that the pass saved is lost in it.
+            Fusion::ByArchitecture => matches!(self.compute_capability().0, 9 | 10) && product.types[0] != "f32",
         };
-        let described = describe(&shape, product).map_err(|error| blas_error(&format!("describe {shape:?}"), error))?;
+        fits && (wanted || product.epilogue.is_plain())
+    }
+
+    /// Whether there is an algorithm; the product is queued if so.
+    ///
+    /// # Safety
+    /// As [`Device::product`].
+    unsafe fn queue_product(&self, name: &str, product: &Product) -> Result<bool> {
+        let blas = self.blas()?;
+        let shape = Shape::of(product, self.options().tf32);
+        let described =
+            Described::new(&shape, product).map_err(|error| blas_error(&format!("describe {shape:?}"), error))?;
         let mut chosen = blas.chosen.lock().unwrap_or_else(PoisonError::into_inner);
         let algorithm = match chosen.get(&shape) {
             Some(algorithm) => *algorithm,
             None => {
-                let found = candidates(blas, &described)
+                let found = candidates(blas, &shape, &described)
                     .map_err(|error| blas_error(&format!("find an algorithm for {shape:?}"), error))?;
                 // SAFETY: as the caller promises.
-                let algorithm = unsafe { choose(device, blas, &described, product, &found) }
-                    .map_err(|error| blas_error(&format!("multiply {shape:?}"), error))?;
-                chosen.insert(shape.clone(), algorithm);
-                algorithm
+                let choice = unsafe { choose(self, blas, &shape, &described, product, &found)? };
+                if choice.is_final {
+                    chosen.insert(shape.clone(), choice.algorithm);
+                }
+                choice.algorithm
             }
         };
         drop(chosen);
-        device.timed(name, || {
+        let Some(algorithm) = algorithm else { return Ok(false) };
+        self.timed(name, || {
             // SAFETY: as the caller promises.
-            unsafe { multiply(device, blas, &described, product, &algorithm) }
+            unsafe { multiply(self, blas, &described, product, product.out.address, &algorithm) }
                 .map_err(|error| blas_error(&format!("multiply {shape:?}"), error))
-        })
-    }
-}
-
-fn describe(shape: &Shape, product: &Product) -> std::result::Result<Described, CublasError> {
-    let compute = match (shape.types[0], shape.tf32) {
-        ("f32", true) => cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
-        _ => cublasComputeType_t::CUBLAS_COMPUTE_32F,
-    };
-    let operation = result::create_matmul_desc(compute, cudaDataType::CUDA_R_32F)?;
-    let mut described = Described { operation, layouts: Vec::new() };
-    let [m, k, n] = shape.size;
-    // The library's A is our right matrix, its B our left one. A row-major matrix that is not transposed is its transpose
-    // there, with as many rows as ours has columns.
-    let stored = |matrix: &Matrix, rows: usize, columns: usize| {
-        if matrix.transposed { (rows, columns) } else { (columns, rows) }
-    };
-    let (input, output) = (data_type(shape.types[0]), data_type(shape.types[1]));
-    let right = stored(&product.right, k, n);
-    let left = stored(&product.left, m, k);
-    let sides = [
-        (input, right, product.right.stride),
-        (input, left, product.left.stride),
-        (output, (n, m), product.out.stride),
-    ];
-    for (of, (rows, columns), stride) in sides {
-        described.layouts.push(result::create_matrix_layout(of, rows as u64, columns as u64, stride as i64)?);
-    }
-    described.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &i32::from(product.right.transposed))?;
-    described.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &i32::from(product.left.transposed))?;
-    if let Epilogue::Bias(address) = product.epilogue {
-        described.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
-        described.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &address)?;
-    }
-    Ok(described)
-}
-
-/// How many algorithms are compared.
-const CANDIDATES: usize = 8;
-
-/// The algorithms that the library thinks fastest, best first.
-fn candidates(
-    blas: &Blas,
-    described: &Described,
-) -> std::result::Result<Vec<cublasLtMatmulHeuristicResult_t>, CublasError> {
-    let preference = result::create_matmul_pref()?;
-    let [a, b, c] = [described.layouts[0], described.layouts[1], described.layouts[2]];
-    let mut found = vec![std::mem::MaybeUninit::<cublasLtMatmulHeuristicResult_t>::zeroed(); CANDIDATES];
-    let mut count = 0;
-    // SAFETY: all descriptions live; there is room for as many results as are asked for.
-    let status = unsafe {
-        result::set_matmul_pref_attribute(
-            preference,
-            cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-            std::ptr::from_ref(&WORKSPACE_BYTES).cast(),
-            size_of::<usize>(),
-        )
-        .and_then(|()| {
-            sys::cublasLtMatmulAlgoGetHeuristic(
-                blas.handle,
-                described.operation,
-                a,
-                b,
-                c,
-                c,
-                preference,
-                CANDIDATES as i32,
-                found.as_mut_ptr().cast(),
-                &mut count,
-            )
-            .result()
-        })
-    };
-    // SAFETY: created above, destroyed once.
-    unsafe { result::destroy_matmul_pref(preference)? };
-    status?;
-    found.truncate(usize::try_from(count).unwrap_or(0));
-    // SAFETY: the library filled `count` results; zeros are valid values of all fields besides.
-    let found = found.into_iter().map(|result| unsafe { result.assume_init() });
-    let usable: Vec<_> = found.filter(|result| result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS).collect();
-    if usable.is_empty() { Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) } else { Ok(usable) }
-}
-
-/// The algorithm to use from now on.
-///
-/// # Safety
-/// As [`Device::product`].
-unsafe fn choose(
-    _device: &Device,
-    _blas: &Blas,
-    _described: &Described,
-    _product: &Product,
-    found: &[cublasLtMatmulHeuristicResult_t],
-) -> std::result::Result<cublasLtMatmulAlgo_t, CublasError> {
-    Ok(found[0].algo)
-}
-
-/// # Safety
-/// As [`Device::product`].
-unsafe fn multiply(
-    device: &Device,
-    blas: &Blas,
-    described: &Described,
-    product: &Product,
-    algorithm: &cublasLtMatmulAlgo_t,
-) -> std::result::Result<(), CublasError> {
-    let (alpha, beta) = (1.0f32, if product.add { 1.0f32 } else { 0.0 });
-    let [a, b, c] = [described.layouts[0], described.layouts[1], described.layouts[2]];
-    // SAFETY: the descriptions live, the scalars are read before the call returns, the matrices are as the caller promises,
-    // and the workspace is of the size that was named as the most.
-    unsafe {
-        result::matmul(
-            blas.handle,
-            described.operation,
-            std::ptr::from_ref(&alpha).cast(),
-            std::ptr::from_ref(&beta).cast(),
-            product.right.address as *const c_void,
-            a,
-            product.left.address as *const c_void,
-            b,
-            product.out.address as *const c_void,
-            c,
-            product.out.address as *mut c_void,
-            c,
-            algorithm,
-            blas.workspace as *mut c_void,
-            WORKSPACE_BYTES,
-            device.stream().cu_stream().cast(),
-        )
+        })?;
+        Ok(true)
     }
 }

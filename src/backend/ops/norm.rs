@@ -1,4 +1,4 @@
-use crate::backend::op::op;
+use crate::backend::op::{Operand, Use, op};
 use crate::backend::{Act, Backend, Grad, Memory, Param, State, StepContext};
 use crate::error::Result;
 
@@ -35,7 +35,7 @@ pub trait BatchNorm: Sized {
 
 /// Layer normalization (Ba et al. 2016) and its form without mean (RMS norm, Zhang and Sennrich 2019).
 pub trait LayerNorm: Sized {
-    /// `y = (x - mean) / sqrt(variance + epsilon) * weight + bias`, row by row.
+    /// `y = (x - mean) / sqrt(variance + epsilon) * weight + bias`, row by row, of a sum where one is asked for.
     fn layer_norm_forward(
         &self,
         memory: &mut Memory<'_, Self>,
@@ -53,7 +53,7 @@ pub trait LayerNorm: Sized {
     ) -> Result<()>
     where
         Self: Backend;
-    /// `y = x / sqrt(mean of x^2 + epsilon) * weight`, row by row.
+    /// `y = x / sqrt(mean of x^2 + epsilon) * weight`, row by row, of a sum where one is asked for.
     fn rms_norm_forward(&self, memory: &mut Memory<'_, Self>, args: &RmsNormForward, step: &StepContext) -> Result<()>
     where
         Self: Backend;
@@ -157,11 +157,29 @@ op! {
     flops(a) 11 * a.batch * a.channels * a.spatial
 }
 
+/// A sum that a normalization takes as it reads, so that it need not be read again: what is normalized is `x + other`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowSum {
+    /// `[rows, width]`.
+    pub other: Act,
+    /// `[rows, width]`: `x + other`, `=`.
+    pub sum: Act,
+}
+
+impl Operand for RowSum {
+    fn uses(&self, visit: &mut dyn FnMut(Use)) {
+        self.other.uses(visit);
+        self.sum.uses(visit);
+    }
+}
+
 op! {
     /// Layer normalization over the last dimension.
     LayerNormForward => layer_norm_forward {
         /// `[rows, width]`.
         x: Act,
+        /// Taken first, where given.
+        sum: Option<RowSum>,
         /// `[width]`.
         weight: Param,
         /// `[width]`.
@@ -179,13 +197,13 @@ op! {
         /// Added to the variance.
         epsilon: f64,
     }
-    flops(a) 8 * a.rows * a.width
+    flops(a) (8 + usize::from(a.sum.is_some())) * a.rows * a.width
 }
 
 op! {
     /// Gradients of [`LayerNormForward`].
     LayerNormBackward => layer_norm_backward {
-        /// `[rows, width]`.
+        /// `[rows, width]`: what was normalized.
         x: Act,
         /// `[rows, width]`.
         dy: Act,
@@ -195,6 +213,8 @@ op! {
         mean: Act,
         /// `[rows]`.
         reciprocal_std: Act,
+        /// `[rows, width]`: added to dx, where given: what reaches x past the normalization.
+        residual: Option<Act>,
         /// `[rows, width]`, `=`.
         dx: Option<Act>,
         /// `[width]`.
@@ -206,7 +226,7 @@ op! {
         /// Width of a row.
         width: usize,
     }
-    flops(a) 13 * a.rows * a.width
+    flops(a) (13 + usize::from(a.residual.is_some())) * a.rows * a.width
 }
 
 op! {
@@ -214,6 +234,8 @@ op! {
     RmsNormForward => rms_norm_forward {
         /// `[rows, width]`.
         x: Act,
+        /// Taken first, where given.
+        sum: Option<RowSum>,
         /// `[width]`.
         weight: Param,
         /// `[rows, width]`, `=`.
@@ -227,13 +249,13 @@ op! {
         /// Added to the mean of squares.
         epsilon: f64,
     }
-    flops(a) 4 * a.rows * a.width
+    flops(a) (4 + usize::from(a.sum.is_some())) * a.rows * a.width
 }
 
 op! {
     /// Gradients of [`RmsNormForward`].
     RmsNormBackward => rms_norm_backward {
-        /// `[rows, width]`.
+        /// `[rows, width]`: what was normalized.
         x: Act,
         /// `[rows, width]`.
         dy: Act,
@@ -241,6 +263,8 @@ op! {
         weight: Param,
         /// `[rows]`.
         reciprocal_rms: Act,
+        /// `[rows, width]`: added to dx, where given: what reaches x past the normalization.
+        residual: Option<Act>,
         /// `[rows, width]`, `=`.
         dx: Option<Act>,
         /// `[width]`.
@@ -250,5 +274,5 @@ op! {
         /// Width of a row.
         width: usize,
     }
-    flops(a) 9 * a.rows * a.width
+    flops(a) (9 + usize::from(a.residual.is_some())) * a.rows * a.width
 }

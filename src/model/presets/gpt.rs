@@ -304,6 +304,22 @@ mod tests {
     }
 
     #[test]
+    fn norms_take_the_residual_sums_before_them_and_their_gradients() {
+        for (norm, dropout) in [(NormKind::LayerNorm, 0.0), (NormKind::RmsNorm, 0.0), (NormKind::LayerNorm, 0.1)] {
+            let options = GptOptions { layers: 3, heads: 2, width: 8, norm, dropout, ..GptOptions::default() };
+            let mut model = options.build::<Cpu<f32>>(5, 4).unwrap();
+            let program = model.plan(&Input::Tokens(4), 2, Mode::Training).unwrap();
+            assert_eq!(program.ops.iter().filter(|op| op.name() == "add").count(), 0);
+            // The sum counts to the block that it ends, whichever operation takes it.
+            let [blocks, last] = ["transformer.h.", "transformer.ln_f"].map(|name| {
+                program.rows.iter().filter(|row| row.name.starts_with(name)).map(|row| row.flops).collect::<Vec<_>>()
+            });
+            assert!(blocks.len() == 3 && blocks.iter().all(|&flops| flops == blocks[0]), "{blocks:?}");
+            assert_eq!(last, [if norm == NormKind::LayerNorm { 8 } else { 4 } * 2 * 4 * 8]);
+        }
+    }
+
+    #[test]
     fn options_that_cannot_be_are_refused_by_key() {
         let wrong = |change: fn(&mut GptOptions)| {
             let mut options = GptOptions::default();

@@ -1,17 +1,24 @@
 //! Operations on the CUDA device against the CPU in f32, given the same inputs, rounded to what the device stores.
 
 mod activation;
+mod attention;
+mod batch_norm;
+mod conv;
 mod dropout;
+mod elementwise;
+mod embedding;
+mod layer_norm;
 mod linear;
 mod loss;
+mod pool;
 
 use half::{bf16, f16};
 use warpstep::backend::Backend;
 use warpstep::backend::cpu::Cpu;
-use warpstep::backend::cuda::{Cuda, Storage};
+use warpstep::backend::cuda::{Cuda, DeviceOptions, Storage};
 use warpstep::backend::ops::*;
 
-use crate::device::device;
+use crate::device::{device, device_with};
 use crate::*;
 
 /// Draws the inputs of a case: the same for both backends, held exactly by the device's type.
@@ -32,8 +39,13 @@ trait Case {
 }
 
 /// What results may differ by: `relative` of the largest, and one of the smallest values of the type.
-fn compare<S: Storage>(what: &str, cases: &[impl Case], [relative, smallest]: [f64; 2]) {
-    let Some(device) = device() else { return };
+fn compare<S: Storage>(what: &str, cases: &[impl Case], tolerance: [f64; 2]) {
+    compare_with::<S>(DeviceOptions::default(), what, cases, tolerance);
+}
+
+/// As [`compare`], on a device that is used in another way.
+fn compare_with<S: Storage>(options: DeviceOptions, what: &str, cases: &[impl Case], [relative, smallest]: [f64; 2]) {
+    let Some(device) = device_with(options) else { return };
     let draw = Draw { seed: fresh_seed(), round: |x| S::from_f64(x).f64() };
     for (number, case) in cases.iter().enumerate() {
         let found = case.run(Bed::new(Cuda::<S>::new(device.clone())), &draw);
@@ -54,9 +66,14 @@ fn compare<S: Storage>(what: &str, cases: &[impl Case], [relative, smallest]: [f
     }
 }
 
+/// What results may differ by in each type.
+const F32: [f64; 2] = [1e-5, 0.0];
+const BF16: [f64; 2] = [3.0 / 256.0, 0.0];
+const F16: [f64; 2] = [3.0 / 2048.0, 5.960_464_477_539_063e-8];
+
 /// In f32 within 1e-5 of the largest value, in 16 bits within a few roundings.
 fn in_all_types(what: &str, cases: &[impl Case]) {
-    compare::<f32>(what, cases, [1e-5, 0.0]);
-    compare::<bf16>(what, cases, [3.0 / 256.0, 0.0]);
-    compare::<f16>(what, cases, [3.0 / 2048.0, f64::from(f16::MIN_POSITIVE_SUBNORMAL)]);
+    compare::<f32>(what, cases, F32);
+    compare::<bf16>(what, cases, BF16);
+    compare::<f16>(what, cases, F16);
 }

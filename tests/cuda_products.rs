@@ -1,0 +1,171 @@
+//! How a product's algorithm is chosen: measured once, kept on disk, the same bits from then on.
+//!
+//! The emulated device's algorithms differ in their order of sums, as a GPU's do, so that the bits tell which one ran.
+
+#[path = "common/device.rs"]
+mod device;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use device::device_with;
+use warpstep::backend::cuda::{Cuda, DeviceOptions};
+use warpstep::backend::{Backend, Memory, StepContext};
+use warpstep::model::layers::{Linear, Sequential};
+use warpstep::model::{Input, Loss, Mode, Model, Value};
+use warpstep::random::{Philox, Purpose};
+
+/// The cache of this program alone.
+fn cache() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda_products")
+}
+
+#[ctor::ctor]
+fn use_a_cache_of_its_own() {
+    // SAFETY: before main there is one thread.
+    unsafe { std::env::set_var("XDG_CACHE_HOME", cache()) };
+}
+
+/// An empty cache, for one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let guard = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    match std::fs::remove_dir_all(cache()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
+        _ => guard,
+    }
+}
+
+fn products() -> PathBuf {
+    cache().join("warpstep/products")
+}
+
+/// Every entry and its text.
+fn entries() -> Vec<(PathBuf, String)> {
+    let Ok(found) = std::fs::read_dir(products()) else { return Vec::new() };
+    let mut entries: Vec<_> = found
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.clone(), std::fs::read_to_string(path).unwrap_or_default()))
+        .collect();
+    entries.sort();
+    entries
+}
+
+/// An entry with these words for the algorithm.
+fn with_words(text: &str, words: [u64; 8]) -> String {
+    let head: Vec<&str> = text.lines().take(2).collect();
+    let mut text = head.join("\n") + "\n";
+    words.iter().for_each(|word| text += &format!("{word:016x}\n"));
+    let sum = blake3::hash(text.as_bytes()).to_hex();
+    text + &sum + "\n"
+}
+
+/// The words of an entry's algorithm.
+fn words(text: &str) -> [u64; 8] {
+    let words: Vec<u64> = text.lines().skip(2).take(8).map(|line| u64::from_str_radix(line, 16).unwrap()).collect();
+    words.try_into().unwrap()
+}
+
+const MEASURED: fn() -> DeviceOptions = || DeviceOptions { measure: true, ..DeviceOptions::default() };
+const PROPOSED: fn() -> DeviceOptions = || DeviceOptions { measure: false, ..DeviceOptions::default() };
+
+/// Bits of the gradients after one batch and three more added to it; none without a device.
+fn gradients(options: DeviceOptions) -> Option<Vec<u32>> {
+    let backend = Cuda::<f32>::new(device_with(options)?);
+    let (batch, inputs, outputs) = (200, 75, 12);
+    let layers = Sequential::new().then("0", Linear::new(64)).then("1", Linear::new(outputs));
+    let mut model = Model::new(Box::new(layers), Loss::MeanSquaredError);
+    let program = model.plan(&Input::Real(vec![inputs]), batch, Mode::Training).unwrap();
+    let mut arena = model.arena(&backend, 1, 0).unwrap();
+    let mut activations = program.activations(&backend).unwrap();
+    for (number, value) in [program.input, program.target.unwrap()].into_iter().enumerate() {
+        let Value::Real(act) = value else { panic!("this model takes real values") };
+        let range = activations.range(act);
+        let stream = Philox::new(5, Purpose::Augmentation, number as u32);
+        let values: Vec<f32> = (0..range.len() as u64).map(|i| stream.normal(i) as f32).collect();
+        backend.upload(&mut activations.values, range.start, &values).unwrap();
+    }
+    for accumulate in [false, true, true, true] {
+        let mut memory = Memory { arena: &mut arena, activations: &mut activations };
+        let step = StepContext { accumulate, ..StepContext::default() };
+        backend.run(&program.ops, &mut memory, &step).unwrap();
+    }
+    let mut gradients = vec![0.0f32; arena.layout.padded_len()];
+    backend.download(&arena.gradients, 0, &mut gradients).unwrap();
+    Some(gradients.into_iter().map(f32::to_bits).collect())
+}
+
+#[test]
+fn what_was_measured_is_kept_and_gives_the_same_bits_from_then_on() {
+    let _alone = alone();
+    let Some(first) = gradients(MEASURED()) else { return };
+    let kept = entries();
+    // Two layers: their outputs, one gradient of an input, and gradients of weights, `=` and `+=`.
+    assert_eq!(kept.len(), 7, "{kept:?}");
+    for _ in 0..2 {
+        assert!(gradients(MEASURED()) == Some(first.clone()), "other bits from the algorithms that were kept");
+        assert_eq!(entries(), kept);
+    }
+}
+
+#[test]
+fn an_algorithm_that_was_kept_is_the_one_that_runs() {
+    let _alone = alone();
+    let Some(proposed) = gradients(PROPOSED()) else { return };
+    assert_eq!(entries(), [], "what is not measured is not kept");
+    gradients(MEASURED());
+    // The emulated library's last algorithm splits k into four parts and fits every shape.
+    let real = std::env::var("WARPSTEP_TEST_DEVICE").is_ok();
+    if real {
+        println!("skipped: which algorithms a real library has is not known");
+        return;
+    }
+    for (path, text) in entries() {
+        let [mark, ..] = words(&text);
+        std::fs::write(path, with_words(&text, [mark, 3, 0, 0, 0, 0, 0, 0])).unwrap();
+    }
+    let split = gradients(MEASURED()).unwrap();
+    assert!(split != proposed, "the entry was not heeded");
+    assert!(gradients(MEASURED()) == Some(split));
+    assert!(gradients(PROPOSED()) == Some(proposed), "an entry was heeded where nothing is to be measured");
+}
+
+#[test]
+fn damaged_and_foreign_entries_are_measured_anew() {
+    let _alone = alone();
+    if gradients(MEASURED()).is_none() {
+        return;
+    }
+    let whole = entries();
+    let spoil: [fn(&str) -> String; 5] = [
+        |_| String::new(),
+        |text| text[..text.len() / 2].into(),
+        |text| text.replacen('0', "1", 1),
+        |text| text.to_owned() + "\n",
+        // Whole, but of another library.
+        |text| with_words(text, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ];
+    for (number, spoil) in spoil.into_iter().enumerate() {
+        for (path, text) in &whole {
+            std::fs::write(path, spoil(text)).unwrap();
+        }
+        let bits = gradients(MEASURED());
+        let again = entries();
+        assert_eq!(again.len(), whole.len(), "{number}");
+        for ((path, text), (_, before)) in again.iter().zip(&whole) {
+            assert_eq!(*text, with_words(before, words(text)), "{number}: {} is whole again", path.display());
+            assert_ne!(*text, spoil(before), "{number}");
+        }
+        assert!(gradients(MEASURED()) == bits, "{number}");
+    }
+}
+
+#[test]
+fn without_a_cache_the_librarys_first_proposal_runs() {
+    let _alone = alone();
+    std::fs::create_dir_all(cache().join("warpstep")).unwrap();
+    std::fs::write(products(), "in the way").unwrap();
+    let measured = gradients(MEASURED());
+    assert!(measured == gradients(PROPOSED()));
+    assert_eq!(std::fs::read_to_string(products()).unwrap(), "in the way");
+}
