@@ -7,10 +7,14 @@ mod activation;
 mod alias;
 mod attention;
 pub mod auto;
+mod batch_norm;
 mod blas;
 mod buffer;
+mod channel;
 mod choice;
 mod context;
+mod conv;
+mod convolution;
 mod cooperative;
 pub mod doctor;
 mod dropout;
@@ -23,7 +27,7 @@ pub mod libraries;
 mod linear;
 mod loss;
 mod module;
-mod pending;
+mod pool;
 mod product;
 mod profile;
 mod recording;
@@ -115,7 +119,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a kept tensor, f32.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn state(memory: &Memory<'_, Self>, state: State) -> u64 {
         memory.arena.state.address_of(memory.arena.state_range(state).start)
     }

@@ -190,7 +190,7 @@ impl Prepared {
     }
 
     /// As [`Prepared::queue`], once [`Prepared::queue_norm_range`] was queued for every piece: the norm's end, then the pass.
-    fn queue_gathered(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
+    pub(super) fn queue_gathered(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
         self.finish_norm(arrays, params)?;
         let pass = self.pass(zero_gradients, params);
         if self.has(Kind::Lars) {
@@ -219,7 +219,7 @@ impl Prepared {
 
     /// Queues the norm's part of some pieces, whose gradients are final. Pieces do not depend on each other, so the norm has the
     /// same bits however they are parted and in whatever order.
-    fn queue_norm_range(&self, arrays: &Arrays, pieces: Range<usize>, params: u64) -> Result<()> {
+    pub(super) fn queue_norm_range(&self, arrays: &Arrays, pieces: Range<usize>, params: u64) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }
