@@ -258,7 +258,7 @@ fn muon_is_within_its_bound_and_one_iteration_less_is_not() {
 const RUN: &str = r#"
 [run]
 steps = 12
-log_every_steps = 4
+log_every_steps = 1
 
 [data]
 format = "digits"
@@ -303,18 +303,28 @@ fn a_run_records_its_replays_and_where_its_norm_comes_from() {
     if device::device().is_some() {
         devices.push(if std::env::var_os("WARPSTEP_TEST_DEVICE").is_some() { "cuda" } else { "emulated" });
     }
+    let mut before: Vec<Vec<(String, f64)>> = Vec::new();
     for device in devices {
         let records = run(folder.path(), device);
         let training: Vec<_> = records.iter().filter(|record| record.split == SplitName::Train).collect();
-        assert_eq!(training.len(), 3);
-        for record in training {
-            assert_eq!(record.shadow_ulp, Some(0.0), "{device}");
+        assert_eq!(training.len(), 12);
+        for (at, record) in training.iter().enumerate() {
+            assert_eq!(record.shadow_ulp, (record.step % 3 == 0).then_some(0.0), "{device}, step {}", record.step);
             assert!(record.clipped.is_some_and(|share| (0.0..=1.0).contains(&share)));
             assert!(record.clamped.is_some_and(|share| share > 0.0 && share < 1.0), "{:?}", record.clamped);
             let shares = &record.norm_share.as_ref().unwrap().0;
             assert_eq!(shares.len(), 4);
             assert!((shares.iter().map(|(_, share)| share).sum::<f64>() - 1.0).abs() < 1e-12);
             assert!(shares.is_sorted_by(|a, b| a.1 >= b.1), "{shares:?}");
+            // Those of this very step, though a device is steps ahead when it is recorded.
+            let Some(before) = before.get(at) else {
+                before.push(shares.clone());
+                continue;
+            };
+            for (name, share) in before {
+                let found = record.norm_share.as_ref().and_then(|shares| shares.of(name)).unwrap();
+                assert!((found - share).abs() < 1e-3, "{device}, step {}, {name}: {found} for {share}", record.step);
+            }
         }
     }
 }
