@@ -2,8 +2,9 @@
 //!
 //! The device is the emulated one, or a real one where `WARPSTEP_TEST_DEVICE=cuda` asks for it.
 
+mod common;
+
 use std::path::Path;
-use std::process::Command;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -44,7 +45,7 @@ fn device() -> Option<&'static str> {
 /// Trains, and gives (split, step, loss) of every line of metrics.jsonl.
 fn train(folder: &Path, file: &Path, device: &str, more: &[&str]) -> Vec<(String, u64, f64)> {
     let out = folder.join(format!("{device}{}", more.len()));
-    let ran = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+    let ran = common::warpstep()
         .args(["train", "--quiet", "--overwrite", "--device", device, "--out"])
         .args([&out, file])
         .args(more)

@@ -219,7 +219,7 @@ fn wrong_calls_get_the_status_that_the_library_documents() {
         // A tensor that is described nowhere, one of another shape, one of another type.
         let other = created(cudnnCreateTensorDescriptor);
         assert_eq!(convolve(handle, &one, other, operation), BAD_PARAM);
-        assert_eq!(cudnnSetTensor4dDescriptor(other, 0, FLOAT, 3, 4, 8, 5), SUCCESS);
+        assert_eq!(cudnnSetTensor4dDescriptor(other, 0, FLOAT, 3, 4, 9, 5), SUCCESS);
         assert_eq!(convolve(handle, &one, other, operation), BAD_PARAM);
         assert_eq!(cudnnSetTensor4dDescriptor(other, 0, HALF, 3, 4, 7, 5), SUCCESS);
         assert_eq!(convolve(handle, &one, other, operation), BAD_PARAM);

@@ -1,7 +1,4 @@
-use warpstep::backend::cuda::DeviceOptions;
-
 use super::*;
-use crate::device::device_with;
 
 struct Kernels {
     geometry: Conv2dGeometry,
