@@ -139,6 +139,47 @@ fn python_packages() -> Vec<PathBuf> {
     folders
 }
 
+/// Where a compiled kernel is kept for the builds of other profiles: `kernels/` in cargo's target folder.
+struct Kept {
+    fatbin: PathBuf,
+    log: PathBuf,
+}
+
+impl Kept {
+    fn new(out: &Path, source: &Path, stamp: &str) -> Option<Self> {
+        // <target>/<profile>/build/<package>/out
+        let folder = out.ancestors().nth(4)?.join("kernels");
+        let name = format!("{}-{stamp}", stem(source));
+        Some(Kept {
+            fatbin: folder.join(&name).with_extension("fatbin"),
+            log: folder.join(name).with_extension("ptxas"),
+        })
+    }
+
+    fn pairs(&self, fatbin: &Path) -> [(PathBuf, PathBuf); 2] {
+        // The log first: where the fatbin is, so is the log.
+        [(self.log.clone(), fatbin.with_extension("ptxas")), (self.fatbin.clone(), fatbin.to_owned())]
+    }
+
+    /// Copies it into the build; whether it was there.
+    fn take(&self, fatbin: &Path) -> bool {
+        self.pairs(fatbin).iter().all(|(kept, to)| fs::copy(kept, to).is_ok())
+    }
+
+    /// Keeps it, aside and renamed, since another build may do the same. What cannot be kept is compiled again.
+    fn keep(&self, fatbin: &Path) {
+        let aside = |path: &Path| path.with_extension(format!("{}.tmp", std::process::id()));
+        for (kept, from) in self.pairs(fatbin) {
+            let folder = kept.parent().map_or(Ok(()), fs::create_dir_all);
+            let done =
+                folder.and_then(|()| fs::copy(&from, aside(&kept))).and_then(|_| fs::rename(aside(&kept), &kept));
+            if done.is_err() {
+                return;
+            }
+        }
+    }
+}
+
 /// Compiles what changed, as many at once as cargo allows.
 fn compile_all(nvcc: &Path, sources: &[PathBuf], headers: &[PathBuf], out: &Path) -> Result<()> {
     let version = Command::new(nvcc).arg("--version").output()?.stdout;
@@ -168,7 +209,13 @@ fn compile_all(nvcc: &Path, sources: &[PathBuf], headers: &[PathBuf], out: &Path
                     let Some((source, fatbin, stamp)) = queue.lock().ok().and_then(|mut queue| queue.pop()) else {
                         return;
                     };
-                    let done = compile(nvcc, &source, &fatbin).and_then(|()| {
+                    let kept = Kept::new(out, &source, &stamp);
+                    let there = kept.as_ref().is_some_and(|kept| kept.take(&fatbin));
+                    let done = if there { Ok(()) } else { compile(nvcc, &source, &fatbin) };
+                    if let (Ok(()), false, Some(kept)) = (&done, there, &kept) {
+                        kept.keep(&fatbin);
+                    }
+                    let done = done.and_then(|()| {
                         fs::write(fatbin.with_extension("stamp"), stamp).map_err(|error| error.to_string())
                     });
                     if let (Err(message), Ok(mut failures)) = (done, failures.lock()) {

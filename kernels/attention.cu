@@ -1,14 +1,16 @@
 // Attention, the plain form: f32 arithmetic on any head size, any length, any storage type. CPU twin:
 // src/backend/cpu/attention.rs. The flash form (flash_attention.cu) takes what tensor cores can; the rest comes here.
 //
-// A block of 256 threads works on tiles of 64 queries by 64 keys, a thread on 4 by 4 of them (queries or keys 4 ty + i, columns by
-// `column`). Scores live in registers and, as one factor of the next product, in shared memory, never in global memory. Columns of
-// the result are taken COLUMNS at a time (32, 64 or 128, so that heads up to 128 need one pass); wider heads take several
-// blocks, each of which computes the scores anew.
+// A block of 256 threads works on tiles of 64 queries by 64 keys, a thread on 4 by 4 of them (queries or keys 4 ty + i,
+// columns by `column`). Scores live in registers and, as one factor of the next product, in shared memory, never in global
+// memory. Columns of the result are taken COLUMNS at a time (32, 64 or 128, so that heads up to 128 need one pass); wider
+// heads take several blocks, each of which computes the scores anew.
 //
 // With B = batch heads, T = time, D = head_size, P = T T pairs (half of that where causal), in multiply-adds of 2 operations:
 // forward 4 B P D operations, dq 6 B P D, dk and dv 8 B P D. Bytes: each tile of 64 queries reads all keys and values that it
-// sees, 2 D sizeof(T) a key, and the other way round; from the cache, mostly. 35 KB of shared memory; the multiply-adds bound it.
+// sees, 2 D sizeof(T) a key, and the other way round; from the cache, mostly. 34 KiB of shared memory; the multiply-adds bound
+// it. Two blocks on a multiprocessor, by registers (which is why loops are unrolled no further); one where COLUMNS is 128, and
+// for dk and dv from 64 on.
 #include "attention.cuh"
 
 constexpr int THREADS = 256;
@@ -29,8 +31,10 @@ template <int COLUMNS> __device__ __forceinline__ int column(int c) {
 
 __device__ __forceinline__ int round_up_8(int x) { return (x + 7) & ~7; }
 
-// tile[k][row] = from[row][k] for DEPTH k; 0 from `rows` and from `width` on. A warp takes 8 k of 4 rows: whole sectors, all banks.
+// tile[k][row] = from[row][k] for DEPTH k; 0 from `rows` and from `width` on. A warp takes 8 k of 4 rows: whole sectors, all
+// banks.
 template <typename T> __device__ void load_across(float* tile, const T* from, i64 stride, int rows, int width) {
+#pragma unroll 1
     for (int row = threadIdx.x / 8; row < TILE; row += THREADS / 8) {
 #pragma unroll
         for (int k = threadIdx.x % 8; k < DEPTH; k += 8) {
@@ -42,6 +46,7 @@ template <typename T> __device__ void load_across(float* tile, const T* from, i6
 // tile[k][column] = from[k][column] for DEPTH k; 0 from `rows` and from `width` on.
 template <typename T, int COLUMNS>
 __device__ void load_along(float* tile, const T* from, i64 stride, int rows, int width) {
+#pragma unroll 2
     for (int i = threadIdx.x; i < DEPTH * COLUMNS; i += THREADS) {
         const int k = i / COLUMNS, column = i % COLUMNS;
         tile[i] = k < rows && column < width ? to_f32(from[k * stride + column]) : 0.0f;
@@ -54,7 +59,7 @@ __device__ __forceinline__ void add_product(float (&sums)[4][EACH<COLUMNS>], con
                                             int depth) {
     constexpr int V = TOGETHER<COLUMNS>;
     left += threadIdx.x / 16 * 4;
-#pragma unroll 8
+#pragma unroll 2
     for (int k = 0; k < depth; ++k) {
         const Pack<float, 4> a = load<float, 4>(left + k * LINE);
 #pragma unroll
@@ -69,7 +74,8 @@ __device__ __forceinline__ void add_product(float (&sums)[4][EACH<COLUMNS>], con
     }
 }
 
-// scores[i][j] = sum over the head of left[4 ty + i] * right[4 tx + j]. `parts` holds PARTS values, free before and after a barrier.
+// scores[i][j] = sum over the head of left[4 ty + i] * right[4 tx + j]. `parts` holds PARTS values, free before and after a
+// barrier.
 template <typename T>
 __device__ void row_products(float (&scores)[4][4], const T* left, i64 left_stride, int left_rows, const T* right,
                              i64 right_stride, int right_rows, int width, float* parts) {
@@ -84,8 +90,8 @@ __device__ void row_products(float (&scores)[4][4], const T* left, i64 left_stri
     }
 }
 
-// sums[i][c] += sum over `depth` rows of weights[row][4 ty + i] * from[row][column(c)]; weights: [TILE][LINE], as `row_products`
-// for the rest.
+// sums[i][c] += sum over `depth` rows of weights[row][4 ty + i] * from[row][column(c)]; weights: [TILE][LINE], as
+// `row_products` for the rest.
 template <typename T, int COLUMNS>
 __device__ void weigh(float (&sums)[4][EACH<COLUMNS>], const float* weights, const T* from, i64 stride, int depth, int width,
                       float* parts) {
@@ -232,12 +238,14 @@ template <typename T> __device__ void attention_deltas(const T* y, const T* dy, 
     if (inside) {
         const T *a = y + index * width, *b = dy + index * width;
         if (width % V == 0) {
+#pragma unroll 2
             for (int d = lane * V; d < width; d += 8 * V) {
                 const Pack<T, V> left = load<T, V>(a + d), right = load<T, V>(b + d);
 #pragma unroll
                 for (int j = 0; j < V; ++j) sum = fmaf(to_f32(left.at[j]), to_f32(right.at[j]), sum);
             }
         } else {
+#pragma unroll 2
             for (int d = lane; d < width; d += 8) sum = fmaf(to_f32(a[d]), to_f32(b[d]), sum);
         }
     }
@@ -249,11 +257,11 @@ template <typename T> __device__ void attention_deltas(const T* y, const T* dy, 
     }
 }
 
-// Of one tile: probabilities p, and ds, the gradients of scores before the scale; with dropout, p is what met the values, without
-// its factor `keep`. `lse` and `delta` are of the thread's four queries, `lse` times log2(e).
+// Of one tile: probabilities p, and ds, the gradients of scores before the scale; with dropout, p is what met the values,
+// without its factor `keep`.
 template <typename T>
 __device__ __forceinline__ void tile_gradients(float (&p)[4][4], float (&ds)[4][4], const T* qkv, const T* dy,
-                                               const float (&lse)[4], const float (&delta)[4], const HeadPlace& place,
+                                               const float* log_sum_exp, const float* deltas, const HeadPlace& place,
                                                const AttentionShape& s, int query, int queries, int key, int keys,
                                                float* parts) {
     const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
@@ -264,30 +272,23 @@ __device__ __forceinline__ void tile_gradients(float (&p)[4][4], float (&ds)[4][
     row_products(ds, dy + place.out(s) + query * place.width, place.width, queries, qkv + place.value(s) + key * packed,
                  packed, keys, s.head_size, parts);
     const float scale = s.scale * LOG2_E;
+    const i64 statistics = place.statistic(s) + query;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const u32 bits =
-            s.step == nullptr
-                ? 15u
-                : kept<4>(s, dropout_row(s, place, query + 4 * ty + i) + static_cast<u64>(key + 4 * tx));
+        const int row = 4 * ty + i;
+        // Queries beyond the last see nothing.
+        const float lse = row < queries ? log_sum_exp[statistics + row] * LOG2_E : infinity();
+        const float delta = row < queries ? deltas[statistics + row] : 0.0f;
+        const u32 bits = s.step == nullptr
+                             ? 15u
+                             : kept<4>(s, dropout_row(s, place, query + row) + static_cast<u64>(key + 4 * tx));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const float e = exp2_approx(fmaf(p[i][j], scale, -lse[i]));
+            const float e = exp2_approx(fmaf(p[i][j], scale, -lse));
             const bool stays = bits >> j & 1u;
             p[i][j] = stays ? e : 0.0f;
-            ds[i][j] = e * ((stays ? ds[i][j] * s.keep : 0.0f) - delta[i]);
+            ds[i][j] = e * ((stays ? ds[i][j] * s.keep : 0.0f) - delta);
         }
-    }
-}
-
-// The statistics of a thread's four queries; queries beyond the last see nothing.
-__device__ __forceinline__ void load_statistics(float (&lse)[4], float (&delta)[4], const float* log_sum_exp,
-                                                const float* deltas, i64 start, int queries) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int row = threadIdx.x / 16 * 4 + i;
-        lse[i] = row < queries ? log_sum_exp[start + row] * LOG2_E : infinity();
-        delta[i] = row < queries ? deltas[start + row] : 0.0f;
     }
 }
 
@@ -302,12 +303,11 @@ __device__ void attention_backward_queries(const T* qkv, const T* dy, const floa
     const int first = (work.blocks - 1 - work.block) * TILE, queries = min(TILE, s.time - first);
     const int limit = s.causal ? first + queries : s.time;
     const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-    float lse[4], delta[4], sums[4][EACH<COLUMNS>] = {};
-    load_statistics(lse, delta, log_sum_exp, deltas, place.statistic(s) + first, queries);
+    float sums[4][EACH<COLUMNS>] = {};
     for (int key = 0; key < limit; key += TILE) {
         const int keys = min(TILE, limit - key);
         float p[4][4], ds[4][4];
-        tile_gradients(p, ds, qkv, dy, lse, delta, place, s, first, queries, key, keys, parts);
+        tile_gradients(p, ds, qkv, dy, log_sum_exp, deltas, place, s, first, queries, key, keys, parts);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             store<float, 4>(weights + (4 * tx + j) * LINE + 4 * ty,
@@ -338,9 +338,8 @@ __device__ void attention_backward_keys(const T* qkv, const T* dy, const float* 
         const HeadPlace place(s, work.head * s.sharing + member);
         for (int query = s.causal ? key : 0; query < s.time; query += TILE) {
             const int queries = min(TILE, s.time - query);
-            float lse[4], delta[4], p[4][4], ds[4][4];
-            load_statistics(lse, delta, log_sum_exp, deltas, place.statistic(s) + query, queries);
-            tile_gradients(p, ds, qkv, dy, lse, delta, place, s, query, queries, key, keys, parts);
+            float p[4][4], ds[4][4];
+            tile_gradients(p, ds, qkv, dy, log_sum_exp, deltas, place, s, query, queries, key, keys, parts);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 store<float, 4>(weights + (4 * ty + i) * LINE + 4 * tx, Pack<float, 4>{{p[i][0], p[i][1], p[i][2], p[i][3]}});
@@ -364,23 +363,23 @@ __device__ void attention_backward_keys(const T* qkv, const T* dy, const float* 
     store_rows<T, COLUMNS>(dqkv + place.value(s) + offset, place.packed, dvalue, keep, keys, width);
 }
 
-#define DEFINE_COLUMNS(SUFFIX, T, COLUMNS)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+#define DEFINE_COLUMNS(SUFFIX, T, COLUMNS)                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 128 ? 1 : 2)                                      \
         attention_forward_##COLUMNS##_##SUFFIX(const T* qkv, T* y, float* log_sum_exp, AttentionShape shape) {         \
         attention_forward<T, COLUMNS>(qkv, y, log_sum_exp, shape);                                                     \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 128 ? 1 : 2)                                      \
         attention_backward_queries_##COLUMNS##_##SUFFIX(const T* qkv, const T* dy, const float* log_sum_exp,           \
                                                         const float* deltas, T* dqkv, AttentionShape shape) {          \
         attention_backward_queries<T, COLUMNS>(qkv, dy, log_sum_exp, deltas, dqkv, shape);                             \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 32 ? 2 : 1)                                       \
         attention_backward_keys_##COLUMNS##_##SUFFIX(const T* qkv, const T* dy, const float* log_sum_exp,              \
                                                      const float* deltas, T* dqkv, AttentionShape shape) {             \
         attention_backward_keys<T, COLUMNS>(qkv, dy, log_sum_exp, deltas, dqkv, shape);                                \
     }
 #define DEFINE(SUFFIX, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         attention_deltas_##SUFFIX(const T* y, const T* dy, float* deltas, AttentionShape shape) {                      \
         attention_deltas(y, dy, deltas, shape);                                                                        \
     }                                                                                                                  \

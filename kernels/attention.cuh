@@ -2,8 +2,8 @@
 #pragma once
 #include "philox.cuh"
 
-// Sizes and options; laid out as the host's (backend/cuda/attention.rs). A row of qkv holds `heads` queries, `kv_heads` keys and
-// `kv_heads` values, each of `head_size`; query head h uses key head h / sharing.
+// Sizes and options; laid out as the host's (backend/cuda/attention.rs). A row of qkv holds `heads` queries, `kv_heads` keys
+// and `kv_heads` values, each of `head_size`; query head h uses key head h / sharing.
 struct AttentionShape {
     const int* tokens;      // [batch, time]; null: no padding
     const StepState* step;  // null: no dropout

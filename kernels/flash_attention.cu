@@ -4,15 +4,16 @@
 // y = softmax(q k^T scale) v; y: [batch, time, heads, D], log_sum_exp: [batch, heads, time]. Grid: batch heads
 // ceil(time / rows) blocks, the longest rows of a head first; `rows` is 16 TILES WARPS.
 //
-// A warp keeps its 16 TILES queries in registers and goes over the keys, KEYS at a time: two tiles of keys and values in shared
-// memory, one being copied while the other is used, one barrier a tile. Scores are f32, exponentials powers of 2 with the scale
-// folded in; probabilities are rounded to 16 bits for the second product, their sum is not. Tiles that no query of the warp sees are
-// left out; those on the diagonal or the end are masked, the others not. With EXTRAS, padding and dropout besides.
+// A warp keeps its 16 TILES queries in registers and goes over the keys, KEYS at a time: two tiles of keys and values in
+// shared memory, one being copied while the other is used, one barrier a tile. Scores are f32, exponentials powers of 2 with
+// the scale folded in; probabilities are rounded to 16 bits for the second product, their sum is not. Tiles that no query of
+// the warp sees are left out; those on the diagonal or the end are masked, the others not. With EXTRAS, padding and dropout
+// besides.
 //
 // 4 batch heads time^2 D operations (half of that where causal). Bytes: 2 (heads D) a position read and as many written, and
 // every block reads the keys and values that it sees, 4 D bytes a key, mostly from the L2 cache: time / rows times over.
 // D = 64: 128 queries, 4 warps of 32 queries, 64 keys, 32 KiB; two blocks on a multiprocessor, bound by registers.
-// D = 128: 64 queries, 4 warps of 16, 64 keys, 64 KiB; two blocks (three with 227 KiB of shared memory).
+// D = 128: 64 queries, 4 warps of 16, 64 keys, 64 KiB; two blocks, as above.
 #include "flash_attention.cuh"
 
 template <typename T, int D, int TILES, int KEYS, bool EXTRAS>
@@ -138,8 +139,8 @@ __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, floa
     }
 }
 
-#define DEFINE_FORM(FORM, EXTRAS, SUFFIX, T)                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 2)                                                                \
+#define DEFINE_FORM(FORM, EXTRAS, SUFFIX, T)                                                                           \
+    extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
         flash_attention_forward_##FORM##64_##SUFFIX(const T* qkv, T* y, float* log_sum_exp, AttentionShape shape) {    \
         flash_attention_forward<T, 64, 2, 64, EXTRAS>(qkv, y, log_sum_exp, shape);                                     \
     }                                                                                                                  \

@@ -1,11 +1,12 @@
 // What the flash form of attention is built of: products of a warp on tensor cores, tiles in shared memory, copies to them that
 // run beside the arithmetic.
 //
-// A tile is [rows][D] values of 16 bits in shared memory, in pieces of 16 bytes: piece c of row r lies at place c ^ (r % 8) of its
-// row, so that eight rows of one piece, as well as one row's eight pieces, touch all banks once.
+// A tile is [rows][D] values of 16 bits in shared memory, in pieces of 16 bytes: piece c of row r lies at place c ^ (r % 8) of
+// its row, so that eight rows of one piece, as well as one row's eight pieces, touch all banks once.
 //
 // Fragments of mma.m16n8k16, for lane l with g = l / 4 and c = 2 (l % 4): a factor on the left holds rows g and g + 8, columns
-// c, c + 1, c + 8, c + 9; sums hold rows g and g + 8, columns c and c + 1: two tiles of sums, rounded, are a factor on the left.
+// c, c + 1, c + 8, c + 9; sums hold rows g and g + 8, columns c and c + 1: two tiles of sums, rounded, are a factor on the
+// left.
 #pragma once
 #include "attention.cuh"
 
@@ -122,7 +123,8 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Waits for what this thread started; a barrier makes it everybody's.
 __device__ __forceinline__ void finish_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// A warp's 16 rows of D sums, each row times its factor, to memory: by way of `tile` (the warp's own 16 rows), for whole sectors.
+// A warp's 16 rows of D sums, each row times its factor, to memory: by way of `tile` (the warp's own 16 rows), for whole
+// sectors.
 template <typename T, int D>
 __device__ __forceinline__ void store_left(T* to, i64 stride, const float (&sums)[D / 8][4], float factor0, float factor1,
                                            int rows, u8* tile) {
@@ -221,8 +223,8 @@ template <int N> __device__ __forceinline__ void clear(float (&sums)[N][4]) {
     for (int i = 0; i < 4 * N; ++i) sums[i / 4][i % 4] = 0.0f;
 }
 
-// Scores of rows `query` and `query + 8` with keys `key + 8 n` and `key + 8 n + 1` (all of this lane): minus infinity where the key
-// is not seen.
+// Scores of rows `query` and `query + 8` with keys `key + 8 n` and `key + 8 n + 1` (all of this lane): minus infinity where
+// the key is not seen.
 template <int N, bool EXTRAS>
 __device__ __forceinline__ void hide_keys(float (&scores)[N][4], const AttentionShape& s, int sample, int query, int key) {
 #pragma unroll
@@ -238,8 +240,8 @@ __device__ __forceinline__ void hide_keys(float (&scores)[N][4], const Attention
     }
 }
 
-// Which of the probabilities with keys 8 n and 8 n + 1 from `position` on are kept: bits 2 n and 2 n + 1. Not unrolled: each of the
-// random blocks is some hundred instructions.
+// Which of the probabilities with keys 8 n and 8 n + 1 from `position` on are kept: bits 2 n and 2 n + 1. Not unrolled: each
+// of the random blocks is some hundred instructions.
 template <int N> __device__ __forceinline__ u32 kept_keys(const AttentionShape& s, u64 position) {
     static_assert(2 * N <= 32, "as many bits");
     u32 bits = 0;

@@ -6,10 +6,11 @@
 // products rather than five, but each result is summed by one warp in one order, without atomics and without a buffer of
 // partial sums. p and ds are rounded to 16 bits where they become factors.
 //
-// Operations: 8 batch heads time^2 D for the keys' kernel, 6 for the queries' (half of these where causal). Bytes: a block of 64
-// keys reads 4 D bytes of each query that sees it, a block of 64 queries 4 D bytes of each key that it sees, mostly from the L2
-// cache; beside that 2 D bytes a row and tensor once. Both kernels: 4 warps of 16 rows; two blocks on a multiprocessor, bound by
-// registers. D = 64: 33 KiB of shared memory for the keys' kernel and 32 KiB for the queries'. D = 128: 64.5 KiB and 32 KiB.
+// Operations: 8 batch heads time^2 D for the keys' kernel, 6 for the queries' (half of these where causal). Bytes: a block of
+// 64 keys reads 4 D bytes of each query that sees it, a block of 64 queries 4 D bytes of each key that it sees, mostly from
+// the L2 cache; beside that 2 D bytes a row and tensor once. Both kernels: 4 warps of 16 rows; two blocks on a multiprocessor,
+// bound by registers. D = 64: 33 KiB of shared memory for the keys' kernel and 32 KiB for the queries'. D = 128: 64.5 KiB and
+// 32 KiB.
 #include "flash_attention.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
@@ -219,7 +220,7 @@ __device__ __forceinline__ void flash_attention_backward_queries(const T* qkv, c
     store_left<T, D>(out, place.packed, dquery[0], s.scale, s.scale, s.time - own, room);
 }
 
-#define DEFINE_SIZE(D, KEYS_TILE, QUERIES_TILE, FORM, EXTRAS, SUFFIX, T)                                                \
+#define DEFINE_SIZE(D, KEYS_TILE, QUERIES_TILE, FORM, EXTRAS, SUFFIX, T)                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         flash_attention_backward_keys_##FORM##D##_##SUFFIX(const T* qkv, const T* dy, const float* log_sum_exp,        \
                                                            const float* deltas, T* dqkv, AttentionShape shape) {       \
@@ -230,7 +231,7 @@ __device__ __forceinline__ void flash_attention_backward_queries(const T* qkv, c
                                                               const float* deltas, T* dqkv, AttentionShape shape) {    \
         flash_attention_backward_queries<T, D, KEYS_TILE, EXTRAS>(qkv, dy, log_sum_exp, deltas, dqkv, shape);          \
     }
-#define DEFINE_FORM(FORM, EXTRAS, SUFFIX, T)                                                                            \
+#define DEFINE_FORM(FORM, EXTRAS, SUFFIX, T)                                                                           \
     DEFINE_SIZE(64, 64, 64, FORM, EXTRAS, SUFFIX, T)                                                                   \
     DEFINE_SIZE(128, 32, 32, FORM, EXTRAS, SUFFIX, T)
 #define DEFINE(SUFFIX, T) DEFINE_FORM(, false, SUFFIX, T) DEFINE_FORM(extras_, true, SUFFIX, T)

@@ -1,12 +1,13 @@
 // Rotary positions (Su et al. 2021), in place. CPU twin: `rotary` of src/backend/cpu/attention.rs.
 #include "common.cuh"
 
-// Turns pair i of each of the first `heads` heads of a row of position t by t base^(-2 i / head_size) (back, where `direction` is
-// -1). A pair is (i, i + head_size / 2), or (2 i, 2 i + 1) when interleaved. x: [batch, time, row_width].
+// Turns pair i of each of the first `heads` heads of a row of position t by t base^(-2 i / head_size) (back, where `direction`
+// is -1). A pair is (i, i + head_size / 2), or (2 i, 2 i + 1) when interleaved. x: [batch, time, row_width].
 //
-// Grid: time blocks of 256 threads (x), by any number of them (y) that share the batch. A block works out the turns of its position
-// once, in shared memory (head_size / 2 pairs of f32): angles in f64, since f32 keeps no fraction of a large one, reduced to half
-// a turn before the f32 sine, within 1e-6 of the twin's. V pairs a thread at a time; moves 2 sizeof(T) bytes a value.
+// Grid: time blocks of 256 threads (x), by any number of them (y) that share the batch. A block works out the turns of its
+// position once, in shared memory (head_size / 2 pairs of f32): angles in f64, since f32 keeps no fraction of a large one,
+// reduced to half a turn before the f32 sine, within 1e-6 of the twin's. V pairs a thread at a time; moves 2 sizeof(T) bytes a
+// value.
 template <typename T, int V, bool INTERLEAVED>
 __device__ __forceinline__ void rotary(T* x, i64 batch, i64 time, i64 row_width, i64 heads, i64 head_size, double log2_base,
                                        float direction) {

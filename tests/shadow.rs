@@ -233,6 +233,12 @@ fn muon_is_within_its_bound_and_one_iteration_less_is_not() {
         [("square.weight", &[48, 48]), ("wide.weight", &[16, 96]), ("tall.weight", &[96, 40])];
     let mut case = Case::of(&tensors, &options(MUON, clips()[2]), seed, &[]);
     case.gradients.truncate(2);
+    // The last tensor's first gradient has rank 1, which rounding disturbs most.
+    let tall = case.layout.get("tall.weight").unwrap().range();
+    let columns: Vec<f32> = case.gradients[1][tall.clone()][..40].to_vec();
+    let rows: Vec<f32> = case.gradients[1][tall.clone()][40..136].to_vec();
+    let product = rows.iter().flat_map(|row| columns.iter().map(move |column| row * column));
+    case.gradients[0][tall].iter_mut().zip(product).for_each(|(g, product)| *g = product);
     let mut found = vec![watched(&Cpu::<f32>::new(), &case, seed)];
     found.extend(device::device().map(|device| watched(&Cuda::<f32>::new(device), &case, seed)));
     println!("{found:?} ulp");

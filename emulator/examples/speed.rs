@@ -105,26 +105,28 @@ fn main() {
     let ones = bench.filled(1 << 12, &one);
     let host = bench.filled(64, &1.0f64.to_le_bytes());
     let update = bench.load(&compile("kernels/update.cu"));
-    let pass =
-        [zeros, zeros, zeros, ones, 0, ones, zeros, 0, host, zeros, len as u64, u64::from(f32::INFINITY.to_bits())];
+    // `Pass` of kernels/update_plan.cuh.
+    let bound = u64::from(f32::INFINITY.to_bits());
+    let pass = [zeros, zeros, zeros, ones, 0, ones, zeros, 0, host, zeros, len as u64, 0, bound];
     for rule in ["sgd", "momentum", "adam"] {
         let params: Vec<u64> = [arrays[0], arrays[1], 0, arrays[2], arrays[3]].into_iter().chain(pass).collect();
-        bench.time(&update, &format!("update_{rule}_f32_f32"), 64, 256, &words(&params));
+        bench.time(&update, &format!("update_{rule}_f32_f32_f32"), 64, 256, &words(&params));
     }
     let pieces: Vec<u64> = (0..len as u64 / 4096).flat_map(|piece| [piece * 4096, 4096]).collect();
     let list = bench.filled(8 * pieces.len(), &[0]);
     bench.memory.copy_in(list, &words(&pieces)).expect("pieces");
     let count = (len / 4096) as u64;
-    let clip = [u64::from(f32::INFINITY.to_bits()), 1.0f64.to_bits(), 1.0f64.to_bits()];
+    let clip = [bound, 1.0f64.to_bits(), 1.0f64.to_bits()];
     let squares = bench.filled(8 * len / 4096, &[0]);
-    let params: Vec<u64> = [arrays[1], list, count, host].into_iter().chain(clip).chain([squares, zeros]).collect();
-    bench.time(&update, "norm_pieces_f32", count.div_ceil(8) as u32, 256, &words(&params));
+    let params: Vec<u64> = [arrays[1], list, 0, host].into_iter().chain(clip).chain([squares, zeros]).collect();
+    bench.time(&update, "norm_pieces_f32", count as u32, 256, &words(&params));
     let loss = bench.load(&compile("kernels/loss.cu"));
     let (rows, classes) = (512u64, 1000u64);
     let counted = bench.filled(8, &[1, 0, 0, 0, 0, 0, 0, 0]);
+    let step = bench.filled(32, &one);
     let ignore = u64::from(u32::MAX) << 32;
     let [losses, rights] = [(); 2].map(|()| bench.filled(4 * rows as usize, &[0]));
-    let params = [arrays[0], zeros, arrays[1], counted, losses, rights, rows, classes, ignore];
+    let params = [arrays[0], zeros, arrays[1], counted, losses, rights, rows, classes, ignore, step];
     bench.time(&loss, "cross_entropy_narrow_f32", rows.div_ceil(8) as u32, 256, &words(&params));
     bench.time(&loss, "cross_entropy_wide_f32", rows as u32, 256, &words(&params));
     let halves = bench.filled(8192, &[0x80, 0x3f]);

@@ -45,6 +45,11 @@ pub struct Counts {
     pub global_read: u64,
     /// Bytes that threads wrote to global memory.
     pub global_written: u64,
+    /// Bytes of global memory, by whole words, that a launch read: each once, as a cache of any size would fetch them. (Atomics
+    /// and other ordered accesses are not among them.)
+    pub touched_read: u64,
+    /// The same of what it wrote.
+    pub touched_written: u64,
     /// Bytes that threads read from shared memory.
     pub shared_read: u64,
     /// Bytes that threads wrote to shared memory.
@@ -53,7 +58,7 @@ pub struct Counts {
     pub local: u64,
     /// 32-byte sectors of global memory that accesses of warps touched.
     pub sectors: u64,
-    /// The fewest sectors that accesses of as many bytes could touch.
+    /// The fewest sectors that accesses of as many different bytes could touch.
     pub ideal_sectors: u64,
     /// Accesses of warps to global memory.
     pub accesses: u64,
@@ -80,6 +85,8 @@ impl AddAssign for Counts {
         self.launches += other.launches;
         self.global_read += other.global_read;
         self.global_written += other.global_written;
+        self.touched_read += other.touched_read;
+        self.touched_written += other.touched_written;
         self.shared_read += other.shared_read;
         self.shared_written += other.shared_written;
         self.local += other.local;

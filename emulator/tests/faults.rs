@@ -224,6 +224,16 @@ fn counts_tell_scattered_accesses_and_bank_conflicts() {
     assert_eq!((together.global_read, together.sectors, together.ideal_sectors), (128, 4, 4));
     let apart = run("mad.wide.u32 %rd5, %r1, 32, %rd1;\nld.global.u32 %r4, [%rd5];");
     assert_eq!((apart.global_read, apart.sectors, apart.ideal_sectors), (128, 32, 4));
+    assert_eq!((together.accesses, together.uncoalesced, together.touched_read), (1, 0, 128));
+    assert_eq!((apart.accesses, apart.uncoalesced, apart.touched_read), (1, 1, 128));
+    // All lanes read one word, twice: two accesses of one sector, and 4 bytes from memory.
+    let same = run("ld.global.u32 %r4, [%rd1];\nld.global.u32 %r5, [%rd1];");
+    assert_eq!((same.sectors, same.ideal_sectors, same.uncoalesced, same.touched_read), (2, 2, 0, 4));
+    // Beside a sector's edge.
+    let shifted = run("ld.global.u32 %r4, [%rd4+4];");
+    assert_eq!((shifted.sectors, shifted.ideal_sectors, shifted.uncoalesced), (5, 4, 1));
+    let written = run("st.global.u32 [%rd4], %r1;\nld.global.u32 %r4, [%rd4];");
+    assert_eq!((written.touched_written, written.touched_read), (128, 128));
     assert_eq!(run("st.shared.u32 [%r3], %r1;").bank_conflicts, 0);
     // A stride of 8 words: 8 lanes on each of 4 banks.
     let conflicts = run("mov.u32 %r5, tile; mad.lo.u32 %r4, %r1, 32, %r5;\nst.shared.u32 [%r4], %r1;");

@@ -389,6 +389,7 @@ fn atomics_change_memory_once_for_each_lane() {
     assert_eq!(run("add", "u32", "%r", &[1, 2, 3]), 1 + 6);
     assert_eq!(run("add", "u64", "%rd", &[1 << 40, 2, 3]), (2 << 40) + 5);
     assert_eq!(run("add", "f32", "%f", &[f(0.5), f(2.0)]), f(3.0));
+    assert_eq!(run("add", "f32", "%f", &[1, 1]), 0, "subnormals are flushed in global memory");
     assert_eq!(run("add", "f64", "%d", &[d(0.5), d(2.0)]), d(3.0));
     assert_eq!(run("add.noftz", "f16", "%h", &[f16(0.5), f16(2.0)]), f16(3.0));
     assert_eq!(run("add.noftz", "bf16", "%h", &[bf16(0.5), bf16(2.0)]), bf16(3.0));
@@ -420,11 +421,11 @@ fn atomics_change_memory_once_for_each_lane() {
 #[test]
 fn a_matrix_is_transposed_across_lanes() {
     // Row r, column c holds 8 r + c.
-    let operands: Vec<[u64; 3]> = (0..32u64).map(|lane| [2 * lane | (2 * lane + 1) << 16, 0, 0]).collect();
+    let operands: Vec<[u64; 3]> = (0..32u64).map(|lane| [(2 * lane) | ((2 * lane + 1) << 16), 0, 0]).collect();
     let found = run("movmatrix.sync.aligned.m8n8.trans.b16 %r0, %r1;", R32, &operands);
     for (lane, found) in (0..).zip(found) {
         let (row, column) = (lane / 4, 2 * (lane % 4));
-        assert_eq!(found, 8 * column + row | (8 * (column + 1) + row) << 16, "lane {lane}");
+        assert_eq!(found, (8 * column + row) | ((8 * (column + 1) + row) << 16), "lane {lane}");
     }
 }
 
@@ -479,7 +480,7 @@ fn functions_are_called_with_arguments_and_results() {
           { .param .b32 param0; st.param.b32 [param0+0], %r3; .param .b32 retval0;
             call (retval0), half, (param0); ld.param.b32 %r4, [retval0]; }
           add.u32 %r5, %r4, %r2; st.param.b32 [result], %r5; ret; }";
-    let half = |x: u32| if x % 2 == 0 { x / 2 } else { x };
+    let half = |x: u32| if x.is_multiple_of(2) { x / 2 } else { x };
     let found = run_text(text, 16);
     for (lane, found) in (0..16).zip(found) {
         assert_eq!(found, if lane == 6 { 5 } else { half(half(lane)) + 100 }, "lane {lane}");

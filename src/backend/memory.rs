@@ -44,9 +44,9 @@ pub struct Arena<B: Backend> {
     pub layout: ParamLayout,
     /// Range of each [`Param`], in the order of declaration.
     pub ranges: Vec<Range<usize>>,
-    /// Parameters. The padding between tensors stays 0.
+    /// Parameters; empty where they are kept in the storage type alone. The padding between tensors stays 0.
     pub parameters: B::Buffer<B::Real>,
-    /// The parameters as operations read them, where that is another type than they are kept in; else empty.
+    /// The parameters as operations read them, where that is another type than they are computed in; else empty.
     pub stored: B::Buffer<B::Storage>,
     /// Gradients, laid out as the parameters are.
     pub gradients: B::Buffer<B::Real>,

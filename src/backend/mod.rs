@@ -90,6 +90,11 @@ pub trait Backend:
     /// A device that failed.
     fn parameters_changed(&self, arena: &mut Arena<Self>) -> Result<()>;
 
+    /// Whether the arena's parameters are kept in the storage type alone, in [`Arena::stored`].
+    fn stores_alone(&self, _: &Arena<Self>) -> bool {
+        false
+    }
+
     /// Runs the operations in order. A device that can records them once and replays the recording.
     ///
     /// # Errors

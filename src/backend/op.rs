@@ -47,7 +47,7 @@ pub trait Op<B: Backend>: Send + Sync {
     fn uses(&self, visit: &mut dyn FnMut(Use));
     /// Floating-point operations (a multiplication and an addition are two).
     fn flops(&self) -> u64;
-    /// Itself, for passes over programs that look for operations of a kind; none for one that they are to leave alone.
+    /// Itself, where it may be joined with its neighbours when a program is planned. Own operations are left as they are.
     fn as_any(&self) -> Option<&dyn Any> {
         None
     }

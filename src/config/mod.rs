@@ -139,6 +139,10 @@ impl RunFile {
         let language_model = matches!(model.preset, Preset::Gpt(_) | Preset::TextEncoder(_));
         let mut optimizer_section = root.section("optimizer")?;
         let optimizer = optimizer::optimizer(&mut optimizer_section, language_model)?;
+        if !optimizer.optimizer.master && precision != Precision::Bf16 {
+            let problem = "false keeps parameters in bf16 alone; expected true, or run.precision = \"bf16\"";
+            return Err(optimizer_section.error("master", problem));
+        }
         let mut schedule_section = root.section("schedule")?;
         let schedule = optimizer::schedule(&mut schedule_section)?;
         let train = train_options(&mut root, &mut run, batch_size, optimizer.accumulate, optimizer.ema)?;

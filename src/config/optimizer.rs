@@ -65,8 +65,12 @@ pub fn optimizer(section: &mut Section, matrices_only: bool) -> Result<Optimizer
     let groups = groups(section)?;
     let accumulate = section.or("accumulate", 1u32)?;
     let ema = section.optional("ema")?;
+    let master = section.or("master", true)?;
+    if !master && ema.is_some() {
+        return Err(section.error("ema", "an average of weights needs them in f32; leave ema out, or master = false"));
+    }
     let optimizer =
-        OptimizerOptions { rule, learning_rate, weight_decay, decoupled, decay_matrices_only, clip, groups };
+        OptimizerOptions { rule, learning_rate, weight_decay, decoupled, decay_matrices_only, clip, groups, master };
     Ok(OptimizerSection { optimizer, accumulate, ema })
 }
 

@@ -167,9 +167,17 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// No program was planned yet, or not enough memory.
     pub fn arena(&self, backend: &B, seed: u64, slots: usize) -> Result<Arena<B>> {
+        self.arena_with(backend, seed, slots, true)
+    }
+
+    /// As [`Model::arena`]; without `master` as [`ParamTable::arena_with`] has it.
+    ///
+    /// # Errors
+    /// As [`Model::arena`], or a backend that stores what it computes in.
+    pub fn arena_with(&self, backend: &B, seed: u64, slots: usize, master: bool) -> Result<Arena<B>> {
         if self.parameters.is_empty() {
             return Err(Error::shape("model", "at least one parameter", "none: every layer is without parameters"));
         }
-        self.parameters.arena(backend, seed, slots)
+        self.parameters.arena_with(backend, seed, slots, master)
     }
 }

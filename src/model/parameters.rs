@@ -94,22 +94,40 @@ impl ParamTable {
     /// # Errors
     /// Not enough memory.
     pub fn arena<B: Backend>(&self, backend: &B, seed: u64, slots: usize) -> Result<Arena<B>> {
+        self.arena_with(backend, seed, slots, true)
+    }
+
+    /// As [`ParamTable::arena`]; without `master` the parameters are kept in the storage type alone, and
+    /// [`Arena::parameters`] is empty.
+    ///
+    /// # Errors
+    /// Not enough memory, or a backend that stores what it computes in.
+    pub fn arena_with<B: Backend>(&self, backend: &B, seed: u64, slots: usize, master: bool) -> Result<Arena<B>> {
         let (layout, ranges) = self.layout()?;
         let state_layout = self.state_layout()?;
         let len = layout.padded_len();
-        let mut parameters = backend.allocate(len)?;
+        let one_type = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
+        if one_type && !master {
+            let problem = format!("{} is what this device computes in; expected true", B::Real::NAME);
+            return Err(Error::config("optimizer.master", problem));
+        }
+        let mut parameters = backend.allocate(if master { len } else { 0 })?;
+        let mut stored = backend.allocate(if one_type { 0 } else { len })?;
         for (index, range) in ranges.iter().enumerate() {
-            let values: Vec<B::Real> = self.initial(index, seed).into_iter().map(B::Real::from_f64).collect();
-            backend.upload(&mut parameters, range.start, &values)?;
+            let values = self.initial(index, seed).into_iter();
+            if master {
+                backend.upload(&mut parameters, range.start, &values.map(B::Real::from_f64).collect::<Vec<_>>())?;
+            } else {
+                backend.upload(&mut stored, range.start, &values.map(B::Storage::from_f64).collect::<Vec<_>>())?;
+            }
         }
         let mut state = backend.allocate(state_layout.padded_len())?;
         for (index, entry) in state_layout.entries().iter().enumerate() {
             let values = vec![B::Real::from_f64(self.initial_state(index)); entry.len];
             backend.upload(&mut state, entry.offset, &values)?;
         }
-        let stored = if std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>() { 0 } else { len };
         let mut arena = Arena {
-            stored: backend.allocate(stored)?,
+            stored,
             gradients: backend.allocate(len)?,
             slots: (0..slots).map(|_| backend.allocate(len)).collect::<Result<_>>()?,
             layout,

@@ -39,6 +39,9 @@ pub struct OptimizerOptions {
     pub clip: Clip,
     /// `optimizer.groups`: the first pattern that fits counts.
     pub groups: Vec<GroupPattern>,
+    /// `optimizer.master`: whether parameters that are stored in bf16 are kept in f32 besides. Without, an update is computed in f32
+    /// and rounded stochastically, which saves 4 bytes a parameter and 6 of memory traffic.
+    pub master: bool,
 }
 
 impl OptimizerOptions {
@@ -52,6 +55,7 @@ impl OptimizerOptions {
             decay_matrices_only: false,
             clip: Clip::default(),
             groups: Vec::new(),
+            master: true,
         }
     }
 

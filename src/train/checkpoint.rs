@@ -163,7 +163,11 @@ pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &Ru
 pub fn snapshot<B: Backend + Update>(trainer: &Trainer<B>) -> Result<(TensorMap, TensorMap, Option<TensorMap>)> {
     let (arena, backend) = (trainer.arena(), trainer.backend());
     let mut model = TensorMap::new();
-    tensors::download(backend, &arena.parameters, &arena.layout, "", &mut model)?;
+    if backend.stores_alone(arena) {
+        tensors::download(backend, &arena.stored, &arena.layout, "", &mut model)?;
+    } else {
+        tensors::download(backend, &arena.parameters, &arena.layout, "", &mut model)?;
+    }
     tensors::download(backend, &arena.state, &arena.state_layout, "", &mut model)?;
     let mut optimizer = TensorMap::new();
     for (slot, name) in arena.slots.iter().zip(trainer.update_plan().slots) {
@@ -311,8 +315,13 @@ pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) ->
     if arena.layout.get("transformer.wte.weight").is_some() && is_hugging_face_gpt2(&model) {
         model = from_hugging_face_gpt2(model, file)?;
     }
-    let Arena { layout, parameters, state_layout, state, .. } = arena;
-    tensors::upload(backend, parameters, layout, "", &mut model, file)?;
+    let alone = backend.stores_alone(arena);
+    let Arena { layout, parameters, stored, state_layout, state, .. } = arena;
+    if alone {
+        tensors::upload(backend, stored, layout, "", &mut model, file)?;
+    } else {
+        tensors::upload(backend, parameters, layout, "", &mut model, file)?;
+    }
     tensors::upload(backend, state, state_layout, "", &mut model, file)?;
     tensors::nothing_left(&model, file)?;
     backend.parameters_changed(arena)

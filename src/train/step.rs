@@ -133,8 +133,12 @@ impl<B: Backend + Update> Trainer<B> {
         let program = model.plan(&input, batch_size, Mode::Training)?;
         let activations = program.activations_with_slots(&backend, B::INPUT_SLOTS)?;
         let (layout, _) = model.parameters().layout()?;
-        let plan = UpdatePlan::new(optimizer, &layout)?;
-        let arena = model.arena(&backend, seed, plan.slots.len())?;
+        if !optimizer.master && ema.is_some() {
+            return Err(Error::config("optimizer.ema", "needs parameters in f32, which master = false does not keep"));
+        }
+        let rounding = (!optimizer.master).then_some(seed);
+        let plan = UpdatePlan { rounding, ..UpdatePlan::new(optimizer, &layout)? };
+        let arena = model.arena_with(&backend, seed, plan.slots.len(), optimizer.master)?;
         if backend.loss_scale()?.is_some() {
             backend.set_loss_scale(LossScale::INITIAL)?;
         }

@@ -17,15 +17,15 @@ pub use crate::model::interop::{HostTensor, TensorMap};
 ///
 /// # Errors
 /// A device that failed.
-pub fn download<B: Backend>(
+pub fn download<B: Backend, T: Element>(
     backend: &B,
-    buffer: &B::Buffer<B::Real>,
+    buffer: &B::Buffer<T>,
     layout: &ParamLayout,
     prefix: &str,
     into: &mut TensorMap,
 ) -> Result<()> {
     for entry in layout.entries() {
-        let mut values = vec![B::Real::from_f64(0.0); entry.len];
+        let mut values = vec![T::default(); entry.len];
         backend.download(buffer, entry.offset, &mut values)?;
         let values = values.into_iter().map(Element::f32).collect();
         into.insert(format!("{prefix}{}", entry.name), HostTensor { shape: entry.shape.clone(), values });
@@ -37,9 +37,9 @@ pub fn download<B: Backend>(
 ///
 /// # Errors
 /// A tensor that is missing or has another shape: `path` is said to be of another model.
-pub fn upload<B: Backend>(
+pub fn upload<B: Backend, T: Element>(
     backend: &B,
-    buffer: &mut B::Buffer<B::Real>,
+    buffer: &mut B::Buffer<T>,
     layout: &ParamLayout,
     prefix: &str,
     tensors: &mut TensorMap,
@@ -67,7 +67,7 @@ pub fn upload<B: Backend>(
                 ),
             ));
         }
-        let values: Vec<B::Real> = tensor.values.into_iter().map(B::Real::from_f32).collect();
+        let values: Vec<T> = tensor.values.into_iter().map(T::from_f32).collect();
         backend.upload(buffer, entry.offset, &values)?;
     }
     Ok(())

@@ -1,8 +1,10 @@
 //! The device that CUDA tests run on: the emulated one, or a real one where `WARPSTEP_TEST_DEVICE=cuda` asks for it.
 
+use std::ffi::{CString, c_char};
 use std::sync::Arc;
 
 use warpstep::backend::cuda::{Device, DeviceOptions, emulated};
+use warpstep_emulator::counts::Counts;
 
 /// Before any test runs, this program starts itself again with the emulated device's libraries on the library path.
 #[ctor::ctor]
@@ -34,4 +36,22 @@ pub fn device_with(options: DeviceOptions) -> Option<Arc<Device>> {
 #[allow(dead_code, reason = "each test program uses its part")]
 pub fn device() -> Option<Arc<Device>> {
     device_with(DeviceOptions::default())
+}
+
+/// What a kernel did on the emulated device so far, in all tests of this program; none on a real device.
+#[allow(dead_code, reason = "each test program uses its part")]
+pub fn counts_of(kernel: &str) -> Option<Counts> {
+    if !emulated::is_active() {
+        return None;
+    }
+    let name = CString::new(kernel).expect("a kernel's name");
+    let mut counts = Counts::default();
+    // SAFETY: the library is the emulator that this process has loaded as its driver; the function has this signature there.
+    unsafe {
+        let driver = libloading::Library::new("libcuda.so.1").expect("the emulated driver");
+        let count: libloading::Symbol<'_, unsafe extern "C" fn(*const c_char, *mut Counts)> =
+            driver.get(b"warpstep_emulator_counts_of").expect("the emulator's count");
+        count(name.as_ptr(), &mut counts);
+    }
+    Some(counts)
 }

@@ -37,6 +37,12 @@ pub const EDGES: [(&str, &[usize]); 8] = [
     ("piece", &[(1 << 12) + 3]),
 ];
 
+/// A few tensors, small: for many short runs.
+pub const SMALL: [(&str, &[usize]); 4] = [("a", &[3]), ("b.weight", &[2, 66]), ("none", &[0]), ("scalar", &[])];
+
+/// All rules whose bits are the CPU's.
+pub const RULES: [Rule; 8] = [Rule::Sgd, MOMENTUM, NESTEROV, POLYAK, ADAM, LION, LARS, LAMB];
+
 pub fn clips() -> [Clip; 6] {
     let value = Some(0.5);
     [

@@ -4,8 +4,10 @@
 mod bed;
 #[path = "../common/device.rs"]
 mod device;
+mod early;
 mod forms;
 mod rules;
+mod types;
 
 use std::sync::Arc;
 

@@ -15,7 +15,7 @@ mod on_the_device;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use warpstep::backend::cpu::Cpu;
-use warpstep::backend::{Act, Activations, Arena, Backend, Grad, Indices, Memory, Op, Param, StepContext};
+use warpstep::backend::{Act, Activations, Arena, Backend, Grad, Indices, Memory, Op, Param, State, StepContext};
 use warpstep::plan::{MemoryPlan, ParamLayout, ParamSpec};
 use warpstep::random::{Philox, Purpose};
 use warpstep::real::{Element, Real};
@@ -57,6 +57,7 @@ pub struct Bed<B: Backend> {
     indices: Vec<i32>,
     index_ranges: Vec<std::ops::Range<usize>>,
     parameters: Vec<Vec<f64>>,
+    states: Vec<Vec<f64>>,
     /// The step under which operations run.
     pub step: StepContext,
 }
@@ -78,6 +79,7 @@ impl<B: Backend> Bed<B> {
             indices: Vec::new(),
             index_ranges: Vec::new(),
             parameters: Vec::new(),
+            states: Vec::new(),
             step: StepContext { seed: 7, micro_step: 3, accumulate: false },
         }
     }
@@ -127,12 +129,19 @@ impl<B: Backend> Bed<B> {
         Param(self.parameters.len() as u32 - 1)
     }
 
+    /// A kept tensor of these values.
+    pub fn state(&mut self, values: &[f64]) -> State {
+        self.states.push(values.to_vec());
+        State(self.states.len() as u32 - 1)
+    }
+
     /// Runs an operation.
     pub fn run(&self, op: &dyn Op<B>) -> warpstep::Result<Ran<B>> {
-        let specs: Vec<ParamSpec> = (self.parameters.iter().enumerate())
-            .map(|(i, values)| ParamSpec { name: format!("p{i}"), shape: vec![values.len()] })
-            .collect();
-        let layout = ParamLayout::new(&specs)?;
+        let layout = |tensors: &[Vec<f64>]| {
+            let spec = |(i, values): (usize, &Vec<f64>)| ParamSpec { name: format!("t{i}"), shape: vec![values.len()] };
+            ParamLayout::new(&tensors.iter().enumerate().map(spec).collect::<Vec<_>>())
+        };
+        let (layout, state_layout) = (layout(&self.parameters)?, layout(&self.states)?);
         let ranges: Vec<_> = layout.entries().iter().map(|e| e.range()).collect();
         let backend = &self.backend;
         let mut parameters = backend.allocate(layout.padded_len())?;
@@ -141,8 +150,10 @@ impl<B: Backend> Bed<B> {
             backend.upload(&mut parameters, range.start, &cast::<B::Real>(values))?;
             backend.upload(&mut gradients, range.start, &vec![B::Real::from_f64(1.0); values.len()])?;
         }
-        let state_layout = ParamLayout::new(&[])?;
-        let state = backend.allocate(0)?;
+        let mut state = backend.allocate(state_layout.padded_len())?;
+        for (entry, values) in state_layout.entries().iter().zip(&self.states) {
+            backend.upload(&mut state, entry.range().start, &cast::<B::Real>(values))?;
+        }
         let same = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
         let stored = backend.allocate::<B::Storage>(if same { 0 } else { layout.padded_len() })?;
         let mut arena = Arena {
@@ -170,7 +181,20 @@ impl<B: Backend> Bed<B> {
         backend.download(&activations.values, 0, &mut values)?;
         let mut gradients = vec![B::Real::from_f64(0.0); arena.layout.padded_len()];
         backend.download(&arena.gradients, 0, &mut gradients)?;
-        Ok(Ran { values, ranges: activations.ranges, gradients, gradient_ranges: arena.ranges })
+        let mut indices = self.indices.clone();
+        backend.download(&activations.indices, 0, &mut indices)?;
+        let mut states = vec![B::Real::from_f64(0.0); arena.state_layout.padded_len()];
+        backend.download(&arena.state, 0, &mut states)?;
+        Ok(Ran {
+            values,
+            ranges: activations.ranges,
+            indices,
+            index_ranges: activations.index_ranges,
+            gradients,
+            gradient_ranges: arena.ranges,
+            states,
+            state_ranges: arena.state_layout.entries().iter().map(|e| e.range()).collect(),
+        })
     }
 }
 
@@ -178,8 +202,12 @@ impl<B: Backend> Bed<B> {
 pub struct Ran<B: Backend> {
     values: Vec<B::Storage>,
     ranges: Vec<std::ops::Range<usize>>,
+    indices: Vec<i32>,
+    index_ranges: Vec<std::ops::Range<usize>>,
     gradients: Vec<B::Real>,
     gradient_ranges: Vec<std::ops::Range<usize>>,
+    states: Vec<B::Real>,
+    state_ranges: Vec<std::ops::Range<usize>>,
 }
 
 impl<B: Backend> Ran<B> {
@@ -192,6 +220,16 @@ impl<B: Backend> Ran<B> {
     pub fn get_statistic(&self, act: Act) -> Vec<f64> {
         let bytes: &[u8] = bytemuck::cast_slice(&self.values[self.ranges[act.0 as usize].clone()]);
         wide(&bytemuck::pod_collect_to_vec::<u8, B::Real>(bytes))
+    }
+
+    /// Whole numbers.
+    pub fn get_whole(&self, indices: Indices) -> Vec<i32> {
+        self.indices[self.index_ranges[indices.0 as usize].clone()].to_vec()
+    }
+
+    /// A kept tensor.
+    pub fn state(&self, state: State) -> Vec<f64> {
+        wide(&self.states[self.state_ranges[state.0 as usize].clone()])
     }
 
     /// A parameter's gradient.

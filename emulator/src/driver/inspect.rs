@@ -15,6 +15,13 @@ pub fn counts_of(kernel: &str) -> Counts {
     state().kernels.get(kernel).copied().unwrap_or_default()
 }
 
+/// The kernels that ran since the last [`reset`], in the order of their names.
+pub fn kernels() -> Vec<(String, Counts)> {
+    let mut all: Vec<_> = state().kernels.iter().map(|(name, counts)| (name.clone(), *counts)).collect();
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
 /// The last fault, in a sentence.
 pub fn last_fault() -> Option<String> {
     state().last_fault.as_ref().map(ToString::to_string)
@@ -51,4 +58,43 @@ pub unsafe extern "C" fn warpstep_emulator_counts_of(kernel: *const c_char, to: 
 #[unsafe(no_mangle)]
 pub extern "C" fn warpstep_emulator_reset() {
     reset();
+}
+
+/// One of [`kernels`] by number: its counts, and its name cut to `bytes` with the 0 at its end. False past the last.
+///
+/// # Safety
+/// `name` has room for `bytes` characters, at least 1; `to` holds [`Counts`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn warpstep_emulator_kernel(
+    number: usize,
+    name: *mut c_char,
+    bytes: usize,
+    to: *mut Counts,
+) -> bool {
+    let all = kernels();
+    let Some((found, counts)) = all.get(number) else { return false };
+    let len = found.len().min(bytes.saturating_sub(1));
+    // SAFETY: as the caller promises.
+    unsafe {
+        std::ptr::copy_nonoverlapping(found.as_ptr().cast(), name, len);
+        name.add(len).write(0);
+        to.write(*counts);
+    }
+    true
+}
+
+/// [`last_fault`], cut to `bytes` with the 0 at its end; false where there was none.
+///
+/// # Safety
+/// `to` has room for `bytes` characters, at least 1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn warpstep_emulator_last_fault(to: *mut c_char, bytes: usize) -> bool {
+    let Some(fault) = last_fault() else { return false };
+    let len = fault.len().min(bytes.saturating_sub(1));
+    // SAFETY: as the caller promises.
+    unsafe {
+        std::ptr::copy_nonoverlapping(fault.as_ptr().cast(), to, len);
+        to.add(len).write(0);
+    }
+    true
 }

@@ -306,4 +306,4 @@ pub(crate) fn is_capturing(stream: usize) -> bool {
 }
 
 pub(crate) use api::{current_device, physical};
-pub use inspect::{counts_of, host_counts, last_fault, reset};
+pub use inspect::{counts_of, host_counts, kernels, last_fault, reset};

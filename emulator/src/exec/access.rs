@@ -1,7 +1,10 @@
-//! Loads, stores, atomics and asynchronous copies, with every check of them.
+//! Loads, stores and atomics, with every check of them.
+
+mod copies;
+mod traffic;
 
 use super::trace::{Conflict, Knowledge, Who};
-use super::warp::{PendingCopy, Warp, lanes};
+use super::warp::{Warp, lanes};
 use super::{Block, LOCAL_WINDOW, Run, SHARED_WINDOW, WINDOW};
 use crate::fault::{FaultKind, Range, Space};
 use crate::ptx::{CALL_PARAMS, Lanes, Op, Order};
@@ -230,14 +233,17 @@ impl Run<'_> {
             let first = address & !3;
             // SAFETY: as above; the entries belong to the words, and this thread alone runs the launch.
             let words = unsafe { std::slice::from_raw_parts_mut(self.memory.trace(first), bytes.div_ceil(4) as usize) };
+            let mut first_words = 0;
             for (word, at) in words.iter_mut().zip((first..).step_by(4)) {
                 if let Some(conflict) = self.trace.conflict(word, mask, write, who)
                     && !part.together(conflict, write, self.trace.slot(block))
                 {
                     return Err(conflict.kind(Space::Global, at, write));
                 }
-                self.trace.note(word, mask, write, who);
+                first_words += u64::from(self.trace.note(word, mask, write, who));
             }
+            let touched = if write { &mut self.counts.touched_written } else { &mut self.counts.touched_read };
+            *touched += 4 * first_words;
         }
         Ok(address as *mut u8)
     }
@@ -302,30 +308,7 @@ impl Run<'_> {
         Ok(warp.local[range].as_mut_ptr())
     }
 
-    /// Counts what a warp's access moved.
-    fn count(&mut self, space: Space, addresses: &Lanes, active: u32, bytes: u64, write: bool) {
-        let total = bytes * u64::from(active.count_ones());
-        match space {
-            Space::Global => {
-                let sum = if write { &mut self.counts.global_written } else { &mut self.counts.global_read };
-                *sum += total;
-                let (sectors, ideal) = (distinct(addresses, active, bytes, 32), total.div_ceil(32));
-                self.counts.sectors += sectors;
-                self.counts.ideal_sectors += ideal;
-                self.counts.accesses += 1;
-                self.counts.uncoalesced += u64::from(sectors > ideal);
-            }
-            Space::Shared => {
-                let sum = if write { &mut self.counts.shared_written } else { &mut self.counts.shared_read };
-                *sum += total;
-                self.counts.bank_conflicts += conflicts(addresses, active, bytes);
-            }
-            Space::Local => self.counts.local += total,
-            Space::Param => {}
-        }
-    }
-
-    /// What strong accesses order, lane by lane.
+    /// What strong accesses order, lane by lane; `reads` and `writes` say what they do.
     fn order(
         &mut self,
         block: &Block,
@@ -333,15 +316,14 @@ impl Run<'_> {
         active: u32,
         places: &Places,
         order: Order,
-        reads: bool,
-        writes: bool,
+        (reads, writes): (bool, bool),
     ) {
         if !order.strong {
             return;
         }
         for i in lanes(active) {
             let place = (places.addresses[i], places.spaces[i] == Space::Shared);
-            self.trace.order(place, order, reads, writes, (block.number, warp.index), &mut warp.knows);
+            self.trace.order(place, order, (reads, writes), (block.number, warp.index), &mut warp.knows);
         }
     }
 
@@ -358,7 +340,7 @@ impl Run<'_> {
         let size = usize::from(width.bytes);
         let access = Access { bytes: (size * d.len()) as u64, write: false, strong: order.strong, instruction: at };
         let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
-        self.order(block, warp, active, &places, *order, true, false);
+        self.order(block, warp, active, &places, *order, (true, false));
         let inside = self.all_inside(&places, active, access);
         let mut out = [[0u64; 32]; 8];
         for i in lanes(active) {
@@ -398,7 +380,7 @@ impl Run<'_> {
         let size = usize::from(*size);
         let access = Access { bytes: (size * a.len()) as u64, write: true, strong: order.strong, instruction: at };
         let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
-        self.order(block, warp, active, &places, *order, false, true);
+        self.order(block, warp, active, &places, *order, (false, true));
         let inside = self.all_inside(&places, active, access);
         for i in lanes(active) {
             *lane = i;
@@ -408,21 +390,15 @@ impl Run<'_> {
                 unsafe { write(place.add(part * size), size, warp.registers[*a as usize][i]) };
             }
         }
-        if self.launch.checks.races && !order.strong {
-            if let Some((first, second)) = different_values(warp, active, &places, a) {
-                *lane = second;
-                let (space, address) = (places.spaces[second], places.addresses[second]);
-                let (other_thread, other_block) = (warp.index * 32 + first as u32, block.number);
-                return Err(FaultKind::Race {
-                    space,
-                    address,
-                    write: true,
-                    other_write: true,
-                    other_thread,
-                    other_block,
-                }
-                .into());
-            }
+        if self.launch.checks.races
+            && !order.strong
+            && let Some((first, second)) = different_values(warp, active, &places, a)
+        {
+            *lane = second;
+            let (space, address) = (places.spaces[second], places.addresses[second]);
+            let (other_thread, other_block) = (warp.index * 32 + first as u32, block.number);
+            let race = FaultKind::Race { space, address, write: true, other_write: true, other_thread, other_block };
+            return Err(race.into());
         }
         self.count(places.spaces[*lane], &places.addresses, active, access.bytes, true);
         Ok(())
@@ -441,7 +417,7 @@ impl Run<'_> {
         let size = usize::from(atomic.bytes);
         let access = Access { bytes: size as u64, write: false, strong: true, instruction: at };
         let places = Places::new(*space, &warp.registers[*base as usize], *offset, active);
-        self.order(block, warp, active, &places, *order, true, true);
+        self.order(block, warp, active, &places, *order, (true, true));
         let mut out: Lanes = [0; 32];
         let [b, c] = [b, c].map(|&register| warp.registers[register as usize]);
         for i in lanes(active) {
@@ -460,131 +436,6 @@ impl Run<'_> {
         if let Some(d) = d {
             warp.write(*d, active, &out);
         }
-        Ok(())
-    }
-
-    /// Reads the source at once; the bytes arrive in shared memory when the copy's group is waited for, and until then nothing
-    /// may read what was there.
-    pub(super) fn copy_async(
-        &mut self,
-        block: &mut Block,
-        warp: &mut Warp,
-        active: u32,
-        at: usize,
-        lane: &mut usize,
-    ) -> Result<(), Box<FaultKind>> {
-        let kernel = self.kernel;
-        let Op::CopyAsync { bytes, to, to_offset, from, from_offset, source_bytes } = &kernel.code[at].op else {
-            return Ok(());
-        };
-        let whole = u64::from(*bytes);
-        let lengths = source_bytes.map(|register| warp.registers[register as usize]);
-        let sources = Places::new(Some(Space::Global), &warp.registers[*from as usize], *from_offset, active);
-        let targets = Places::new(Some(Space::Shared), &warp.registers[*to as usize], *to_offset, active);
-        let reading = Access { bytes: whole, write: false, strong: false, instruction: at };
-        let inside = lengths.is_none() && self.all_inside(&sources, active, reading);
-        let mut present = 0;
-        for i in lanes(active) {
-            *lane = i;
-            let length = lengths.map_or(whole, |lengths| lengths[i].min(whole));
-            let mut data = [0; 16];
-            if length > 0 {
-                let address = sources.addresses[i];
-                if address % whole != 0 {
-                    return Err(
-                        FaultKind::Misaligned { space: Space::Global, write: false, address, bytes: whole }.into()
-                    );
-                }
-                present |= 1 << i;
-                // A source that ends early is read in parts of its own length.
-                let step = if length == whole { whole } else { 1 << length.trailing_zeros().min(4) };
-                let mut source = Places { space: sources.space, spaces: sources.spaces, addresses: sources.addresses };
-                for part in (0..length).step_by(step as usize) {
-                    source.addresses[i] = address + part;
-                    let access = Access { bytes: step, ..reading };
-                    let place = self.place(block, warp, (&source, active, i), access, inside)?;
-                    // SAFETY: `place` found `step` bytes there; `data` has room, as `part + step <= 16`.
-                    unsafe {
-                        std::ptr::copy_nonoverlapping(place, data[part as usize..].as_mut_ptr(), step as usize);
-                    }
-                }
-            }
-            let writing = Access { write: true, ..reading };
-            self.place(block, warp, (&targets, active, i), writing, false)?;
-            let to = targets.addresses[i];
-            block.shared_written[to as usize..(to + whole) as usize].fill(0);
-            warp.copies.push(PendingCopy { to, lane: i as u8, data, bytes: *bytes });
-        }
-        self.count(Space::Global, &sources.addresses, present, whole, false);
-        Ok(())
-    }
-
-    /// Lets all groups of copies but the last `but` arrive.
-    pub(super) fn finish_copies(
-        &mut self,
-        block: &mut Block,
-        warp: &mut Warp,
-        but: usize,
-        lane: &mut usize,
-    ) -> Result<(), Box<FaultKind>> {
-        while warp.groups.len() > but {
-            for copy in warp.groups.pop_front().unwrap_or_default() {
-                let i = usize::from(copy.lane);
-                *lane = i;
-                let bytes = u64::from(copy.bytes);
-                let access = Access { bytes, write: true, strong: false, instruction: 0 };
-                let target =
-                    Places { space: Some(Space::Shared), spaces: [Space::Shared; 32], addresses: [copy.to; 32] };
-                let place = self.place(block, warp, (&target, 1 << i, i), access, false)?;
-                // SAFETY: `place` found `bytes` bytes there.
-                unsafe { std::ptr::copy_nonoverlapping(copy.data.as_ptr(), place, bytes as usize) };
-                self.counts.shared_written += bytes;
-            }
-        }
-        Ok(())
-    }
-
-    /// `ldmatrix`: 8 by 8 values of 16 bits; lanes 8i to 8i + 7 name the rows of matrix i.
-    pub(super) fn load_matrix(
-        &mut self,
-        block: &mut Block,
-        warp: &mut Warp,
-        active: u32,
-        at: usize,
-        lane: &mut usize,
-    ) -> Result<(), Box<FaultKind>> {
-        let kernel = self.kernel;
-        let Op::LoadMatrix { transposed, d, base, offset } = &kernel.code[at].op else { return Ok(()) };
-        if active != u32::MAX {
-            *lane = (!active).trailing_zeros() as usize;
-            return Err(FaultKind::AbsentLane { instruction: "ldmatrix", lane: *lane as u32 }.into());
-        }
-        let places = Places::new(Some(Space::Shared), &warp.registers[*base as usize], *offset, active);
-        let access = Access { bytes: 16, write: false, strong: false, instruction: at };
-        for (matrix, d) in d.iter().enumerate() {
-            let mut rows = [[0u16; 8]; 8];
-            let own = 0xff << (8 * matrix);
-            for (row, values) in rows.iter_mut().enumerate() {
-                let i = matrix * 8 + row;
-                *lane = i;
-                // The lane that names a row stands for the warp, which reads together.
-                let place = self.place(block, warp, (&places, own, i), access, false)?;
-                // SAFETY: `place` found 16 bytes there.
-                unsafe { std::ptr::copy_nonoverlapping(place, values.as_mut_ptr().cast(), 16) };
-            }
-            let out: Lanes = std::array::from_fn(|i| {
-                let (row, column) = (i / 4, 2 * (i % 4));
-                let pair = if *transposed {
-                    [rows[column][row], rows[column + 1][row]]
-                } else {
-                    [rows[row][column], rows[row][column + 1]]
-                };
-                u64::from(pair[0]) | u64::from(pair[1]) << 16
-            });
-            warp.write(*d, active, &out);
-            self.count(Space::Shared, &places.addresses, own, 16, false);
-        }
-        self.trace.lanes_meet(&mut warp.knows, active);
         Ok(())
     }
 }
@@ -610,56 +461,4 @@ fn different_values(warp: &Warp, active: u32, places: &Places, values: &[u32]) -
         let first = lanes(active).filter(same).find(|&first| !value(first).eq(value(second)))?;
         Some((first, second))
     })
-}
-
-/// How many parts of `unit` bytes the lanes' accesses touch together.
-fn distinct(addresses: &Lanes, active: u32, bytes: u64, unit: u64) -> u64 {
-    let mut seen = [u64::MAX; 64];
-    let mut count = 0;
-    for lane in lanes(active) {
-        for sector in addresses[lane] / unit..=(addresses[lane] + bytes - 1) / unit {
-            // Neighbours mostly share a part, or go on to the next.
-            let known = count > 0 && (seen[count - 1] == sector || seen[..count].contains(&sector));
-            if !known && count < seen.len() {
-                seen[count] = sector;
-                count += 1;
-            }
-        }
-    }
-    count as u64
-}
-
-/// Passes besides the first that an access of shared memory takes: 32 banks of 4 bytes; wide accesses go by halves or quarters
-/// of a warp.
-fn conflicts(addresses: &Lanes, active: u32, bytes: u64) -> u64 {
-    let together = match bytes {
-        16.. => 8,
-        8.. => 16,
-        _ => 32,
-    };
-    let mut extra = 0;
-    for start in (0..32).step_by(together) {
-        let group = active & (((1u64 << together) - 1) << start) as u32;
-        // Every word once, in the list of its bank.
-        let (mut words, mut next, mut len) = ([0u64; 128], [u8::MAX; 128], 0);
-        let (mut heads, mut lengths, mut most) = ([u8::MAX; 32], [0u8; 32], 0);
-        for lane in lanes(group) {
-            for word in addresses[lane] / 4..(addresses[lane] + bytes).div_ceil(4) {
-                let bank = word as usize % 32;
-                let mut at = heads[bank];
-                while at != u8::MAX && words[at as usize] != word {
-                    at = next[at as usize];
-                }
-                if at == u8::MAX {
-                    (words[len], next[len]) = (word, heads[bank]);
-                    heads[bank] = len as u8;
-                    lengths[bank] += 1;
-                    most = most.max(lengths[bank]);
-                    len += 1;
-                }
-            }
-        }
-        extra += u64::from(most.saturating_sub(1));
-    }
-    extra
 }

@@ -32,12 +32,12 @@ fn single(bits: u64) -> f64 {
 
 pub(super) fn multiply(warp: &mut Warp, matrix: Matrix, d: &[u32], a: &[u32], b: &[u32], c: &[u32]) {
     let (k, factors) = (usize::from(matrix.k), matrix.factors);
-    let registers = &warp.registers;
+    let value = |register: u32, lane: usize| warp.registers[register as usize][lane];
     let (mut left, mut right) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
     for lane in 0..32 {
         let (group, inside) = (lane / 4, lane % 4);
         for (index, &register) in a.iter().enumerate() {
-            let (row, part, bits) = (group + 8 * (index % 2), index / 2, registers[register as usize][lane]);
+            let (row, part, bits) = (group + 8 * (index % 2), index / 2, value(register, lane));
             if factors == MatrixType::Tf32 {
                 left[row][inside + 4 * part] = single(bits);
             } else {
@@ -45,7 +45,7 @@ pub(super) fn multiply(warp: &mut Warp, matrix: Matrix, d: &[u32], a: &[u32], b:
             }
         }
         for (index, &register) in b.iter().enumerate() {
-            let bits = registers[register as usize][lane];
+            let bits = value(register, lane);
             if factors == MatrixType::Tf32 {
                 right[inside + 4 * index][group] = single(bits);
             } else {
@@ -67,10 +67,10 @@ pub(super) fn multiply(warp: &mut Warp, matrix: Matrix, d: &[u32], a: &[u32], b:
             let sum = sums[lane / 4 + 8 * (index / 2)][2 * (lane % 4) + index % 2];
             if matrix.half_sums {
                 let (register, shift) = (index / 2, 16 * (index % 2));
-                let start = from_f16((registers[c[register] as usize][lane] >> shift) as u16);
+                let start = from_f16((value(c[register], lane) >> shift) as u16);
                 out[register][lane] |= u64::from(f16::from_f64(f64::from(start) + sum).to_bits()) << shift;
             } else {
-                let start = f64::from(f32::from_bits(registers[c[index] as usize][lane] as u32));
+                let start = f64::from(f32::from_bits(value(c[index], lane) as u32));
                 out[index][lane] = u64::from(((start + sum) as f32).to_bits());
             }
         }

@@ -62,6 +62,17 @@ impl Entry {
     }
 }
 
+/// A clock for each warp of the grid; none where nothing is known of other blocks.
+type Clocks = Option<Rc<Vec<u32>>>;
+
+/// What a fence releases: clocks of the block's warps, of the grid's, and whether to the block alone.
+#[derive(Clone)]
+struct Fenced {
+    warps: [u32; 32],
+    others: Clocks,
+    within: bool,
+}
+
 /// Up to which clocks the accesses of others come before a warp's own.
 #[derive(Clone, Default)]
 pub(crate) struct Knowledge {
@@ -70,9 +81,9 @@ pub(crate) struct Knowledge {
     /// Of its lanes: the clock at which each last synchronized with the others.
     pub lanes: [u32; 32],
     /// Of the warps of other blocks; none where nothing is known of them.
-    others: Option<Rc<Vec<u32>>>,
+    others: Clocks,
     /// What its last fence releases, and whether to other blocks too.
-    fenced: Option<([u32; 32], Option<Rc<Vec<u32>>>, bool)>,
+    fenced: Option<Fenced>,
     /// Where it read what others may have released, until a fence makes it count.
     observed: Vec<Key>,
     /// What it acquired last: not acquired again.
@@ -142,7 +153,7 @@ fn raise(to: &mut [u32], from: &[u32]) {
 }
 
 /// What two know together.
-fn join(to: &mut Option<Rc<Vec<u32>>>, from: &Option<Rc<Vec<u32>>>) {
+fn join(to: &mut Clocks, from: &Clocks) {
     match (&mut *to, from) {
         (_, None) => {}
         (None, Some(from)) => *to = Some(Rc::clone(from)),
@@ -210,12 +221,10 @@ impl Trace {
         &mut self,
         (address, shared): (u64, bool),
         order: Order,
-        reads: bool,
-        writes: bool,
-        by: (u32, u32),
+        (reads, writes): (bool, bool),
+        (block, warp): (u32, u32),
         knows: &mut Knowledge,
     ) {
-        let (block, warp) = by;
         if reads {
             let keys = [self.place(address, shared, block, false), self.place(address, shared, block, true)];
             for key in &keys[..if shared { 1 } else { 2 }] {
@@ -235,7 +244,7 @@ impl Trace {
                 let (mut warps, others) = (knows.warps, knows.others.clone());
                 warps[warp as usize] = now;
                 self.release(self.place(address, shared, block, order.block), block, &warps, &others);
-            } else if let Some((warps, others, within)) = knows.fenced.clone() {
+            } else if let Some(Fenced { warps, others, within }) = knows.fenced.clone() {
                 self.release(self.place(address, shared, block, within || order.block), block, &warps, &others);
             }
         }
@@ -249,10 +258,10 @@ impl Trace {
         let now = self.tick();
         let mut warps = knows.warps;
         warps[warp as usize] = now;
-        knows.fenced = Some((warps, knows.others.clone(), within));
+        knows.fenced = Some(Fenced { warps, others: knows.others.clone(), within });
     }
 
-    fn release(&mut self, key: Key, block: u32, warps: &[u32; 32], others: &Option<Rc<Vec<u32>>>) {
+    fn release(&mut self, key: Key, block: u32, warps: &[u32; 32], others: &Clocks) {
         let (slot, stride) = (self.slot(block) as usize, self.stride);
         let len = self.slots as usize * stride;
         self.versions += 1;
@@ -338,9 +347,9 @@ impl Trace {
         None
     }
 
-    /// Notes an access of `bytes` (a mask) of a word.
+    /// Notes an access of `bytes` (a mask) of a word; true where it is the launch's first load, or store, of the word.
     #[inline]
-    pub fn note(&mut self, word: &mut [u64; 2], bytes: u32, write: bool, who: Who<'_>) {
+    pub fn note(&mut self, word: &mut [u64; 2], bytes: u32, write: bool, who: Who<'_>) -> bool {
         self.noted = true;
         let slot = self.slot(who.block);
         let place = &mut word[usize::from(!write)];
@@ -371,5 +380,6 @@ impl Trace {
             }
         }
         *place = next.pack();
+        last.clock < self.start
     }
 }

@@ -9,7 +9,7 @@
 )]
 
 mod algorithm;
-mod multiply;
+pub(super) mod multiply;
 mod plan;
 
 use std::ffi::{c_int, c_void};

@@ -43,6 +43,9 @@ impl<R: Real> Update for Cpu<R> {
     }
 
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
+        if plan.rounding.is_some() {
+            return Err(Error::shape("update", "a plan of parameters in f32", "one of parameters in bf16 alone"));
+        }
         let mut slots: Vec<&mut [R]> = arena.slots.iter_mut().map(Vec::as_mut_slice).collect();
         let kept = &mut arena.prepared;
         update_keeping(&mut arena.parameters, &mut arena.gradients, &mut slots, plan, step, kept)

@@ -71,6 +71,7 @@ pub struct Device {
     /// The operation that kernels belong to, while they are timed.
     pub(super) operation: Mutex<Option<&'static str>>,
     blas: std::sync::OnceLock<super::blas::Blas>,
+    dnn: std::sync::OnceLock<super::convolution::Dnn>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
 }
@@ -174,6 +175,7 @@ impl Device {
             timings: Mutex::default(),
             operation: Mutex::default(),
             blas: std::sync::OnceLock::new(),
+            dnn: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
         };
@@ -242,6 +244,15 @@ impl Device {
         }
         let blas = super::blas::Blas::open(self)?;
         Ok(self.blas.get_or_init(|| blas))
+    }
+
+    /// The convolutions' library, opened on first use.
+    pub(super) fn dnn(&self) -> Result<&super::convolution::Dnn> {
+        if let Some(dnn) = self.dnn.get() {
+            return Ok(dnn);
+        }
+        let dnn = super::convolution::Dnn::open(self)?;
+        Ok(self.dnn.get_or_init(|| dnn))
     }
 
     /// Address of the device's `StepState`.
@@ -428,6 +439,7 @@ impl Drop for Device {
         if let Some(blas) = self.blas.take() {
             blas.close(self);
         }
+        drop(self.dnn.take());
         for (address, _) in std::mem::take(self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner)) {
             self.release(address);
         }

@@ -141,7 +141,7 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// `sums[column] (+)= sum over the parts`, partial: `[parts, width]`, both f32.
-    fn finish_sums(&self, partial: u64, sums: u64, [parts, width]: [usize; 2], add: bool) -> Result<()> {
+    pub(super) fn finish_sums(&self, partial: u64, sums: u64, [parts, width]: [usize; 2], add: bool) -> Result<()> {
         let grid = Grid::new(width.div_ceil(256), 256);
         // SAFETY: the callers hand on `parts * width` values and room for `width`.
         unsafe { self.device().launch(FILE, "sum_rows_finish", grid, args![partial, sums, parts, width, add]) }

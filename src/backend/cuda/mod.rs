@@ -7,10 +7,14 @@ mod activation;
 mod alias;
 mod attention;
 pub mod auto;
+mod batch_norm;
 mod blas;
 mod buffer;
+mod channel;
 mod choice;
 mod context;
+mod conv;
+mod convolution;
 mod cooperative;
 pub mod doctor;
 mod dropout;
@@ -23,7 +27,7 @@ pub mod libraries;
 mod linear;
 mod loss;
 mod module;
-mod pending;
+mod pool;
 mod product;
 mod profile;
 mod recording;
@@ -115,7 +119,6 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// Address of a kept tensor, f32.
-    #[allow(dead_code, reason = "for the operations of pending.rs")]
     fn state(memory: &Memory<'_, Self>, state: State) -> u64 {
         memory.arena.state.address_of(memory.arena.state_range(state).start)
     }
@@ -155,11 +158,15 @@ impl<S: Storage> Backend for Cuda<S> {
     }
 
     fn parameters_changed(&self, arena: &mut Arena<Self>) -> Result<()> {
-        if !S::HAS_MASTER {
+        if !S::HAS_MASTER || self.stores_alone(arena) {
             return Ok(());
         }
         let len = arena.parameters.len();
         self.convert(arena.parameters.address_of(0), arena.stored.address_of(0), len)
+    }
+
+    fn stores_alone(&self, arena: &Arena<Self>) -> bool {
+        S::HAS_MASTER && arena.parameters.is_empty() && !arena.stored.is_empty()
     }
 
     fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {

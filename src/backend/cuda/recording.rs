@@ -62,7 +62,17 @@ pub(super) fn each<S: Storage>(
     memory: &mut Memory<'_, Cuda<S>>,
     step: &StepContext,
 ) -> Result<()> {
-    program.iter().try_for_each(|op| ranged(op.name(), || op.run(backend, memory, step)))
+    program.iter().try_for_each(|op| one(backend, op.as_ref(), memory, step))
+}
+
+/// Queues an operation.
+pub(super) fn one<S: Storage>(
+    backend: &Cuda<S>,
+    op: &dyn Op<Cuda<S>>,
+    memory: &mut Memory<'_, Cuda<S>>,
+    step: &StepContext,
+) -> Result<()> {
+    ranged(op.name(), || op.run(backend, memory, step))
 }
 
 /// Runs a program: the first time as it is, the second time while it is recorded, from then on by replay.

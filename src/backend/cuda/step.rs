@@ -13,7 +13,7 @@ use cudarc::driver::{CudaEvent, CudaGraph, result};
 
 use super::context::{Device, driver_error};
 use super::launch::{Grid, args};
-use super::update::Outcome;
+use super::update::{EarlyNorm, Outcome};
 use super::{Cuda, Storage, recording};
 use crate::backend::ops::METRICS;
 use crate::backend::step::{Fill, Finished, LossScale, Pass, UpdateWork, Work, check_len};
@@ -319,21 +319,39 @@ fn queue_work<S: Storage>(
 ) -> Result<()> {
     let device = backend.device();
     device.write(device.step_state(), &slot.scalars.bytes()[..size_of::<Scalars>()])?;
+    let loss_scale = update.is_some() && backend.scales_losses();
+    if loss_scale {
+        // SAFETY: the state of the step.
+        unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state()])? };
+    }
+    let params_address = device.step_state() + UPDATE_PARAMS;
+    // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
+    let early = match (&pass, &update) {
+        (Some(pass), Some(UpdateWork { plan, .. })) if backend.gathers_early(arena, plan)? => {
+            Some((*plan, EarlyNorm::new(pass.ops, &arena.ranges, plan, backend.early_elements()?)?))
+        }
+        _ => None,
+    };
     let mut metrics = None;
     if let Some(pass) = pass {
         let mut memory = Memory { arena: &mut *arena, activations: &mut *pass.activations };
-        recording::each(backend, pass.ops, &mut memory, &pass.context)?;
+        for (index, op) in pass.ops.iter().enumerate() {
+            recording::one(backend, op.as_ref(), &mut memory, &pass.context)?;
+            let Some((plan, early)) = &early else { continue };
+            if let Some(tensors) = early.tensors_after(index) {
+                let (prepared, arrays) = backend.arrays(memory.arena, plan)?;
+                prepared.queue_norm_range(&arrays, prepared.pieces_of(&tensors), params_address)?;
+            }
+        }
         metrics = pass.metrics.map(|act| pass.activations.values.address_of(pass.activations.range(act).start));
     }
     let mut outcome = None;
     if let Some(UpdateWork { plan, params, average }) = update {
-        let loss_scale = backend.scales_losses();
-        if loss_scale {
-            // SAFETY: the state of the step.
-            unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state()])? };
-        }
         let (prepared, arrays) = backend.arrays(arena, plan)?;
-        prepared.queue(&arrays, params.zero_gradients, device.step_state() + UPDATE_PARAMS)?;
+        match early {
+            Some(_) => prepared.queue_gathered(&arrays, params.zero_gradients, params_address)?,
+            None => prepared.queue(&arrays, params.zero_gradients, params_address)?,
+        }
         let address = prepared.outcome_address();
         if let Some((decay, average)) = average {
             backend.queue_average(average, &arena.parameters, *decay, address)?;

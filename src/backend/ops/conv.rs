@@ -17,7 +17,7 @@ pub trait Conv: Sized {
 }
 
 /// Sizes of a convolution. Pairs are (height, width).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dGeometry {
     /// Samples.
     pub batch: usize,
@@ -47,10 +47,15 @@ impl Conv2dGeometry {
         Some([side(0)?, side(1)?])
     }
 
+    /// Values of the weight.
+    pub fn weights(&self) -> usize {
+        self.filters * (self.channels / self.groups) * self.kernel[0] * self.kernel[1]
+    }
+
     /// Floating-point operations of one product with the weights.
     pub fn flops(&self) -> usize {
         let [h, w] = self.output().unwrap_or([0, 0]);
-        2 * self.batch * h * w * self.filters * (self.channels / self.groups) * self.kernel[0] * self.kernel[1]
+        2 * self.batch * h * w * self.weights()
     }
 }
 

@@ -49,6 +49,11 @@ pub trait Update: Backend {
     /// A device that failed.
     fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>>;
 
+    /// Bits of fraction that the factors of products keep, where a rule multiplies matrices: 23 for f32, 10 for tf32.
+    fn product_bits(&self) -> u32 {
+        23
+    }
+
     /// `average = decay * average + (1 - decay) * parameters`.
     ///
     /// # Errors

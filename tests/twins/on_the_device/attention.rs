@@ -7,6 +7,7 @@
 use warpstep::random::{Philox, Purpose, to_unit};
 
 use super::*;
+use crate::device::counts_of;
 
 const STREAM: u32 = 5;
 
@@ -204,6 +205,24 @@ fn flash_attention_drops_and_hides_what_the_cpu_does() {
         with(65, 128, true).with_padding(),
     ]);
     judge_f16(&[with(19, 64, false).with_dropout(0.3), with(30, 128, true).with_padding().with_dropout(0.1)]);
+}
+
+#[test]
+fn flash_attention_reads_and_writes_shared_memory_without_bank_conflicts() {
+    let Some(device) = device() else { return };
+    let draw = Draw { seed: fresh_seed(), round: |x| bf16::from_f64(x).f64() };
+    for head_size in [64, 128] {
+        attend(1, 65, [1, 1], head_size, false).run(Bed::new(Cuda::<bf16>::new(device.clone())), &draw);
+        for part in ["forward", "backward_keys", "backward_queries"] {
+            let kernel = format!("flash_attention_{part}_{head_size}_bf16");
+            let Some(counts) = counts_of(&kernel) else {
+                println!("skipped: only the emulated device counts bank conflicts");
+                return;
+            };
+            assert!(counts.launches > 0 && counts.shared_read > 0, "{kernel} did not run");
+            assert_eq!([counts.bank_conflicts, counts.local], [0, 0], "{kernel}");
+        }
+    }
 }
 
 #[test]

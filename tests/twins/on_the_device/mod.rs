@@ -2,12 +2,15 @@
 
 mod activation;
 mod attention;
+mod batch_norm;
+mod conv;
 mod dropout;
 mod elementwise;
 mod embedding;
 mod layer_norm;
 mod linear;
 mod loss;
+mod pool;
 
 use half::{bf16, f16};
 use warpstep::backend::Backend;
@@ -15,7 +18,7 @@ use warpstep::backend::cpu::Cpu;
 use warpstep::backend::cuda::{Cuda, DeviceOptions, Storage};
 use warpstep::backend::ops::*;
 
-use crate::device::device_with;
+use crate::device::{device, device_with};
 use crate::*;
 
 /// Draws the inputs of a case: the same for both backends, held exactly by the device's type.

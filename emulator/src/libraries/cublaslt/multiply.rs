@@ -24,7 +24,7 @@ fn matrix(ty: Type, address: u64, layout: &Layout) -> Result<Vec<f32>, Fault> {
     Ok(out)
 }
 
-fn tf32(values: &mut [f32]) {
+pub(in crate::libraries) fn tf32(values: &mut [f32]) {
     for value in values.iter_mut().filter(|value| value.is_finite()) {
         *value = f32::from_bits(value.to_bits().wrapping_add(0x1000) & !0x1fff);
     }

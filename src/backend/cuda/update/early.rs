@@ -76,7 +76,7 @@ impl EarlyNorm {
 
 impl Prepared {
     /// The pieces of some tensors.
-    fn pieces_of(&self, tensors: &Range<usize>) -> Range<usize> {
+    pub(in crate::backend::cuda) fn pieces_of(&self, tensors: &Range<usize>) -> Range<usize> {
         let pieces = |number: usize| self.first_pieces.get(number).map_or(self.pieces.len(), |&first| first as usize);
         pieces(tensors.start)..pieces(tensors.end)
     }

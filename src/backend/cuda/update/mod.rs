@@ -185,7 +185,7 @@ impl Prepared {
     }
 
     /// As [`Prepared::queue`], once [`Prepared::queue_norm_range`] was queued for every piece: the norm's end, then the pass.
-    fn queue_gathered(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
+    pub(super) fn queue_gathered(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
         self.finish_norm(arrays, params)?;
         let pass = self.pass(zero_gradients, params);
         if self.has(Kind::Lars) {
@@ -214,7 +214,7 @@ impl Prepared {
 
     /// Queues the norm's part of some pieces, whose gradients are final. Pieces do not depend on each other, so the norm has the
     /// same bits however they are parted and in whatever order.
-    fn queue_norm_range(&self, arrays: &Arrays, pieces: Range<usize>, params: u64) -> Result<()> {
+    pub(super) fn queue_norm_range(&self, arrays: &Arrays, pieces: Range<usize>, params: u64) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }
@@ -320,8 +320,12 @@ impl<S: Storage> Cuda<S> {
         plan: &UpdatePlan,
     ) -> Result<(&'a mut Prepared, Arrays)> {
         let len = plan.block_groups.len() * ALIGNMENT;
-        let lens =
-            [arena.parameters.len(), arena.gradients.len()].into_iter().chain(arena.slots.iter().map(Buffer::len));
+        let alone = plan.rounding.is_some();
+        if alone && S::NAME != "bf16" {
+            return Err(Error::shape("update", "parameters in bf16, where they are kept in that alone", S::NAME));
+        }
+        let parameters = if alone { arena.stored.len() } else { arena.parameters.len() };
+        let lens = [parameters, arena.gradients.len()].into_iter().chain(arena.slots.iter().map(Buffer::len));
         if lens.clone().any(|l| l != len) || arena.slots.len() < plan.slots.len() {
             return Err(Error::shape(
                 "update",
@@ -331,11 +335,11 @@ impl<S: Storage> Cuda<S> {
         }
         let slot = |index: usize| arena.slots.get(index).map_or(0, |slot| slot.address_of(0));
         let arrays = Arrays {
-            parameters: arena.parameters.address_of(0),
+            parameters: if alone { arena.stored.address_of(0) } else { arena.parameters.address_of(0) },
             gradients: arena.gradients.address_of(0),
-            copy: if S::HAS_MASTER { arena.stored.address_of(0) } else { 0 },
+            copy: if S::HAS_MASTER && !alone { arena.stored.address_of(0) } else { 0 },
             slots: [slot(0), slot(1)],
-            types: ["f32", "f32", S::NAME],
+            types: [if alone { S::NAME } else { "f32" }, "f32", S::NAME],
         };
         if arena.prepared.as_ref().is_none_or(|prepared| prepared.plan != *plan) {
             arena.prepared = Some(Prepared::new(self.device(), plan)?);
@@ -380,6 +384,10 @@ impl<S: Storage> Update for Cuda<S> {
         let mut squares = vec![0.0; prepared.tensor_squares.len()];
         prepared.tensor_squares.read(0, &mut squares)?;
         Ok(squares)
+    }
+
+    fn product_bits(&self) -> u32 {
+        if self.device().options().tf32 { 10 } else { 23 }
     }
 
     fn average(&self, average: &mut Buffer<f32>, parameters: &Buffer<f32>, decay: f64) -> Result<()> {
