@@ -1,11 +1,15 @@
-//! Joins operations that devices run as one: an affine map and the function of single values around it.
+//! Joins operations that devices run as one: an affine map and the function of single values around it, a normalization and
+//! the residual sum around it.
 //!
 //! Layers emit what they do one by one. Where an affine map is followed at once by a function of its values, the two become one
-//! operation; so do, in the backward, the gradient of an affine map's input and the slope of the function before it. Numbers
-//! do not change; memory is saved where nothing else asks for what lay between.
+//! operation; so do, in the backward, the gradient of an affine map's input and the slope of the function before it. A sum that
+//! is normalized next is taken by the normalization as it reads; and in the backward, what reaches the sum past the
+//! normalization is added by it as it writes. Numbers do not change; memory is saved where nothing else asks for what lay
+//! between.
 
 use crate::backend::ops::{
-    ActivationBackward, ActivationForward, ActivationKind, FusedActivation, FusedSlope, LinearBackward, LinearForward,
+    ActivationBackward, ActivationForward, ActivationKind, Add, FusedActivation, FusedSlope, LayerNormBackward,
+    LayerNormForward, LinearBackward, LinearForward, RmsNormBackward, RmsNormForward, RowSum,
 };
 use crate::backend::{Act, Backend, Op, Use};
 
@@ -22,7 +26,7 @@ impl<B: Backend> Operations<B> {
         let mut at = 0;
         while at + 1 < self.ops.len() {
             // What runs a part of a program may stop where the backward starts, so nothing is joined across.
-            if at + 1 != self.forward && (self.join_forward(at, &kept) || self.join_backward(at, &kept)) {
+            if at + 1 != self.forward && self.join(at, &kept) {
                 let second = at + 1;
                 drop(self.ops.remove(second));
                 self.forward -= usize::from(second < self.forward);
@@ -30,6 +34,11 @@ impl<B: Backend> Operations<B> {
             at += 1;
         }
         self
+    }
+
+    /// Puts what the operation at `at` and the next do into the first; tells whether it could.
+    fn join(&mut self, at: usize, kept: &impl Fn(Act) -> bool) -> bool {
+        self.join_forward(at, kept) || self.join_backward(at, kept) || self.join_sum(at) || self.join_residual(at, kept)
     }
 
     fn find<T: 'static>(&self, at: usize) -> Option<&T> {
@@ -88,6 +97,47 @@ impl<B: Backend> Operations<B> {
         let slope = FusedSlope { kind: activation.kind, of: activation.x };
         let fused = LinearBackward { dx: Some(activation.dx), slope: Some(slope), ..linear.clone() };
         self.ops[at] = Box::new(fused);
+        true
+    }
+
+    /// `x = a + b` and `y = norm(x)`; x is left all the same.
+    fn join_sum(&mut self, at: usize) -> bool {
+        let Some(&Add { a, b, y: x, .. }) = self.find::<Add>(at) else { return false };
+        let sum = Some(RowSum { other: b, sum: x });
+        let layer_norm = self.find::<LayerNormForward>(at + 1).filter(|norm| norm.x == x && norm.sum.is_none());
+        let rms_norm = self.find::<RmsNormForward>(at + 1).filter(|norm| norm.x == x && norm.sum.is_none());
+        let fused: Box<dyn Op<B>> = match (layer_norm, rms_norm) {
+            (Some(norm), _) => Box::new(LayerNormForward { x: a, sum, ..norm.clone() }),
+            (_, Some(norm)) => Box::new(RmsNormForward { x: a, sum, ..norm.clone() }),
+            _ => return false,
+        };
+        self.ops[at] = fused;
+        true
+    }
+
+    /// `d = gradient of norm(x)` and `dx = d + residual`, where nothing else reads d.
+    fn join_residual(&mut self, at: usize, kept: &impl Fn(Act) -> bool) -> bool {
+        let Some(&Add { a, b, y, .. }) = self.find::<Add>(at + 1) else { return false };
+        let layer_norm = self.find::<LayerNormBackward>(at).filter(|norm| norm.residual.is_none());
+        let rms_norm = self.find::<RmsNormBackward>(at).filter(|norm| norm.residual.is_none());
+        let (d, dy) = match (layer_norm, rms_norm) {
+            (Some(norm), _) => (norm.dx, norm.dy),
+            (_, Some(norm)) => (norm.dx, norm.dy),
+            _ => return false,
+        };
+        let past = if d == Some(a) { b } else { a };
+        // An operation does not take one activation twice, and what is gone cannot be read.
+        let joins = d.is_some_and(|d| (d == a || d == b) && !kept(d) && self.users(d) == [at, at + 1]);
+        if !joins || past == dy || Some(past) == d {
+            return false;
+        }
+        let (dx, residual) = (Some(y), Some(past));
+        let fused: Box<dyn Op<B>> = match (layer_norm, rms_norm) {
+            (Some(norm), _) => Box::new(LayerNormBackward { dx, residual, ..norm.clone() }),
+            (_, Some(norm)) => Box::new(RmsNormBackward { dx, residual, ..norm.clone() }),
+            _ => return false,
+        };
+        self.ops[at] = fused;
         true
     }
 }

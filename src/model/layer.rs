@@ -24,15 +24,6 @@ pub trait Layer<B: Backend>: Send {
     /// # Errors
     /// As [`Layer::forward`].
     fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>>;
-
-    /// As [`Layer::backward`], with `residual`, what reaches the input past this layer, added to the input's gradient. A layer
-    /// whose own operation can add it saves a pass over memory.
-    ///
-    /// # Errors
-    /// As [`Layer::forward`].
-    fn backward_added(&mut self, planner: &mut Planner<'_, B>, dy: Tensor, residual: Tensor) -> Result<Option<Tensor>> {
-        self.backward(planner, dy)?.map(|dx| planner.add(&dx, &residual)).transpose()
-    }
 }
 
 /// Which memory holds a tensor's values.

@@ -7,7 +7,7 @@ use super::layer::{Tensor, Value};
 use super::parameters::{Init, ParamTable};
 use super::program::Program;
 use super::{Input, Mode};
-use crate::backend::ops::{Add, Padding};
+use crate::backend::ops::Padding;
 use crate::backend::{Act, Backend, Grad, Indices, Op, Param, State, Use};
 use crate::error::{Error, Result};
 use crate::plan::{Lifetime, MemoryPlan};
@@ -39,8 +39,6 @@ pub struct Planner<'a, B: Backend> {
     mode: Mode,
     scope: Vec<String>,
     ops: Vec<Box<dyn Op<B>>>,
-    flops: u64,
-    last_sum: Option<(usize, Add)>,
     forward_ops: usize,
     activations: Vec<Storage>,
     indices: Vec<Storage>,
@@ -59,8 +57,6 @@ impl<'a, B: Backend> Planner<'a, B> {
             mode,
             scope: Vec::new(),
             ops: Vec::new(),
-            flops: 0,
-            last_sum: None,
             forward_ops: 0,
             activations: Vec::new(),
             indices: Vec::new(),
@@ -190,35 +186,7 @@ impl<'a, B: Backend> Planner<'a, B> {
 
     /// Appends an operation.
     pub fn emit(&mut self, op: impl Op<B> + 'static) {
-        self.flops += op.flops();
         self.ops.push(Box::new(op));
-    }
-
-    /// Appends `a + b`.
-    ///
-    /// # Errors
-    /// Shapes that differ, or tokens.
-    pub fn add(&mut self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-        if a.shape != b.shape {
-            return Err(Error::shape("residual", format!("two branches of {:?}", a.shape), format!("{:?}", b.shape)));
-        }
-        let (y, sum) = self.tensor(&a.shape, a.needs_gradient || b.needs_gradient);
-        let op = Add { a: a.real("residual")?, b: b.real("residual")?, y, len: a.len() };
-        self.last_sum = Some((self.ops.len(), op.clone()));
-        self.emit(op);
-        Ok(sum)
-    }
-
-    /// Takes the addition back that makes `x`, where that is the operation emitted last: for a layer whose own operation adds
-    /// as it reads, and leaves the sum in `x` all the same.
-    pub fn take_sum(&mut self, x: Act) -> Option<Add> {
-        let (position, sum) = self.last_sum.take()?;
-        if position + 1 != self.ops.len() || sum.y != x {
-            return None;
-        }
-        self.ops.pop();
-        self.flops -= Op::<B>::flops(&sum);
-        Some(sum)
     }
 
     /// Runs `forward` of a layer called `name` and notes a [`Row`] of the model's table for it.
@@ -228,7 +196,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         kind: &'static str,
         forward: impl FnOnce(&mut Self) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let (elements, flops) = (self.declared_elements, self.flops);
+        let (elements, ops) = (self.declared_elements, self.ops.len());
         let y = self.scoped(name, forward)?;
         let path = self.scoped(name, |planner| Ok(planner.path("")))?;
         self.rows.push(Row {
@@ -236,7 +204,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             kind,
             shape: y.shape.clone(),
             parameters: self.declared_elements - elements,
-            flops: self.flops - flops,
+            flops: self.ops[ops..].iter().map(|op| op.flops()).sum(),
         });
         Ok(y)
     }

@@ -1,7 +1,8 @@
 //! Combinators: one layer after another, and around another.
 
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::backend::ops::Add;
+use crate::error::{Error, Result};
 use crate::model::{Layer, Planner, Tensor};
 
 /// Layers one after another, each under a name of its own.
@@ -55,24 +56,6 @@ impl<B: Backend> Layer<B> for Sequential<B> {
         }
         Ok(Some(dy))
     }
-
-    fn backward_added(
-        &mut self,
-        planner: &mut Planner<'_, B>,
-        mut dy: Tensor,
-        residual: Tensor,
-    ) -> Result<Option<Tensor>> {
-        let Some(((_, first), rest)) = self.layers.split_first_mut() else {
-            return planner.add(&dy, &residual).map(Some);
-        };
-        for (_, layer) in rest.iter_mut().rev() {
-            match layer.backward(planner, dy)? {
-                Some(dx) => dy = dx,
-                None => return Ok(None),
-            }
-        }
-        first.backward_added(planner, dy, residual)
-    }
 }
 
 /// `y = inner(x) + shortcut(x)`; without a shortcut, `y = inner(x) + x`.
@@ -96,6 +79,16 @@ impl<B: Backend> Residual<B> {
     }
 }
 
+/// Emits `a + b`.
+pub(super) fn add<B: Backend>(planner: &mut Planner<'_, B>, a: Tensor, b: Tensor) -> Result<Tensor> {
+    if a.shape != b.shape {
+        return Err(Error::shape("residual", format!("two branches of {:?}", a.shape), format!("{:?}", b.shape)));
+    }
+    let (y, sum) = planner.tensor(&a.shape, a.needs_gradient || b.needs_gradient);
+    planner.emit(Add { a: a.real("residual")?, b: b.real("residual")?, y, len: a.len() });
+    Ok(sum)
+}
+
 impl<B: Backend> Layer<B> for Residual<B> {
     fn kind(&self) -> &'static str {
         "residual"
@@ -108,7 +101,7 @@ impl<B: Backend> Layer<B> for Residual<B> {
             Some((name, layer)) => planner.scoped(name, |planner| layer.forward(planner, x))?,
             None => x,
         };
-        planner.add(&branch, &other)
+        add(planner, branch, other)
     }
 
     fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>> {
@@ -116,9 +109,9 @@ impl<B: Backend> Layer<B> for Residual<B> {
             Some((_, layer)) => layer.backward(planner, dy.clone())?,
             None => Some(dy.clone()),
         };
-        match other {
-            Some(other) => self.inner.backward_added(planner, dy, other),
-            None => self.inner.backward(planner, dy).map(|_| None),
+        match (self.inner.backward(planner, dy)?, other) {
+            (Some(a), Some(b)) => add(planner, a, b).map(Some),
+            _ => Ok(None),
         }
     }
 }

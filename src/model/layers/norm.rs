@@ -3,7 +3,7 @@
 use super::planned;
 use crate::backend::ops::{
     BatchNormBackward, BatchNormForward, BatchNormInference, LayerNormBackward, LayerNormForward, RmsNormBackward,
-    RmsNormForward, RowSum,
+    RmsNormForward,
 };
 use crate::backend::{Act, Backend, Param};
 use crate::error::{Error, Result};
@@ -153,15 +153,6 @@ struct SavedRows {
     statistics: [Act; 2],
 }
 
-/// What a normalization of `x` reads: x, or where x is a sum that was emitted just before, its first part, and the sum that
-/// the normalization then takes.
-fn summed<B: Backend>(planner: &mut Planner<'_, B>, x: Act) -> (Act, Option<RowSum>) {
-    match planner.take_sum(x) {
-        Some(sum) => (sum.a, Some(RowSum { other: sum.b, sum: x })),
-        None => (x, None),
-    }
-}
-
 /// `torch.nn.LayerNorm` over the last dimension. Parameters `weight` (1 at first) and `bias` (0).
 #[derive(Debug)]
 pub struct LayerNorm {
@@ -182,33 +173,6 @@ impl LayerNorm {
         self.bias = false;
         self
     }
-
-    /// Emits the backward, which adds `residual` to the input's gradient.
-    fn emit_backward<B: Backend>(
-        &mut self,
-        planner: &mut Planner<'_, B>,
-        dy: Tensor,
-        residual: Option<Act>,
-    ) -> Result<Option<Tensor>> {
-        let saved = planned(self.saved.take(), "layer_norm")?;
-        let dx = saved.needs_gradient.then(|| planner.tensor(&dy.shape, true));
-        let dweight = planner.gradient(saved.weight);
-        let dbias = saved.bias.map(|bias| planner.gradient(bias));
-        planner.emit(LayerNormBackward {
-            x: saved.x,
-            dy: dy.real("layer_norm")?,
-            weight: saved.weight,
-            mean: saved.statistics[0],
-            reciprocal_std: saved.statistics[1],
-            residual,
-            dx: dx.as_ref().map(|(act, _)| *act),
-            dweight,
-            dbias,
-            rows: dy.rows(),
-            width: dy.width(),
-        });
-        Ok(dx.map(|(_, tensor)| tensor))
-    }
 }
 
 impl<B: Backend> Layer<B> for LayerNorm {
@@ -224,24 +188,42 @@ impl<B: Backend> Layer<B> for LayerNorm {
         let (mean, reciprocal_std) = (planner.statistic(rows), planner.statistic(rows));
         let act = x.real("layer_norm")?;
         let epsilon = self.epsilon;
-        let (first, sum) = summed(planner, act);
-        planner.emit(LayerNormForward { x: first, sum, weight, bias, y, mean, reciprocal_std, rows, width, epsilon });
+        planner.emit(LayerNormForward {
+            x: act,
+            sum: None,
+            weight,
+            bias,
+            y,
+            mean,
+            reciprocal_std,
+            rows,
+            width,
+            epsilon,
+        });
         let statistics = [mean, reciprocal_std];
         self.saved = Some(SavedRows { x: act, needs_gradient: x.needs_gradient, weight, bias, statistics });
         Ok(output)
     }
 
     fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>> {
-        self.emit_backward(planner, dy, None)
-    }
-
-    fn backward_added(&mut self, planner: &mut Planner<'_, B>, dy: Tensor, residual: Tensor) -> Result<Option<Tensor>> {
-        // An operation does not take one tensor twice.
-        if residual.value == dy.value {
-            return self.emit_backward(planner, dy, None)?.map(|dx| planner.add(&dx, &residual)).transpose();
-        }
-        let residual = residual.real("layer_norm")?;
-        self.emit_backward(planner, dy, Some(residual))
+        let saved = planned(self.saved.take(), "layer_norm")?;
+        let dx = saved.needs_gradient.then(|| planner.tensor(&dy.shape, true));
+        let dweight = planner.gradient(saved.weight);
+        let dbias = saved.bias.map(|bias| planner.gradient(bias));
+        planner.emit(LayerNormBackward {
+            x: saved.x,
+            dy: dy.real("layer_norm")?,
+            weight: saved.weight,
+            mean: saved.statistics[0],
+            reciprocal_std: saved.statistics[1],
+            residual: None,
+            dx: dx.as_ref().map(|(act, _)| *act),
+            dweight,
+            dbias,
+            rows: dy.rows(),
+            width: dy.width(),
+        });
+        Ok(dx.map(|(_, tensor)| tensor))
     }
 }
 
@@ -257,30 +239,6 @@ impl RmsNorm {
     pub fn new(epsilon: f64) -> Self {
         RmsNorm { epsilon, saved: None }
     }
-
-    /// Emits the backward, which adds `residual` to the input's gradient.
-    fn emit_backward<B: Backend>(
-        &mut self,
-        planner: &mut Planner<'_, B>,
-        dy: Tensor,
-        residual: Option<Act>,
-    ) -> Result<Option<Tensor>> {
-        let (x, needs_gradient, weight, reciprocal_rms) = planned(self.saved.take(), "rms_norm")?;
-        let dx = needs_gradient.then(|| planner.tensor(&dy.shape, true));
-        let dweight = planner.gradient(weight);
-        planner.emit(RmsNormBackward {
-            x,
-            dy: dy.real("rms_norm")?,
-            weight,
-            reciprocal_rms,
-            residual,
-            dx: dx.as_ref().map(|(act, _)| *act),
-            dweight,
-            rows: dy.rows(),
-            width: dy.width(),
-        });
-        Ok(dx.map(|(_, tensor)| tensor))
-    }
 }
 
 impl<B: Backend> Layer<B> for RmsNorm {
@@ -295,22 +253,26 @@ impl<B: Backend> Layer<B> for RmsNorm {
         let reciprocal_rms = planner.statistic(rows);
         let act = x.real("rms_norm")?;
         let epsilon = self.epsilon;
-        let (first, sum) = summed(planner, act);
-        planner.emit(RmsNormForward { x: first, sum, weight, y, reciprocal_rms, rows, width, epsilon });
+        planner.emit(RmsNormForward { x: act, sum: None, weight, y, reciprocal_rms, rows, width, epsilon });
         self.saved = Some((act, x.needs_gradient, weight, reciprocal_rms));
         Ok(output)
     }
 
     fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>> {
-        self.emit_backward(planner, dy, None)
-    }
-
-    fn backward_added(&mut self, planner: &mut Planner<'_, B>, dy: Tensor, residual: Tensor) -> Result<Option<Tensor>> {
-        // An operation does not take one tensor twice.
-        if residual.value == dy.value {
-            return self.emit_backward(planner, dy, None)?.map(|dx| planner.add(&dx, &residual)).transpose();
-        }
-        let residual = residual.real("rms_norm")?;
-        self.emit_backward(planner, dy, Some(residual))
+        let (x, needs_gradient, weight, reciprocal_rms) = planned(self.saved.take(), "rms_norm")?;
+        let dx = needs_gradient.then(|| planner.tensor(&dy.shape, true));
+        let dweight = planner.gradient(weight);
+        planner.emit(RmsNormBackward {
+            x,
+            dy: dy.real("rms_norm")?,
+            weight,
+            reciprocal_rms,
+            residual: None,
+            dx: dx.as_ref().map(|(act, _)| *act),
+            dweight,
+            rows: dy.rows(),
+            width: dy.width(),
+        });
+        Ok(dx.map(|(_, tensor)| tensor))
     }
 }

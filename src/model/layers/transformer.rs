@@ -1,5 +1,6 @@
 //! The transformer block: attention and a feed-forward layer, each normalized first and added to what came in.
 
+use super::combine::add;
 use super::{Activation, Dropout, LayerNorm, Linear, RmsNorm, SelfAttention, SelfAttentionOptions, Swiglu, planned};
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
@@ -165,7 +166,7 @@ impl<B: Backend> Layer<B> for TransformerBlock<B> {
             let y = planner.scoped(names[0], |planner| norm.forward(planner, x.clone()))?;
             let y = planner.scoped(names[1], |planner| inner.forward(planner, y))?;
             let y = dropout.forward(planner, y)?;
-            x = planner.add(&y, &x)?;
+            x = add(planner, y, x)?;
         }
         Ok(x)
     }
@@ -174,8 +175,8 @@ impl<B: Backend> Layer<B> for TransformerBlock<B> {
         for Branch { norm, inner, dropout, .. } in self.branches.iter_mut().rev() {
             let d = planned(dropout.backward(planner, dy.clone())?, "transformer_block")?;
             let d = planned(inner.backward(planner, d)?, "transformer_block")?;
-            match norm.backward_added(planner, d, dy)? {
-                Some(d) => dy = d,
+            match norm.backward(planner, d)? {
+                Some(d) => dy = add(planner, d, dy)?,
                 None => return Ok(None),
             }
         }
