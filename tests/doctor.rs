@@ -87,6 +87,10 @@ fn the_emulated_device_is_listed_and_works() {
 
 #[test]
 fn libraries_are_found_by_the_names_that_packages_install() {
+    if is_driver_present() && !emulated::is_active() {
+        println!("skipped: this machine has a driver, and so it may have the libraries under other names as well");
+        return;
+    }
     let Some(stand_in) = emulated::find_library() else {
         println!("skipped: the emulator, which stands in for the libraries, was not built");
         return;
