@@ -13,6 +13,10 @@ use warpstep::backend::cuda::{emulated, is_driver_present, is_embedded};
 fn doctor(folders: &str, arguments: &[&str]) -> Output {
     let mut command: Command = warpstep();
     command.arg("doctor").args(arguments).env("LD_LIBRARY_PATH", folders).env_remove("WARPSTEP_EMULATED");
+    // Cargo may leave several builds of the emulator: the program takes the one that this test sees.
+    if let Some(library) = emulated::find_library() {
+        command.env("WARPSTEP_EMULATOR", library);
+    }
     command.output().unwrap()
 }
 
