@@ -221,10 +221,8 @@ fn real<T: warpstep::real::Element>(value: f32) -> T {
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1).peekable();
-    let device = match arguments.next_if(|argument| argument == "--device") {
-        Some(_) => Some(arguments.next().unwrap_or_default()),
-        None => None,
-    };
+    let named = arguments.next_if(|argument| argument == "--device");
+    let device = named.map(|_| arguments.next().unwrap_or_default());
     let names: Vec<String> = arguments.collect();
     let known = works();
     if let Some(wrong) = names.iter().find(|name| known.iter().all(|work| work.name != **name)) {

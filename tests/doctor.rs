@@ -13,6 +13,10 @@ use warpstep::backend::cuda::{emulated, is_driver_present, is_embedded};
 fn doctor(folders: &str, arguments: &[&str]) -> Output {
     let mut command: Command = warpstep();
     command.arg("doctor").args(arguments).env("LD_LIBRARY_PATH", folders).env_remove("WARPSTEP_EMULATED");
+    // Cargo may leave several builds of the emulator: the program takes the one that this test sees.
+    if let Some(library) = emulated::find_library() {
+        command.env("WARPSTEP_EMULATOR", library);
+    }
     command.output().unwrap()
 }
 
@@ -87,6 +91,10 @@ fn the_emulated_device_is_listed_and_works() {
 
 #[test]
 fn libraries_are_found_by_the_names_that_packages_install() {
+    if is_driver_present() && !emulated::is_active() {
+        println!("skipped: this machine has a driver, and so it may have the libraries under other names as well");
+        return;
+    }
     let Some(stand_in) = emulated::find_library() else {
         println!("skipped: the emulator, which stands in for the libraries, was not built");
         return;
