@@ -1,4 +1,4 @@
-//! Convolutional models on a CUDA device, through the program: the CPU's losses, whatever the layers are.
+//! Whole models on a CUDA device, through the program: the CPU's losses, whatever the layers are.
 //!
 //! The device is the emulated one, or a real one where `WARPSTEP_TEST_DEVICE=cuda` asks for it.
 
@@ -62,15 +62,20 @@ fn train(folder: &Path, file: &Path, device: &str, more: &[&str]) -> Vec<(String
 
 /// The model's losses on the device are the CPU's, those in evaluation too, and the same twice; in bf16 they are near.
 fn same_losses_as_the_cpu(model: &str) {
-    let Some(device) = device() else { return };
     let folder = TempDir::new().unwrap();
-    let file = folder.path().join("run.toml");
-    std::fs::write(&file, format!("{RUN}\n[model]\n{model}")).unwrap();
-    let expected = train(folder.path(), &file, "cpu", &[]);
+    same_losses_of_a_run(folder.path(), &format!("{RUN}\n[model]\n{model}"));
+}
+
+/// As [`same_losses_as_the_cpu`], for a whole run file, in a folder that holds its data.
+fn same_losses_of_a_run(folder: &Path, run: &str) {
+    let Some(device) = device() else { return };
+    let file = folder.join("run.toml");
+    std::fs::write(&file, run).unwrap();
+    let expected = train(folder, &file, "cpu", &[]);
     assert!(expected.iter().any(|(split, ..)| split == "validation"), "{expected:?}");
-    let found = train(folder.path(), &file, device, &[]);
-    assert!(found == train(folder.path(), &file, device, &[]), "other losses the second time");
-    let low = train(folder.path(), &file, device, &["--set", "run.precision=\"bf16\""]);
+    let found = train(folder, &file, device, &[]);
+    assert!(found == train(folder, &file, device, &[]), "other losses the second time");
+    let low = train(folder, &file, device, &["--set", "run.precision=\"bf16\""]);
     for (found, allowed) in [(found, 1e-4), (low, 0.1)] {
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(&expected) {
@@ -88,4 +93,47 @@ fn a_convolutional_network_has_the_cpu_s_losses() {
 #[test]
 fn a_residual_network_has_the_cpu_s_losses() {
     same_losses_as_the_cpu("preset = \"resnet\"\nblocks = [1, 1]\nchannels = [4, 8]");
+}
+
+/// A GPT with heads of 64, dropout, accumulation and averaged weights, on a text of its own.
+#[test]
+fn a_gpt_has_the_cpu_s_losses() {
+    let folder = TempDir::new().unwrap();
+    let text: String = (0..3000u32).map(|i| char::from(b'a' + ((i * i / 7 + i) % 9) as u8)).collect();
+    std::fs::write(folder.path().join("text.txt"), text).unwrap();
+    same_losses_of_a_run(
+        folder.path(),
+        r#"
+[run]
+steps = 8
+log_every_steps = 1
+
+[data]
+format = "text"
+path = "text.txt"
+batch_size = 2
+context = 24
+split = { validation = 0.05 }
+
+[model]
+preset = "gpt"
+layers = 2
+heads = 1
+width = 64
+dropout = 0.1
+bias = true
+
+[optimizer]
+rule = "adamw"
+learning_rate = 3e-3
+weight_decay = 0.1
+accumulate = 2
+ema = 0.9
+clip = { global_norm = 1.0 }
+
+[evaluate]
+every_steps = 8
+batches = 2
+"#,
+    );
 }

@@ -45,6 +45,7 @@ impl Emulator {
     }
 
     /// What each kernel did since the last reset, by name.
+    #[allow(dead_code, reason = "each test program uses its part")]
     pub fn kernels(&self) -> Vec<(String, Counts)> {
         type Read = unsafe extern "C" fn(usize, *mut c_char, usize, *mut Counts) -> bool;
         let read = self.function::<Read>("warpstep_emulator_kernel");

@@ -1,0 +1,151 @@
+//! A training step as the host sees it: one graph launch, nothing waited for, nothing allocated. And what the steps in flight
+//! find is what steps taken one by one find.
+
+#[path = "common/device.rs"]
+mod device;
+#[path = "common/emulator.rs"]
+mod emulator;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::{bf16, f16};
+use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, Storage};
+use warpstep::backend::ops::Update;
+use warpstep::data::{Batch, Inputs, Targets};
+use warpstep::model::Input;
+use warpstep::model::presets::{Fit, Goal, GptOptions, ModelOptions, Preset};
+use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule};
+use warpstep::train::step::{StepReport, Trainer, TrainerParts};
+
+use emulator::Emulator;
+
+/// Counts are the process's.
+static ALONE: Mutex<()> = Mutex::new(());
+
+const TOKENS: usize = 11;
+const TIME: usize = 8;
+const SAMPLES: usize = 2;
+
+fn batch(number: usize) -> Batch {
+    let token = |i: usize| ((i * 7 + number * 3 + i * i) % TOKENS) as i32;
+    let tokens = |shift: usize| (0..SAMPLES * TIME).map(|i| token(i + shift)).collect();
+    Batch { inputs: Inputs::Tokens(tokens(0)), targets: Targets::Index(tokens(1)), samples: SAMPLES }
+}
+
+fn trainer<S: Storage>(device: &Arc<Device>, accumulate: u32, ema: Option<f64>, rate: f64) -> Trainer<Cuda<S>> {
+    let options = GptOptions { layers: 1, heads: 2, width: 16, dropout: 0.1, ..GptOptions::default() };
+    let fit =
+        Fit { vocabulary: Some(TOKENS), context: Some(TIME), goal: Goal::NextToken, padding: None, outputs: TOKENS };
+    let model = ModelOptions { preset: Preset::Gpt(options), loss: None, label_smoothing: 0.0 };
+    let optimizer = OptimizerOptions {
+        weight_decay: 0.1,
+        clip: Clip { value: None, norm: NormClip::Global { max_norm: 1.0 } },
+        ..OptimizerOptions::new(Rule::Adam { betas: [0.9, 0.99], epsilon: 1e-8 }, rate)
+    };
+    let parts = TrainerParts {
+        backend: Cuda::<S>::new(device.clone()),
+        model: model.build(&fit).unwrap(),
+        input: Input::Tokens(TIME),
+        batch_size: SAMPLES,
+        accumulate,
+        optimizer: &optimizer,
+        ema,
+        seed: 5,
+    };
+    Trainer::new(parts).unwrap()
+}
+
+/// Queues `steps` steps, and takes what they found as it comes.
+fn pipelined<S: Storage>(trainer: &mut Trainer<Cuda<S>>, steps: usize, accumulate: usize) -> Vec<StepReport> {
+    let mut reports = Vec::new();
+    for step in 0..steps {
+        for part in 0..accumulate {
+            let last = part + 1 == accumulate;
+            trainer.queue(&batch(step * accumulate + part), last.then_some(0.01)).unwrap();
+        }
+        reports.extend(trainer.finished(false).unwrap());
+    }
+    while let Some(report) = trainer.finished(true).unwrap() {
+        reports.push(report);
+    }
+    reports
+}
+
+#[test]
+fn a_step_is_one_graph_launch_without_waiting_or_allocating() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    // The update as one launch, and as several behind the backward.
+    for persistent_update in [true, false] {
+        let options = DeviceOptions { persistent_update, ..DeviceOptions::default() };
+        let Some(device) = device::device_with(options) else { return };
+        let Some(emulator) = Emulator::find() else { return };
+        for accumulate in [1, 2] {
+            let mut trainer = trainer::<bf16>(&device, accumulate as u32, Some(0.9), 0.01);
+            // Both slots, each micro-batch of a step: run once as they are, then recorded.
+            pipelined(&mut trainer, 4, accumulate);
+            emulator.reset();
+            let steps = 5;
+            pipelined(&mut trainer, steps, accumulate);
+            let host = emulator.host();
+            let launches = (steps * accumulate) as u64;
+            assert_eq!((host.graph_launches, host.launches), (launches, 0), "{host:?}");
+            assert_eq!((host.allocations, host.frees, host.host_allocations), (0, 0, 0), "{host:?}");
+            assert_eq!((host.synchronizations, host.library_calls > 0), (0, true), "{host:?}");
+            // Inputs, targets and scalars in, the figures out.
+            assert_eq!(host.copies_in, 3 * launches, "{host:?}");
+        }
+    }
+}
+
+fn the_same_reports<S: Storage>() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(device) = device::device() else { return };
+    let Some(plain) = device::device_with(DeviceOptions { graphs: false, ..DeviceOptions::default() }) else { return };
+    for (accumulate, ema) in [(1, None), (2, Some(0.9))] {
+        let mut queued = trainer::<S>(&device, accumulate as u32, ema, 0.01);
+        let found = pipelined(&mut queued, 6, accumulate);
+        let mut one_by_one = trainer::<S>(&plain, accumulate as u32, ema, 0.01);
+        let expected: Vec<StepReport> = (0..6)
+            .map(|step| {
+                let batches: Vec<Batch> = (0..accumulate).map(|part| batch(step * accumulate + part)).collect();
+                one_by_one.step(&batches, 0.01).unwrap()
+            })
+            .collect();
+        assert_eq!(found, expected);
+        assert_eq!(queued.counters(), one_by_one.counters());
+        assert!(found.windows(2).all(|pair| pair[0].outcome.grad_norm != pair[1].outcome.grad_norm), "{found:?}");
+    }
+}
+
+#[test]
+fn steps_in_flight_find_what_steps_without_graphs_find() {
+    the_same_reports::<f32>();
+    the_same_reports::<bf16>();
+}
+
+#[test]
+fn f16_halves_its_loss_scale_until_nothing_overflows_and_goes_on() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(device) = device::device() else { return };
+    let mut low = trainer::<f16>(&device, 1, None, 0.01);
+    // A scale that no gradient survives.
+    let mut first = low.loss_scale().unwrap().expect("f16 has a loss scale");
+    assert_eq!((first.scale, first.good_steps), (65_536.0, 0));
+    first.scale *= 256.0;
+    low.backend().set_loss_scale(first).unwrap();
+    let found = pipelined(&mut low, 16, 1);
+    let skipped = found.iter().take_while(|report| report.outcome.skipped).count();
+    assert!((1..14).contains(&skipped), "{found:?}");
+    assert!(found[skipped..].iter().all(|report| !report.outcome.skipped), "{found:?}");
+    let scale = low.loss_scale().unwrap().unwrap();
+    assert_eq!(scale.scale, first.scale / f32::powi(2.0, skipped as i32));
+    assert_eq!(scale.good_steps as usize, found.len() - skipped);
+    assert_eq!(low.counters().applied as usize, found.len() - skipped);
+    // What the scale multiplied, the update divided by: the norms are those of f32.
+    let mut wide = trainer::<f32>(&device, 1, None, 0.01);
+    let first_applied = &found[skipped];
+    let expected = wide.step(&[batch(skipped)], 0.01).unwrap();
+    let (norm, wanted) = (first_applied.outcome.grad_norm, expected.outcome.grad_norm);
+    assert!((norm - wanted).abs() < 0.1 * wanted, "{norm} for {wanted}");
+    assert!(found.iter().all(|report| report.loss.is_finite()), "losses themselves are not scaled: {found:?}");
+}
