@@ -96,8 +96,7 @@ fn every_direction_type_and_shape_is_the_definition() {
         for (ty, rounding) in [(FLOAT, 0.0), (BFLOAT16, 1.0 / 256.0), (HALF, 1.0 / 2048.0)] {
             let described = Described::new(&sizes, ty, FMA_MATH);
             let buffers = [0, 1, 2].map(|i| upload(ty, &tensors[i]));
-            for direction in 0..3 {
-                let to = DIRECTIONS[direction].2[2];
+            for (direction, (_, _, [.., to])) in DIRECTIONS.into_iter().enumerate() {
                 let exact = reference(&sizes, direction, &tensors);
                 for found in described.algorithms(direction).iter().filter(|found| found.status == SUCCESS) {
                     let space = allocate(found.memory.max(1));

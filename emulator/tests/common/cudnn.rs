@@ -160,7 +160,7 @@ impl Described {
     pub fn new(sizes: &Sizes, ty: c_int, math: c_int) -> Self {
         let (handle, operation) = (created(cudnnCreate), created(cudnnCreateConvolutionDescriptor));
         let creates = [cudnnCreateTensorDescriptor, cudnnCreateFilterDescriptor, cudnnCreateTensorDescriptor];
-        let tensors = creates.map(|create| created(create));
+        let tensors = creates.map(created);
         let [ph, pw, sh, sw, groups] =
             [sizes.padding[0], sizes.padding[1], sizes.stride[0], sizes.stride[1], sizes.groups].map(|x| x as c_int);
         let shapes = sizes.shapes().map(|shape| shape.map(|size| size as c_int));

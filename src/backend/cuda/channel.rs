@@ -90,7 +90,7 @@ mod tests {
         for count in [1, 7, 8, PART - 1, PART, PART + 1, 3 * PART + 5, 64 * PART, 64 * PART + 1, 1 << 30] {
             let channels = Channels::new("test", [count, 3, 1]).unwrap();
             let part = channels.shape.part as usize;
-            assert!(channels.parts <= MOST_PARTS && part % WIDEST == 0, "{count}: {channels:?}");
+            assert!(channels.parts <= MOST_PARTS && part.is_multiple_of(WIDEST), "{count}: {channels:?}");
             assert!(part * channels.parts >= count && part * (channels.parts - 1) < count, "{count}: {channels:?}");
         }
         assert!(Channels::new("test", [1 << 16, 3, 1 << 15]).is_err());
