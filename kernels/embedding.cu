@@ -344,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(256)
                           u32 vocabulary, int add) {                                                                   \
         sum_runs<T, per_access<T>()>(places, dy, dweight, parts, len, width, vocabulary, add != 0);                    \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
         sum_runs_odd_##SUFFIX(const Place* places, const T* dy, float* dweight, float* parts, i64 len, i64 width,      \
                               u32 vocabulary, int add) {                                                               \
         sum_runs<T, 1>(places, dy, dweight, parts, len, width, vocabulary, add != 0);                                  \

@@ -311,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(1024)
                                   float* means, float* scales, i64 rows, int width, float epsilon) {                   \
         norm_forward<T, Wide<1>>(x, other, sum, weight, bias, y, means, scales, rows, width, epsilon);                 \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 4 : 3)                                          \
+    extern "C" __global__ void __launch_bounds__(128, 3)                                                               \
         norm_backward_narrow_##SUFFIX(const T* x, const T* dy, const T* residual, const T* weight, const float* means, \
                                       const float* scales, T* dx, float* dweights, float* dbiases, i64 rows,           \
                                       int width, i64 rows_a_block) {                                                   \
