@@ -124,8 +124,7 @@ fn a_clip_by_the_squared_norm_is_found() {
         assert!(norm > 1.0, "the clip would do nothing");
         let max_norm = 1.0 / norm;
         let wrong = UpdatePlan { clip: Clip { value: None, norm: NormClip::Global { max_norm } }, ..plan.clone() };
-        let right = StepOutcome { clip_coefficient: 1.0 / (norm + 1e-6), ..b.update(a, &wrong, step).unwrap() };
-        right
+        StepOutcome { clip_coefficient: 1.0 / (norm + 1e-6), ..b.update(a, &wrong, step).unwrap() }
     });
     assert_found(told, &["update 2", "the plain rule gives", "units in the last place apart"]);
 }
