@@ -25,6 +25,9 @@ extern "C" __global__ void __launch_bounds__(1024)
 // What gradients are multiplied by: losses themselves are not. Null: 1.
 __device__ __forceinline__ float loss_scale(const StepState* step) { return step == nullptr ? 1.0f : step->loss_scale; }
 
+// Where the largest of no values stands.
+constexpr int NOWHERE = 0x7fffffff;
+
 // The largest value so far, the sum of e^(x - largest), and where the largest first stands.
 struct Peak {
     float most, sum;
@@ -59,15 +62,78 @@ template <int WARPS> __device__ Peak merge_row(Peak own, Peak* shared) {
     return whole;
 }
 
+// A row, cut where accesses of 16 bytes begin and end: rows of odd width start anywhere.
+template <typename T> struct RowCut {
+    i64 head;   // values before the first whole access
+    i64 packs;  // whole accesses
+    __device__ __forceinline__ RowCut(const T* row, i64 len) {
+        const i64 past = static_cast<i64>(reinterpret_cast<u64>(row) % 16 / sizeof(T));
+        head = past == 0 ? 0 : per_access<T>() - past;
+        head = head < len ? head : len;
+        packs = (len - head) / per_access<T>();
+    }
+    __device__ __forceinline__ i64 tail() const { return head + packs * per_access<T>(); }
+};
+
+// Takes N neighbouring values in: one exponential each, and one more where the largest so far is passed.
+template <int N> __device__ __forceinline__ void take(Peak& own, const float (&values)[N], i64 at) {
+    float most = values[0];
+    int where = 0;
+#pragma unroll
+    for (int j = 1; j < N; ++j) {
+        where = values[j] > most ? j : where;
+        most = fmaxf(most, values[j]);
+    }
+    if (most > own.most || own.at == NOWHERE) {
+        own.sum = own.at == NOWHERE ? 0.0f : own.sum * expf(own.most - most);
+        own.most = most;
+        own.at = static_cast<int>(at) + where;
+    }
+#pragma unroll
+    // Equal ones too, since the difference of two infinities is no number.
+    for (int j = 0; j < N; ++j) own.sum += values[j] == own.most ? 1.0f : expf(values[j] - own.most);
+}
+
+// Calls `each` with every value of the row that is this thread's share, and where it stands: pass(first value of N, values).
+template <typename T, typename F> __device__ __forceinline__ void over_row(const T* x, i64 len, int first, int step, F pass) {
+    constexpr int N = per_access<T>();
+    const RowCut<T> cut(x, len);
+    for (i64 i = first; i < cut.head; i += step) {
+        const float value[1] = {to_f32(x[i])};
+        pass(i, value);
+    }
+    for (i64 pack = first; pack < cut.packs; pack += step) {
+        const i64 at = cut.head + pack * N;
+        const Pack<T, N> loaded = load<T, N>(x + at);
+        float values[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) values[j] = to_f32(loaded.at[j]);
+        pass(at, values);
+    }
+    for (i64 i = cut.tail() + first; i < len; i += step) {
+        const float value[1] = {to_f32(x[i])};
+        pass(i, value);
+    }
+}
+
+template <typename T, int N> __device__ __forceinline__ void put(T* to, const float (&values)[N]) {
+    Pack<T, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) out.at[j] = from_f32<T>(values[j]);
+    store<T, N>(to, out);
+}
+
 // Softmax and cross-entropy of one row by WARPS warps. logits, dlogits: [rows, classes] (dlogits may be null), losses and
-// rights: [rows]. Grid: ceil(rows / (8 / WARPS)) blocks of 256 threads. Reads the logits twice and writes them never.
+// rights: [rows]. logits and dlogits start alike within 16 bytes. Grid: ceil(rows / (8 / WARPS)) blocks of 256 threads. Reads the
+// logits twice (the second time from cache, where a row fits) and writes them never; 3 sizeof(T) bytes a value at most.
 template <typename T, int WARPS>
 __device__ void cross_entropy(const T* logits, const int* targets, T* dlogits, const Counted* found, float* losses,
                               float* rights, i64 rows, i64 classes, float smoothing, int ignore, const StepState* step) {
     __shared__ Peak peaks[8];
     __shared__ float totals[32];
-    const i64 row = static_cast<i64>(blockIdx.x) * (8 / WARPS) + threadIdx.x / (32 * WARPS);
-    const int first = threadIdx.x % (32 * WARPS);
+    constexpr int THREADS = 32 * WARPS;
+    const i64 row = static_cast<i64>(blockIdx.x) * (8 / WARPS) + threadIdx.x / THREADS;
+    const int first = threadIdx.x % THREADS;
     if (row >= rows) return;
     const T* x = logits + row * classes;
     T* d = dlogits == nullptr ? nullptr : dlogits + row * classes;
@@ -79,28 +145,29 @@ __device__ void cross_entropy(const T* logits, const int* targets, T* dlogits, c
             rights[row] = 0.0f;
         }
         if (d != nullptr) {
-            for (i64 i = first; i < classes; i += 32 * WARPS) d[i] = from_f32<T>(0.0f);
+            for (i64 i = first; i < classes; i += THREADS) d[i] = from_f32<T>(0.0f);
         }
         return;
     }
-    Peak own{-__int_as_float(0x7f800000), 0.0f, 0x7fffffff};
-    for (i64 i = first; i < classes; i += 32 * WARPS) {
-        own = merge(own, Peak{to_f32(x[i]), 1.0f, static_cast<int>(i)});
-    }
+    Peak own{-__int_as_float(0x7f800000), 0.0f, NOWHERE};
+    over_row(x, classes, first, THREADS, [&](i64 at, const auto& values) { take(own, values, at); });
     const Peak row_peak = merge_row<WARPS>(own, peaks);
     const float scale = loss_scale(step) / static_cast<float>(found->counted);
     const float inverse = scale / row_peak.sum, uniform = smoothing / static_cast<float>(classes) * scale;
     float total = 0.0f;
     if (d != nullptr || smoothing != 0.0f) {
-        for (i64 i = first; i < classes; i += 32 * WARPS) {
-            const float centered = to_f32(x[i]) - row_peak.most;
-            total += centered;
-            if (d != nullptr) {
-                float slope = expf(centered) * inverse - uniform;
-                if (i == target) slope -= (1.0f - smoothing) * scale;
-                d[i] = from_f32<T>(slope);
+        over_row(x, classes, first, THREADS, [&](i64 at, const auto& values) {
+            constexpr int N = sizeof(values) / sizeof(float);
+            float slopes[N];
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const float centered = values[j] - row_peak.most;
+                total += centered;
+                slopes[j] = expf(centered) * inverse - uniform;
+                if (at + j == target) slopes[j] -= (1.0f - smoothing) * scale;
             }
-        }
+            if (d != nullptr) put(d + at, slopes);
+        });
     }
     if (smoothing != 0.0f) total = WARPS == 1 ? warp_sum(total) : block_sum(total, totals);
     if (first == 0) {
@@ -165,13 +232,13 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 #define DEFINE(SUFFIX, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
         cross_entropy_narrow_##SUFFIX(const T* logits, const int* targets, T* dlogits, const Counted* found,           \
                                       float* losses, float* rights, i64 rows, i64 classes, float smoothing,            \
                                       int ignore, const StepState* step) {                                             \
         cross_entropy<T, 1>(logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore, step);  \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
         cross_entropy_wide_##SUFFIX(const T* logits, const int* targets, T* dlogits, const Counted* found,             \
                                     float* losses, float* rights, i64 rows, i64 classes, float smoothing,              \
                                     int ignore, const StepState* step) {                                               \
