@@ -104,7 +104,9 @@ __device__ __forceinline__ void update(P* parameters, G* gradients, S* copy, flo
         const int rule = RULE == MIXED ? pass.groups[group].rule : RULE;
         if (rule == MUON) continue;
         const Pack<G, 4> gradient = load<G, 4>(gradients + at);
-        Pack<float, 4> theta = home.read_four(at), m, v;
+        Pack<float, 4> theta{}, m, v;
+        // LAMB's pass moves the moments alone.
+        if (rule != LAMB) theta = home.read_four(at);
         if (keeps_first(rule)) m = load<float, 4>(first + at);
         if (rule == ADAM || rule == LAMB) v = load<float, 4>(second + at);
         const Scale scale{divide, pass.bound, pass.coefficients[index]};
