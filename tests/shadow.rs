@@ -271,6 +271,7 @@ hidden = [24]
 rule = "adamw"
 learning_rate = 2e-3
 clip = { global_norm = 0.5, value = 0.002 }
+accumulate = 2
 
 [checkpoint]
 every_steps = 100

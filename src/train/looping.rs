@@ -314,7 +314,7 @@ impl<B: Backend + Update> Loop<B> {
     /// Takes one step whose update is replayed by the plain rule, everything before it waited for. Returns whether to go on.
     fn watched_step(&mut self, observers: &mut [&mut dyn Observer]) -> Result<bool> {
         let rate = self.rate_of_next();
-        for _ in 0..self.options.accumulate {
+        for _ in 1..self.options.accumulate {
             if !self.queue_micro_batch(None)? {
                 return Ok(false);
             }
@@ -326,7 +326,10 @@ impl<B: Backend + Update> Loop<B> {
         let shadow = Shadow::new(self.options.seed);
         let (backend, arena, plan) = (self.trainer.backend(), self.trainer.arena(), self.trainer.update_plan());
         let watched = shadow.before(backend, arena, plan, &params)?;
-        self.trainer.queue_update(rate)?;
+        // The last micro-batch and the update in one piece of work, as in any step: what is watched is what runs.
+        if !self.queue_micro_batch(Some(rate))? {
+            return Ok(false);
+        }
         let Some(report) = self.trainer.finished(true)? else {
             return Err(Error::Training("the update that was queued did not end".into()));
         };

@@ -99,8 +99,8 @@ pub struct Trainer<B: Backend + Update> {
     counters: Counters,
     /// Micro-batches and steps that were queued, finished ones counted.
     queued: Counters,
-    /// Samples of each micro-batch in the queue; none for an update alone.
-    samples: VecDeque<Option<usize>>,
+    /// Samples of each micro-batch in the queue.
+    samples: VecDeque<usize>,
     /// What the micro-batches of the oldest unfinished step found.
     begun: StepReport,
 }
@@ -294,23 +294,9 @@ impl<B: Backend + Update> Trainer<B> {
             average: self.average.as_mut().map(|(decay, average)| (*decay, average)),
         });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(pass), update })?;
-        self.samples.push_back(Some(batch.samples));
+        self.samples.push_back(batch.samples);
         self.queued.micro_step += 1;
         self.queued.step += u64::from(learning_rate.is_some());
-        Ok(())
-    }
-
-    /// Queues the update that ends a step whose micro-batches were queued without one.
-    ///
-    /// # Errors
-    /// A device that failed.
-    pub fn queue_update(&mut self, learning_rate: f64) -> Result<()> {
-        let params = step_params(learning_rate, self.counters, self.accumulate);
-        let average = self.average.as_mut().map(|(decay, average)| (*decay, average));
-        let update = Some(UpdateWork { plan: &self.plan, params, average });
-        self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: None, update })?;
-        self.samples.push_back(None);
-        self.queued.step += 1;
         Ok(())
     }
 
@@ -330,7 +316,7 @@ impl<B: Backend + Update> Trainer<B> {
     /// A device that failed.
     pub fn finished(&mut self, wait: bool) -> Result<Option<StepReport>> {
         while let Some(Finished { metrics, outcome, norm_squares }) = self.backend.finished(&mut self.queue, wait)? {
-            if let Some(samples) = self.samples.pop_front().flatten() {
+            if let Some(samples) = self.samples.pop_front() {
                 let sums = LossSums::new(metrics);
                 self.counters.micro_step += 1;
                 self.begun.loss += sums.mean() / f64::from(self.accumulate);
