@@ -4,6 +4,8 @@
 
 mod activation;
 mod attention;
+mod batch_norm;
+mod conv;
 #[path = "../common/device.rs"]
 mod device;
 mod embedding;
@@ -11,6 +13,7 @@ mod layer_norm;
 mod linear;
 mod loss;
 mod on_the_device;
+mod pool;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -42,7 +42,8 @@ fn cases() -> Vec<Kernels> {
         groups,
     };
     [
-        case(1, [1, 1, 1], [1, 1], [1, 1], [1, 1], [0, 0]),
+        // One position; several filters, since what is added to a bias may come out near 0.
+        case(1, [5, 7, 1], [1, 1], [1, 1], [1, 1], [0, 0]),
         case(3, [3, 5, 1], [7, 9], [3, 3], [1, 1], [1, 1]),
         case(2, [4, 6, 2], [8, 5], [3, 2], [2, 1], [0, 1]),
         // Each channel by itself, with one filter and with two.
@@ -77,8 +78,8 @@ fn tf32_rounds_what_goes_in_and_nothing_else() {
             let size = expected.iter().map(|x| x.abs()).fold(0.0, f64::max);
             for (found, expected) in found.iter().zip(expected) {
                 let error = (found - expected).abs();
-                // Two inputs of 10 bits of fraction a product.
-                assert!(error <= 2.0 / 1024.0 * size, "{number}: {found} for {expected}, values up to {size}");
+                // Two inputs of 10 bits of fraction a product, and sums that are smaller than what is added up.
+                assert!(error <= 8.0 / 1024.0 * size.max(1.0), "{number}: {found} for {expected}, values up to {size}");
                 rounded |= error > 1e-5 * size;
             }
         }

@@ -1,0 +1,84 @@
+//! Convolution.
+
+use warpstep::backend::cpu::Cpu;
+use warpstep::backend::ops::{Conv, Conv2dBackward, Conv2dForward, Conv2dGeometry};
+use warpstep::real::Real;
+
+use crate::*;
+
+/// y, dx, dweight, dbias.
+fn reference<R: Real>(g: &Conv2dGeometry, [x, dy, weight, bias]: [&[f64]; 4]) -> Vec<Vec<f64>> {
+    let (x, dy, weight, bias) = (cast::<R>(x), cast::<R>(dy), cast::<R>(weight), cast::<R>(bias));
+    let [oh, ow] = g.output().unwrap();
+    let ([height, width], [kh, kw]) = (g.input, g.kernel);
+    let (group_channels, group_filters) = (g.channels / g.groups, g.filters / g.groups);
+    let (mut y, mut dx) = (vec![R::zero(); dy.len()], vec![R::zero(); x.len()]);
+    let (mut dweight, mut dbias) = (vec![R::zero(); weight.len()], vec![R::zero(); bias.len()]);
+    for (at, &d) in dy.iter().enumerate() {
+        let (n, f, oy, ox) = (at / (ow * oh * g.filters), at / (ow * oh) % g.filters, at / ow % oh, at % ow);
+        dbias[f] += d;
+        for tap in 0..group_channels * kh * kw {
+            let channel = f / group_filters * group_channels + tap / (kh * kw);
+            let iy = (oy * g.stride[0] + tap / kw % kh).wrapping_sub(g.padding[0]);
+            let ix = (ox * g.stride[1] + tap % kw).wrapping_sub(g.padding[1]);
+            if iy < height && ix < width {
+                let from = ((n * g.channels + channel) * height + iy) * width + ix;
+                let w = f * group_channels * kh * kw + tap;
+                y[at] += x[from] * weight[w];
+                dx[from] += d * weight[w];
+                dweight[w] += d * x[from];
+            }
+        }
+        y[at] += bias[f];
+    }
+    vec![wide(&y), wide(&dx), wide(&dweight), wide(&dbias)]
+}
+
+#[test]
+fn a_convolution_is_its_definition_for_any_number_of_threads() {
+    let seed = fresh_seed();
+    let case = |batch, [channels, filters, groups]: [usize; 3], input, kernel, stride, padding| Conv2dGeometry {
+        batch,
+        channels,
+        input,
+        filters,
+        kernel,
+        stride,
+        padding,
+        groups,
+    };
+    let cases = [
+        case(1, [1, 1, 1], [1, 1], [1, 1], [1, 1], [0, 0]),
+        case(19, [3, 5, 1], [7, 9], [3, 3], [1, 1], [1, 1]),
+        case(17, [4, 6, 2], [8, 5], [3, 2], [2, 1], [0, 1]),
+        case(3, [3, 6, 3], [9, 8], [5, 3], [2, 3], [2, 0]),
+        case(33, [8, 3, 1], [6, 7], [1, 1], [1, 1], [0, 0]),
+        case(4, [2, 4, 1], [8, 8], [1, 1], [2, 2], [0, 0]),
+        case(2, [3, 2, 1], [4, 5], [6, 7], [1, 1], [1, 1]),
+        case(1, [2, 3, 1], [2, 1], [3, 3], [2, 2], [3, 3]),
+    ];
+    for geometry in cases {
+        let Conv2dGeometry { batch, channels, filters, input: [height, width], .. } = geometry;
+        let [oh, ow] = geometry.output().unwrap();
+        let (inputs, outputs) = (batch * channels * height * width, batch * filters * oh * ow);
+        let (x, dy) = (normal(seed, 0, inputs), normal(seed, 1, outputs));
+        let (weight, bias) = (normal(seed, 2, geometry.weights()), normal(seed, 3, filters));
+        let what = format!("{geometry:?}");
+        let found = same_bits(&what, || {
+            let mut bed = Bed::<Cpu<f32>>::cpu();
+            let (x, dy) = (bed.real(&x), bed.real(&dy));
+            let (weight, bias) = (bed.parameter(&weight), bed.parameter(&bias));
+            let (y, dx) = (bed.empty(outputs), bed.empty(inputs));
+            let [ahead, back] =
+                [false, true].map(|backward| bed.empty(Cpu::<f32>::conv2d_workspace(&geometry, backward)));
+            let forward = Conv2dForward { x, weight, bias: Some(bias), y, workspace: ahead, geometry };
+            let forward = bed.run(&forward).unwrap();
+            let (dweight, dbias) = (first(weight), Some(first(bias)));
+            let backward = Conv2dBackward { x, dy, weight, dx: Some(dx), workspace: back, dweight, dbias, geometry };
+            let backward = bed.run(&backward).unwrap();
+            vec![forward.get(y), backward.get(dx), backward.gradient(weight), backward.gradient(bias)]
+        });
+        let given = [&x[..], &dy[..], &weight[..], &bias[..]];
+        judge(&what, &found, &reference::<f32>(&geometry, given), &reference::<f64>(&geometry, given));
+    }
+}
