@@ -180,19 +180,30 @@ impl Kept {
     }
 }
 
+/// Hashes a source and the headers that it includes, each once.
+fn hash_whole<'h>(source: &str, headers: &'h [(String, String)], seen: &mut Vec<&'h str>, hasher: &mut DefaultHasher) {
+    source.hash(hasher);
+    let included = source.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix(".cuh\""));
+    for name in included {
+        if let Some((header, text)) = headers.iter().find(|(header, _)| header == name)
+            && !seen.contains(&header.as_str())
+        {
+            seen.push(header);
+            hash_whole(text, headers, seen, hasher);
+        }
+    }
+}
+
 /// Compiles what changed, as many at once as cargo allows.
 fn compile_all(nvcc: &Path, sources: &[PathBuf], headers: &[PathBuf], out: &Path) -> Result<()> {
     let version = Command::new(nvcc).arg("--version").output()?.stdout;
-    let mut shared = DefaultHasher::new();
-    (FLAGS, TARGETS, version).hash(&mut shared);
-    for header in headers {
-        fs::read(header)?.hash(&mut shared);
-    }
-    let shared = shared.finish();
+    let headers: Vec<(String, String)> =
+        headers.iter().map(|path| Ok((stem(path), fs::read_to_string(path)?))).collect::<Result<_>>()?;
     let mut stale = Vec::new();
     for source in sources {
         let mut hasher = DefaultHasher::new();
-        (shared, fs::read(source)?).hash(&mut hasher);
+        (FLAGS, TARGETS, &version).hash(&mut hasher);
+        hash_whole(&fs::read_to_string(source)?, &headers, &mut Vec::new(), &mut hasher);
         let stamp = format!("{:016x}", hasher.finish());
         let fatbin = out.join(stem(source)).with_extension("fatbin");
         if !fatbin.exists() || fs::read_to_string(fatbin.with_extension("stamp")).ok().as_ref() != Some(&stamp) {

@@ -124,12 +124,12 @@ __device__ void lamb_apply(P* parameters, S* copy, const float* first, const flo
 }
 
 #define DEFINE(SUFFIX, P, G, S)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256)                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
         lars_pieces_##SUFFIX(const P* parameters, const G* gradients, const Piece* pieces, Pass pass, double* weights,   \
                              double* slopes) {                                                                           \
         lars_pieces(parameters, gradients, pieces, pass, weights, slopes);                                               \
     }                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256)                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
         lamb_pieces_##SUFFIX(const P* parameters, const float* first, const float* second, const Piece* pieces,          \
                              Pass pass, double* weights, double* directions) {                                           \
         lamb_pieces(parameters, first, second, pieces, pass, weights, directions);                                       \
