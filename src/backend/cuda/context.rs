@@ -344,8 +344,8 @@ impl Device {
             let (free, total) = result::mem_get_info().unwrap_or_default();
             Error::Device(format!(
                 "{}: not enough memory: {} MiB were asked for, {} of {} MiB are free: make data.batch_size, data.context or \
-                 the model smaller, store activations in bf16 (run.precision), or accumulate over more micro-batches \
-                 (optimizer.accumulate)",
+                 the model smaller, compute blocks again in the backward (model.recompute = true), store activations in \
+                 bf16 (run.precision), or accumulate over more micro-batches (optimizer.accumulate)",
                 self.name,
                 bytes.div_ceil(1 << 20),
                 free >> 20,
