@@ -5,6 +5,7 @@ mod bench;
 mod completions;
 mod data;
 mod doctor;
+mod dry_run;
 mod eval;
 mod generate;
 mod plot;

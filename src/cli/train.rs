@@ -11,19 +11,17 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::RunFileArgs;
 use super::assemble::{Opened, build_model, open_data, open_device};
+use super::dry_run::dry_run;
 use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
 use crate::backend::ops::Update;
 use crate::backend::profile::Profiled;
 use crate::config::RunFile;
 use crate::data::OpenedData;
 use crate::data::source::Lookup;
 use crate::error::{Error, Result};
-use crate::model::{Mode, Model};
-use crate::optim::{NormClip, UpdatePlan};
-use crate::text::grouped;
+use crate::optim::NormClip;
 use crate::train::files::write_whole;
-use crate::train::looping::{model_input, train};
+use crate::train::looping::train;
 use crate::train::profile::{Profile, Table};
 use crate::train::progress::{Progress, Show};
 use crate::train::report::Report;
@@ -74,12 +72,13 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     arguments.set.extend(options.shadow.map(|every| format!("run.shadow_every_steps={every}")));
     let run_file = arguments.read()?;
     // Before anything is read: an emulated device starts the program again.
-    let device = open_device(&run_file, !options.no_graph)?;
-    let data = open_data(&run_file)?;
+    let device = open_device(&run_file, !options.no_graph);
     if options.dry_run {
-        print!("{}", dry_run(&run_file, &data)?);
+        print!("{}", dry_run(&run_file, device)?);
         return Ok(ExitCode::SUCCESS);
     }
+    let device = device?;
+    let data = open_data(&run_file)?;
     let start = match (options.resume, options.overwrite) {
         (true, _) => Start::Resume,
         (false, true) => Start::Overwrite,
@@ -197,52 +196,4 @@ fn signals() -> Result<Arc<AtomicUsize>> {
             .map_err(|e| Error::io("listen to", "signals", e))?;
     }
     Ok(interrupt)
-}
-
-/// The model's table, its memory and its arithmetic.
-fn dry_run(run: &RunFile, data: &OpenedData) -> Result<String> {
-    let mut model: Model<Cpu<f32>> = build_model(run, &data.preprocess)?;
-    let input = model_input(data.input());
-    let program = model.plan(&input, run.train.batch_size, Mode::Training)?;
-    let (layout, _) = model.parameters().layout()?;
-    let plan = UpdatePlan::new(&run.optimizer, &layout).map_err(|e| run.locate(e))?;
-    let mut text = String::new();
-    let name_width = program.rows.iter().map(|r| r.name.len()).max().unwrap_or(0).max(5);
-    text +=
-        &format!("{:<name_width$}  {:<16} {:<24} {:>14} {:>12}\n", "layer", "kind", "output", "parameters", "MFLOP");
-    for row in &program.rows {
-        let shape = format!("{:?}", row.shape);
-        text += &format!(
-            "{:<name_width$}  {:<16} {:<24} {:>14} {:>12.3}\n",
-            row.name,
-            row.kind,
-            shape,
-            grouped(row.parameters as u64),
-            row.flops as f64 / 1e6
-        );
-    }
-    let element = size_of::<f32>();
-    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
-    let arena = layout.padded_len() * element;
-    let copies = 2 + plan.slots.len() + usize::from(run.train.ema.is_some());
-    let activations = program.activation_bytes(element);
-    let flops = program.flops() * u64::from(run.train.accumulate);
-    text += &format!(
-        "\nparameters            {}\noptimizer slots       {}\n\
-         memory, parameters    {:.1} MiB (parameters, gradients, slots: {copies} x {:.1} MiB)\n\
-         memory, activations   {:.1} MiB at batch {}\nmemory, together      {:.1} MiB\n\
-         arithmetic a step     {:.3} GFLOP ({} micro-batch{} of {})\n",
-        grouped(layout.parameters() as u64),
-        if plan.slots.is_empty() { "none".to_owned() } else { plan.slots.join(", ") },
-        mib(arena * copies),
-        mib(arena),
-        mib(activations),
-        run.train.batch_size,
-        mib(arena * copies + activations),
-        flops as f64 / 1e9,
-        run.train.accumulate,
-        if run.train.accumulate == 1 { "" } else { "es" },
-        run.train.batch_size,
-    );
-    Ok(text)
 }

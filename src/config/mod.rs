@@ -10,7 +10,7 @@ mod tree;
 
 use std::path::{Path, PathBuf};
 
-use toml_edit::{DocumentMut, Item};
+use toml_edit::{DocumentMut, Item, TableLike};
 
 use section::Section;
 use tree::{Entry, Node};
@@ -236,7 +236,20 @@ fn identity(mut document: DocumentMut) -> String {
             data.remove(key);
         });
     }
+    if let Some(model) = document.get_mut("model").and_then(Item::as_table_like_mut) {
+        remove_recompute(model);
+    }
     document.to_string()
+}
+
+/// Takes `recompute`, which changes memory alone, out of a table of layers and those within.
+fn remove_recompute(layers: &mut dyn TableLike) {
+    layers.remove("recompute");
+    for layer in layers.iter_mut().filter_map(|(_, item)| item.as_array_mut()).flat_map(|array| array.iter_mut()) {
+        if let Some(layer) = layer.as_inline_table_mut() {
+            remove_recompute(layer);
+        }
+    }
 }
 
 fn device(run: &mut Section) -> Result<DeviceChoice> {

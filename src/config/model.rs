@@ -129,6 +129,7 @@ fn preset(section: &mut Section) -> Result<Preset> {
                 hidden: section.optional("hidden")?,
                 dropout: section.or("dropout", d.dropout)?,
                 label_smoothing: d.label_smoothing,
+                recompute: section.or("recompute", d.recompute)?,
             })
         }
         Name::AudioCnn => {
@@ -157,6 +158,7 @@ fn resnet(section: &mut Section) -> Result<ResNetOptions> {
         blocks: section.or("blocks", defaults.blocks)?,
         channels: section.or("channels", defaults.channels)?,
         zero_init_residual: section.or("zero_init_residual", defaults.zero_init_residual)?,
+        recompute: section.or("recompute", defaults.recompute)?,
     })
 }
 
@@ -201,6 +203,7 @@ fn gpt(section: &mut Section, size: &str) -> Result<GptOptions> {
         activation: section.choice_or("activation", &activations, "gelu_tanh")?,
         tied: section.or("tied", d.tied)?,
         label_smoothing: d.label_smoothing,
+        recompute: section.or("recompute", d.recompute)?,
     })
 }
 
@@ -272,7 +275,7 @@ fn layer(section: &mut Section) -> Result<LayerOptions> {
                 Ok(layers)
             };
             let (layers, shortcut) = (nested("layers")?, nested("shortcut")?);
-            LayerOptions::Residual { layers, shortcut }
+            LayerOptions::Residual { layers, shortcut, recompute: section.or("recompute", false)? }
         }
         activation => {
             let kind = ACTIVATIONS.iter().find(|(name, _)| *name == activation).map(|(_, kind)| *kind);

@@ -18,7 +18,7 @@ pub use layer::{Layer, Tensor, Value};
 pub use parameters::{Init, ParamTable};
 pub use planner::{Planner, Row};
 pub use probe::{GradientCheck, Probe};
-pub use program::{OpCost, Program};
+pub use program::{ActivationBytes, OpCost, Program};
 
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, METRICS, MeanSquaredError};
 use crate::backend::{Arena, Backend};

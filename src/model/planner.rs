@@ -1,6 +1,7 @@
 //! Where layers emit their operations and declare what these need.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use super::fuse::Operations;
 use super::layer::{Tensor, Value};
@@ -33,6 +34,21 @@ struct Storage {
     kept: bool,
 }
 
+/// Where a part of a program begins: what emits that part again under the same names, with the same random numbers.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    scope: Vec<String>,
+    streams: u32,
+    padding: Option<Padding>,
+}
+
+/// Operations that were emitted again, and the first of the activations and of the whole numbers that they made.
+pub(super) struct Again {
+    ops: Range<usize>,
+    activations: u32,
+    indices: u32,
+}
+
 /// Takes the operations, memory and parameters that layers ask for, and makes a [`Program`] of them.
 pub struct Planner<'a, B: Backend> {
     parameters: &'a mut ParamTable,
@@ -48,6 +64,7 @@ pub struct Planner<'a, B: Backend> {
     streams: u32,
     padding: Option<Padding>,
     rows: Vec<Row>,
+    recomputing: bool,
 }
 
 impl<'a, B: Backend> Planner<'a, B> {
@@ -66,6 +83,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             streams: 0,
             padding: None,
             rows: Vec::new(),
+            recomputing: false,
         }
     }
 
@@ -77,6 +95,65 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// Whether dropout is on and batch norm looks at the batch.
     pub fn training(&self) -> bool {
         self.mode == Mode::Training
+    }
+
+    /// Whether what is emitted now was emitted before, and is only to be computed again: then what is kept from step to step must
+    /// not move a second time.
+    pub fn recomputing(&self) -> bool {
+        self.recomputing
+    }
+
+    /// Where the program stands now, for [`Planner::again`].
+    pub(super) fn place(&self) -> Place {
+        Place { scope: self.scope.clone(), streams: self.streams, padding: self.padding }
+    }
+
+    /// Runs a `plan` that ran before, from `place` on: parameters are those that it declared then, random numbers those that it
+    /// drew, and the model's table stays as it is.
+    pub(super) fn again<T>(&mut self, place: &Place, plan: impl FnOnce(&mut Self) -> Result<T>) -> Result<Again> {
+        let now = self.place();
+        let first = self.ops.len();
+        let [activations, indices] = [self.activations.len(), self.indices.len()].map(|len| len as u32);
+        let recomputed = std::mem::replace(&mut self.recomputing, true);
+        self.move_to(place.clone());
+        let result = plan(self);
+        self.move_to(now);
+        self.recomputing = recomputed;
+        result.map(|_| Again { ops: first..self.ops.len(), activations, indices })
+    }
+
+    fn move_to(&mut self, place: Place) {
+        let Place { scope, streams, padding } = place;
+        (self.scope, self.streams, self.padding) = (scope, streams, padding);
+    }
+
+    /// Takes those of the operations out that made what nothing has come to read: of a forward that was emitted again for its
+    /// backward, such as the last sum of a residual block.
+    pub(super) fn drop_unread(&mut self, again: Again) {
+        let Again { ops: range, activations, indices } = again;
+        for at in range.clone().rev() {
+            let (mut made, mut moves) = (Vec::new(), false);
+            self.ops[at].uses(&mut |used| match used {
+                Use::Activation(act) if act.0 >= activations => {
+                    made.push((used, self.activations[act.0 as usize].kept))
+                }
+                Use::Indices(i) if i.0 >= indices => made.push((used, self.indices[i.0 as usize].kept)),
+                Use::Gradient(_) | Use::State(_) => moves = true,
+                Use::Activation(_) | Use::Indices(_) | Use::Parameter(_) => {}
+            });
+            let names = |op: &dyn Op<B>, wanted: Use| {
+                let mut found = false;
+                op.uses(&mut |used| found |= used == wanted);
+                found
+            };
+            let named = |ops: &[Box<dyn Op<B>>], wanted: Use| ops.iter().any(|op| names(op.as_ref(), wanted));
+            // What was made by an operation before is read here, or changed.
+            made.retain(|&(used, _)| !named(&self.ops[range.start..at], used));
+            let read = made.iter().any(|&(used, kept)| kept || named(&self.ops[at + 1..], used));
+            if !made.is_empty() && !moves && !read {
+                drop(self.ops.remove(at));
+            }
+        }
     }
 
     /// Runs `plan` with `name` appended to the dotted names of what is declared within.
@@ -102,6 +179,9 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// A name that this plan declared already, or another shape than an earlier plan gave it.
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let path = self.path(name);
+        if self.recomputing && self.declared.contains(&path) {
+            return self.parameters.parameter(path, shape, init);
+        }
         if !self.declared.insert(path.clone()) {
             return Err(Error::shape("model", "layer names that differ", format!("parameter `{path}` twice")));
         }
@@ -198,6 +278,9 @@ impl<'a, B: Backend> Planner<'a, B> {
     ) -> Result<Tensor> {
         let (elements, ops) = (self.declared_elements, self.ops.len());
         let y = self.scoped(name, forward)?;
+        if self.recomputing {
+            return Ok(y);
+        }
         let path = self.scoped(name, |planner| Ok(planner.path("")))?;
         self.rows.push(Row {
             name: path,

@@ -49,6 +49,26 @@ pub struct Program<B: Backend> {
     pub rows: Vec<Row>,
 }
 
+/// Bytes of a program's activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ActivationBytes {
+    /// Room for batches: inputs and targets.
+    pub inputs: usize,
+    /// What is computed of them.
+    pub others: usize,
+}
+
+/// Where a program's activations lie.
+struct Room {
+    ranges: Vec<Range<usize>>,
+    index_ranges: Vec<Range<usize>>,
+    slots: Vec<InputSlot>,
+    /// Elements in all.
+    values: usize,
+    /// Whole numbers in all.
+    indices: usize,
+}
+
 impl<B: Backend> Program<B> {
     /// Memory for the activations, with room for one batch.
     ///
@@ -63,12 +83,25 @@ impl<B: Backend> Program<B> {
     /// # Errors
     /// Not enough memory.
     pub fn activations_with_slots(&self, backend: &B, slots: usize) -> Result<Activations<B>> {
+        let Room { ranges, index_ranges, slots, values, indices } = self.room(slots);
+        Ok(Activations {
+            ranges,
+            index_ranges,
+            values: backend.allocate(values)?,
+            indices: backend.allocate(indices)?,
+            slots,
+            recording: B::Recording::default(),
+        })
+    }
+
+    /// Where everything lies, with room for so many batches.
+    fn room(&self, slots: usize) -> Room {
         let ranges = |plan: &MemoryPlan, lives: &[Lifetime]| -> Vec<Range<usize>> {
             plan.offsets.iter().zip(lives).map(|(&offset, life)| offset..offset + life.len).collect()
         };
-        let ranges_of_values = ranges(&self.values, &self.value_lifetimes);
-        let index_ranges = ranges(&self.indices, &self.index_lifetimes);
-        let (mut values_end, mut indices_end) = (self.values.peak, self.indices.peak);
+        let (planned, planned_indices) =
+            (ranges(&self.values, &self.value_lifetimes), ranges(&self.indices, &self.index_lifetimes));
+        let (mut values, mut indices) = (self.values.peak, self.indices.peak);
         let place = |end: &mut usize, planned: &Range<usize>, slot: usize| {
             if slot == 0 {
                 return planned.clone();
@@ -82,26 +115,53 @@ impl<B: Backend> Program<B> {
             for value in [Some(self.input), self.target].into_iter().flatten() {
                 match value {
                     Value::Real(act) => {
-                        let range = place(&mut values_end, &ranges_of_values[act.0 as usize], slot);
+                        let range = place(&mut values, &planned[act.0 as usize], slot);
                         inputs.values.push((act, range));
                     }
-                    Value::Tokens(indices) => {
-                        let range = place(&mut indices_end, &index_ranges[indices.0 as usize], slot);
-                        inputs.indices.push((indices, range));
+                    Value::Tokens(tokens) => {
+                        let range = place(&mut indices, &planned_indices[tokens.0 as usize], slot);
+                        inputs.indices.push((tokens, range));
                     }
                 }
             }
             inputs
         });
         let slots = slots.collect();
-        Ok(Activations {
-            ranges: ranges_of_values,
-            index_ranges,
-            values: backend.allocate(values_end)?,
-            indices: backend.allocate(indices_end)?,
-            slots,
-            recording: B::Recording::default(),
-        })
+        Room { ranges: planned, index_ranges: planned_indices, slots, values, indices }
+    }
+
+    /// Bytes of [`Program::activations_with_slots`]: of inputs and targets, and of all else. No device is asked.
+    pub fn activation_parts(&self, slots: usize) -> ActivationBytes {
+        let Room { slots, values, indices, .. } = self.room(slots);
+        let (storage, index) = (size_of::<B::Storage>(), size_of::<i32>());
+        let of_slot = |slot: &InputSlot| {
+            let values: usize = slot.values.iter().map(|(_, range)| range.len()).sum();
+            let indices: usize = slot.indices.iter().map(|(_, range)| range.len()).sum();
+            values * storage + indices * index
+        };
+        let inputs = slots.iter().map(of_slot).sum();
+        ActivationBytes { inputs, others: values * storage + indices * index - inputs }
+    }
+
+    /// The operation at which most bytes of activations are alive: its position, and the bytes. None of an empty program.
+    pub fn fullest(&self) -> Option<(usize, usize)> {
+        let mut changes = vec![0isize; self.ops.len() + 1];
+        for (lives, element) in
+            [(&self.value_lifetimes, size_of::<B::Storage>()), (&self.index_lifetimes, size_of::<i32>())]
+        {
+            for life in lives.iter().filter(|life| life.len > 0) {
+                let bytes = (life.len.next_multiple_of(MemoryPlan::ALIGNMENT) * element) as isize;
+                changes[life.first.min(self.ops.len())] += bytes;
+                changes[(life.last + 1).min(self.ops.len())] -= bytes;
+            }
+        }
+        let mut alive = 0;
+        let sums = changes[..self.ops.len()].iter().map(|change| {
+            alive += change;
+            alive.unsigned_abs()
+        });
+        // The first of those that are equal.
+        sums.enumerate().max_by_key(|&(position, bytes)| (bytes, std::cmp::Reverse(position)))
     }
 
     /// Floating-point operations of one run.

@@ -6,6 +6,7 @@ pub mod files;
 pub mod forensics;
 pub mod infer;
 pub mod looping;
+pub mod memory;
 pub mod metrics;
 pub mod options;
 pub mod plot;

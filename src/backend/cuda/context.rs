@@ -14,6 +14,11 @@ use crate::error::{Error, Result};
 const DRIVER_MISSING: &str = "no NVIDIA driver was found (libcuda.so): install NVIDIA's driver for this GPU, or use \
                               device = \"cpu\"; `warpstep doctor` tells what is there";
 
+/// What a run can change that needs more memory than there is.
+pub const LESS_MEMORY: &str = "make data.batch_size, data.context or the model smaller, compute blocks again in the backward \
+                               (model.recompute = true), store activations in bf16 (run.precision), or accumulate over more \
+                               micro-batches (optimizer.accumulate)";
+
 /// How a device is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceOptions {
@@ -343,9 +348,7 @@ impl Device {
             }
             let (free, total) = result::mem_get_info().unwrap_or_default();
             Error::Device(format!(
-                "{}: not enough memory: {} MiB were asked for, {} of {} MiB are free: make data.batch_size, data.context or \
-                 the model smaller, store activations in bf16 (run.precision), or accumulate over more micro-batches \
-                 (optimizer.accumulate)",
+                "{}: not enough memory: {} MiB were asked for, {} of {} MiB are free: {LESS_MEMORY}",
                 self.name,
                 bytes.div_ceil(1 << 20),
                 free >> 20,

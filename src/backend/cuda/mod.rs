@@ -38,7 +38,7 @@ pub mod update;
 pub use cudarc;
 
 pub use buffer::Buffer;
-pub use context::{Device, DeviceOptions, Fusion};
+pub use context::{Device, DeviceOptions, Fusion, LESS_MEMORY};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
 pub use recording::Recording;

@@ -49,6 +49,11 @@ pub trait Update: Backend {
     /// A device that failed.
     fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>>;
 
+    /// Bytes of the device's memory that updates by this plan take for tables and sums of their own.
+    fn table_bytes(_: &UpdatePlan) -> usize {
+        0
+    }
+
     /// Bits of fraction that the factors of products keep, where a rule multiplies matrices: 23 for f32, 10 for tf32.
     fn product_bits(&self) -> u32 {
         23

@@ -9,6 +9,7 @@ mod embedding;
 mod linear;
 mod norm;
 mod pool;
+mod recompute;
 mod shape;
 mod transformer;
 
@@ -21,6 +22,7 @@ pub use embedding::{Embedding, Positions, TokenAndPosition};
 pub use linear::{Linear, TiedLinear};
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
 pub use pool::{AveragePool2d, MaxPool2d, Window};
+pub use recompute::Recompute;
 pub use shape::{AsPicture, Flatten, MeanOverTime, Parallel};
 pub use transformer::{BlockOptions, FeedForward, HiddenActivation, NormKind, TransformerBlock};
 

@@ -88,6 +88,8 @@ impl<B: Backend> Layer<B> for BatchNorm {
         let epsilon = self.epsilon;
         if planner.training() {
             let (mean, reciprocal_std) = (planner.statistic(channels), planner.statistic(channels));
+            // Running statistics have seen a batch that is recomputed.
+            let momentum = if planner.recomputing() { 0.0 } else { self.momentum };
             planner.emit(BatchNormForward {
                 x: act,
                 weight,
@@ -101,7 +103,7 @@ impl<B: Backend> Layer<B> for BatchNorm {
                 channels,
                 spatial,
                 epsilon,
-                momentum: self.momentum,
+                momentum,
             });
             let (shape, needs_gradient) = (x.shape, x.needs_gradient);
             self.saved = Some(SavedBatch { x: act, shape, needs_gradient, weight, bias, mean, reciprocal_std });

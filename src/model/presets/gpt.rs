@@ -1,5 +1,6 @@
 //! GPT-2 (Radford et al. 2019) in nanoGPT's layout and names, with the options that make it Llama-like.
 
+use super::recomputed;
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::error::{Error, Result};
@@ -61,6 +62,8 @@ pub struct GptOptions {
     pub tied: bool,
     /// `model.label_smoothing`: in `[0, 1)`.
     pub label_smoothing: f64,
+    /// `model.recompute`: whether blocks keep their input alone, and compute the rest again in the backward.
+    pub recompute: bool,
 }
 
 impl Default for GptOptions {
@@ -82,6 +85,7 @@ impl Default for GptOptions {
             activation: HiddenActivation::Pointwise(ActivationKind::GeluTanh),
             tied: true,
             label_smoothing: 0.0,
+            recompute: false,
         }
     }
 }
@@ -188,7 +192,10 @@ impl GptOptions {
         let mut layers =
             if self.dropout > 0.0 { foot.then("transformer.drop", Dropout::new(self.dropout)) } else { foot };
         for block in 0..self.layers {
-            layers = layers.then(format!("transformer.h.{block}"), TransformerBlock::new(self.block()));
+            layers.push(
+                format!("transformer.h.{block}"),
+                recomputed(TransformerBlock::new(self.block()), self.recompute),
+            );
         }
         layers.push("transformer.ln_f", self.norm.layer(self.norm_epsilon, self.bias));
         let head: Box<dyn crate::model::Layer<B>> = if self.tied {

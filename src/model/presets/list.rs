@@ -1,6 +1,6 @@
 //! `[[model.layers]]`: a model as a list of layers in the run file.
 
-use super::{Fit, check, check_dropout};
+use super::{Fit, check, check_dropout, recomputed};
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::error::{Error, Result};
@@ -93,12 +93,14 @@ pub enum LayerOptions {
     Flatten,
     /// `mean_over_time`.
     MeanOverTime,
-    /// `residual`: `layers`, and `shortcut` where the shape changes.
+    /// `residual`: `layers`, `shortcut` where the shape changes, and `recompute`.
     Residual {
         /// The branch.
         layers: Vec<LayerOptions>,
         /// The other path.
         shortcut: Vec<LayerOptions>,
+        /// Whether it keeps its input alone, and computes the rest again in the backward.
+        recompute: bool,
     },
 }
 
@@ -107,7 +109,7 @@ impl LayerOptions {
     pub(super) fn has_convolutions(&self) -> bool {
         match self {
             LayerOptions::Conv2d { .. } => true,
-            LayerOptions::Residual { layers, shortcut } => {
+            LayerOptions::Residual { layers, shortcut, .. } => {
                 layers.iter().chain(shortcut).any(LayerOptions::has_convolutions)
             }
             _ => false,
@@ -206,11 +208,11 @@ fn push<B: Backend>(layers: &mut Sequential<B>, name: String, options: &LayerOpt
         }
         LayerOptions::Flatten => layers.push(name, Box::new(Flatten::new())),
         LayerOptions::MeanOverTime => layers.push(name, Box::new(MeanOverTime::new())),
-        LayerOptions::Residual { layers: branch, shortcut } => {
+        LayerOptions::Residual { layers: branch, shortcut, recompute } => {
             let residual = Residual::new("layers", build(branch, fit)?);
             let residual =
                 if shortcut.is_empty() { residual } else { residual.with_shortcut("shortcut", build(shortcut, fit)?) };
-            layers.push(name, Box::new(residual));
+            layers.push(name, recomputed(residual, *recompute));
         }
     }
     Ok(())

@@ -18,8 +18,8 @@ pub use resnet::{ResNetOptions, ResNetStem};
 pub use text_cnn::TextCnnOptions;
 pub use text_encoder::TextEncoderOptions;
 
-use super::layers::{Activation, Dropout, Sequential};
-use super::{Loss, Model};
+use super::layers::{Activation, Dropout, Recompute, Sequential};
+use super::{Layer, Loss, Model};
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::error::{Error, Result};
@@ -203,6 +203,11 @@ impl Fit {
             )
         })
     }
+}
+
+/// The layer, computed again in the backward where that is asked for.
+fn recomputed<B: Backend>(layer: impl Layer<B> + 'static, recompute: bool) -> Box<dyn Layer<B>> {
+    if recompute { Box::new(Recompute::new(layer)) } else { Box::new(layer) }
 }
 
 /// Checks a preset's number.

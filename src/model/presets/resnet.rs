@@ -1,6 +1,6 @@
 //! Residual networks (He et al. 2016): the ImageNet form of 18 and 34 layers, and the CIFAR forms of 6 n + 2.
 
-use super::{Fit, check};
+use super::{Fit, check, recomputed};
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::error::Result;
@@ -30,6 +30,8 @@ pub struct ResNetOptions {
     pub channels: Vec<usize>,
     /// `model.zero_init_residual`: the last norm of each block starts at 0 (default false).
     pub zero_init_residual: bool,
+    /// `model.recompute`: whether blocks keep their input alone, and compute the rest again in the backward (default false).
+    pub recompute: bool,
 }
 
 impl Default for ResNetOptions {
@@ -39,6 +41,7 @@ impl Default for ResNetOptions {
             blocks: vec![3, 3, 3],
             channels: vec![16, 32, 64],
             zero_init_residual: false,
+            recompute: false,
         }
     }
 }
@@ -51,6 +54,7 @@ impl ResNetOptions {
             blocks: blocks.to_vec(),
             channels: vec![64, 128, 256, 512],
             zero_init_residual: false,
+            recompute: false,
         };
         match depth {
             18 => Some(imagenet([2, 2, 2, 2])),
@@ -93,7 +97,7 @@ impl ResNetOptions {
             let mut layer = Sequential::new();
             for block in 0..blocks {
                 let stride = if block == 0 && stage > 0 { 2 } else { 1 };
-                layer.push(block.to_string(), Box::new(self.block(inputs, channels, stride)));
+                layer.push(block.to_string(), recomputed(self.block(inputs, channels, stride), self.recompute));
                 inputs = channels;
             }
             net.push(format!("layer{}", stage + 1), Box::new(layer));

@@ -1,5 +1,6 @@
 //! A transformer encoder that tells the class of a text.
 
+use super::recomputed;
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::error::{Error, Result};
@@ -30,11 +31,21 @@ pub struct TextEncoderOptions {
     pub dropout: f64,
     /// `model.label_smoothing`: in `[0, 1)`.
     pub label_smoothing: f64,
+    /// `model.recompute`: whether blocks keep their input alone, and compute the rest again in the backward.
+    pub recompute: bool,
 }
 
 impl Default for TextEncoderOptions {
     fn default() -> Self {
-        TextEncoderOptions { layers: 2, heads: 4, width: 128, hidden: None, dropout: 0.1, label_smoothing: 0.0 }
+        TextEncoderOptions {
+            layers: 2,
+            heads: 4,
+            width: 128,
+            hidden: None,
+            dropout: 0.1,
+            label_smoothing: 0.0,
+            recompute: false,
+        }
     }
 }
 
@@ -108,7 +119,7 @@ impl TextEncoderOptions {
                 dropout: self.dropout,
                 init: Some([normal, residual]),
             };
-            layers = layers.then(format!("blocks.{block}"), TransformerBlock::new(options));
+            layers.push(format!("blocks.{block}"), recomputed(TransformerBlock::new(options), self.recompute));
         }
         layers.push("norm", NormKind::LayerNorm.layer(1e-5, true));
         let layers = layers

@@ -391,6 +391,10 @@ impl<S: Storage> Update for Cuda<S> {
         Ok(squares)
     }
 
+    fn table_bytes(plan: &UpdatePlan) -> usize {
+        Tables::new(plan).device_bytes()
+    }
+
     fn product_bits(&self) -> u32 {
         if self.device().options().tf32 { 10 } else { 23 }
     }

@@ -256,4 +256,16 @@ impl Tables {
         }
         tables
     }
+    /// Bytes on the device: the tables, and the sums, coefficients and scalars of the same sizes ([`super::Prepared`]).
+    pub fn device_bytes(&self) -> usize {
+        let [pieces, tensors, units] = [self.pieces.len(), self.tensors.len(), self.unit_tensors.len()];
+        let (double, single) = (size_of::<f64>(), size_of::<f32>());
+        let of_piece = size_of::<Piece>() + 2 * double + size_of::<u32>();
+        let of_tensor = size_of::<Tensor>() + double + 3 * single;
+        let of_group = size_of::<GroupOptions>() + RULE_STEP_WORDS * single;
+        let of_block = self.block_groups.len() + size_of_val(self.block_tensors.as_slice());
+        let scalars = size_of::<UpdateParams>() + size_of::<Outcome>() + size_of::<u32>();
+        let of_unit = size_of::<u32>() + single;
+        pieces * of_piece + tensors * of_tensor + self.groups.len() * of_group + units * of_unit + of_block + scalars
+    }
 }

@@ -1,0 +1,132 @@
+//! `warpstep train --dry-run`: the model's table, its memory and its arithmetic.
+
+use half::{bf16, f16};
+
+use super::assemble::{Opened, build_model, open_data};
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{Cuda, Device, LESS_MEMORY};
+use crate::backend::ops::Update;
+use crate::config::{DeviceChoice, Precision, RunFile};
+use crate::data::OpenedData;
+use crate::error::Result;
+use crate::model::{Model, Program};
+use crate::text::grouped;
+use crate::train::looping::model_input;
+use crate::train::memory::{Fullest, RunMemory, Wanted};
+
+/// What training would take, on the device that was opened; a GPU that could not be opened is planned for all the same.
+///
+/// # Errors
+/// A device that is neither there nor planned for, data that cannot be used, or a model that does not fit it.
+pub fn dry_run(run: &RunFile, device: Result<Opened>) -> Result<String> {
+    let absent = match (&device, run.device) {
+        (Err(error), DeviceChoice::Cuda(_)) => Some(error.to_string()),
+        _ => None,
+    };
+    let device = match device {
+        Ok(device) => Some(device),
+        Err(_) if absent.is_some() => None,
+        Err(error) => return Err(error),
+    };
+    let data = open_data(run)?;
+    let mut text = match (&device, run.precision) {
+        (Some(Opened::Cpu(_)), _) => plan::<Cpu<f32>>(run, &data, None)?,
+        (Some(Opened::Cuda(backend)), _) => plan::<Cuda<f32>>(run, &data, Some(backend.device()))?,
+        (Some(Opened::CudaBf16(backend)), _) => plan::<Cuda<bf16>>(run, &data, Some(backend.device()))?,
+        (Some(Opened::CudaF16(backend)), _) => plan::<Cuda<f16>>(run, &data, Some(backend.device()))?,
+        (None, Precision::F32 | Precision::Tf32) => plan::<Cuda<f32>>(run, &data, None)?,
+        (None, Precision::Bf16) => plan::<Cuda<bf16>>(run, &data, None)?,
+        (None, Precision::F16) => plan::<Cuda<f16>>(run, &data, None)?,
+    };
+    if let Some(reason) = absent {
+        text += &format!("planned without a device: {reason}\n");
+    }
+    Ok(text)
+}
+
+/// Numbers of samples that evaluations take at a time.
+fn evaluations(data: &OpenedData, batch_size: usize) -> Vec<usize> {
+    let mut found = Vec::new();
+    for split in [&data.splits.validation, &data.splits.test].into_iter().flatten().filter(|split| !split.is_empty()) {
+        let size = batch_size.min(split.len());
+        found.extend([size, split.len() % size].into_iter().filter(|&samples| samples > 0));
+    }
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+fn plan<B: Update>(run: &RunFile, data: &OpenedData, device: Option<&Device>) -> Result<String> {
+    let mut model: Model<B> = build_model(run, &data.preprocess)?;
+    let wanted = Wanted {
+        input: model_input(data.input()),
+        batch_size: run.train.batch_size,
+        evaluations: evaluations(data, run.train.batch_size),
+        optimizer: &run.optimizer,
+        average: run.train.ema.is_some(),
+    };
+    let (program, memory) = RunMemory::plan(&mut model, &wanted).map_err(|e| run.locate(e))?;
+    let mut text = table(&program);
+    text += &format!("\n{:<23} {}\n", "parameters", grouped(model.parameters().elements() as u64));
+    text += &tell_memory(&memory);
+    if let Some(device) = device {
+        let (free, total) = device.memory()?;
+        text += &format!("{:<23} {:>12} of {} on {}\n", "memory, free", mib(free), mib(total), device.name());
+        if memory.total() > free {
+            text += &format!("it does not fit: {LESS_MEMORY}\n");
+        }
+    }
+    let flops = program.flops() * u64::from(run.train.accumulate);
+    text += &format!(
+        "{:<23} {:.3} GFLOP ({} micro-batch{} of {})\n",
+        "arithmetic a step",
+        flops as f64 / 1e9,
+        run.train.accumulate,
+        if run.train.accumulate == 1 { "" } else { "es" },
+        run.train.batch_size,
+    );
+    Ok(text)
+}
+
+/// The model's layers.
+fn table<B: Update>(program: &Program<B>) -> String {
+    let width = program.rows.iter().map(|r| r.name.len()).max().unwrap_or(0).max(5);
+    let mut text =
+        format!("{:<width$}  {:<16} {:<24} {:>14} {:>12}\n", "layer", "kind", "output", "parameters", "MFLOP");
+    for row in &program.rows {
+        text += &format!(
+            "{:<width$}  {:<16} {:<24} {:>14} {:>12.3}\n",
+            row.name,
+            row.kind,
+            format!("{:?}", row.shape),
+            grouped(row.parameters as u64),
+            row.flops as f64 / 1e6
+        );
+    }
+    text
+}
+
+/// The memory, part by part.
+fn tell_memory(memory: &RunMemory) -> String {
+    let mut text = String::from("memory of the device\n");
+    for part in &memory.parts {
+        text += format!("  {:<21} {:>12}  {}", part.name, mib(part.bytes), part.of).trim_end();
+        text.push('\n');
+    }
+    text += &format!(
+        "  {:<21} {:>12}, besides what the driver, libraries and single operations keep\n",
+        "together",
+        mib(memory.total())
+    );
+    if let Some(fullest) = &memory.fullest {
+        let Fullest { number, name, bytes } = fullest;
+        text += &format!("  most activations at once: {}, at operation {number}, {name}\n", mib(*bytes));
+    }
+    text
+}
+
+/// MiB, to three places where it is less than one.
+fn mib(bytes: usize) -> String {
+    let places = if bytes < 1 << 20 { 3 } else { 1 };
+    format!("{:.places$} MiB", bytes as f64 / (1 << 20) as f64)
+}

@@ -1,0 +1,122 @@
+//! What a run takes of its device's memory, told before any of it is allocated.
+//!
+//! All of it is planned: activations by the lifetimes of a program, parameters and what goes with them by the arena's layout. The
+//! plan depends on the device's kind and on what it stores, not on a device: none need be there.
+
+use crate::backend::ops::Update;
+use crate::backend::{Backend, Op, Param, Use};
+use crate::error::Result;
+use crate::model::{ActivationBytes, Input, Mode, Model, ParamTable, Program};
+use crate::optim::{OptimizerOptions, UpdatePlan};
+use crate::real::Element;
+
+/// What a run asks for.
+#[derive(Clone, Debug)]
+pub struct Wanted<'a> {
+    /// What a sample's input is.
+    pub input: Input,
+    /// Samples of a micro-batch.
+    pub batch_size: usize,
+    /// Samples of the batches of evaluations, each number once.
+    pub evaluations: Vec<usize>,
+    /// Rule, clip, groups; whether parameters of 16 bits have a master.
+    pub optimizer: &'a OptimizerOptions,
+    /// Whether there is an average of weights.
+    pub average: bool,
+}
+
+/// A part of the memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// What it holds.
+    pub name: &'static str,
+    /// In what: `f32`, `2 slots in f32`.
+    pub of: String,
+    /// Its bytes.
+    pub bytes: usize,
+}
+
+/// The operation at which most activations are alive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fullest {
+    /// Its number in the program, from 1.
+    pub number: usize,
+    /// Its name, and, where it has one, its parameter's.
+    pub name: String,
+    /// Bytes alive.
+    pub bytes: usize,
+}
+
+/// The memory of a run, part by part.
+#[derive(Clone, Debug)]
+pub struct RunMemory {
+    /// The parts that are there.
+    pub parts: Vec<Part>,
+    /// Where the training program is fullest.
+    pub fullest: Option<Fullest>,
+}
+
+impl RunMemory {
+    /// Bytes in all.
+    pub fn total(&self) -> usize {
+        self.parts.iter().map(|part| part.bytes).sum()
+    }
+
+    /// Plans the programs of a run, and sums its memory up: the training program, and the memory.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or options that do not validate.
+    pub fn plan<B: Update>(model: &mut Model<B>, wanted: &Wanted<'_>) -> Result<(Program<B>, Self)> {
+        let program = model.plan(&wanted.input, wanted.batch_size, Mode::Training)?;
+        let mut evaluation = 0;
+        for &samples in &wanted.evaluations {
+            let ActivationBytes { inputs, others } =
+                model.plan(&wanted.input, samples, Mode::Evaluation)?.activation_parts(1);
+            evaluation += inputs + others;
+        }
+        let (layout, _) = model.parameters().layout()?;
+        let plan = UpdatePlan::new(wanted.optimizer, &layout)?;
+        let (real, storage) = ((B::Real::NAME, size_of::<B::Real>()), (B::Storage::NAME, size_of::<B::Storage>()));
+        let one_type = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
+        let len = layout.padded_len();
+        let part =
+            |name, (of, element): (&str, usize), len: usize| Part { name, of: of.to_owned(), bytes: len * element };
+        let bytes = |name, of: String, bytes| Part { name, of, bytes };
+        let copy = if wanted.optimizer.master { "copy of parameters" } else { "parameters" };
+        let slots = plan.slots.len();
+        let ActivationBytes { inputs, others } = program.activation_parts(B::INPUT_SLOTS);
+        let batches = if B::INPUT_SLOTS == 1 { "1 batch".to_owned() } else { format!("{} batches", B::INPUT_SLOTS) };
+        let state = model.parameters().state_layout()?;
+        let parts = [
+            part("parameters", real, if wanted.optimizer.master { len } else { 0 }),
+            part(copy, storage, if one_type { 0 } else { len }),
+            part("gradients", real, len),
+            bytes("optimizer slots", format!("{}, {}", real.0, plan.slots.join(", ")), slots * len * real.1),
+            part("average of weights", real, if wanted.average { len } else { 0 }),
+            part("running statistics", real, state.padded_len()),
+            bytes("tables of the update", String::new(), B::table_bytes(&plan)),
+            bytes("activations", storage.0.to_owned(), others),
+            bytes("inputs and targets", batches, inputs),
+            bytes("evaluation", storage.0.to_owned(), evaluation),
+        ];
+        let fullest = program.fullest().map(|(position, bytes)| {
+            let op = program.ops[position].as_ref();
+            Fullest { number: position + 1, name: name_of(op, model.parameters()), bytes }
+        });
+        Ok((program, RunMemory { parts: parts.into_iter().filter(|part| part.bytes > 0).collect(), fullest }))
+    }
+}
+
+/// What an operation is called, and the first parameter that it reads or makes the gradient of.
+fn name_of<B: Backend>(op: &dyn Op<B>, parameters: &ParamTable) -> String {
+    let mut found: Option<Param> = None;
+    op.uses(&mut |used| match used {
+        Use::Parameter(param) => found = found.or(Some(param)),
+        Use::Gradient(grad) => found = found.or(Some(grad.param)),
+        Use::Activation(_) | Use::Indices(_) | Use::State(_) => {}
+    });
+    match found.and_then(|param| parameters.specs().nth(param.0 as usize)) {
+        Some(spec) => format!("{} of {}", op.name(), spec.name),
+        None => op.name().to_owned(),
+    }
+}

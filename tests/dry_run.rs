@@ -1,0 +1,257 @@
+//! `warpstep train --dry-run` tells the memory that a run takes on its device, whether the device is there or not; and a run that
+//! needs more than there is says what to change.
+//!
+//! The device is the emulated one, or a real one where `WARPSTEP_TEST_DEVICE=cuda` asks for it.
+
+mod common;
+#[path = "common/device.rs"]
+mod device;
+
+use std::path::PathBuf;
+use std::process::Output;
+use std::sync::{Arc, Mutex};
+
+use common::{stderr, stdout, warpstep};
+use half::{bf16, f16};
+use tempfile::TempDir;
+use warpstep::backend::cuda::{Cuda, Device, Storage, emulated, update};
+use warpstep::backend::ops::Update;
+use warpstep::model::presets::{CnnOptions, Fit, Goal, GptOptions, ModelOptions, Preset};
+use warpstep::model::{Input, Model};
+use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule, UpdatePlan};
+use warpstep::train::memory::{RunMemory, Wanted};
+use warpstep::train::step::{Trainer, TrainerParts};
+
+/// Free memory is one figure of the whole device: tests that read it take turns.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// What an allocation of nothing takes, a few times.
+const SLACK: usize = 32;
+
+fn free(device: &Device) -> usize {
+    device.memory().unwrap().0
+}
+
+fn adam() -> OptimizerOptions {
+    OptimizerOptions::new(Rule::Adam { betas: [0.9, 0.95], epsilon: 1e-8 }, 1e-3)
+}
+
+fn gpt<B: Update>() -> (Model<B>, Input) {
+    let options = GptOptions { layers: 2, heads: 2, width: 16, bias: true, dropout: 0.1, ..GptOptions::default() };
+    (options.build(13, 8).unwrap(), Input::Tokens(8))
+}
+
+fn cnn<B: Update>() -> (Model<B>, Input) {
+    let preset = Preset::Cnn(CnnOptions { channels: vec![3, 5], hidden: 7, batch_norm: true, ..CnnOptions::default() });
+    let options = ModelOptions { preset, loss: None, label_smoothing: 0.0 };
+    let fit = Fit { vocabulary: None, context: None, goal: Goal::Classes(4), padding: None, outputs: 0 };
+    (options.build(&fit).unwrap(), Input::Real(vec![1, 8, 8]))
+}
+
+/// The memory that is planned, but for what is allocated later, is what a trainer takes.
+fn check<S: Storage>(
+    device: &Arc<Device>,
+    make: fn() -> (Model<Cuda<S>>, Input),
+    optimizer: &OptimizerOptions,
+    ema: Option<f64>,
+) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (mut model, input) = make();
+    let wanted =
+        Wanted { input: input.clone(), batch_size: 5, evaluations: vec![2, 5], optimizer, average: ema.is_some() };
+    let (_, memory) = RunMemory::plan(&mut model, &wanted).unwrap();
+    let later: usize = (memory.parts.iter())
+        .filter(|part| ["tables of the update", "evaluation"].contains(&part.name))
+        .map(|part| part.bytes)
+        .sum();
+    let before = free(device);
+    let parts = TrainerParts {
+        backend: Cuda::<S>::new(device.clone()),
+        model: make().0,
+        input: input.clone(),
+        batch_size: 5,
+        accumulate: 1,
+        optimizer,
+        ema,
+        seed: 1,
+    };
+    let trainer = Trainer::new(parts).unwrap();
+    let taken = before - free(device);
+    assert!(taken.abs_diff(memory.total() - later) <= SLACK, "{taken} bytes were taken of {:#?}", memory.parts);
+    let before = free(device);
+    let evaluated = [2, 5].map(|samples| {
+        let program = make().0.plan(&input, samples, warpstep::model::Mode::Evaluation).unwrap();
+        program.activations(trainer.backend()).unwrap()
+    });
+    let taken = before - free(device);
+    let planned = memory.parts.iter().find(|part| part.name == "evaluation").unwrap().bytes;
+    assert!(taken.abs_diff(planned) <= SLACK, "{taken} bytes for evaluations, not {planned}");
+    drop(evaluated);
+    let before = free(device);
+    let prepared = update::Prepared::new(device, trainer.update_plan()).unwrap();
+    let (taken, planned) = (before - free(device), Cuda::<S>::table_bytes(trainer.update_plan()));
+    assert!(taken.abs_diff(planned) <= SLACK, "{taken} bytes for tables, not {planned}");
+    drop(prepared);
+}
+
+#[test]
+fn the_memory_told_is_the_memory_taken_in_every_precision() {
+    if !emulated::is_active() {
+        println!("skipped: only the emulated device tells free memory to the byte");
+        return;
+    }
+    let Some(device) = device::device() else { return };
+    let adaptive = Clip { value: None, norm: NormClip::Adaptive { clipping: 0.1, epsilon: 1e-3 } };
+    let sgd = OptimizerOptions { clip: adaptive, ..OptimizerOptions::new(Rule::Sgd, 0.1) };
+    check::<f32>(&device, gpt, &adam(), Some(0.9));
+    check::<bf16>(&device, gpt, &adam(), Some(0.9));
+    check::<bf16>(&device, gpt, &OptimizerOptions { master: false, ..adam() }, None);
+    check::<f16>(&device, gpt, &sgd, None);
+    check::<f32>(&device, cnn, &sgd, None);
+    check::<bf16>(&device, cnn, &adam(), Some(0.5));
+}
+
+#[test]
+fn the_tables_of_an_update_are_counted_with_the_units_of_an_adaptive_clip() {
+    let (mut model, input) = gpt::<Cuda<f32>>();
+    model.plan(&input, 1, warpstep::model::Mode::Training).unwrap();
+    let (layout, _) = model.parameters().layout().unwrap();
+    let bytes = |norm| {
+        let options = OptimizerOptions { clip: Clip { value: None, norm }, ..adam() };
+        Cuda::<f32>::table_bytes(&UpdatePlan::new(&options, &layout).unwrap())
+    };
+    assert!(bytes(NormClip::Adaptive { clipping: 0.1, epsilon: 1e-3 }) > bytes(NormClip::Off));
+}
+
+const RUN: &str = r#"
+[run]
+steps = 2
+precision = "bf16"
+
+[data]
+format = "digits"
+batch_size = 32
+split = { validation = 0.1, test = 0.2 }
+
+[model]
+preset = "mlp"
+hidden = [64, 32]
+batch_norm = true
+
+[optimizer]
+rule = "adamw"
+learning_rate = 2e-3
+ema = 0.9
+"#;
+
+struct Place {
+    _folder: TempDir,
+    file: PathBuf,
+    out: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let (file, out) = (folder.path().join("run.toml"), folder.path().join("out"));
+        std::fs::write(&file, RUN).unwrap();
+        Place { _folder: folder, file, out }
+    }
+
+    /// Trains on a device of so many bytes.
+    fn train(&self, device: &str, bytes: usize, more: &[&str]) -> Output {
+        let mut command = warpstep();
+        command.args(["train", "--device", device, "--out"]).args([&self.out, &self.file]).args(more);
+        // This program may run on the emulated device; what it starts is to choose for itself.
+        command.env_remove("LD_LIBRARY_PATH").env_remove("WARPSTEP_EMULATED");
+        match device {
+            "emulated" => command.env("WARPSTEP_EMULATOR_MEMORY", bytes.to_string()),
+            // As on a machine without a GPU.
+            _ => command.env("CUDA_VISIBLE_DEVICES", ""),
+        };
+        command.output().unwrap()
+    }
+}
+
+/// The lines of the memory's table: name and MiB of each part.
+fn parts(told: &str) -> Vec<(String, f64)> {
+    let lines = told.lines().skip_while(|line| *line != "memory of the device").skip(1);
+    let part = |line: &str| {
+        let (name, rest) = line.trim_start().split_once("  ")?;
+        let mib = rest.split_whitespace().next()?.parse().ok()?;
+        Some((name.trim().to_owned(), mib))
+    };
+    lines.map_while(part).collect()
+}
+
+#[test]
+fn without_a_gpu_a_run_on_one_is_planned_all_the_same() {
+    let place = Place::new();
+    let told = |more: &[&str]| {
+        let mut arguments = vec!["--dry-run"];
+        arguments.extend(more);
+        let ran = place.train("cuda", 16 << 30, &arguments);
+        assert!(ran.status.success(), "{}", stderr(&ran));
+        stdout(&ran)
+    };
+    // Large enough that MiB tell the difference.
+    let wide = "model.hidden=[4096, 2048]";
+    let (low, full) = (told(&["--set", wide]), told(&["--set", wide, "--set", "run.precision=\"f32\""]));
+    assert!(low.contains("planned without a device"), "{low}");
+    let (low, full) = (parts(&low), parts(&full));
+    let of = |parts: &[(String, f64)], name: &str| parts.iter().find(|part| part.0 == name).map(|part| part.1);
+    let parameters = of(&low, "parameters").unwrap();
+    assert!(parameters > 30.0);
+    assert!((of(&low, "copy of parameters").unwrap() - parameters / 2.0).abs() < 0.1);
+    assert_eq!(of(&full, "copy of parameters"), None);
+    for (name, times) in [("gradients", 1.0), ("optimizer slots", 2.0), ("average of weights", 1.0)] {
+        assert!((of(&low, name).unwrap() - times * parameters).abs() < 0.2, "{name}: {low:?}");
+    }
+    let [half, whole] = [&low, &full].map(|parts| of(parts, "activations").unwrap());
+    // Running sums and means have 4 bytes in both.
+    assert!(half >= whole / 2.0 && half < 0.6 * whole, "{half} and {whole}");
+    for parts in [low, full] {
+        let together = of(&parts, "together").unwrap();
+        let sum: f64 = parts.iter().filter(|part| part.0 != "together").map(|part| part.1).sum();
+        assert!((sum - together).abs() < 0.06 * parts.len() as f64, "{parts:?}");
+    }
+}
+
+#[test]
+fn where_the_device_is_there_what_is_free_is_told_and_whether_it_fits() {
+    if device::device().is_none() || !emulated::is_active() {
+        println!("skipped: no emulated device");
+        return;
+    }
+    let place = Place::new();
+    let fits = place.train("emulated", 64 << 20, &["--dry-run"]);
+    assert!(fits.status.success(), "{}", stderr(&fits));
+    let told = stdout(&fits);
+    assert!(told.contains("memory, free") && told.contains("of 64.0 MiB"), "{told}");
+    assert!(!told.contains("does not fit") && told.contains("most activations at once"), "{told}");
+    let absent = stdout(&place.train("cuda", 0, &["--dry-run"]));
+    assert_eq!(parts(&told), parts(&absent));
+    let told = stdout(&place.train("emulated", 100 << 10, &["--dry-run"]));
+    assert!(told.contains("it does not fit") && told.contains("model.recompute"), "{told}");
+    assert!(!place.out.exists());
+}
+
+#[test]
+fn a_run_that_needs_more_memory_than_there_is_says_what_to_change() {
+    if device::device().is_none() || !emulated::is_active() {
+        println!("skipped: no emulated device");
+        return;
+    }
+    let place = Place::new();
+    // Too little for the parameters, and, below, for what libraries take in the first step.
+    for bytes in [60 << 10, 8 << 20] {
+        let ran = place.train("emulated", bytes, &["--overwrite"]);
+        let told = stderr(&ran);
+        assert_eq!(ran.status.code(), Some(2), "{told}");
+        let sentence = told.lines().find(|line| line.contains("not enough memory")).expect(&told);
+        for part in ["MiB were asked for", "MiB are free", "data.batch_size", "model.recompute", "run.precision"] {
+            assert!(sentence.contains(part), "{sentence}");
+        }
+        assert!(!told.contains("panicked"), "{told}");
+    }
+}
