@@ -91,6 +91,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod log_mel;
 pub mod model;
 pub mod optim;
 pub mod plan;

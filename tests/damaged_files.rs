@@ -233,7 +233,7 @@ fn damaged_audio_is_read_or_refused() -> TestResult {
             writer.finalize()?;
             files.push(file);
         }
-        for features in [AudioOptions::default().features, AudioFeatures::Waveform] {
+        for features in [AudioOptions::default().features, AudioFeatures::Waveform(None)] {
             let audio = AudioOptions { path: folder.path().into(), seconds: 0.05, features, ..Default::default() };
             survives(
                 &format!("audio of {bits_per_sample} bits"),

@@ -31,6 +31,7 @@ pub trait Backend:
     + ops::Dropout
     + ops::Elementwise
     + ops::Loss
+    + ops::Mel
     + Sized
     + Send
     + Sync

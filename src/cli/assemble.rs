@@ -13,7 +13,8 @@ use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::presets::{Fit, Goal};
+use crate::model::layers::LogMel;
+use crate::model::presets::{Fit, Goal, Preset};
 use crate::train::checkpoint::{self, Which};
 use crate::train::infer::Predictor;
 use crate::train::looping::model_input;
@@ -124,7 +125,21 @@ pub fn build_model<B: Backend>(run: &RunFile, data: &Preprocess) -> Result<Model
     };
     let padding = matches!(data.recipe, Recipe::Line { .. }).then_some(PADDING);
     let fit = Fit { vocabulary, context, goal, padding, outputs: 0 };
-    run.model.build(&fit).map_err(|e| run.locate(e))
+    let model = run.model.build(&fit).map_err(|e| run.locate(e))?;
+    let Some(pictures) = &data.pictures else {
+        let samples = matches!(&data.input, InputSpec::Real { shape } if shape.len() == 1);
+        if samples && matches!(run.model.preset, Preset::AudioCnn(_)) {
+            return Err(run.locate(Error::config(
+                "data.mel",
+                "found none, but preset = \"audio_cnn\" makes log-mel pictures of waveforms; expected mel = {} for the defaults, \
+                 or data.features = \"log_mel\"",
+            )));
+        }
+        return Ok(model);
+    };
+    let [scale, shift] = pictures.normalization()?;
+    let layer = pictures.transform().map(|transform| LogMel::new(transform).normalized(scale, shift));
+    Ok(model.preceded_by("log_mel", layer.map_err(|e| run.locate(e))?))
 }
 
 /// A trained model: its run file, what it remembers of its data, and where its weights are.

@@ -150,9 +150,10 @@ fn audio(section: &mut Section) -> Result<AudioOptions> {
         pattern: section.optional("pattern")?,
         seconds: section.or("seconds", d.seconds)?,
         samples: section.optional("samples")?,
-        features: AudioFeatures::Waveform,
+        features: AudioFeatures::Waveform(None),
     };
-    if !section.choice_or("features", &[("waveform", false), ("log_mel", true)], "log_mel")? {
+    let pictures = section.choice_or("features", &[("waveform", false), ("log_mel", true)], "log_mel")?;
+    if !pictures && !section.has("mel") {
         return Ok(options);
     }
     let d = LogMelOptions::default();
@@ -166,7 +167,8 @@ fn audio(section: &mut Section) -> Result<AudioOptions> {
         max_hz: mel.optional("max_hz")?,
     };
     section.close("mel", mel, true)?;
-    Ok(AudioOptions { features: AudioFeatures::LogMel(log_mel), ..options })
+    let features = if pictures { AudioFeatures::LogMel(log_mel) } else { AudioFeatures::Waveform(Some(log_mel)) };
+    Ok(AudioOptions { features, ..options })
 }
 
 fn lines(section: &mut Section) -> Result<LinesOptions> {

@@ -47,6 +47,10 @@ pub fn inspect(data: &OpenedData) -> Result<String> {
         TargetSpec::NextToken => line("target", "the next token".to_string()),
     }
     line("sampling", format!("{:?}", data.sampling).to_lowercase());
+    if let Some(pictures) = &data.preprocess.pictures {
+        let ([mels, frames], [scale, shift]) = (pictures.transform()?.shape(), pictures.normalization()?);
+        line("pictures", format!("[1, {mels}, {frames}] made by the model, x * {scale:.6} + {shift:.6}"));
+    }
     let batch = first(&*data.splits.train, MEASURED)?;
     line("values", values(&batch));
     if let Some(affine) = &data.preprocess.affine {

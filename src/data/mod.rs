@@ -9,10 +9,10 @@ mod dataset;
 mod format;
 mod inspect;
 mod loader;
-mod log_mel;
 mod normalize;
 mod open;
 pub mod options;
+mod pictures;
 mod preprocess;
 mod sampler;
 pub mod source;
@@ -26,13 +26,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+pub use crate::log_mel::{LogMel, LogMelOptions, MelScale};
 pub use format::natural_order;
 pub use inspect::inspect;
 pub use loader::{Loader, Prefetch, read_batch};
-pub use log_mel::{LogMel, LogMelOptions, MelScale};
 pub use normalize::Affine;
 pub use open::{OpenedData, open};
 pub use options::{DataOptions, FormatOptions};
+pub use pictures::Pictures;
 pub use preprocess::{Preprocess, Recipe, UserSample};
 pub use sampler::{Sampler, SamplerOptions, Share};
 pub use tokenizer::{GPT2_END_OF_TEXT, GPT2_VOCABULARY, Tokenizer, TokenizerKind};

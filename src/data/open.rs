@@ -8,7 +8,7 @@ use super::dataset::RealView;
 use super::format::{self, Pool};
 use super::loader::{Loader, Prefetch};
 use super::normalize;
-use super::options::{DataOptions, FormatOptions, Part, Sampling, SplitOptions};
+use super::options::{DataOptions, FormatOptions, Normalize, Part, Sampling, SplitOptions};
 use super::preprocess::{Preprocess, Recipe};
 use super::sampler::{Sampler, SamplerOptions, Share};
 use super::source::Lookup;
@@ -141,6 +141,10 @@ fn of_pool(
     };
     let parts = split::divide(&pool.place, &facts, splits, seed)?;
     let how = options.normalize.as_ref().unwrap_or(&pool.normalize);
+    let pictures =
+        pool.pictures.map(|asked| asked.measured(&pool.table, how, &parts.train, &pool.place)).transpose()?;
+    // Where the model makes pictures, it is these that are normalized.
+    let how = if pictures.is_some() { &Normalize::None } else { how };
     let affine = normalize::affine(how, &pool.table, &parts.train, &pool.place)?;
     let mut background = vec![pool.table.background; pool.table.channels];
     affine.apply(&mut background);
@@ -150,6 +154,7 @@ fn of_pool(
         target: pool.targets.spec(),
         recipe: pool.recipe,
         affine: Some(affine.clone()),
+        pictures,
     };
     let (table, targets) = (Arc::new(pool.table), Arc::new(pool.targets));
     let view = |indices: Vec<u32>, augment: Option<Augment>| -> Arc<dyn Dataset> {
@@ -180,6 +185,7 @@ fn of_tokens(
             format!("found it set, but format = \"{name}\" has no real inputs"),
         ));
     }
-    let preprocess = Preprocess { input: splits.train.input(), target: splits.train.target(), recipe, affine: None };
+    let preprocess =
+        Preprocess { input: splits.train.input(), target: splits.train.target(), recipe, affine: None, pictures: None };
     Ok((splits, preprocess, place.display().to_string()))
 }

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::augment::AugmentOptions;
-use super::log_mel::LogMelOptions;
 use super::tokenizer::TokenizerKind;
 use super::words::Cleaning;
+use crate::log_mel::LogMelOptions;
 
 /// The `[data]` table, apart from `data.batch_size`.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,8 +14,8 @@ pub struct DataOptions {
     pub format: FormatOptions,
     /// `data.split`: what is held out.
     pub split: SplitOptions,
-    /// `data.normalize`; the format's own default where not given: `unit` for pixels, `dataset` for log-mel pictures,
-    /// `none` for the rest.
+    /// `data.normalize`; the format's own default where not given: `unit` for pixels, `dataset` for log-mel pictures
+    /// (whoever makes them), `none` for the rest.
     pub normalize: Option<Normalize>,
     /// `data.augment`: random changes to the samples of the training split.
     pub augment: AugmentOptions,
@@ -169,8 +169,9 @@ pub struct ImagesOptions {
 /// `data.features` of `format = "audio"`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum AudioFeatures {
-    /// `waveform`: the samples themselves, `[samples]`.
-    Waveform,
+    /// `waveform`: the samples themselves, `[samples]`. With `data.mel`, the model makes pictures of them within the step, as
+    /// `log_mel` does while data is read; `data.normalize` is then that of the pictures.
+    Waveform(Option<LogMelOptions>),
     /// `log_mel`: `[1, mels, frames]`, with `data.mel = { n_fft, hop, mels, scale, min_hz, max_hz }`.
     LogMel(LogMelOptions),
 }

@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use super::format::images::Form;
 use super::format::{self, audio};
-use super::log_mel::{LogMel, LogMelOptions};
 use super::source;
 use super::tokenizer::Tokenizer;
 use super::words::Words;
-use super::{Affine, InputSpec, Inputs, TargetSpec};
+use super::{Affine, InputSpec, Inputs, Pictures, TargetSpec};
 use crate::error::{Error, Result};
+use crate::log_mel::{LogMel, LogMelOptions};
 
 /// How a kind of file becomes an input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,6 +94,9 @@ pub struct Preprocess {
     pub recipe: Recipe,
     /// Normalization of real inputs.
     pub affine: Option<Affine>,
+    /// Pictures that the model makes of its inputs.
+    #[serde(default)]
+    pub pictures: Option<Pictures>,
 }
 
 impl Preprocess {
@@ -141,6 +144,16 @@ impl Preprocess {
         };
         if made != elements {
             return wrong(format!("an input has {elements} values, but a file becomes {made}"));
+        }
+        if let Some(pictures) = &self.pictures {
+            if pictures.samples != elements {
+                return wrong(format!(
+                    "pictures are made of {} samples, but an input has {elements}",
+                    pictures.samples
+                ));
+            }
+            pictures.transform()?;
+            pictures.normalization()?;
         }
         if let Some(affine) = &self.affine {
             let channels = affine.scale.len();

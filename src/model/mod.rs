@@ -62,6 +62,7 @@ pub enum Mode {
 
 /// A network, its loss, and the parameters that it declared.
 pub struct Model<B: Backend> {
+    front: Option<(&'static str, Box<dyn Layer<B>>)>,
     root: Box<dyn Layer<B>>,
     /// What it is trained to make small.
     pub loss: Loss,
@@ -75,7 +76,13 @@ type AfterPlanning<B> = Box<dyn Fn(&mut Program<B>, Mode, &ParamTable) -> Result
 impl<B: Backend> Model<B> {
     /// A model of one layer, most often a [`layers::Sequential`]. Its parameters are declared by the first [`Model::plan`].
     pub fn new(root: Box<dyn Layer<B>>, loss: Loss) -> Self {
-        Model { root, loss, parameters: ParamTable::default(), after_planning: None }
+        Model { front: None, root, loss, parameters: ParamTable::default(), after_planning: None }
+    }
+
+    /// Puts a layer that is not trained before the others, which keep their names.
+    #[must_use]
+    pub fn preceded_by(self, name: &'static str, layer: impl Layer<B> + 'static) -> Self {
+        Model { front: Some((name, Box::new(layer))), ..self }
     }
 
     /// Has every program that is planned from now on handed to `change`, such as to put a clock around each operation.
@@ -97,8 +104,11 @@ impl<B: Backend> Model<B> {
     /// Shapes that do not fit, with the layer's name.
     pub fn plan(&mut self, input: &Input, batch: usize, mode: Mode) -> Result<Program<B>> {
         let mut planner = Planner::new(&mut self.parameters, mode);
-        let x = planner.input(input, batch);
+        let mut x = planner.input(input, batch);
         let input_value = x.value;
+        if let Some((name, front)) = &mut self.front {
+            x = planner.layer(name, front.kind(), |planner| front.forward(planner, x))?;
+        }
         let y = self.root.forward(&mut planner, x)?;
         let logits = y.real("model output")?;
         planner.keep(logits);

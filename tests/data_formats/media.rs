@@ -201,7 +201,7 @@ fn wave_files_of_every_width_give_the_same_samples() -> TestResult {
     let audio = AudioOptions {
         path: root.into(),
         samples: Some(3),
-        features: AudioFeatures::Waveform,
+        features: AudioFeatures::Waveform(None),
         ..AudioOptions::default()
     };
     let options = DataOptions::new(FormatOptions::Audio(audio));

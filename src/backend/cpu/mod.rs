@@ -14,6 +14,7 @@ mod embedding;
 mod layer_norm;
 mod linear;
 mod loss;
+mod mel;
 mod parallel;
 mod pool;
 mod product;

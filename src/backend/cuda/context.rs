@@ -9,6 +9,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use super::module::{Image, image};
 use super::step::StepState;
 use crate::error::{Error, Result};
+use crate::log_mel::LogMel;
 
 /// The libraries that are named in errors with what installs them.
 const DRIVER_MISSING: &str = "no NVIDIA driver was found (libcuda.so): install NVIDIA's driver for this GPU, or use \
@@ -79,6 +80,8 @@ pub struct Device {
     dnn: std::sync::OnceLock<super::convolution::Dnn>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
+    /// Tables of log-mel pictures: the transform, where its bands are, where the rest is.
+    pub(super) mel_tables: Mutex<Vec<(Arc<LogMel>, u64, [u64; 3])>>,
 }
 
 /// Modules by file, functions by file and name.
@@ -183,6 +186,7 @@ impl Device {
             dnn: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
+            mel_tables: Mutex::default(),
         };
         device.step_state = device.allocate(size_of::<StepState>())?;
         // Losses are scaled by trainers, which say so.
@@ -444,6 +448,9 @@ impl Drop for Device {
         }
         drop(self.dnn.take());
         for (address, _) in std::mem::take(self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+            self.release(address);
+        }
+        for (_, address, _) in std::mem::take(self.mel_tables.get_mut().unwrap_or_else(PoisonError::into_inner)) {
             self.release(address);
         }
         for &module in self.loaded().modules.values() {

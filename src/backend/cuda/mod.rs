@@ -26,6 +26,7 @@ mod layer_norm;
 pub mod libraries;
 mod linear;
 mod loss;
+mod mel;
 mod module;
 mod pool;
 mod product;

@@ -6,13 +6,15 @@ use hound::{SampleFormat, WavReader};
 
 use super::super::augment::Subject;
 use super::super::dataset::{RealTable, TargetTable, Values};
-use super::super::log_mel::{self, LogMel};
+
 use super::super::options::{AudioFeatures, AudioOptions, Normalize};
+use super::super::pictures::Asked;
 use super::super::preprocess::Recipe;
 use super::super::source::{ClassFile, Held, Lookup, by_class, files_with};
 use super::super::split;
 use super::{Pool, held, not_empty, numbered, read_all, room};
 use crate::error::{Error, Result};
+use crate::log_mel::{self, LogMel};
 
 const ENDINGS: [&str; 2] = ["wav", "wave"];
 /// Highest sample rate that a file may tell of, in Hz.
@@ -38,7 +40,11 @@ pub(crate) fn open(options: &AudioOptions, lookup: &Lookup) -> Result<Pool> {
     let samples = length(options, sample_rate)?;
     let transform = match &options.features {
         AudioFeatures::LogMel(mel) => Some(LogMel::new(mel, sample_rate, samples)?),
-        AudioFeatures::Waveform => None,
+        AudioFeatures::Waveform(_) => None,
+    };
+    let pictures = match &options.features {
+        AudioFeatures::Waveform(Some(log_mel)) => Some(Asked { sample_rate, log_mel: log_mel.clone() }),
+        _ => None,
     };
     let shape = match &transform {
         Some(transform) => [vec![1], transform.shape().to_vec()].concat(),
@@ -76,15 +82,16 @@ pub(crate) fn open(options: &AudioOptions, lookup: &Lookup) -> Result<Pool> {
         names: Some(files.into_iter().map(|f| f.name).collect()),
         pattern,
         subject: if spectrum { Subject::Spectrum } else { Subject::Waveform },
-        normalize: if spectrum { Normalize::Dataset } else { Normalize::None },
+        normalize: if spectrum || pictures.is_some() { Normalize::Dataset } else { Normalize::None },
         recipe: Recipe::Audio {
             sample_rate,
             samples,
             log_mel: match &options.features {
                 AudioFeatures::LogMel(mel) => Some(mel.clone()),
-                AudioFeatures::Waveform => None,
+                AudioFeatures::Waveform(_) => None,
             },
         },
+        pictures,
         place,
     })
 }

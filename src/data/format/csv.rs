@@ -119,6 +119,7 @@ pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
         own_test: ends[0]..ends[1],
         subject: if picture { Subject::Picture } else { Subject::Other },
         normalize: Normalize::None,
+        pictures: None,
         recipe: Recipe::Values {
             names: columns.names.map(|n| columns.features.iter().map(|c| n[*c].clone()).collect()),
             numbers: columns.features,

@@ -33,6 +33,7 @@ pub(crate) fn open() -> Pool {
         own_test: count..count,
         subject: Subject::Picture,
         normalize: Normalize::Unit,
+        pictures: None,
         recipe: Recipe::Image { channels: 1, height: SIDE, width: SIDE, full_scale: FULL_SCALE },
     }
 }

@@ -89,6 +89,7 @@ pub(crate) fn open(options: &IdxOptions, lookup: &Lookup) -> Result<Pool> {
         own_test: train..total,
         subject: if picture { Subject::Picture } else { Subject::Other },
         normalize: Normalize::Unit,
+        pictures: None,
         recipe,
     })
 }

@@ -56,6 +56,7 @@ pub(crate) fn open(options: &ImagesOptions, lookup: &Lookup) -> Result<Pool> {
         pattern: None,
         subject: Subject::Picture,
         normalize: Normalize::Unit,
+        pictures: None,
         recipe: Recipe::Image { channels, height, width, full_scale: 255.0 },
         place,
     })

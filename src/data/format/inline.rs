@@ -43,6 +43,7 @@ pub(crate) fn open(options: &InlineOptions) -> Result<Pool> {
         own_test: rows..rows,
         subject: Subject::Other,
         normalize: Normalize::None,
+        pictures: None,
         recipe: Recipe::values(features),
     })
 }

@@ -18,6 +18,7 @@ use regex::Regex;
 use super::augment::Subject;
 use super::dataset::{RealTable, TargetTable};
 use super::options::Normalize;
+use super::pictures::Asked;
 use super::preprocess::Recipe;
 use super::source::{ClassFile, Held};
 use crate::error::{Error, Result};
@@ -36,6 +37,8 @@ pub(crate) struct Pool {
     pub subject: Subject,
     pub normalize: Normalize,
     pub recipe: Recipe,
+    /// Pictures that the model is to make of the samples.
+    pub pictures: Option<Asked>,
 }
 
 /// Sorts class names: by value where all are whole numbers, else by their letters.
@@ -79,7 +82,7 @@ fn read_all<T: Send, F: Sync>(
 }
 
 /// Zeros for `count` samples of `each` values.
-fn room<T: Clone + Default>(place: &Path, count: usize, each: usize) -> Result<Vec<T>> {
+pub(super) fn room<T: Clone + Default>(place: &Path, count: usize, each: usize) -> Result<Vec<T>> {
     let mut values = Vec::new();
     let total = count.saturating_mul(each);
     if values.try_reserve_exact(total).is_err() {

@@ -10,6 +10,7 @@ mod embedding;
 mod layer_norm;
 mod linear;
 mod loss;
+mod mel;
 mod pool;
 
 use half::{bf16, f16};

@@ -1,4 +1,4 @@
-//! Log-mel pictures of sound.
+//! Log-mel pictures of sound: the transform itself, that data is read through and that backends have as an operation.
 //!
 //! The waveform is padded by reflection with half a window on each side and cut into windows of `n_fft` samples, `hop`
 //! apart. Each is weighted by a periodic Hann window and transformed; the squared magnitudes are summed under triangles
@@ -65,6 +65,21 @@ pub struct LogMel {
     transform: Arc<dyn RealToComplex<f32>>,
 }
 
+impl std::fmt::Debug for LogMel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let LogMel { n_fft, hop, samples, .. } = self;
+        write!(f, "LogMel({samples} samples in {n_fft}, {hop} apart, {} bands)", self.bands.len())
+    }
+}
+
+impl PartialEq for LogMel {
+    /// Window and transform follow from `n_fft`.
+    fn eq(&self, other: &Self) -> bool {
+        let sizes = |t: &Self| (t.n_fft, t.hop, t.samples);
+        sizes(self) == sizes(other) && self.bands == other.bands
+    }
+}
+
 impl LogMel {
     /// The transform of `[samples]` at `sample_rate` Hz.
     ///
@@ -114,6 +129,38 @@ impl LogMel {
     /// `[mels, frames]`.
     pub fn shape(&self) -> [usize; 2] {
         [self.bands.len(), 1 + self.samples / self.hop]
+    }
+
+    /// Samples of a waveform.
+    pub fn samples(&self) -> usize {
+        self.samples
+    }
+
+    /// Samples of a window.
+    pub fn n_fft(&self) -> usize {
+        self.n_fft
+    }
+
+    /// Samples from one window to the next.
+    pub fn hop(&self) -> usize {
+        self.hop
+    }
+
+    /// The window, `[n_fft]`.
+    pub fn window(&self) -> &[f32] {
+        &self.window
+    }
+
+    /// For each band: its first frequency bin, and the weights from there.
+    pub fn bands(&self) -> &[(usize, Vec<f32>)] {
+        &self.bands
+    }
+
+    /// Floating-point operations of one waveform, those of the transform as 2.5 n log2 n.
+    pub fn flops(&self) -> usize {
+        let n = self.n_fft;
+        let weights: usize = self.bands.iter().map(|(_, weights)| weights.len()).sum();
+        (1 + self.samples / self.hop) * (5 * n * n.ilog2() as usize / 2 + 5 * n + 2 * weights)
     }
 
     /// Writes the picture (`=`). `wave: [samples]`, `out: [mels, frames]`.
