@@ -81,7 +81,7 @@ pub struct Device {
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
     /// Tables of log-mel pictures: the transform, where its bands are, where the rest is.
-    pub(super) mel_tables: Mutex<Vec<(Arc<LogMel>, u64, [u64; 3])>>,
+    pub(super) mel_tables: Mutex<Vec<super::mel::KeptTables>>,
 }
 
 /// Modules by file, functions by file and name.
@@ -450,7 +450,8 @@ impl Drop for Device {
         for (address, _) in std::mem::take(self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner)) {
             self.release(address);
         }
-        for (_, address, _) in std::mem::take(self.mel_tables.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+        let kept = std::mem::take(self.mel_tables.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for super::mel::KeptTables { address, .. } in kept {
             self.release(address);
         }
         for &module in self.loaded().modules.values() {

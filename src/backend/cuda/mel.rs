@@ -99,6 +99,15 @@ impl Tables {
     }
 }
 
+/// A transform whose tables the device keeps.
+pub(super) struct KeptTables {
+    transform: Arc<LogMel>,
+    /// Of all of it, and of the bands.
+    pub address: u64,
+    /// Addresses of roots, window and weights.
+    parts: [u64; 3],
+}
+
 impl<S: Storage> Mel for Cuda<S> {
     fn log_mel_forward(&self, memory: &mut Memory<'_, Self>, args: &LogMelForward, _: &StepContext) -> Result<()> {
         let transform = &args.transform;
@@ -154,18 +163,18 @@ impl Device {
     fn mel_tables(&self, transform: &Arc<LogMel>) -> Result<(u64, [u64; 3])> {
         let mut kept = self.mel_tables.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |other: &Arc<LogMel>| Arc::ptr_eq(other, transform) || other == transform;
-        let at = match kept.iter().position(|(other, ..)| same(other)) {
+        let at = match kept.iter().position(|tables| same(&tables.transform)) {
             Some(at) => at,
             None => {
                 let tables = Tables::new(transform);
                 let address = self.allocate(tables.bytes.len())?;
                 let parts = [tables.roots, tables.window, tables.weights].map(|offset| address + offset as u64);
-                kept.push((transform.clone(), address, parts));
+                kept.push(KeptTables { transform: transform.clone(), address, parts });
                 self.write(address, &tables.bytes)?;
                 kept.len() - 1
             }
         };
-        Ok((kept[at].1, kept[at].2))
+        Ok((kept[at].address, kept[at].parts))
     }
 }
 
