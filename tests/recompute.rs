@@ -218,7 +218,7 @@ fn eight_blocks_need_less_than_half_of_the_memory_and_one_more_forward() {
         ..GPT
     };
     let [kept, recomputed] = [false, true].map(|recompute| eight.program(recompute, 8));
-    let [before, after] = [&kept, &recomputed].map(|program| program.activation_bytes(4));
+    let [before, after] = [&kept, &recomputed].map(|program| program.activation_parts(1).total());
     assert!(2 * after < before, "{after} bytes, {before} where all is kept");
     let flops = |row: &warpstep::model::Row| if row.name.starts_with("transformer.h.") { row.flops } else { 0 };
     let blocks: u64 = kept.rows.iter().map(flops).sum();
@@ -231,13 +231,13 @@ fn eight_blocks_need_less_than_half_of_the_memory_and_one_more_forward() {
 fn memory_falls_wherever_it_is_asked_for_and_the_model_s_table_stays() {
     for task in [GPT, LLAMA, ENCODER, RESNET, LIST] {
         let [kept, recomputed] = [false, true].map(|recompute| task.program(recompute, 16));
-        let [before, after] = [&kept, &recomputed].map(|program| program.activation_bytes(4));
+        let [before, after] = [&kept, &recomputed].map(|program| program.activation_parts(1).total());
         assert!(after < before, "{:?}: {after} bytes, {before} where all is kept", (task.preset)(true));
         assert_eq!(recomputed.rows, kept.rows);
         assert_eq!(recomputed.forward_ops, kept.forward_ops);
         let [evaluated, as_before] = [true, false].map(|recompute| {
             let program = task.model::<Cpu<f32>>(recompute).plan(&(task.input)(), 4, Mode::Evaluation).unwrap();
-            (program.flops(), program.activation_bytes(4), program.ops.len())
+            (program.flops(), program.activation_parts(1).total(), program.ops.len())
         });
         assert_eq!(evaluated, as_before);
     }

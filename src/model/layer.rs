@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 /// A layer: a forward and a backward written next to each other.
 ///
 /// Both emit operations into a [`Planner`]. A layer keeps, between the two, the handles that its backward needs. It is
-/// planned anew for each batch shape: `forward` must not rely on what an earlier plan left.
+/// planned anew for each batch shape: `forward` must not rely on what an earlier plan left. Within [`super::layers::Recompute`] a
+/// forward is planned twice before its backward, the second time with [`Planner::recomputing`].
 pub trait Layer<B: Backend>: Send {
     /// What it is, for tables and errors: `linear`.
     fn kind(&self) -> &'static str;

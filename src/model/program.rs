@@ -58,6 +58,13 @@ pub struct ActivationBytes {
     pub others: usize,
 }
 
+impl ActivationBytes {
+    /// All of them.
+    pub fn total(&self) -> usize {
+        self.inputs + self.others
+    }
+}
+
 /// Where a program's activations lie.
 struct Room {
     ranges: Vec<Range<usize>>,
@@ -130,7 +137,7 @@ impl<B: Backend> Program<B> {
         Room { ranges: planned, index_ranges: planned_indices, slots, values, indices }
     }
 
-    /// Bytes of [`Program::activations_with_slots`]: of inputs and targets, and of all else. No device is asked.
+    /// Bytes of [`Program::activations_with_slots`]: those of inputs and targets, and all else. No device is asked.
     pub fn activation_parts(&self, slots: usize) -> ActivationBytes {
         let Room { slots, values, indices, .. } = self.room(slots);
         let (storage, index) = (size_of::<B::Storage>(), size_of::<i32>());
@@ -195,10 +202,5 @@ impl<B: Backend> Program<B> {
             OpCost { name: op.name(), bytes: named.into_iter().map(|used| size(used) as u64).sum(), flops: op.flops() }
         };
         Ok(self.ops.iter().map(|op| cost(&**op)).collect())
-    }
-
-    /// Bytes of activations at `element_bytes` a value, whole numbers included.
-    pub fn activation_bytes(&self, element_bytes: usize) -> usize {
-        self.values.peak * element_bytes + self.indices.peak * size_of::<i32>()
     }
 }

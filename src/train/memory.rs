@@ -70,9 +70,7 @@ impl RunMemory {
         let program = model.plan(&wanted.input, wanted.batch_size, Mode::Training)?;
         let mut evaluation = 0;
         for &samples in &wanted.evaluations {
-            let ActivationBytes { inputs, others } =
-                model.plan(&wanted.input, samples, Mode::Evaluation)?.activation_parts(1);
-            evaluation += inputs + others;
+            evaluation += model.plan(&wanted.input, samples, Mode::Evaluation)?.activation_parts(1).total();
         }
         let (layout, _) = model.parameters().layout()?;
         let plan = UpdatePlan::new(wanted.optimizer, &layout)?;
