@@ -4,11 +4,13 @@
 
 mod common;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use tempfile::TempDir;
 use warpstep::backend::cuda::{emulated, is_embedded};
+use warpstep::random::{Philox, Purpose};
 
 const RUN: &str = r#"
 [run]
@@ -42,9 +44,14 @@ fn device() -> Option<&'static str> {
     found.then_some("emulated")
 }
 
+/// The folder of a run.
+fn out(folder: &Path, device: &str, more: &[&str]) -> PathBuf {
+    folder.join(format!("{device}{}", more.len()))
+}
+
 /// Trains, and gives (split, step, loss) of every line of metrics.jsonl.
 fn train(folder: &Path, file: &Path, device: &str, more: &[&str]) -> Vec<(String, u64, f64)> {
-    let out = folder.join(format!("{device}{}", more.len()));
+    let out = out(folder, device, more);
     let ran = common::warpstep()
         .args(["train", "--quiet", "--overwrite", "--device", device, "--out"])
         .args([&out, file])
@@ -76,12 +83,15 @@ fn same_losses_of_a_run(folder: &Path, run: &str) {
     let found = train(folder, &file, device, &[]);
     assert!(found == train(folder, &file, device, &[]), "other losses the second time");
     let low = train(folder, &file, device, &["--set", "run.precision=\"bf16\""]);
-    for (found, allowed) in [(found, 1e-4), (low, 0.1)] {
-        assert_eq!(found.len(), expected.len());
-        for (found, expected) in found.iter().zip(&expected) {
-            assert_eq!((&found.0, found.1), (&expected.0, expected.1));
-            assert!((found.2 - expected.2).abs() <= allowed, "{found:?} for {expected:?}");
-        }
+    near(&found, &expected, 1e-4);
+    near(&low, &expected, 0.1);
+}
+
+fn near(found: &[(String, u64, f64)], expected: &[(String, u64, f64)], allowed: f64) {
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!((&found.0, found.1), (&expected.0, expected.1));
+        assert!((found.2 - expected.2).abs() <= allowed, "{found:?} for {expected:?}");
     }
 }
 
@@ -136,4 +146,114 @@ every_steps = 8
 batches = 2
 "#,
     );
+}
+
+const SOUNDS: &str = r#"
+[run]
+steps = 6
+log_every_steps = 1
+
+[data]
+format = "audio"
+path = "sounds"
+samples = 611
+features = "log_mel"
+mel = { n_fft = 128, hop = 60, mels = 12 }
+batch_size = 8
+split = { test = 0.25 }
+
+[model]
+preset = "audio_cnn"
+channels = [4, 6]
+
+[optimizer]
+rule = "adamw"
+learning_rate = 1e-2
+"#;
+
+const WAVEFORM: [&str; 2] = ["--set", "data.features=\"waveform\""];
+
+/// A run file, and recordings of two classes, a low and a high tone in noise, of many lengths.
+fn sounds(folder: &Path) -> PathBuf {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+    println!("seed {seed}");
+    let noise = Philox::new(seed, Purpose::Sampling, 0);
+    let spec =
+        hound::WavSpec { channels: 1, sample_rate: 8000, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
+    for (class, pitch) in [("low", 0.2), ("high", 1.1)] {
+        let place = folder.join("sounds").join(class);
+        std::fs::create_dir_all(&place).unwrap();
+        for i in 0..16u64 {
+            let mut writer = hound::WavWriter::create(place.join(format!("{i}.wav")), spec).unwrap();
+            for t in 0..500 + 20 * i {
+                let value = (pitch * t as f64).sin() / 3.0 + f64::from(noise.normal(1000 * i + t)) / 12.0;
+                writer.write_sample((value * 32767.0).clamp(-32768.0, 32767.0) as i16).unwrap();
+            }
+            writer.finalize().unwrap();
+        }
+    }
+    let file = folder.join("run.toml");
+    std::fs::write(&file, SOUNDS).unwrap();
+    file
+}
+
+#[test]
+fn pictures_made_within_the_step_are_those_made_while_data_is_read_to_the_bit() {
+    let folder = TempDir::new().unwrap();
+    let file = sounds(folder.path());
+    let read = train(folder.path(), &file, "cpu", &[]);
+    let made = train(folder.path(), &file, "cpu", &WAVEFORM);
+    assert_eq!(read, made);
+    let predicted = |more: &[&str]| {
+        let ran = common::warpstep()
+            .args(["predict", "--json", "--top", "2"])
+            .arg(out(folder.path(), "cpu", more))
+            .args(["low/3.wav", "high/5.wav"].map(|name| folder.path().join("sounds").join(name)))
+            .output()
+            .unwrap();
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        String::from_utf8(ran.stdout).unwrap()
+    };
+    let answers = predicted(&[]);
+    assert_eq!(answers.lines().count(), 2);
+    assert_eq!(answers, predicted(&WAVEFORM));
+}
+
+#[test]
+fn a_network_of_waveforms_has_the_cpu_s_losses() {
+    let Some(device) = device() else { return };
+    let folder = TempDir::new().unwrap();
+    let file = sounds(folder.path());
+    let expected = train(folder.path(), &file, "cpu", &WAVEFORM);
+    let found = train(folder.path(), &file, device, &WAVEFORM);
+    near(&found, &expected, 1e-4);
+    assert!(found == train(folder.path(), &file, device, &WAVEFORM), "other losses the second time");
+    let low = train(folder.path(), &file, device, &[&WAVEFORM[..], &["--set", "run.precision=\"bf16\""]].concat());
+    near(&low, &expected, 0.1);
+}
+
+#[test]
+fn what_waveforms_cannot_have_is_told() {
+    let folder = TempDir::new().unwrap();
+    let file = sounds(folder.path());
+    let refused = |more: &[&str], parts: &[&str]| {
+        let ran = common::warpstep()
+            .args(["train", "--quiet", "--device", "cpu", "--out"])
+            .arg(folder.path().join("refused"))
+            .arg(&file)
+            .args(WAVEFORM)
+            .args(more)
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert_eq!(ran.status.code(), Some(2), "{told}");
+        parts.iter().for_each(|part| assert!(told.contains(part), "{told} does not tell of {part}"));
+    };
+    refused(&["--set", "data.augment={ time_mask = 3 }"], &["data.augment.time_mask", "log_mel"]);
+    refused(&["--set", "data.augment={ frequency_mask = 3 }"], &["data.augment.frequency_mask", "log_mel"]);
+    refused(&["--set", "data.mel={ n_fft = 4096 }"], &["data.mel.n_fft", "611"]);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let without: Vec<&str> = text.lines().filter(|line| !line.starts_with("mel =")).collect();
+    std::fs::write(&file, without.join("\n")).unwrap();
+    refused(&[], &["data.mel", "audio_cnn"]);
 }

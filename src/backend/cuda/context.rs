@@ -9,7 +9,6 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use super::module::{Image, image};
 use super::step::StepState;
 use crate::error::{Error, Result};
-use crate::log_mel::LogMel;
 
 /// The libraries that are named in errors with what installs them.
 const DRIVER_MISSING: &str = "no NVIDIA driver was found (libcuda.so): install NVIDIA's driver for this GPU, or use \
