@@ -186,7 +186,7 @@ fn sounds(folder: &Path) -> PathBuf {
         for i in 0..16u64 {
             let mut writer = hound::WavWriter::create(place.join(format!("{i}.wav")), spec).unwrap();
             for t in 0..500 + 20 * i {
-                let value = (pitch * t as f64).sin() / 3.0 + f64::from(noise.normal(1000 * i + t)) / 12.0;
+                let value = (pitch * t as f64).sin() / 3.0 + noise.normal(1000 * i + t) / 12.0;
                 writer.write_sample((value * 32767.0).clamp(-32768.0, 32767.0) as i16).unwrap();
             }
             writer.finalize().unwrap();
