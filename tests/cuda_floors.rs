@@ -11,7 +11,7 @@ use half::bf16;
 use warpstep::backend::cuda::{Cuda, DeviceOptions, Storage};
 use warpstep::backend::ops::Update;
 use warpstep::backend::{Arena, Backend};
-use warpstep::optim::{Clip, MomentumForm, NormClip, OptimizerOptions, Rule, StepParams, UpdatePlan};
+use warpstep::optim::{Clip, MomentumForm, MuonScale, NormClip, OptimizerOptions, Rule, StepParams, UpdatePlan};
 use warpstep::plan::{ParamLayout, ParamSpec};
 use warpstep_emulator::counts::Counts;
 
@@ -152,4 +152,29 @@ fn the_persistent_form_reads_gradients_once_from_memory() {
         println!("{rule:?}: {found:.3} bytes a parameter in one launch, floor {floor}");
         assert!((floor * 0.98..=floor * 1.02).contains(&found), "{rule:?}: {found} bytes a parameter, floor {floor}");
     }
+}
+
+#[test]
+fn muon_moves_its_matrices_between_products_and_no_more() {
+    let steps = 5;
+    let rule = Rule::Muon { momentum: 0.95, nesterov: true, steps, scale: MuonScale::Original };
+    let Some((len, kernels)) = one_update::<f32>(rule, GLOBAL, false, false) else { return };
+    // Squares of the shorter sides, of two matrices.
+    let gram = (500.0 * 500.0 + 256.0 * 256.0) / len as f64;
+    let iterations = f64::from(steps);
+    for (kernels_named, floor) in [
+        // Weights, gradient and momentum read; momentum and direction written. Then weights and direction read, weights written.
+        ("muon_direction", 20.0),
+        ("muon_apply", 12.0),
+        // The direction read; read and written.
+        ("squares", 4.0),
+        ("muon_normalize", 8.0),
+        // Between the products of each iteration: two arrays read, one written, of the matrix and of its Gram matrix.
+        ("combine", 12.0 * iterations * (1.0 + gram)),
+    ] {
+        let found = bytes(len, &kernels, |name| name.starts_with(kernels_named));
+        println!("{kernels_named}: {found:.3} bytes a parameter, floor {floor:.3}");
+        assert!((0.98 * floor..=1.02 * floor).contains(&found), "{kernels_named}: {found} bytes, floor {floor}");
+    }
+    assert!(kernels.iter().all(|(_, counts)| counts.local == 0), "a kernel keeps values in local memory");
 }
