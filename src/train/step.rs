@@ -336,7 +336,7 @@ impl<B: Backend + Update> Trainer<B> {
     /// Loss and right predictions over batches, by the average of weights where there is one.
     ///
     /// # Errors
-    /// As [`Trainer::micro_batch`], and what the batches' source reports.
+    /// As [`Trainer::queue`], and what the batches' source reports.
     pub fn evaluate(&mut self, batches: impl Iterator<Item = Result<Batch>>) -> Result<LossSums> {
         self.with_average(|trainer| {
             let mut total = LossSums::default();

@@ -1,6 +1,6 @@
 //! The fused update on the device (kernels/update.cu): the norm in two stages, then everything else in one pass; or, for small
-//! arenas, all of it in one launch ([`persistent`], kernels/update_persistent.cu). The norm of what backward has finished can be
-//! gathered before the rest is ([`early`]).
+//! arenas, all of it in one launch (kernels/update_persistent.cu). The norm of what backward has finished can be
+//! gathered before the rest is ([`EarlyNorm`]).
 //!
 //! The clip's coefficient, the decision to skip and the count of applied updates stay on the device. [`Prepared`] is the update
 //! alone, for arenas of any owner.
