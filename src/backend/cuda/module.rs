@@ -33,7 +33,9 @@ pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
         return Err(Error::Device(format!("there is no kernels/{file}.cu in this build")));
     };
     let source = with_headers(source);
-    let options = format!("--gpu-architecture=compute_{}{} -std=c++17 -fmad=false", capability.0, capability.1);
+    // Functions without a space, lambdas among them, are the device's: there is no other here.
+    let options =
+        format!("--gpu-architecture=compute_{}{} -std=c++17 -fmad=false -default-device", capability.0, capability.1);
     let key = blake3::hash(format!("{options}\n{source}").as_bytes()).to_hex();
     let cached = cache_folder().map(|folder| folder.join(format!("{file}-{}.ptx", &key[..16])));
     if let Some(ptx) = cached.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|ptx| ptx.ends_with(&[0])) {
