@@ -170,10 +170,11 @@ __device__ __forceinline__ void log_mel(const T* x, T* y, const Band* bands, con
     }
 }
 
+// The sizes are read where they were passed: a copy would lie in every thread's local memory, for the radices' sake.
 #define DEFINE(SUFFIX, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         log_mel_##SUFFIX(const T* x, T* y, const Band* bands, const Complex* roots, const float* window,               \
-                         const float* weights, MelShape shape, float scale, float shift) {     \
+                         const float* weights, const __grid_constant__ MelShape shape, float scale, float shift) {     \
         log_mel(x, y, bands, roots, window, weights, shape, scale, shift);                                             \
     }
 FOR_EACH_STORAGE(DEFINE)
