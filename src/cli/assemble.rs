@@ -8,7 +8,7 @@ use super::RunFileArgs;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::auto::{Choice, Machine, choose};
-use crate::backend::cuda::{Cuda, Device, DeviceOptions, emulated};
+use crate::backend::cuda::{Cuda, Device, DeviceOptions, emulated, is_embedded};
 use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
 use crate::error::{Error, Result};
@@ -86,6 +86,14 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
         },
         DeviceChoice::Cuda(ordinal) => ordinal as usize,
         DeviceChoice::Emulated => {
+            if !is_embedded() {
+                // NVRTC takes the emulated driver for a real one, and does not survive it.
+                return Err(Error::Device(
+                    "device = \"emulated\": this Warpstep was built without nvcc, and the emulated device executes embedded \
+                     kernels alone: build it where nvcc is on the path, or as `NVCC=$(scripts/nvcc) cargo build --workspace`"
+                        .into(),
+                ));
+            }
             if !emulated::is_active() {
                 eprintln!(
                     "device = \"emulated\": no GPU is used. A CUDA device in software runs every kernel, instruction by \
