@@ -79,7 +79,6 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("steps = 4", "steps = 4\nthreads = 0"), &["run.threads", "found 0"]),
         (with("steps = 4", "steps = 4\ndevice = \"gpu\""), &["run.device", "\"gpu\"", "cuda:N"]),
         (with("steps = 4", "steps = 4\ndevice = \"cuda:99\""), &["device = \"cpu\""]),
-        (with("steps = 4", "steps = 4\ndevice = \"cuda\"\nprecision = \"f16\""), &["run.precision", "bf16"]),
         (with("steps = 4", "steps = 4\nprecision = \"bf16\""), &["run.precision", "f32"]),
         (with("steps = 4", "steps = 4\nprecision = \"f23\""), &["run.precision", "did you mean f32?"]),
         (with("steps = 4", "steps = 4\nlog_every_steps = 0"), &["run.log_every_steps", "found 0"]),
