@@ -61,6 +61,16 @@ pub enum Error {
     /// The training itself failed: it diverged, or skipped too many steps.
     #[error("{0}")]
     Training(String),
+    /// Another process of the run failed, and has said why.
+    #[error("rank {rank}: {problem}")]
+    Peer {
+        /// Its number.
+        rank: usize,
+        /// What it said.
+        problem: String,
+        /// The exit code that its error asks for.
+        exit_code: u8,
+    },
 }
 
 impl Error {
@@ -77,6 +87,7 @@ impl Error {
                 _ => 1,
             },
             Error::Training(_) => 1,
+            Error::Peer { exit_code, .. } => *exit_code,
         }
     }
 

@@ -94,6 +94,7 @@ pub mod error;
 pub mod log_mel;
 pub mod model;
 pub mod optim;
+pub mod parallel;
 pub mod plan;
 pub mod random;
 pub mod real;

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use warpstep::data::options::{InlineOptions, InlineTargets, Sampling};
 use warpstep::data::{
     Batch, DataOptions, Dataset, Draw, FormatOptions, InputMut, InputSpec, Inputs, Loader, Pick, Prefetch,
-    SamplerOptions, Share, TargetMut, TargetSpec, open,
+    SamplerOptions, TargetMut, TargetSpec, open,
 };
+use warpstep::plan::Share;
 use warpstep::{Error, Result};
 
 type TestResult = Result<(), Box<dyn StdError>>;
@@ -53,7 +54,7 @@ impl Dataset for Numbers {
 }
 
 fn options(batch_size: usize, sampling: Sampling) -> SamplerOptions {
-    SamplerOptions { batch_size, seed: 42, sampling, drop_last: true, share: Share::default() }
+    SamplerOptions { batch_size, accumulate: 1, seed: 42, sampling, drop_last: true, share: Share::default() }
 }
 
 fn numbers(batch: &Batch) -> Vec<usize> {
@@ -108,14 +109,51 @@ fn the_shares_of_two_processes_are_the_batch_of_one() -> TestResult {
     for sampling in [Sampling::Shuffle, Sampling::Random, Sampling::Sequential] {
         let whole = take(options(10, sampling), 0, 25, 1)?;
         let share = |rank| {
-            let share = Share { rank, world: 2 };
-            take(SamplerOptions { share, ..options(5, sampling) }, 0, 25, 1)
+            let share = Share::of_rank(rank, 2);
+            take(SamplerOptions { share, ..options(10, sampling) }, 0, 25, 1)
         };
         let (left, right) = (share(0)?, share(1)?);
         for (batch, (left, right)) in whole.iter().zip(left.into_iter().zip(right)) {
             assert_eq!(*batch, [left, right].concat(), "{sampling:?}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn the_parts_of_a_reproducible_batch_are_the_batch_of_one_at_any_world_size() -> TestResult {
+    for sampling in [Sampling::Shuffle, Sampling::Random, Sampling::Sequential] {
+        let whole = take(options(12, sampling), 0, 12, 1)?;
+        for world in [1, 2, 4] {
+            // Three batches a step: a process takes its first part of all three, then its next.
+            let mut parts = vec![Vec::new(); 12];
+            for rank in 0..world {
+                let share = Share::reproducible(rank, world, 4).ok_or("a share")?;
+                let passes = 4 * share.passes(3);
+                let taken =
+                    take(SamplerOptions { share, accumulate: 3, ..options(12, sampling) }, 0, passes as usize, 2)?;
+                for (pass, taken) in taken.into_iter().enumerate() {
+                    parts[share.pass(pass as u64, 3).micro_batch as usize].extend(taken);
+                }
+            }
+            assert_eq!(parts, whole, "{sampling:?} {world}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_evaluation_in_turns_sees_what_one_process_sees() -> TestResult {
+    let prefetch = Prefetch { batches: 4, threads: 2 };
+    let one: Vec<Batch> = Loader::batches(Numbers::new(103, None), 10, prefetch)?.collect::<Result<_>>()?;
+    let mut all = vec![Vec::new(); 11];
+    for rank in 0..4 {
+        let loader = Loader::every(Numbers::new(103, None), 10, (rank, 4), usize::MAX, prefetch)?;
+        for (turn, batch) in loader.enumerate() {
+            all[turn * 4 + rank] = numbers(&batch?);
+        }
+    }
+    assert_eq!(all, one.iter().map(numbers).collect::<Vec<_>>());
     Ok(())
 }
 

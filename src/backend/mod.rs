@@ -6,14 +6,20 @@
 
 pub mod cpu;
 pub mod cuda;
+mod exchange;
 mod memory;
 pub mod op;
 pub mod ops;
 pub mod profile;
+mod slice;
 pub mod step;
 
+pub use exchange::{Exchange, Pass as PassOfStep};
 pub use memory::{Act, Activations, Arena, Grad, Indices, InputSlot, Memory, Param, State, disjoint};
 pub use op::{Op, StepContext, Use};
+pub use slice::{DeviceSlice, HostSlice, Number, Slice};
+
+use std::ops::Range;
 
 use crate::error::Result;
 use crate::real::{Element, Real};
@@ -103,4 +109,43 @@ pub trait Backend:
     fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
         program.iter().try_for_each(|op| op.run(self, memory, step))
     }
+
+    /// As [`Backend::run`], one by one, and calls `after` with the number of each.
+    ///
+    /// # Errors
+    /// What an operation or `after` reports.
+    fn run_each(
+        &self,
+        program: &[Box<dyn Op<Self>>],
+        memory: &mut Memory<'_, Self>,
+        step: &StepContext,
+        after: &mut (dyn FnMut(&mut Memory<'_, Self>, usize) -> Result<()> + Send),
+    ) -> Result<()> {
+        program.iter().enumerate().try_for_each(|(number, op)| {
+            op.run(self, memory, step)?;
+            after(memory, number)
+        })
+    }
+
+    /// `to += from`, over `elements` of both.
+    ///
+    /// # Errors
+    /// Buffers that do not have these elements, or a device that failed.
+    fn add_to(
+        &self,
+        to: &mut Self::Buffer<Self::Real>,
+        from: &Self::Buffer<Self::Real>,
+        elements: Range<usize>,
+    ) -> Result<()>;
+
+    /// `to = from`, over `elements` of both.
+    ///
+    /// # Errors
+    /// As [`Backend::add_to`].
+    fn copy_to(
+        &self,
+        to: &mut Self::Buffer<Self::Real>,
+        from: &Self::Buffer<Self::Real>,
+        elements: Range<usize>,
+    ) -> Result<()>;
 }

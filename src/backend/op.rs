@@ -13,6 +13,8 @@ pub struct StepContext {
     pub seed: u64,
     /// Number of micro-batches seen so far: positions dropout in its stream.
     pub micro_step: u64,
+    /// Which part of the micro-batch this is, all parts being as large: positions dropout within the micro-batch.
+    pub part: u64,
     /// Whether gradients are added to what earlier micro-batches left.
     pub accumulate: bool,
 }

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 
 use super::ops::{METRICS, Update};
-use super::{Act, Activations, Arena, Backend, Indices, Memory, Op, StepContext};
+use super::{Act, Activations, Arena, Backend, Exchange, Indices, Memory, Op, PassOfStep, StepContext};
 use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 use crate::real::Element;
@@ -18,8 +18,18 @@ pub struct Work<'a, B: Backend> {
     pub arena: &'a mut Arena<B>,
     /// Forward and backward.
     pub pass: Option<Pass<'a, B>>,
+    /// What becomes of its gradients before the update, where they are not all.
+    pub turn: Option<Turn<'a, B>>,
     /// The update after it.
     pub update: Option<UpdateWork<'a, B>>,
+}
+
+/// A pass whose gradients are a part of a step's.
+pub struct Turn<'a, B: Backend> {
+    /// What is done to them.
+    pub exchange: &'a mut dyn Exchange<B>,
+    /// Which pass it is.
+    pub pass: PassOfStep,
 }
 
 /// Forward and backward of a micro-batch.
@@ -117,10 +127,37 @@ impl<B: Backend> Pass<'_, B> {
     ///
     /// # Errors
     /// A batch of another shape, or what an operation reports.
-    pub fn run(mut self, backend: &B, arena: &mut Arena<B>) -> Result<Option<[f64; METRICS]>> {
+    pub fn run(self, backend: &B, arena: &mut Arena<B>) -> Result<Option<[f64; METRICS]>> {
+        self.run_in_turn(backend, arena, None)
+    }
+
+    /// As [`Pass::run`], and tells an exchange of it.
+    ///
+    /// # Errors
+    /// As [`Pass::run`], and what the exchange reports.
+    pub fn run_in_turn(
+        mut self,
+        backend: &B,
+        arena: &mut Arena<B>,
+        turn: Option<Turn<'_, B>>,
+    ) -> Result<Option<[f64; METRICS]>> {
         self.fill(backend)?;
+        let (ops, context) = (self.ops, self.context);
         let mut memory = Memory { arena, activations: &mut *self.activations };
-        backend.run(self.ops, &mut memory, &self.context)?;
+        match turn {
+            None => backend.run(ops, &mut memory, &context)?,
+            Some(Turn { exchange, pass }) => {
+                exchange.begin(backend, memory.arena, pass)?;
+                if pass.ends_step {
+                    backend.run_each(ops, &mut memory, &context, &mut |memory, op| {
+                        exchange.after_op(backend, memory.arena, op)
+                    })?;
+                } else {
+                    backend.run(ops, &mut memory, &context)?;
+                }
+                exchange.end(backend, memory.arena, pass)?;
+            }
+        }
         let Some(act) = self.metrics else { return Ok(None) };
         let mut metrics = [B::Real::default(); METRICS];
         backend.read_statistic(self.activations, act, &mut metrics)?;
@@ -133,9 +170,9 @@ impl<B: Backend> Pass<'_, B> {
 /// # Errors
 /// A batch of another shape, or what the device reports.
 pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: Work<'_, B>) -> Result<()> {
-    let Work { arena, pass, update } = work;
+    let Work { arena, pass, turn, update } = work;
     let metrics = match pass {
-        Some(pass) => pass.run(backend, arena)?,
+        Some(pass) => pass.run_in_turn(backend, arena, turn)?,
         None => None,
     };
     let outcome = match update {

@@ -12,7 +12,7 @@ use crate::data::TargetSpec;
 use crate::error::Error;
 use crate::train::checkpoint::{self, Which};
 use crate::train::looping::model_input;
-use crate::train::step::{Trainer, TrainerParts};
+use crate::train::step::{LossSums, Trainer, TrainerParts};
 
 /// Which split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -94,7 +94,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let (backend, arena) = trainer.parts_mut();
     checkpoint::load_model(&checkpoint::weights_file(&trained.checkpoint), backend, arena)?;
     let size = trained.run.train.batch_size.min(dataset.len().max(1));
-    let sums = trainer.evaluate(data.batches(&Arc::clone(dataset), size)?)?;
+    let mut sums = LossSums::default();
+    for batch in trainer.evaluate(data.batches(&Arc::clone(dataset), size)?)? {
+        sums.add(batch);
+    }
     let accuracy = (!matches!(dataset.target(), TargetSpec::Real { .. })).then(|| sums.accuracy());
     if options.json {
         let value = serde_json::json!({

@@ -10,6 +10,7 @@ mod eval;
 mod generate;
 mod plot;
 mod predict;
+mod team;
 mod train;
 mod verify;
 
@@ -111,6 +112,10 @@ fn report(error: &anyhow::Error) -> ExitCode {
     };
     if gone {
         return ExitCode::SUCCESS;
+    }
+    if let Some(Error::Peer { exit_code, .. }) = ours {
+        // The process that failed has said why.
+        return ExitCode::from(*exit_code);
     }
     let text = format!("{error:#}");
     let line: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();

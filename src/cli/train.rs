@@ -12,6 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use super::RunFileArgs;
 use super::assemble::{Opened, build_model, open_data, open_device};
 use super::dry_run::dry_run;
+use super::team;
 use crate::backend::Backend;
 use crate::backend::ops::Update;
 use crate::backend::profile::Profiled;
@@ -20,12 +21,13 @@ use crate::data::OpenedData;
 use crate::data::source::Lookup;
 use crate::error::{Error, Result};
 use crate::optim::NormClip;
+use crate::parallel::{Collective, agree};
 use crate::train::files::write_whole;
 use crate::train::looping::train;
 use crate::train::profile::{Profile, Table};
 use crate::train::progress::{Progress, Show};
 use crate::train::report::Report;
-use crate::train::run::{End, Run, Start};
+use crate::train::run::{End, Observer, Run, Start};
 use crate::train::tensorboard::TensorBoard;
 
 /// Options of `train`.
@@ -78,7 +80,8 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let device = device?;
-    let data = open_data(&run_file)?;
+    let collective = team::join(&device)?;
+    let data = agree(&*collective, open_data(&run_file))?;
     let start = match (options.resume, options.overwrite) {
         (true, _) => Start::Resume,
         (false, true) => Start::Overwrite,
@@ -86,11 +89,14 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     };
     let folder = options.out.clone().unwrap_or_else(|| run_file.out.clone());
     let show = match (options.json, options.quiet) {
+        // One process speaks for all.
+        _ if collective.rank() > 0 => Show::Quiet,
         (true, _) => Show::Json,
         (false, true) => Show::Quiet,
         (false, false) => Show::Auto,
     };
-    let go = Go { run_file: &run_file, data: &data, folder: &folder, start, show, profile: options.profile };
+    let go =
+        Go { collective, run_file: &run_file, data: &data, folder: &folder, start, show, profile: options.profile };
     match device {
         Opened::Cpu(backend) => go.train(backend),
         Opened::Cuda(backend) => go.train(backend),
@@ -101,6 +107,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
 
 /// A run that only wants its device.
 struct Go<'a> {
+    collective: Arc<dyn Collective>,
     run_file: &'a RunFile,
     data: &'a OpenedData,
     folder: &'a Path,
@@ -110,9 +117,9 @@ struct Go<'a> {
 }
 
 impl Go<'_> {
-    fn train<B: Update + Profiled>(self, backend: B) -> anyhow::Result<ExitCode> {
-        let Go { run_file, data, folder, start, show, profile } = self;
-        let mut run = make_run(backend, run_file, data, folder, start)?;
+    fn train<B: Backend<Real = f32> + Update + Profiled>(self, backend: B) -> anyhow::Result<ExitCode> {
+        let Go { collective, run_file, data, folder, start, show, profile } = self;
+        let mut run = make_run(backend, Arc::clone(&collective), run_file, data, folder, start)?;
         let profile =
             profile.map(|count| Profile::new(&run.backend, &mut run.model, &run.optimizer, count)).transpose()?;
         let profile = profile.map(|profile| profile.accumulating(run_file.train.accumulate));
@@ -123,7 +130,9 @@ impl Go<'_> {
         };
         // The report reads what the run wrote, so it comes before the progress says that all is done.
         let (mut board, mut report, mut progress) = (TensorBoard::new(), Report::new(clip), Progress::new(show));
-        let outcome = train(run, &mut [&mut board, &mut report, &mut progress]);
+        let observers: &mut [&mut dyn Observer] =
+            if collective.rank() == 0 { &mut [&mut board, &mut report, &mut progress] } else { &mut [] };
+        let outcome = train(run, observers);
         // Its live line goes before anything else is said.
         drop(progress);
         let outcome = outcome.map_err(|e| run_file.locate(e))?;
@@ -132,7 +141,7 @@ impl Go<'_> {
         }
         match outcome.end {
             End::Interrupted(signal) => {
-                if show != Show::Quiet {
+                if show != Show::Quiet && collective.rank() == 0 {
                     eprintln!("interrupted: a checkpoint was written; go on with --resume");
                 }
                 Ok(ExitCode::from(128 + signal as u8))
@@ -159,6 +168,7 @@ fn keep_profile(table: &Table, folder: &Path, show: Show) -> anyhow::Result<()> 
 /// The run of a run file in this folder.
 pub(crate) fn make_run<B: Backend>(
     backend: B,
+    collective: Arc<dyn Collective>,
     run: &RunFile,
     data: &OpenedData,
     folder: &Path,
@@ -174,6 +184,8 @@ pub(crate) fn make_run<B: Backend>(
         sampling: data.sampling,
         drop_last: data.drop_last,
         prefetch: data.prefetch,
+        collective,
+        parallel: run.parallel.clone(),
         folder: folder.to_owned(),
         config: run.resolved.clone(),
         identity: run.identity.clone(),

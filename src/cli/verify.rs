@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -10,6 +11,7 @@ use super::assemble::open_data;
 use super::train::make_run;
 use crate::backend::cpu::Cpu;
 use crate::error::Error;
+use crate::parallel::Single;
 use crate::train::options::Length;
 use crate::train::verify::verify_resume;
 
@@ -39,7 +41,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let name = format!("warpstep-verify-resume-{}", std::process::id());
     let folder = options.keep.clone().unwrap_or_else(|| std::env::temp_dir().join(name));
     let result = verify_resume(&folder, options.steps, |folder, start| {
-        make_run(Cpu::<f32>::new(), &run_file, &data, folder, start)
+        make_run(Cpu::<f32>::new(), Arc::new(Single), &run_file, &data, folder, start)
     });
     if options.keep.is_none() {
         let _ = std::fs::remove_dir_all(&folder);

@@ -5,6 +5,7 @@
 mod data;
 mod model;
 mod optimizer;
+mod parallel;
 mod section;
 mod tree;
 
@@ -19,6 +20,7 @@ use crate::data::DataOptions;
 use crate::error::{Error, Result};
 use crate::model::presets::{ModelOptions, Preset};
 use crate::optim::{OptimizerOptions, Schedule};
+use crate::parallel::ParallelOptions;
 use crate::train::options::{Cadence, EarlyStopping, Length, Metric, TrainOptions};
 
 /// What to train on.
@@ -62,8 +64,11 @@ pub struct RunFile {
     pub device: DeviceChoice,
     /// `run.precision`.
     pub precision: Precision,
-    /// `run.reproducible`: the same bits on every device of a kind, by choices that measure nothing.
+    /// `run.reproducible`: the same bits on every device of a kind, by choices that measure nothing, and for every number of
+    /// processes, by sums in one order.
     pub reproducible: bool,
+    /// `[parallel]`.
+    pub parallel: ParallelOptions,
     /// `run.threads`: threads of the CPU backend; one a processor where not given.
     pub threads: Option<usize>,
     /// The trainer's options.
@@ -123,7 +128,6 @@ impl RunFile {
         let base = run.or("base", absolute)?;
         let device = device(&mut run)?;
         let precision = precision(&mut run, device)?;
-        // On the CPU the bits are the same whatever is asked.
         let reproducible = run.or("reproducible", false)?;
         let threads = run.optional("threads")?;
         if threads == Some(0) {
@@ -145,6 +149,7 @@ impl RunFile {
         }
         let mut schedule_section = root.section("schedule")?;
         let schedule = optimizer::schedule(&mut schedule_section)?;
+        let parallel = parallel::parallel(&mut root, reproducible)?;
         let train = train_options(&mut root, &mut run, batch_size, optimizer.accumulate, optimizer.ema)?;
 
         root.close("run", run, false)?;
@@ -163,6 +168,7 @@ impl RunFile {
             device,
             precision,
             reproducible,
+            parallel,
             threads,
             train,
             data,
@@ -181,6 +187,7 @@ impl RunFile {
     fn check(&self) -> Result<()> {
         self.train.validate()?;
         self.optimizer.validate()?;
+        self.parallel.validate()?;
         if let Length::Steps(steps) = self.train.length {
             self.schedule.validate(steps, self.optimizer.learning_rate)?;
         }
@@ -215,8 +222,8 @@ impl RunFile {
     }
 }
 
-const SECTIONS: [&str; 8] =
-    ["run", "data", "model", "optimizer", "schedule", "evaluate", "checkpoint", "early_stopping"];
+const SECTIONS: [&str; 9] =
+    ["run", "data", "model", "optimizer", "schedule", "evaluate", "checkpoint", "early_stopping", "parallel"];
 
 /// The sections in the order in which a reader expects them.
 fn in_order(mut resolved: Vec<(String, Item)>) -> Vec<(String, Item)> {
@@ -234,6 +241,11 @@ fn identity(mut document: DocumentMut) -> String {
     if let Some(data) = document.get_mut("data").and_then(Item::as_table_mut) {
         ["prefetch", "threads"].iter().for_each(|key| {
             data.remove(key);
+        });
+    }
+    if let Some(parallel) = document.get_mut("parallel").and_then(Item::as_table_mut) {
+        parallel::NOT_IDENTITY.iter().for_each(|key| {
+            parallel.remove(key);
         });
     }
     if let Some(model) = document.get_mut("model").and_then(Item::as_table_like_mut) {

@@ -71,15 +71,22 @@ fn read_sized(
 /// Which batches a loader gives.
 enum Plan {
     Training(Sampler),
-    Evaluation { len: usize, batch_size: usize },
+    /// Batches of a split in order, of which this process takes every `world`-th, from number `rank` on.
+    Evaluation {
+        len: usize,
+        batch_size: usize,
+        rank: u64,
+        world: u64,
+    },
 }
 
 impl Plan {
     fn batch(&self, batch: u64, picks: &mut Vec<Pick>) -> Option<Draw> {
         match self {
-            Plan::Training(sampler) => Some(sampler.batch(batch, picks)),
-            Plan::Evaluation { len, batch_size } => {
-                let first = (batch as usize).saturating_mul(*batch_size).min(*len);
+            Plan::Training(sampler) => Some(sampler.pass(batch, picks)),
+            Plan::Evaluation { len, batch_size, rank, world } => {
+                let number = batch * world + rank;
+                let first = (number as usize).saturating_mul(*batch_size).min(*len);
                 picks.clear();
                 picks.extend((first..(first + batch_size).min(*len)).map(Pick::Sample));
                 None
@@ -106,18 +113,18 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// Training batches `first_batch, first_batch + 1, ..` without end.
+    /// What this process takes of training batches, from its pass number `first_pass` on, without end.
     ///
     /// # Errors
     /// As [`Sampler::new`]; no thread can be started.
     pub fn train(
         dataset: Arc<dyn Dataset>,
         options: SamplerOptions,
-        first_batch: u64,
+        first_pass: u64,
         prefetch: Prefetch,
     ) -> Result<Self> {
         let sampler = Sampler::new(&*dataset, options)?;
-        Loader::start(dataset, Plan::Training(sampler), first_batch, None, prefetch)
+        Loader::start(dataset, Plan::Training(sampler), first_pass, None, prefetch)
     }
 
     /// All samples in order, once, without augmentations; the last batch may be smaller.
@@ -125,12 +132,28 @@ impl Loader {
     /// # Errors
     /// `batch_size` is 0; no thread can be started.
     pub fn batches(dataset: Arc<dyn Dataset>, batch_size: usize, prefetch: Prefetch) -> Result<Self> {
+        Loader::every(dataset, batch_size, (0, 1), usize::MAX, prefetch)
+    }
+
+    /// As [`Loader::batches`], but only every `world`-th batch from number `rank` on, of the first `most` batches.
+    ///
+    /// # Errors
+    /// As [`Loader::batches`].
+    pub fn every(
+        dataset: Arc<dyn Dataset>,
+        batch_size: usize,
+        (rank, world): (usize, usize),
+        most: usize,
+        prefetch: Prefetch,
+    ) -> Result<Self> {
         if batch_size == 0 {
             return Err(Error::config("data.batch_size", "found 0, expected 1 or more"));
         }
         let len = dataset.len();
-        let total = len.div_ceil(batch_size) as u64;
-        Loader::start(dataset, Plan::Evaluation { len, batch_size }, 0, Some(total), prefetch)
+        let all = len.div_ceil(batch_size).min(most);
+        let total = all.saturating_sub(rank).div_ceil(world.max(1)) as u64;
+        let (rank, world) = (rank as u64, world as u64);
+        Loader::start(dataset, Plan::Evaluation { len, batch_size, rank, world }, 0, Some(total), prefetch)
     }
 
     fn start(

@@ -35,7 +35,7 @@ pub use open::{OpenedData, open};
 pub use options::{DataOptions, FormatOptions};
 pub use pictures::Pictures;
 pub use preprocess::{Preprocess, Recipe, UserSample};
-pub use sampler::{Sampler, SamplerOptions, Share};
+pub use sampler::{Sampler, SamplerOptions};
 pub use tokenizer::{GPT2_END_OF_TEXT, GPT2_VOCABULARY, Tokenizer, TokenizerKind};
 pub use words::{Cleaning, PAD, UNKNOWN, Words};
 

@@ -10,10 +10,11 @@ use super::loader::{Loader, Prefetch};
 use super::normalize;
 use super::options::{DataOptions, FormatOptions, Normalize, Part, Sampling, SplitOptions};
 use super::preprocess::{Preprocess, Recipe};
-use super::sampler::{Sampler, SamplerOptions, Share};
+use super::sampler::{Sampler, SamplerOptions};
 use super::source::Lookup;
 use super::{Dataset, InputSpec, Splits, TargetSpec, split};
 use crate::error::{Error, Result};
+use crate::plan::Share;
 
 /// The share of the embedded digits that is the test split where a run file asks for none.
 const DIGITS_TEST: f64 = 0.2;
@@ -51,7 +52,7 @@ impl OpenedData {
     /// How training batches of `batch_size` samples are put together.
     pub fn sampler_options(&self, batch_size: usize, seed: u64) -> SamplerOptions {
         let (sampling, drop_last) = (self.sampling, self.drop_last);
-        SamplerOptions { batch_size, seed, sampling, drop_last, share: Share::default() }
+        SamplerOptions { batch_size, accumulate: 1, seed, sampling, drop_last, share: Share::default() }
     }
 
     /// Batches of one pass over the training split.

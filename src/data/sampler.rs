@@ -1,32 +1,20 @@
-//! Which samples make up batch `n`: a pure function of the seed and of `n`.
+//! Which samples make up batch `n`, and this process's part of it: a pure function of the seed and of `n`.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::options::Sampling;
 use super::{Dataset, Draw, Pick};
 use crate::error::{Error, Result};
+use crate::plan::{PassOf, Share};
 use crate::random::{Philox, Purpose};
-
-/// This process's share of each batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
-    /// Number of this process.
-    pub rank: usize,
-    /// Number of processes.
-    pub world: usize,
-}
-
-impl Default for Share {
-    fn default() -> Self {
-        Share { rank: 0, world: 1 }
-    }
-}
 
 /// How training batches are put together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplerOptions {
-    /// Samples of a batch, in each process.
+    /// Samples of a batch, those of all processes.
     pub batch_size: usize,
+    /// Batches of a step, which decide the order in which this process takes its parts of them.
+    pub accumulate: u32,
     /// The run's seed.
     pub seed: u64,
     /// The order of the samples.
@@ -61,22 +49,22 @@ impl Sampler {
     pub fn new(dataset: &dyn Dataset, options: SamplerOptions) -> Result<Self> {
         let wrong = |problem: String| Err(Error::config("data.batch_size", problem));
         let len = dataset.len();
-        let Share { rank, world } = options.share;
-        if options.batch_size == 0 {
+        let (batch_size, parts) = (options.batch_size, options.share.of);
+        if batch_size == 0 {
             return wrong("found 0, expected 1 or more".into());
         }
-        if rank >= world {
-            return Err(Error::config("rank", format!("found {rank}, expected a number below the world size {world}")));
+        if !batch_size.is_multiple_of(parts) {
+            return wrong(format!(
+                "found {batch_size}, expected a multiple of {parts}: it is the batch of all processes together, and each takes \
+                 as many samples of it"
+            ));
         }
-        let global = options.batch_size.saturating_mul(world);
-        let whole = options.drop_last || world > 1;
-        let batches = if whole { len / global } else { len.div_ceil(global) };
+        let whole = options.drop_last || parts > 1;
+        let batches = if whole { len / batch_size } else { len.div_ceil(batch_size) };
         if batches == 0 {
             return wrong(format!(
-                "found {} for {world} process(es), but the training split holds {len} samples; set it to {} at most, or \
-                 data.drop_last = false",
-                options.batch_size,
-                len / world
+                "found {batch_size}, but the training split holds {len} samples; set it to {len} at most, or \
+                 data.drop_last = false"
             ));
         }
         if options.sampling == Sampling::Shuffle && u32::try_from(len).is_err() {
@@ -94,14 +82,15 @@ impl Sampler {
         self.batches_per_epoch
     }
 
-    /// The samples of batch `batch` (`=`), and the key of their augmentations.
-    pub fn batch(&self, batch: u64, picks: &mut Vec<Pick>) -> Draw {
-        let SamplerOptions { batch_size, seed, sampling, share, .. } = self.options;
-        let (epoch, within) = (batch / self.batches_per_epoch, batch % self.batches_per_epoch);
-        let global = batch_size * share.world;
+    /// The samples of this process's pass number `pass` (`=`), and the key of their augmentations.
+    pub fn pass(&self, pass: u64, picks: &mut Vec<Pick>) -> Draw {
+        let SamplerOptions { batch_size, accumulate, seed, sampling, share, .. } = self.options;
+        let PassOf { micro_batch, part, .. } = share.pass(pass, accumulate);
+        let (epoch, within) = (micro_batch / self.batches_per_epoch, micro_batch % self.batches_per_epoch);
         picks.clear();
-        let first = within as usize * global + share.rank * batch_size;
-        let range = first..(first + batch_size).min(self.len);
+        let samples = share.samples(batch_size, part);
+        let first = within as usize * batch_size + samples.start;
+        let range = first..(first + samples.len()).min(self.len);
         match sampling {
             Sampling::Sequential => picks.extend(range.map(Pick::Sample)),
             Sampling::Shuffle => {
@@ -110,8 +99,8 @@ impl Sampler {
             }
             Sampling::Random => {
                 let stream = Philox::new(seed, Purpose::Shuffle, WITH_REPLACEMENT);
-                let first = batch * global as u64 + (share.rank * batch_size) as u64;
-                picks.extend((first..first + batch_size as u64).map(|position| match self.starts {
+                let first = micro_batch * batch_size as u64 + samples.start as u64;
+                picks.extend((first..first + samples.len() as u64).map(|position| match self.starts {
                     Some(starts) => Pick::Window(stream.below(position, starts as u64) as usize),
                     None => Pick::Sample(stream.below(position, self.len as u64) as usize),
                 }));

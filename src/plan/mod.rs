@@ -1,9 +1,12 @@
-//! Arithmetic of memory: where each parameter lies in its arena, where each activation lies in its buffer.
+//! Arithmetic of memory and of work: where each parameter lies in its arena, where each activation lies in its buffer, which part
+//! of a batch is whose.
 //!
 //! Nothing here touches memory or knows a backend.
 
 mod layout;
 mod memory;
+mod share;
 
 pub use layout::{ALIGNMENT, ParamEntry, ParamLayout, ParamSpec};
 pub use memory::{Lifetime, MemoryPlan};
+pub use share::{PassOf, Share};

@@ -17,10 +17,11 @@ use super::step::{LossSums, StepReport, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Share, Splits, TargetSpec};
+use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Input;
 use crate::optim::{NormClip, Schedule};
+use crate::parallel::{Collective, Gradients, GradientsOptions, agree, broadcast, buckets, gather};
 
 /// What a model's input is for samples of this kind.
 pub fn model_input(spec: &InputSpec) -> Input {
@@ -34,85 +35,127 @@ pub fn model_input(spec: &InputSpec) -> Input {
 ///
 /// # Errors
 /// A folder that holds a run already, a checkpoint of another run, data that is damaged, or a training that failed.
-pub fn train<B: Backend + Update>(run: Run<B>, observers: &mut [&mut dyn Observer]) -> Result<Outcome> {
-    run.options.validate()?;
-    let checkpoints = run.folder.join("checkpoints");
-    let hash = blake3::hash(run.identity.as_bytes()).to_hex().to_string();
-    let latest = prepare_folder(&run, &checkpoints, &hash)?;
-    let sampler_options = SamplerOptions {
-        batch_size: run.options.batch_size,
-        seed: run.options.seed,
-        sampling: run.sampling,
-        drop_last: run.drop_last,
-        share: Share { rank: 0, world: 1 },
-    };
-    let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
-    let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
-    let steps = match run.options.length {
-        Length::Steps(steps) => steps,
-        Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
-    };
-    run.schedule.validate(steps, run.optimizer.learning_rate)?;
-    let input = run.splits.train.input();
-    let mut trainer = Trainer::new(TrainerParts {
-        backend: run.backend,
-        model: run.model,
-        input: model_input(&input),
-        batch_size: run.options.batch_size,
-        accumulate: run.options.accumulate,
-        optimizer: &run.optimizer,
-        ema: run.options.ema,
-        seed: run.options.seed,
-    })?;
-    if let (Some(weights), None) = (&run.weights, &latest) {
-        let (backend, arena) = trainer.parts_mut();
-        checkpoint::load_model(weights, backend, arena)?;
-        trainer.restart_average()?;
+pub fn train<B: Backend<Real = f32> + Update>(run: Run<B>, observers: &mut [&mut dyn Observer]) -> Result<Outcome> {
+    let collective = Arc::clone(&run.collective);
+    let prepared = agree(&*collective, Loop::prepare(run))?;
+    let device = prepared.trainer.backend().description();
+    prepared.run(&device, observers)
+}
+
+impl<B: Backend<Real = f32> + Update> Loop<B> {
+    /// Everything before the first step. What processes do together in it, all do, or none.
+    fn prepare(run: Run<B>) -> Result<Self> {
+        let collective = Arc::clone(&run.collective);
+        let (rank, world) = (collective.rank(), collective.world());
+        let checkpoints = run.folder.join("checkpoints");
+        let hash = blake3::hash(run.identity.as_bytes()).to_hex().to_string();
+        let share = run.options.validate().and_then(|()| run.parallel.validate());
+        let share = share.and_then(|()| run.parallel.share(rank, world, run.options.batch_size));
+        let share = agree(&*collective, share)?;
+        // One process makes the folder, and all go on from the checkpoint that it found.
+        let latest = if rank == 0 { prepare_folder(&run, &checkpoints, &hash) } else { Ok(None) };
+        let latest = the_same_latest(&*collective, agree(&*collective, latest)?, &checkpoints)?;
+        let sampler_options = SamplerOptions {
+            batch_size: run.options.batch_size,
+            accumulate: run.options.accumulate,
+            seed: run.options.seed,
+            sampling: run.sampling,
+            drop_last: run.drop_last,
+            share,
+        };
+        let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
+        let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
+        let steps = match run.options.length {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
+        };
+        run.schedule.validate(steps, run.optimizer.learning_rate)?;
+        let input = run.splits.train.input();
+        let mut trainer = Trainer::new(TrainerParts {
+            backend: run.backend,
+            model: run.model,
+            input: model_input(&input),
+            batch_size: run.options.batch_size / share.of,
+            accumulate: run.options.accumulate,
+            optimizer: &run.optimizer,
+            ema: run.options.ema,
+            seed: run.options.seed,
+        })?;
+        if share.of > 1 {
+            let arena = trainer.arena();
+            let buckets =
+                buckets(&trainer.program().ops, &arena.ranges, &arena.layout, run.parallel.bucket_elements())?;
+            let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
+            let gradients = Gradients::new(options, Arc::clone(&collective), buckets)?;
+            trainer = trainer.sharing(share, Box::new(gradients));
+        }
+        if let (Some(weights), None) = (&run.weights, &latest) {
+            let (backend, arena) = trainer.parts_mut();
+            checkpoint::load_model(weights, backend, arena)?;
+            trainer.restart_average()?;
+        }
+        let state = match &latest {
+            Some(path) => checkpoint::load(path, &mut trainer)?,
+            None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),
+        };
+        if rank == 0 {
+            checkpoint::sweep(&checkpoints, state.step)?;
+            files::write_whole(&run.folder.join("config.toml"), run.config.as_bytes())?;
+            files::write_whole(&run.folder.join("preprocess.json"), run.preprocess.as_bytes())?;
+        }
+        let first_pass = state.step * share.passes(run.options.accumulate);
+        let loader = Loader::train(Arc::clone(&run.splits.train), sampler_options, first_pass, run.prefetch)?;
+        let tokens_per_sample = match (&input, run.splits.train.target()) {
+            (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
+            _ => None,
+        };
+        let metrics =
+            (rank == 0).then(|| MetricsWriter::resume(&run.folder.join("metrics.jsonl"), state.step)).transpose()?;
+        let seconds_before = state.seconds;
+        Ok(Loop {
+            collective,
+            trainer,
+            loader,
+            options: run.options,
+            peak: run.optimizer.learning_rate,
+            clips: run.optimizer.clip.norm != NormClip::Off,
+            clamps: run.optimizer.clip.value.is_some(),
+            schedule: run.schedule,
+            splits: run.splits,
+            prefetch: run.prefetch,
+            folder: run.folder,
+            checkpoints,
+            interrupt: run.interrupt,
+            abandon_at: run.abandon_at,
+            state,
+            metrics,
+            steps,
+            steps_per_epoch,
+            tokens_per_sample,
+            began: Instant::now(),
+            seconds_before,
+            stopwatch: None,
+            interval: Interval::default(),
+            skipped_in_a_row: 0,
+            last_step: LastStep::default(),
+            last_train: None,
+            last_validation: None,
+            ends_after: None,
+        })
     }
-    let state = match &latest {
-        Some(path) => checkpoint::load(path, &mut trainer)?,
-        None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),
-    };
-    checkpoint::sweep(&checkpoints, state.step)?;
-    files::write_whole(&run.folder.join("config.toml"), run.config.as_bytes())?;
-    files::write_whole(&run.folder.join("preprocess.json"), run.preprocess.as_bytes())?;
-    let loader = Loader::train(Arc::clone(&run.splits.train), sampler_options, state.micro_step, run.prefetch)?;
-    let tokens_per_sample = match (&input, run.splits.train.target()) {
-        (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
-        _ => None,
-    };
-    let metrics = MetricsWriter::resume(&run.folder.join("metrics.jsonl"), state.step)?;
-    let device = trainer.backend().description();
-    let mut running = Loop {
-        trainer,
-        loader,
-        options: run.options,
-        peak: run.optimizer.learning_rate,
-        clips: run.optimizer.clip.norm != NormClip::Off,
-        clamps: run.optimizer.clip.value.is_some(),
-        schedule: run.schedule,
-        splits: run.splits,
-        prefetch: run.prefetch,
-        folder: run.folder,
-        checkpoints,
-        interrupt: run.interrupt,
-        abandon_at: run.abandon_at,
-        state,
-        metrics,
-        steps,
-        steps_per_epoch,
-        tokens_per_sample,
-        began: Instant::now(),
-        seconds_before: 0.0,
-        stopwatch: None,
-        interval: Interval::default(),
-        skipped_in_a_row: 0,
-        last_step: LastStep::default(),
-        last_train: None,
-        last_validation: None,
-    };
-    running.seconds_before = running.state.seconds;
-    running.run(&device, observers)
+}
+
+/// The checkpoint that process 0 goes on from, in every process.
+fn the_same_latest(
+    collective: &dyn Collective,
+    latest: Option<PathBuf>,
+    checkpoints: &Path,
+) -> Result<Option<PathBuf>> {
+    let name = latest.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    let mut bytes = name.unwrap_or_default().into_bytes();
+    broadcast(collective, 0, &mut bytes)?;
+    let name = String::from_utf8_lossy(&bytes).into_owned();
+    Ok((!name.is_empty()).then(|| checkpoints.join(name)))
 }
 
 /// Makes or checks the run folder; returns the checkpoint to go on from.
@@ -186,6 +229,8 @@ struct LastStep {
 }
 
 struct Loop<B: Backend + Update> {
+    /// The processes that train.
+    collective: Arc<dyn Collective>,
     trainer: Trainer<B>,
     loader: Loader,
     options: TrainOptions,
@@ -200,7 +245,8 @@ struct Loop<B: Backend + Update> {
     interrupt: Arc<AtomicUsize>,
     abandon_at: Option<u64>,
     state: RunState,
-    metrics: MetricsWriter,
+    /// In process 0 alone.
+    metrics: Option<MetricsWriter>,
     steps: u64,
     steps_per_epoch: f64,
     tokens_per_sample: Option<usize>,
@@ -213,6 +259,8 @@ struct Loop<B: Backend + Update> {
     last_step: LastStep,
     last_train: Option<Scores>,
     last_validation: Option<(u64, Scores)>,
+    /// The step after which the run ends because a process was told to.
+    ends_after: Option<u64>,
 }
 
 fn tell(observers: &mut [&mut dyn Observer], event: &Event<'_>) -> Result<()> {
@@ -229,7 +277,7 @@ fn scores(sums: LossSums, accuracy: bool) -> Scores {
     Scores { loss: loss.is_finite().then_some(loss), accuracy: accuracy.then(|| sums.accuracy()) }
 }
 
-impl<B: Backend + Update> Loop<B> {
+impl<B: Backend<Real = f32> + Update> Loop<B> {
     fn run(mut self, device: &str, observers: &mut [&mut dyn Observer]) -> Result<Outcome> {
         tell(
             observers,
@@ -248,7 +296,12 @@ impl<B: Backend + Update> Loop<B> {
         let due = |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
         let mut end = End::Completed;
         self.stopwatch = Some(Instant::now());
+        let alone = self.collective.world() == 1;
         while self.trainer.queued().step < self.steps {
+            // One process alone ends at once; several agree on a step that none has gone beyond.
+            if !alone && self.interrupt.load(Ordering::Relaxed) != 0 {
+                self.trainer.raise_flag();
+            }
             let watched = due(self.options.shadow_every_steps, self.trainer.queued().step + 1);
             let queued = if watched { self.watched_step(observers)? } else { self.queue_step()? };
             if !queued {
@@ -259,20 +312,23 @@ impl<B: Backend + Update> Loop<B> {
             let (evaluate, save) = (due(evaluate_every, step) && !last, due(checkpoint_every, step) && !last);
             // Whatever looks at the parameters waits for the steps before it; nothing else does.
             let signal = self.interrupt.load(Ordering::Relaxed);
-            let settle = evaluate || save || last || signal != 0;
-            while let Some(report) = self.trainer.finished(settle)? {
-                self.take_report(report, observers)?;
-            }
-            if !settle {
+            self.take_reports(false, observers)?;
+            let told = |ends_after: Option<u64>| {
+                if alone { signal != 0 } else { ends_after.is_some_and(|end| step >= end) }
+            };
+            if !(evaluate || save || last || told(self.ends_after)) {
                 continue;
             }
+            self.take_reports(true, observers)?;
+            let told = told(self.ends_after);
             if evaluate && self.validate(self.options.evaluate_batches, observers)? {
                 end = End::StoppedEarly;
             }
-            if signal != 0 {
+            if told {
                 self.record_training(observers)?;
                 self.save(observers)?;
-                return Ok(Outcome { end: End::Interrupted(signal as i32), summary: None });
+                let signal = if signal == 0 { libc::SIGTERM } else { signal as i32 };
+                return Ok(Outcome { end: End::Interrupted(signal), summary: None });
             }
             if end == End::StoppedEarly {
                 self.record_training(observers)?;
@@ -290,9 +346,8 @@ impl<B: Backend + Update> Loop<B> {
     /// Queues one step. Returns whether to go on: not when the run is to be abandoned.
     fn queue_step(&mut self) -> Result<bool> {
         let rate = self.rate_of_next();
-        (1..=self.options.accumulate).try_fold(true, |on, micro_batch| {
-            Ok(on && self.queue_micro_batch((micro_batch == self.options.accumulate).then_some(rate))?)
-        })
+        let passes = self.trainer.passes_per_step();
+        (1..=passes).try_fold(true, |on, pass| Ok(on && self.queue_pass((pass == passes).then_some(rate))?))
     }
 
     /// The learning rate of the step that is queued next.
@@ -300,8 +355,8 @@ impl<B: Backend + Update> Loop<B> {
         self.schedule.at(self.trainer.queued().step, self.steps, self.peak)
     }
 
-    /// Queues a micro-batch, and given a learning rate the update after it. Returns whether to go on.
-    fn queue_micro_batch(&mut self, rate: Option<f64>) -> Result<bool> {
+    /// Queues a pass, and given a learning rate the update after it. Returns whether to go on.
+    fn queue_pass(&mut self, rate: Option<f64>) -> Result<bool> {
         if self.abandon_at.is_some_and(|at| self.trainer.queued().micro_step >= at) {
             return Ok(false);
         }
@@ -314,20 +369,18 @@ impl<B: Backend + Update> Loop<B> {
     /// Takes one step whose update is replayed by the plain rule, everything before it waited for. Returns whether to go on.
     fn watched_step(&mut self, observers: &mut [&mut dyn Observer]) -> Result<bool> {
         let rate = self.rate_of_next();
-        for _ in 1..self.options.accumulate {
-            if !self.queue_micro_batch(None)? {
+        for _ in 1..self.trainer.passes_per_step() {
+            if !self.queue_pass(None)? {
                 return Ok(false);
             }
         }
-        while let Some(report) = self.trainer.finished(true)? {
-            self.take_report(report, observers)?;
-        }
+        self.take_reports(true, observers)?;
         let params = self.trainer.step_params(rate)?;
         let shadow = Shadow::new(self.options.seed);
         let (backend, arena, plan) = (self.trainer.backend(), self.trainer.arena(), self.trainer.update_plan());
         let watched = shadow.before(backend, arena, plan, &params)?;
         // The last micro-batch and the update in one piece of work, as in any step: what is watched is what runs.
-        if !self.queue_micro_batch(Some(rate))? {
+        if !self.queue_pass(Some(rate))? {
             return Ok(false);
         }
         let Some(report) = self.trainer.finished(true)? else {
@@ -341,9 +394,22 @@ impl<B: Backend + Update> Loop<B> {
         Ok(true)
     }
 
+    /// Takes over what steps found that are done; with `wait` what all found.
+    fn take_reports(&mut self, wait: bool, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        while let Some(report) = self.trainer.finished(wait)? {
+            self.take_report(report, observers)?;
+        }
+        Ok(())
+    }
+
     /// Takes over what a step found, and records it where it is time to.
     fn take_report(&mut self, report: StepReport, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        let StepReport { loss, sums, samples, outcome, norm_squares } = report;
+        let StepReport { loss, sums, samples, outcome, norm_squares, flag } = report;
+        if flag && self.ends_after.is_none() {
+            // The report lags behind by as many steps as are in flight, in one process more than in another.
+            let in_flight = if B::INPUT_SLOTS > 1 { B::INPUT_SLOTS as u64 } else { 0 };
+            self.ends_after = Some(self.trainer.counters().step + in_flight);
+        }
         let rate = self.schedule.at(self.state.step, self.steps, self.peak);
         self.state.set_counters(self.trainer.counters());
         let interval = &mut self.interval;
@@ -421,8 +487,15 @@ impl<B: Backend + Update> Loop<B> {
             ..self.blank_record(SplitName::Train)
         };
         self.last_train = Some(Scores { loss: loss.is_finite().then_some(loss), accuracy });
-        self.metrics.append(&record)?;
-        tell(observers, &Event::Record(&record))
+        self.append(&record, observers)
+    }
+
+    /// Writes a record, and tells of it.
+    fn append(&mut self, record: &Record, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        if let Some(metrics) = &mut self.metrics {
+            metrics.append(record)?;
+        }
+        tell(observers, &Event::Record(record))
     }
 
     /// Loss and accuracy of a split, recorded.
@@ -434,14 +507,29 @@ impl<B: Backend + Update> Loop<B> {
         observers: &mut [&mut dyn Observer],
     ) -> Result<Scores> {
         let size = self.options.batch_size.min(dataset.len().max(1));
-        let loader = Loader::batches(Arc::clone(dataset), size, self.prefetch)?;
-        let sums = self.trainer.evaluate(loader.take(batches.unwrap_or(usize::MAX)))?;
+        let sums = self.sums(dataset, size, batches.unwrap_or(usize::MAX))?;
         let scores = scores(sums, has_accuracy(&**dataset));
         self.state.seconds = self.seconds_before + self.began.elapsed().as_secs_f64();
         let record = Record { loss: sums.mean(), accuracy: scores.accuracy, ..self.blank_record(split) };
-        self.metrics.append(&record)?;
-        tell(observers, &Event::Record(&record))?;
+        self.append(&record, observers)?;
         Ok(scores)
+    }
+
+    /// The sums of a split, of which each process takes its turn of batches. They are added up in the order of batches.
+    fn sums(&mut self, dataset: &Arc<dyn Dataset>, size: usize, most: usize) -> Result<LossSums> {
+        let (rank, world) = (self.collective.rank(), self.collective.world());
+        let loader = Loader::every(Arc::clone(dataset), size, (rank, world), most, self.prefetch)?;
+        let own = agree(&*self.collective, self.trainer.evaluate(loader))?;
+        let numbers: Vec<f64> = own.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]).collect();
+        let all = gather(&*self.collective, bytemuck::cast_slice(&numbers))?;
+        let all: Vec<Vec<f64>> = all.iter().map(|bytes| bytemuck::pod_collect_to_vec(bytes)).collect();
+        let mut total = LossSums::default();
+        for turn in 0..all.first().map_or(0, |first| first.len() / 3) {
+            for sums in all.iter().filter_map(|rank| rank.get(3 * turn..3 * (turn + 1))) {
+                total.add(LossSums { loss: sums[0], counted: sums[1], right: sums[2] });
+            }
+        }
+        Ok(total)
     }
 
     /// Evaluates the validation split and keeps the best checkpoint. Returns whether to stop early.
@@ -459,10 +547,7 @@ impl<B: Backend + Update> Loop<B> {
                 test: None,
             });
             self.state.evaluations_without_improvement = 0;
-            let path = checkpoint::save(&self.checkpoints, &self.trainer, &self.state)?;
-            checkpoint::point(&self.checkpoints, Which::Best, &checkpoint::folder_name(self.state.step))?;
-            checkpoint::prune(&self.checkpoints, self.options.keep)?;
-            tell(observers, &Event::Checkpoint(&path))?;
+            self.write_checkpoint(true, observers)?;
             return Ok(false);
         }
         self.state.evaluations_without_improvement += 1;
@@ -473,9 +558,25 @@ impl<B: Backend + Update> Loop<B> {
     }
 
     fn save(&mut self, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        self.write_checkpoint(false, observers)
+    }
+
+    /// Writes a checkpoint, which is there for every process when this returns.
+    fn write_checkpoint(&mut self, best: bool, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        let written = if self.collective.rank() == 0 { self.write_files(best).map(Some) } else { Ok(None) };
+        match agree(&*self.collective, written)? {
+            Some(path) => tell(observers, &Event::Checkpoint(&path)),
+            None => Ok(()),
+        }
+    }
+
+    fn write_files(&self, best: bool) -> Result<PathBuf> {
         let path = checkpoint::save(&self.checkpoints, &self.trainer, &self.state)?;
+        if best {
+            checkpoint::point(&self.checkpoints, Which::Best, &checkpoint::folder_name(self.state.step))?;
+        }
         checkpoint::prune(&self.checkpoints, self.options.keep)?;
-        tell(observers, &Event::Checkpoint(&path))
+        Ok(path)
     }
 
     /// The last evaluations, the last checkpoint, summary.json.
@@ -502,9 +603,8 @@ impl<B: Backend + Update> Loop<B> {
             let (backend, arena) = self.trainer.parts_mut();
             checkpoint::load_model(&checkpoint::weights_file(&path), backend, arena)?;
             self.trainer.drop_average();
-            let loader =
-                Loader::batches(Arc::clone(&dataset), self.options.batch_size.min(dataset.len()), self.prefetch)?;
-            best.test = Some(scores(self.trainer.evaluate(loader)?, has_accuracy(&*dataset)));
+            let sums = self.sums(&dataset, self.options.batch_size.min(dataset.len()), usize::MAX)?;
+            best.test = Some(scores(sums, has_accuracy(&*dataset)));
         }
         let summary = Summary {
             last,
@@ -518,7 +618,9 @@ impl<B: Backend + Update> Loop<B> {
             peak_memory_bytes: peak_memory_bytes(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        summary.write(&self.folder.join("summary.json"))?;
+        if self.collective.rank() == 0 {
+            summary.write(&self.folder.join("summary.json"))?;
+        }
         tell(observers, &Event::Finished(&summary))?;
         Ok(summary)
     }

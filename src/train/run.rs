@@ -13,6 +13,7 @@ use crate::data::{Prefetch, Splits};
 use crate::error::Result;
 use crate::model::Model;
 use crate::optim::{OptimizerOptions, Schedule};
+use crate::parallel::{Collective, ParallelOptions};
 
 /// Everything that a run needs, typed and checked.
 pub struct Run<B: Backend> {
@@ -34,7 +35,11 @@ pub struct Run<B: Backend> {
     pub drop_last: bool,
     /// How far ahead batches are read.
     pub prefetch: Prefetch,
-    /// The run folder.
+    /// The processes that train, and how: in each of them everything here is the same, but for the device.
+    pub collective: Arc<dyn Collective>,
+    /// How the run is spread over them.
+    pub parallel: ParallelOptions,
+    /// The run folder, which every process can read.
     pub folder: PathBuf,
     /// The run file with every default filled in: `config.toml`.
     pub config: String,

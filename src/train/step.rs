@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
 use crate::backend::ops::{METRICS, Update};
-use crate::backend::step::{Fill, Finished, LossScale, Pass, UpdateWork, Work};
-use crate::backend::{Activations, Arena, Backend, StepContext};
+use crate::backend::step::{Fill, Finished, LossScale, Pass, Turn, UpdateWork, Work};
+use crate::backend::{Activations, Arena, Backend, Exchange, PassOfStep, StepContext};
 use crate::data::{Batch, Inputs, Targets};
 use crate::error::{Error, Result};
 use crate::model::{Input, Mode, Model, Program, Value};
 use crate::optim::{OptimizerOptions, StepOutcome, StepParams, UpdatePlan};
+use crate::plan::Share;
 use crate::real::Element;
 
 /// Sums of a loss and of right predictions.
@@ -67,8 +68,10 @@ pub struct StepReport {
     pub loss: f64,
     /// Sums over its micro-batches.
     pub sums: LossSums,
-    /// Its samples.
+    /// Its samples, those of all processes.
     pub samples: u64,
+    /// Whether a process raised its flag ([`Trainer::raise_flag`]) before it queued the step's update.
+    pub flag: bool,
     /// What its update found.
     pub outcome: StepOutcome,
     /// The sum of squares of each tensor's gradients, as the update's norm was summed.
@@ -90,6 +93,8 @@ pub struct Trainer<B: Backend + Update> {
     input: Input,
     seed: u64,
     accumulate: u32,
+    share: Share,
+    exchange: Option<Box<dyn Exchange<B>>>,
     arena: Arena<B>,
     plan: UpdatePlan,
     training: Planned<B>,
@@ -99,10 +104,23 @@ pub struct Trainer<B: Backend + Update> {
     counters: Counters,
     /// Micro-batches and steps that were queued, finished ones counted.
     queued: Counters,
-    /// Samples of each micro-batch in the queue.
+    /// Passes of the step that is being queued.
+    passes: u64,
+    /// Samples of each pass in the queue.
     samples: VecDeque<usize>,
-    /// What the micro-batches of the oldest unfinished step found.
-    begun: StepReport,
+    /// Whether this process raised its flag.
+    flag: bool,
+    /// The flag as each step in the queue was told it.
+    flags: VecDeque<bool>,
+    /// What the passes of the oldest unfinished step found.
+    begun: Begun,
+}
+
+/// What the passes of a step found so far, in this process.
+#[derive(Default)]
+struct Begun {
+    passes: Vec<LossSums>,
+    samples: u64,
 }
 
 /// What a [`Trainer`] is made of.
@@ -113,7 +131,7 @@ pub struct TrainerParts<'a, B: Backend> {
     pub model: Model<B>,
     /// What a sample's input is.
     pub input: Input,
-    /// Samples of a micro-batch.
+    /// Samples of a pass: of a micro-batch, or of this process's part of it.
     pub batch_size: usize,
     /// Micro-batches an update.
     pub accumulate: u32,
@@ -156,15 +174,37 @@ impl<B: Backend + Update> Trainer<B> {
             plan,
             training: Planned { program, activations },
             evaluations: HashMap::new(),
+            share: Share::default(),
+            exchange: None,
             counters: Counters::default(),
             queued: Counters::default(),
+            passes: 0,
             samples: VecDeque::new(),
-            begun: StepReport::default(),
+            flag: false,
+            flags: VecDeque::new(),
+            begun: Begun::default(),
         };
         if let Some(decay) = ema {
             trainer.average = Some((decay, trainer.copy_of_parameters()?));
         }
         Ok(trainer)
+    }
+
+    /// Trains as one of several processes, or part by part of a batch: passes are those of `share`, and `exchange` makes their
+    /// gradients those of the whole batch.
+    #[must_use]
+    pub fn sharing(self, share: Share, exchange: Box<dyn Exchange<B>>) -> Self {
+        Trainer { share, exchange: Some(exchange), ..self }
+    }
+
+    /// Passes that this process makes in a step.
+    pub fn passes_per_step(&self) -> u64 {
+        self.share.passes(self.accumulate)
+    }
+
+    /// Tells all processes, in the report of the step whose update is queued next, that this one wants to end.
+    pub fn raise_flag(&mut self) {
+        self.flag = true;
     }
 
     fn copy_of_parameters(&self) -> Result<B::Buffer<B::Real>> {
@@ -241,8 +281,9 @@ impl<B: Backend + Update> Trainer<B> {
         self.queued
     }
 
-    /// Sets where it stands, after a checkpoint was read.
+    /// Sets where it stands, at the end of a step: after a checkpoint was read.
     pub fn set_counters(&mut self, counters: Counters) {
+        self.passes = 0;
         self.counters = counters;
         self.queued = counters;
     }
@@ -255,13 +296,14 @@ impl<B: Backend + Update> Trainer<B> {
         self.backend.loss_scale()
     }
 
-    /// One whole step: forward and backward of each micro-batch, then the update. Waits for its end.
+    /// One whole step: forward and backward of each pass, then the update. Waits for its end.
     ///
     /// # Errors
-    /// Another number of batches than `accumulate`, a batch of another shape than planned, or a device that failed.
+    /// Another number of batches than passes in a step, a batch of another shape than planned, or a device that failed.
     pub fn step(&mut self, batches: &[Batch], learning_rate: f64) -> Result<StepReport> {
-        if batches.len() != self.accumulate as usize || self.queued != self.counters_of_finished_steps() {
-            let expected = format!("{} micro-batches, and no other step begun", self.accumulate);
+        let passes = self.passes_per_step();
+        if batches.len() as u64 != passes || self.queued != self.counters_of_finished_steps() {
+            let expected = format!("{passes} micro-batches, and no other step begun");
             return Err(Error::shape("step", expected, batches.len().to_string()));
         }
         for (index, batch) in batches.iter().enumerate() {
@@ -274,29 +316,47 @@ impl<B: Backend + Update> Trainer<B> {
         Counters { applied: self.queued.applied, skipped: self.queued.skipped, ..self.counters }
     }
 
-    /// Queues forward and backward of a micro-batch, and, given its learning rate, the update that ends the step. The first
-    /// micro-batch of a step overwrites gradients, the others add to them. What it finds comes by [`Trainer::finished`].
+    /// Queues forward and backward of a pass, and, given its learning rate, the update that ends the step. The first micro-batch of
+    /// a step (of each part) overwrites gradients, the others add to them. What it finds comes by [`Trainer::finished`].
     ///
     /// # Errors
-    /// A batch of another shape than planned, or a device that failed.
+    /// A batch of another shape than planned, an update before the last pass of its step, or a device that failed.
     pub fn queue(&mut self, batch: &Batch, learning_rate: Option<f64>) -> Result<()> {
+        let ends_step = self.passes + 1 == self.passes_per_step();
+        if learning_rate.is_some() != ends_step {
+            let expected = format!("an update after pass {} of a step", self.passes_per_step());
+            return Err(Error::shape("queue", expected, format!("pass {}", self.passes + 1)));
+        }
+        let of = self.share.pass(self.passes, self.accumulate);
         let context = StepContext {
             seed: self.seed,
-            micro_step: self.queued.micro_step,
-            accumulate: !self.queued.micro_step.is_multiple_of(u64::from(self.accumulate)),
+            micro_step: self.queued.step * u64::from(self.accumulate) + of.within,
+            part: of.part as u64,
+            accumulate: of.within > 0,
         };
+        let last = of.within + 1 == u64::from(self.accumulate);
         let Planned { program, activations } = &mut self.training;
-        let pass = pass(program, activations, batch, context)?;
-        let params = learning_rate.map(|rate| step_params(rate, self.counters, self.accumulate));
+        let work = pass(program, activations, batch, context)?;
+        let divisor = f64::from(self.accumulate) * self.share.of as f64;
+        let params = learning_rate.map(|rate| step_params(rate, self.counters, divisor));
         let update = params.map(|params| UpdateWork {
             plan: &self.plan,
             params,
             average: self.average.as_mut().map(|(decay, average)| (*decay, average)),
         });
-        self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(pass), update })?;
+        let turn = self.exchange.as_deref_mut().map(|exchange| Turn {
+            exchange,
+            pass: PassOfStep { part: of.part - self.share.first, first: of.within == 0, last, ends_step },
+        });
+        self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(work), turn, update })?;
         self.samples.push_back(batch.samples);
-        self.queued.micro_step += 1;
-        self.queued.step += u64::from(learning_rate.is_some());
+        self.passes = if ends_step { 0 } else { self.passes + 1 };
+        // Micro-batches count once, whatever the number of their parts.
+        self.queued.micro_step += u64::from(of.part == self.share.first);
+        if ends_step {
+            self.queued.step += 1;
+            self.flags.push_back(self.flag);
+        }
         Ok(())
     }
 
@@ -305,7 +365,8 @@ impl<B: Backend + Update> Trainer<B> {
     /// # Errors
     /// A device that failed.
     pub fn step_params(&self, learning_rate: f64) -> Result<StepParams> {
-        let params = step_params(learning_rate, self.counters, self.accumulate);
+        let divisor = f64::from(self.accumulate) * self.share.of as f64;
+        let params = step_params(learning_rate, self.counters, divisor);
         let scale = self.loss_scale()?.map_or(1.0, |loss_scale| f64::from(loss_scale.scale));
         Ok(StepParams { divisor: params.divisor * scale, ..params })
     }
@@ -317,29 +378,56 @@ impl<B: Backend + Update> Trainer<B> {
     pub fn finished(&mut self, wait: bool) -> Result<Option<StepReport>> {
         while let Some(Finished { metrics, outcome, norm_squares }) = self.backend.finished(&mut self.queue, wait)? {
             if let Some(samples) = self.samples.pop_front() {
-                let sums = LossSums::new(metrics);
-                self.counters.micro_step += 1;
-                self.begun.loss += sums.mean() / f64::from(self.accumulate);
-                self.begun.sums.add(sums);
+                let made = self.begun.passes.len() as u64;
+                self.counters.micro_step += u64::from(made < u64::from(self.accumulate));
+                self.begun.passes.push(LossSums::new(metrics));
                 self.begun.samples += samples as u64;
             }
             if let Some(outcome) = outcome {
                 self.counters.step += 1;
                 self.counters.applied += u64::from(!outcome.skipped);
                 self.counters.skipped += u64::from(outcome.skipped);
-                return Ok(Some(StepReport { outcome, norm_squares, ..std::mem::take(&mut self.begun) }));
+                let begun = std::mem::take(&mut self.begun);
+                return Ok(Some(StepReport { outcome, norm_squares, ..self.of_all(begun)? }));
             }
         }
         Ok(None)
     }
 
-    /// Loss and right predictions over batches, by the average of weights where there is one.
+    /// What the passes of a step found in all processes, in the order of parts.
+    fn of_all(&mut self, begun: Begun) -> Result<StepReport> {
+        let flag = self.flags.pop_front().unwrap_or_default();
+        let Begun { passes, samples } = begun;
+        let (passes, samples, flag) = match &mut self.exchange {
+            None => (passes, samples, flag),
+            Some(exchange) => {
+                let mut of_this = vec![f64::from(u8::from(flag)), samples as f64];
+                of_this.extend(passes.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]));
+                let all = exchange.gather(&self.backend, &of_this)?;
+                let ranks = all.chunks(of_this.len());
+                let sums = |values: &[f64]| LossSums { loss: values[0], counted: values[1], right: values[2] };
+                (
+                    ranks.clone().flat_map(|rank| rank[2..].chunks_exact(3).map(sums)).collect(),
+                    ranks.clone().map(|rank| rank[1]).sum::<f64>() as u64,
+                    ranks.clone().any(|rank| rank[0] != 0.0),
+                )
+            }
+        };
+        let mut report = StepReport { samples, flag, ..StepReport::default() };
+        for sums in &passes {
+            report.loss += sums.mean() / passes.len() as f64;
+            report.sums.add(*sums);
+        }
+        Ok(report)
+    }
+
+    /// Loss and right predictions of each batch, by the average of weights where there is one.
     ///
     /// # Errors
     /// As [`Trainer::queue`], and what the batches' source reports.
-    pub fn evaluate(&mut self, batches: impl Iterator<Item = Result<Batch>>) -> Result<LossSums> {
+    pub fn evaluate(&mut self, batches: impl Iterator<Item = Result<Batch>>) -> Result<Vec<LossSums>> {
         self.with_average(|trainer| {
-            let mut total = LossSums::default();
+            let mut sums = Vec::new();
             for batch in batches {
                 let batch = batch?;
                 let planned = match trainer.evaluations.entry(batch.samples) {
@@ -353,9 +441,9 @@ impl<B: Backend + Update> Trainer<B> {
                 let step = StepContext { seed: trainer.seed, ..StepContext::default() };
                 let Planned { program, activations } = planned;
                 let metrics = pass(program, activations, &batch, step)?.run(&trainer.backend, &mut trainer.arena)?;
-                total.add(LossSums::new(metrics));
+                sums.push(LossSums::new(metrics));
             }
-            Ok(total)
+            Ok(sums)
         })
     }
 
@@ -375,8 +463,8 @@ impl<B: Backend + Update> Trainer<B> {
 }
 
 /// What the update after `counters` is told.
-fn step_params(learning_rate: f64, counters: Counters, accumulate: u32) -> StepParams {
-    StepParams { learning_rate, step: counters.applied + 1, divisor: f64::from(accumulate), zero_gradients: false }
+fn step_params(learning_rate: f64, counters: Counters, divisor: f64) -> StepParams {
+    StepParams { learning_rate, step: counters.applied + 1, divisor, zero_gradients: false }
 }
 
 /// The run of a program over a batch.

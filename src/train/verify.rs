@@ -47,7 +47,7 @@ impl Verification {
 ///
 /// # Errors
 /// What a run reports.
-pub fn verify_resume<B: Backend + Update>(
+pub fn verify_resume<B: Backend<Real = f32> + Update>(
     folder: &Path,
     steps: u64,
     mut make: impl FnMut(&Path, Start) -> Result<Run<B>>,

@@ -12,8 +12,9 @@ use warpstep::data::options::{
 };
 use warpstep::data::{
     Batch, DataOptions, Dataset, FormatOptions, InputSpec, Inputs, Loader, OpenedData, Pick, Prefetch, Preprocess,
-    Share, TargetSpec, Targets, TokenizerKind, inspect, open, read_batch,
+    TargetSpec, Targets, TokenizerKind, inspect, open, read_batch,
 };
+use warpstep::plan::Share;
 
 mod media;
 mod options;

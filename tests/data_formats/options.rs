@@ -41,6 +41,7 @@ fn a_batch_larger_than_the_split_is_refused_with_the_size_that_fits() -> TestRes
     assert_eq!(batch.samples, 3);
     let processes = Share { rank: 2, world: 2 };
     let wrong = warpstep::data::SamplerOptions {
+        accumulate: 1,
         batch_size: 1,
         seed: 1,
         sampling: Sampling::Shuffle,

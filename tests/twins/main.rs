@@ -83,7 +83,7 @@ impl<B: Backend> Bed<B> {
             index_ranges: Vec::new(),
             parameters: Vec::new(),
             states: Vec::new(),
-            step: StepContext { seed: 7, micro_step: 3, accumulate: false },
+            step: StepContext { seed: 7, micro_step: 3, part: 0, accumulate: false },
         }
     }
 

@@ -35,10 +35,12 @@ impl<R: Real> Shape<R> {
             let lines = tokens.chunks_exact(g.time.max(1));
             lines.flat_map(|line| line.chunks(LANES).map(|part| mask_lanes(part, padding.pad))).collect()
         });
+        let len = g.batch * g.heads * g.time * g.time;
         Shape {
             geometry: g,
             mask,
-            dropout: dropout.map(|d| (d, Philox::new(step.seed, Purpose::Dropout, d.stream), first_position(step))),
+            dropout: dropout
+                .map(|d| (d, Philox::new(step.seed, Purpose::Dropout, d.stream), first_position(step, len))),
             scale: R::from_f64(1.0 / (g.head_size as f64).sqrt()),
             wide: g.batch * g.kv_heads < rayon::current_num_threads(),
         }

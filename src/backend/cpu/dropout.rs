@@ -10,9 +10,9 @@ use crate::error::Result;
 use crate::random::{Philox, Purpose, to_unit};
 use crate::real::Real;
 
-/// First position of a micro-batch in a dropout stream.
-pub(super) fn first_position(step: &StepContext) -> u64 {
-    step.micro_step << 40
+/// First position in a dropout stream of a part of `len` values of a micro-batch.
+pub(super) fn first_position(step: &StepContext, len: usize) -> u64 {
+    (step.micro_step << 40) + step.part * len as u64
 }
 
 impl<R: Real> Dropout for Cpu<R> {
@@ -23,7 +23,7 @@ impl<R: Real> Dropout for Cpu<R> {
         let stream = Philox::new(step.seed, Purpose::Dropout, args.stream);
         let probability = args.probability as f32;
         let scale = R::from_f64(1.0 / (1.0 - args.probability));
-        let first = first_position(step);
+        let first = first_position(step, x.len());
         y.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).enumerate().for_each(|(piece, (y, x))| {
             const PART: usize = 64;
             let start = first + (piece * PIECE) as u64;

@@ -24,7 +24,11 @@ mod update;
 pub use update::{average, update, update_bf16};
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
+use rayon::prelude::*;
+
+use self::parallel::{PIECE, vectorize};
 use super::{Act, Activations, Arena, Backend, Memory, Op, StepContext};
 use crate::error::{Error, Result};
 use crate::real::Real;
@@ -97,8 +101,49 @@ impl<R: Real> Backend for Cpu<R> {
     fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
         rayon::scope(|_| program.iter().try_for_each(|op| op.run(self, memory, step)))
     }
+
+    fn run_each(
+        &self,
+        program: &[Box<dyn Op<Self>>],
+        memory: &mut Memory<'_, Self>,
+        step: &StepContext,
+        after: &mut (dyn FnMut(&mut Memory<'_, Self>, usize) -> Result<()> + Send),
+    ) -> Result<()> {
+        rayon::scope(|_| {
+            program.iter().enumerate().try_for_each(|(number, op)| {
+                op.run(self, memory, step)?;
+                after(memory, number)
+            })
+        })
+    }
+
+    fn add_to(&self, to: &mut Vec<R>, from: &Vec<R>, elements: Range<usize>) -> Result<()> {
+        let (to, from) = both(to, from, elements)?;
+        to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| {
+            vectorize(
+                #[inline(always)]
+                || to.iter_mut().zip(from).for_each(|(to, &from)| *to = *to + from),
+            );
+        });
+        Ok(())
+    }
+
+    fn copy_to(&self, to: &mut Vec<R>, from: &Vec<R>, elements: Range<usize>) -> Result<()> {
+        let (to, from) = both(to, from, elements)?;
+        to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(())
+    }
 }
 
 fn does_not_fit(len: usize, offset: usize, part: usize) -> Error {
     Error::shape("copy", format!("a part of {len} elements"), format!("{part} elements from {offset} on"))
+}
+
+/// The same elements of two buffers.
+fn both<'a, R>(to: &'a mut [R], from: &'a [R], elements: Range<usize>) -> Result<(&'a mut [R], &'a [R])> {
+    let len = to.len().min(from.len());
+    match (to.get_mut(elements.clone()), from.get(elements.clone())) {
+        (Some(to), Some(from)) => Ok((to, from)),
+        _ => Err(does_not_fit(len, elements.start, elements.len())),
+    }
 }

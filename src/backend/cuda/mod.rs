@@ -46,10 +46,12 @@ pub use recording::Recording;
 pub use step::Queue;
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use self::launch::{Grid, args};
 use super::{Act, Activations, Arena, Backend, Grad, Indices, Memory, Op, Param, State, StepContext};
 use crate::error::{Error, Result};
 use crate::real::Element;
@@ -172,5 +174,28 @@ impl<S: Storage> Backend for Cuda<S> {
 
     fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
         recording::run(self, program, memory, step)
+    }
+
+    fn add_to(&self, to: &mut Buffer<f32>, from: &Buffer<f32>, elements: Range<usize>) -> Result<()> {
+        let (to, from, len) = Self::both(to, from, elements)?;
+        let grid = Grid::elements(self.device(), len, 4);
+        // SAFETY: both hold `len` values; each thread reads its values before it writes them, in the place of the first.
+        unsafe { self.device().launch("elementwise", "add_f32", grid, args![to, from, to, len]) }
+    }
+
+    fn copy_to(&self, to: &mut Buffer<f32>, from: &Buffer<f32>, elements: Range<usize>) -> Result<()> {
+        let (to, from, len) = Self::both(to, from, elements)?;
+        self.device().copy(to, from, len * size_of::<f32>())
+    }
+}
+
+impl<S: Storage> Cuda<S> {
+    /// Where the same elements of two buffers begin, and how many they are.
+    fn both(to: &mut Buffer<f32>, from: &Buffer<f32>, elements: Range<usize>) -> Result<(u64, u64, usize)> {
+        let len = to.len().min(from.len());
+        if elements.start > elements.end || elements.end > len {
+            return Err(Error::shape("copy", format!("a part of {len} elements"), format!("{elements:?}")));
+        }
+        Ok((to.address_of(elements.start), from.address_of(elements.start), elements.len()))
     }
 }

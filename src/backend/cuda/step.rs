@@ -16,7 +16,7 @@ use super::launch::{Grid, args};
 use super::update::{EarlyNorm, Outcome};
 use super::{Cuda, Storage, recording};
 use crate::backend::ops::METRICS;
-use crate::backend::step::{Fill, Finished, LossScale, Pass, UpdateWork, Work, check_len};
+use crate::backend::step::{Fill, Finished, LossScale, Pass, UpdateWork, Work, at_once, check_len};
 use crate::backend::{Arena, Memory};
 use crate::error::{Error, Result};
 use crate::optim::StepOutcome;
@@ -250,6 +250,12 @@ pub(super) fn finished(queue: &mut Queue, wait: bool) -> Result<Option<Finished>
 
 /// What [`crate::backend::ops::Update::submit`] is on a device.
 pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, Cuda<S>>) -> Result<()> {
+    if work.turn.is_some() {
+        // Other processes take part, and not by the device's own means: the host is in between.
+        while queue.take(true)? {}
+        queue.applied = None;
+        return at_once(backend, &mut queue.finished, work);
+    }
     let device = backend.device();
     while queue.slots.len() < SLOTS {
         queue.slots.push(Slot::new(device, work.arena.layout.entries().len())?);
@@ -258,7 +264,7 @@ pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Wor
     while queue.pending.contains(&at) {
         queue.take(true)?;
     }
-    let Work { arena, mut pass, mut update } = work;
+    let Work { arena, mut pass, mut update, .. } = work;
     if let Some(pass) = &mut pass {
         pass.activations.select(at);
         queue.slots[at].copy(device, pass)?;

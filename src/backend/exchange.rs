@@ -1,0 +1,53 @@
+//! What happens between the backward and the update of a step that several processes, or several parts of a batch, make together.
+//!
+//! A backend knows no ranks. It tells an [`Exchange`] how far a pass is; what is done then to gradients, kept tensors and
+//! parameters is the exchange's affair.
+
+use super::{Arena, Backend};
+use crate::error::Result;
+
+/// What is done to the gradients of a step's passes until they are those of the whole batch.
+pub trait Exchange<B: Backend>: Send {
+    /// Whether it only queues work on the device, so that it can stand within the recording of a step. Else the backward is waited
+    /// for before [`Exchange::finish`], and that before the update.
+    fn is_queued(&self) -> bool;
+
+    /// A pass is about to run.
+    ///
+    /// # Errors
+    /// A device or a process that failed.
+    fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: Pass) -> Result<()>;
+
+    /// Operation number `op` of the last pass of a step has run, or is queued: gradients that it wrote last are complete in this
+    /// pass.
+    ///
+    /// # Errors
+    /// A device or a process that failed.
+    fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()>;
+
+    /// A pass has run, or is queued. After the last of a step the gradients are sums over all parts of the batch, or, where the
+    /// update is sharded, this process's range of them is.
+    ///
+    /// # Errors
+    /// A device or a process that failed.
+    fn end(&mut self, backend: &B, arena: &mut Arena<B>, pass: Pass) -> Result<()>;
+
+    /// Numbers of every process, in the order of ranks.
+    ///
+    /// # Errors
+    /// A process that failed.
+    fn gather(&mut self, backend: &B, of_this: &[f64]) -> Result<Vec<f64>>;
+}
+
+/// Which pass of its step this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// The part of the batch, among those of this process.
+    pub part: usize,
+    /// Whether it is the first micro-batch of its part.
+    pub first: bool,
+    /// Whether it is the last micro-batch of its part.
+    pub last: bool,
+    /// Whether it is the last pass of its step.
+    pub ends_step: bool,
+}

@@ -1,0 +1,191 @@
+//! What several processes do together: sums, gatherings, copies from one to all.
+
+use std::ops::Range;
+
+use crate::backend::{HostSlice, Slice};
+use crate::error::{Error, Result};
+
+/// The processes that train one model, and what they do together. Every process makes the same calls in the same order, with slices
+/// of the same length and type.
+///
+/// A collective [on a stream](Collective::is_queued) takes slices of its device, and calls queue their work behind
+/// [`Collective::fork`]; any other takes slices of the host, and calls return when they are done.
+pub trait Collective: Send + Sync {
+    /// What carries it: `MPI`, `NCCL`, `one process`.
+    fn name(&self) -> &'static str;
+
+    /// The number of this process, from 0.
+    fn rank(&self) -> usize;
+
+    /// How many processes there are.
+    fn world(&self) -> usize;
+
+    /// Whether calls with slices of a device queue work that can be recorded with the step.
+    fn is_queued(&self) -> bool {
+        false
+    }
+
+    /// `values = sum over ranks of values`: the same bits in every process.
+    ///
+    /// # Errors
+    /// A process or a network that failed.
+    fn all_reduce_sum(&self, values: Slice<'_>) -> Result<()>;
+
+    /// `values[shards[rank]] = sum over ranks of values[shards[rank]]`; what becomes of the other elements is open. A shard a rank,
+    /// one after the other, without gaps.
+    ///
+    /// # Errors
+    /// A process or a network that failed.
+    fn reduce_scatter_sum(&self, values: Slice<'_>, shards: &[Range<usize>]) -> Result<()>;
+
+    /// `values[shards[r]] = those of rank r`, for every r. A shard a rank, one after the other, without gaps.
+    ///
+    /// # Errors
+    /// A process or a network that failed.
+    fn all_gather(&self, values: Slice<'_>, shards: &[Range<usize>]) -> Result<()>;
+
+    /// `values = those of rank root`.
+    ///
+    /// # Errors
+    /// A process or a network that failed.
+    fn broadcast(&self, values: Slice<'_>, root: usize) -> Result<()>;
+
+    /// Sends `send` to `partner`, and receives `receive` from it, which does the same at the same time.
+    ///
+    /// # Errors
+    /// A process or a network that failed.
+    fn swap(&self, partner: usize, send: Slice<'_>, receive: Slice<'_>) -> Result<()>;
+
+    /// Returns when every process has called it.
+    ///
+    /// # Errors
+    /// A process or a network that failed.
+    fn barrier(&self) -> Result<()>;
+
+    /// Work that is queued from now on by this collective begins after what the device has queued so far.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn fork(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Work that the device queues from now on begins after what this collective has queued so far.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn join(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The slice as one of the host's, where a collective takes no other.
+///
+/// # Errors
+/// A slice of a device.
+pub fn host_slice<'a>(name: &str, values: Slice<'a>) -> Result<HostSlice<'a>> {
+    match values {
+        Slice::Host(values) => Ok(values),
+        Slice::Device(_) => Err(Error::shape(name, "memory of the host", "memory of a device")),
+    }
+}
+
+/// The bytes of every process, in the order of ranks. They may differ in number.
+///
+/// # Errors
+/// A process or a network that failed.
+pub fn gather(collective: &dyn Collective, of_this: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let (rank, world) = (collective.rank(), collective.world());
+    let mut lens = vec![0u8; 8 * world];
+    lens[8 * rank..8 * (rank + 1)].copy_from_slice(&(of_this.len() as u64).to_le_bytes());
+    let each: Vec<Range<usize>> = (0..world).map(|r| 8 * r..8 * (r + 1)).collect();
+    collective.all_gather(lens.as_mut_slice().into(), &each)?;
+    let mut shards = Vec::with_capacity(world);
+    let mut end = 0;
+    for len in lens.as_chunks::<8>().0 {
+        let start = end;
+        end += u64::from_le_bytes(*len) as usize;
+        shards.push(start..end);
+    }
+    let mut all = vec![0u8; end];
+    all[shards[rank].clone()].copy_from_slice(of_this);
+    collective.all_gather(all.as_mut_slice().into(), &shards)?;
+    Ok(shards.into_iter().map(|shard| all[shard].to_vec()).collect())
+}
+
+/// The bytes of process `root`, in all.
+///
+/// # Errors
+/// A process or a network that failed.
+pub fn broadcast(collective: &dyn Collective, root: usize, bytes: &mut Vec<u8>) -> Result<()> {
+    let mut len = (bytes.len() as u64).to_le_bytes();
+    collective.broadcast(len.as_mut_slice().into(), root)?;
+    bytes.resize(u64::from_le_bytes(len) as usize, 0);
+    collective.broadcast(bytes.as_mut_slice().into(), root)
+}
+
+/// What every process got, or the first error of any: all go on, or all end.
+///
+/// # Errors
+/// The process's own error; else [`Error::Peer`] where another process has one, or a network that failed.
+pub fn agree<T>(collective: &dyn Collective, own: Result<T>) -> Result<T> {
+    if collective.world() == 1 {
+        return own;
+    }
+    let told = match &own {
+        Ok(_) => Vec::new(),
+        Err(error) => format!("{}{error}", char::from(error.exit_code())).into_bytes(),
+    };
+    let all = gather(collective, &told)?;
+    let value = own?;
+    match all.iter().position(|told| !told.is_empty()) {
+        None => Ok(value),
+        Some(rank) => Err(Error::Peer {
+            rank,
+            exit_code: all[rank][0],
+            problem: String::from_utf8_lossy(&all[rank][1..]).into_owned(),
+        }),
+    }
+}
+
+/// One process, which has nobody to talk to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Single;
+
+impl Collective for Single {
+    fn name(&self) -> &'static str {
+        "one process"
+    }
+
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world(&self) -> usize {
+        1
+    }
+
+    fn all_reduce_sum(&self, _: Slice<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn reduce_scatter_sum(&self, _: Slice<'_>, _: &[Range<usize>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn all_gather(&self, _: Slice<'_>, _: &[Range<usize>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn broadcast(&self, _: Slice<'_>, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn swap(&self, partner: usize, _: Slice<'_>, _: Slice<'_>) -> Result<()> {
+        Err(Error::shape("swap", "a partner among 1 process", format!("process {partner}")))
+    }
+
+    fn barrier(&self) -> Result<()> {
+        Ok(())
+    }
+}
