@@ -39,7 +39,8 @@ fn a_batch_larger_than_the_split_is_refused_with_the_size_that_fits() -> TestRes
     options.drop_last = Some(false);
     let batch = open(&options, None, 1)?.train_batches(4, 1, 0)?.next().ok_or("no batch")??;
     assert_eq!(batch.samples, 3);
-    let processes = Share { rank: 2, world: 2 };
+    // A batch of one sample cannot be shared by two processes.
+    let processes = Share::of_rank(1, 2);
     let wrong = warpstep::data::SamplerOptions {
         accumulate: 1,
         batch_size: 1,
