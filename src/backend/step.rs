@@ -30,6 +30,46 @@ pub struct Turn<'a, B: Backend> {
     pub exchange: &'a mut dyn Exchange<B>,
     /// Which pass it is.
     pub pass: PassOfStep,
+    /// What this process found in the step so far. Metrics are added where the host has them before the step goes on.
+    pub found: &'a mut Found,
+}
+
+/// What a process found in the passes of a step, and tells all others with its gradients.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Found {
+    /// Whether it raised its flag.
+    pub flag: bool,
+    /// Samples of its passes.
+    pub samples: u64,
+    /// Metrics of its passes, in their order.
+    pub metrics: Vec<[f64; METRICS]>,
+}
+
+impl<B: Backend> Turn<'_, B> {
+    /// Takes the metrics of the pass, which has ended; at the end of the step, gives what every process found, in the order of
+    /// ranks, through the host.
+    ///
+    /// # Errors
+    /// A process that failed.
+    pub(super) fn finish(self, metrics: Option<[f64; METRICS]>) -> Result<Vec<Found>> {
+        let Turn { exchange, pass, found } = self;
+        found.metrics.push(metrics.unwrap_or_default());
+        if !pass.ends_step {
+            return Ok(Vec::new());
+        }
+        let (rank, world) = exchange.place();
+        let mut own = vec![f64::from(u8::from(found.flag)), found.samples as f64];
+        own.extend(found.metrics.as_flattened());
+        let mut all = vec![0f64; own.len() * world];
+        all[rank * own.len()..(rank + 1) * own.len()].copy_from_slice(&own);
+        exchange.gather(all.as_mut_slice().into())?;
+        let of_process = |numbers: &[f64]| Found {
+            flag: numbers[0] != 0.0,
+            samples: numbers[1] as u64,
+            metrics: numbers[2..].as_chunks().0.to_vec(),
+        };
+        Ok(all.chunks(own.len()).map(of_process).collect())
+    }
 }
 
 /// Forward and backward of a micro-batch.
@@ -70,6 +110,8 @@ pub struct UpdateWork<'a, B: Backend> {
 pub struct Finished {
     /// The program's metrics, where it ran and has any.
     pub metrics: Option<[f64; METRICS]>,
+    /// What every process found in the step that this ended, in the order of ranks; empty where none had a turn.
+    pub processes: Vec<Found>,
     /// What the update found, where there was one.
     pub outcome: Option<StepOutcome>,
     /// The sum of squares of each tensor's gradients at that update ([`Update::norm_squares`]); else empty.
@@ -139,15 +181,15 @@ impl<B: Backend> Pass<'_, B> {
         mut self,
         backend: &B,
         arena: &mut Arena<B>,
-        turn: Option<Turn<'_, B>>,
+        turn: Option<&mut Turn<'_, B>>,
     ) -> Result<Option<[f64; METRICS]>> {
         self.fill(backend)?;
         let (ops, context) = (self.ops, self.context);
         let mut memory = Memory { arena, activations: &mut *self.activations };
         match turn {
             None => backend.run(ops, &mut memory, &context)?,
-            Some(Turn { exchange, pass }) => {
-                exchange.begin(backend, memory.arena, pass)?;
+            Some(Turn { exchange, pass, .. }) => {
+                exchange.begin(backend, memory.arena, *pass)?;
                 if pass.ends_step {
                     backend.run_each(ops, &mut memory, &context, &mut |memory, op| {
                         exchange.after_op(backend, memory.arena, op)
@@ -155,7 +197,7 @@ impl<B: Backend> Pass<'_, B> {
                 } else {
                     backend.run(ops, &mut memory, &context)?;
                 }
-                exchange.end(backend, memory.arena, pass)?;
+                exchange.end(backend, memory.arena, *pass)?;
             }
         }
         let Some(act) = self.metrics else { return Ok(None) };
@@ -170,11 +212,12 @@ impl<B: Backend> Pass<'_, B> {
 /// # Errors
 /// A batch of another shape, or what the device reports.
 pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: Work<'_, B>) -> Result<()> {
-    let Work { arena, pass, turn, update } = work;
+    let Work { arena, pass, mut turn, update } = work;
     let metrics = match pass {
-        Some(pass) => pass.run_in_turn(backend, arena, turn)?,
+        Some(pass) => pass.run_in_turn(backend, arena, turn.as_mut())?,
         None => None,
     };
+    let processes = turn.map_or(Ok(Vec::new()), |turn| turn.finish(metrics))?;
     let outcome = match update {
         Some(UpdateWork { plan, params, average }) => {
             let outcome = backend.update(arena, plan, &params)?;
@@ -186,6 +229,6 @@ pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: 
         None => None,
     };
     let norm_squares = if outcome.is_some() { backend.norm_squares(arena)? } else { Vec::new() };
-    finished.push_back(Finished { metrics, outcome, norm_squares });
+    finished.push_back(Finished { metrics, processes, outcome, norm_squares });
     Ok(())
 }

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 
 use super::RunFileArgs;
+use super::team::local_rank;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::auto::{Choice, Machine, choose};
-use crate::backend::cuda::{Cuda, Device, DeviceOptions, emulated, is_embedded};
+use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count, emulated, is_embedded};
 use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
 use crate::error::{Error, Result};
@@ -67,7 +68,7 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
     let ordinal = match run.device {
         DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
         DeviceChoice::Auto => match choose(&Machine::look(), run.model.has_convolutions()) {
-            Choice::Cuda(ordinal) => ordinal,
+            Choice::Cuda(ordinal) => own_device().unwrap_or(ordinal),
             Choice::Cpu(reason) => {
                 if run.precision != Precision::F32 {
                     return Err(run.locate(Error::config(
@@ -84,7 +85,7 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
                 return Ok(Opened::Cpu(Cpu::new()));
             }
         },
-        DeviceChoice::Cuda(ordinal) => ordinal as usize,
+        DeviceChoice::Cuda(ordinal) => ordinal.map_or_else(|| own_device().unwrap_or(0), |ordinal| ordinal as usize),
         DeviceChoice::Emulated => {
             if !is_embedded() {
                 // NVRTC takes the emulated driver for a real one, and does not survive it.
@@ -101,7 +102,7 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
                 );
                 return Err(emulated::start_again());
             }
-            0
+            own_device().unwrap_or(0)
         }
     };
     let tf32 = run.precision == Precision::Tf32;
@@ -113,6 +114,11 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
         Precision::F16 => Opened::CudaF16(Cuda::new(device)),
         Precision::F32 | Precision::Tf32 => Opened::Cuda(Cuda::new(device)),
     })
+}
+
+/// The device of this process, where several of a machine were started: each its own, but where each sees no other.
+fn own_device() -> Option<usize> {
+    local_rank().filter(|_| device_count() > 1)
 }
 
 /// Opens the data of a run file.

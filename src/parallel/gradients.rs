@@ -1,8 +1,8 @@
 //! The gradients of a whole batch out of those of its parts, in one process or several.
 //!
 //! Within a process the parts' gradients are summed as a binary tree: `((0 + 1) + (2 + 3)) + ..`, each left sum kept until its right
-//! one is there. Between processes, buckets of the last part are summed as the backward finishes them, by a thread of their own
-//! where the collective is one of the host, while the backward goes on.
+//! one is there. Between processes, buckets of the last part are summed as the backward finishes them, while it goes on: on the
+//! collective's own stream where it has one, which the step's recording takes in; else by a thread of the host.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use half::bf16;
 
 use super::buckets::Bucket;
 use super::collective::Collective;
-use super::tree::tree_sum;
-use crate::backend::{Arena, Backend, Exchange, PassOfStep};
+use super::tree::{room_of_tree, tree_sum};
+use crate::backend::{Arena, Backend, Exchange, PassOfStep, Slice};
 use crate::error::{Error, Result};
 use crate::plan::Share;
 
@@ -51,7 +51,7 @@ pub struct Gradients<B: Backend> {
     /// Kept tensors: as they were when the step began, and sums of left halves.
     before: Option<B::Buffer<f32>>,
     left_state: Vec<B::Buffer<f32>>,
-    reducer: Reducer,
+    reducer: Reducer<B>,
     /// Memory for values on their way.
     spare: Vec<Vec<f32>>,
 }
@@ -62,8 +62,10 @@ impl<B: Backend<Real = f32>> Gradients<B> {
     /// # Errors
     /// A thread that cannot be started.
     pub fn new(options: GradientsOptions, collective: Arc<dyn Collective>, buckets: Vec<Bucket>) -> Result<Self> {
-        let sum = Sum { collective: Arc::clone(&collective), tree: options.share.reproducible, wire: options.wire };
-        let reducer = if options.overlap && collective.world() > 1 {
+        let sum = Sum { collective: Arc::clone(&collective), tree: options.share.reproducible };
+        let reducer = if collective.is_queued() {
+            Reducer::Queued(sum, None)
+        } else if options.overlap && collective.world() > 1 {
             Reducer::Thread(Worker::start(sum)?)
         } else {
             Reducer::Here(sum, Vec::new())
@@ -81,6 +83,12 @@ impl<B: Backend<Real = f32>> Gradients<B> {
         })
     }
 
+    /// Whether gradients go through the collective: with one process alone where that is one of a device, so that what is recorded
+    /// is the same at any number.
+    fn reduces(&self) -> bool {
+        self.collective.world() > 1 || self.collective.is_queued()
+    }
+
     /// Takes up the buckets that are complete after an operation.
     fn take_up(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
         while let Some(Bucket { elements, .. }) = self.buckets.get(self.next).filter(|bucket| bucket.after <= op) {
@@ -88,22 +96,28 @@ impl<B: Backend<Real = f32>> Gradients<B> {
             for left in &self.left[..levels(self.options.share.count)] {
                 backend.add_to(&mut arena.gradients, left, elements.clone())?;
             }
-            if self.collective.world() > 1 {
-                let mut values = self.spare.pop().unwrap_or_default();
-                values.resize(elements.len(), 0.0);
-                backend.download(&arena.gradients, elements.start, &mut values)?;
-                self.reducer.take(self.next, values)?;
+            match &mut self.reducer {
+                Reducer::Queued(sum, room) => {
+                    sum.queue(backend, &mut arena.gradients, elements, room, self.options.wire)?;
+                }
+                Reducer::Here(..) | Reducer::Thread(_) if self.collective.world() > 1 => {
+                    let mut values = self.spare.pop().unwrap_or_default();
+                    values.resize(elements.len(), 0.0);
+                    backend.download(&arena.gradients, elements.start, &mut values)?;
+                    self.reducer.take(Piece { bucket: self.next, values, wire: self.options.wire })?;
+                }
+                Reducer::Here(..) | Reducer::Thread(_) => {}
             }
             self.next += 1;
         }
         Ok(())
     }
 
-    /// Writes back the buckets that were summed.
+    /// Writes back the buckets that the host summed.
     fn collect(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-        if self.collective.world() > 1 {
+        if self.collective.world() > 1 && !self.collective.is_queued() {
             for _ in 0..self.buckets.len() {
-                let (bucket, values) = self.reducer.give()?;
+                let Piece { bucket, values, .. } = self.reducer.give()?;
                 backend.upload(&mut arena.gradients, self.buckets[bucket].elements.start, &values)?;
                 self.spare.push(values);
             }
@@ -111,8 +125,9 @@ impl<B: Backend<Real = f32>> Gradients<B> {
         Ok(())
     }
 
-    /// Makes kept tensors, which each part moved from the same place, the mean of what the parts made of them.
-    fn mean_state(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+    /// Sums kept tensors over the parts, in f32 whatever gradients are sent as: they are kept, and small steps of theirs would be
+    /// rounded away for good.
+    fn sum_state(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
         let len = arena.state_layout.padded_len();
         if len == 0 {
             return Ok(());
@@ -120,14 +135,29 @@ impl<B: Backend<Real = f32>> Gradients<B> {
         for left in &self.left_state[..levels(self.options.share.count)] {
             backend.add_to(&mut arena.state, left, 0..len)?;
         }
-        let mut values = vec![0f32; len];
-        backend.download(&arena.state, 0, &mut values)?;
-        if self.collective.world() > 1 {
-            self.reducer.sum(&mut values)?;
+        match &mut self.reducer {
+            Reducer::Queued(sum, room) => sum.queue(backend, &mut arena.state, 0..len, room, Wire::F32),
+            Reducer::Here(..) | Reducer::Thread(_) if self.collective.world() > 1 => {
+                let mut values = vec![0f32; len];
+                backend.download(&arena.state, 0, &mut values)?;
+                self.reducer.take(Piece { bucket: 0, values, wire: Wire::F32 })?;
+                backend.upload(&mut arena.state, 0, &self.reducer.give()?.values)
+            }
+            Reducer::Here(..) | Reducer::Thread(_) => Ok(()),
         }
-        let parts = self.options.share.of as f32;
-        values.iter_mut().for_each(|value| *value /= parts);
-        backend.upload(&mut arena.state, 0, &values)
+    }
+
+    /// Makes room for sums on the device, before anything is recorded.
+    fn make_room(&mut self, backend: &B, arena: &Arena<B>) -> Result<()> {
+        if let Reducer::Queued(sum, room @ None) = &mut self.reducer {
+            let lens = self.buckets.iter().map(|bucket| bucket.elements.len());
+            let largest = lens.max().unwrap_or(0);
+            let state = sum.room(arena.state_layout.padded_len(), Wire::F32);
+            let [wide, narrow] = sum.room(largest, self.options.wire);
+            let (wide, narrow) = (backend.allocate(wide.max(state[0]))?, backend.allocate(narrow)?);
+            *room = Some(Room { wide, narrow });
+        }
+        Ok(())
     }
 }
 
@@ -156,10 +186,15 @@ fn fold<B: Backend<Real = f32>>(
 
 impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
     fn is_queued(&self) -> bool {
-        false
+        !self.reduces() || self.collective.is_queued()
+    }
+
+    fn place(&self) -> (usize, usize) {
+        (self.collective.rank(), self.collective.world())
     }
 
     fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
+        self.make_room(backend, arena)?;
         let len = arena.state_layout.padded_len();
         if !pass.first || len == 0 {
             return Ok(());
@@ -175,15 +210,19 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
     }
 
     fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
-        self.take_up(backend, arena, op)
+        if self.options.overlap { self.take_up(backend, arena, op) } else { Ok(()) }
     }
 
     fn end(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
         if pass.ends_step {
             self.take_up(backend, arena, usize::MAX)?;
-            self.collect(backend, arena)?;
             self.next = 0;
-            return self.mean_state(backend, arena);
+            self.collect(backend, arena)?;
+            self.sum_state(backend, arena)?;
+            self.collective.join()?;
+            // Each part moved kept tensors from the same place: they become the mean of what the parts made of them.
+            let (len, parts) = (arena.state_layout.padded_len(), self.options.share.of as f32);
+            return if len > 0 { backend.divide(&mut arena.state, parts, 0..len) } else { Ok(()) };
         }
         if pass.last {
             let len = arena.layout.padded_len();
@@ -196,13 +235,16 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
         Ok(())
     }
 
-    fn gather(&mut self, _: &B, of_this: &[f64]) -> Result<Vec<f64>> {
-        let (rank, world, len) = (self.collective.rank(), self.collective.world(), of_this.len());
-        let mut all = vec![0f64; world * len];
-        all[rank * len..(rank + 1) * len].copy_from_slice(of_this);
-        let shards: Vec<Range<usize>> = (0..world).map(|r| r * len..(r + 1) * len).collect();
-        self.collective.all_gather(all.as_mut_slice().into(), &shards)?;
-        Ok(all)
+    fn gather(&mut self, values: Slice<'_>) -> Result<()> {
+        let world = self.collective.world();
+        let each = values.len() / world;
+        let shards: Vec<Range<usize>> = (0..world).map(|rank| rank * each..(rank + 1) * each).collect();
+        self.collective.fork()?;
+        self.collective.all_gather(values, &shards)
+    }
+
+    fn join(&mut self) -> Result<()> {
+        self.collective.join()
     }
 }
 
@@ -210,65 +252,102 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
 struct Sum {
     collective: Arc<dyn Collective>,
     tree: bool,
-    wire: Wire,
+}
+
+/// Memory for what is on its way: other processes' values, and values rounded to bf16.
+struct Room<B: Backend> {
+    wide: B::Buffer<f32>,
+    narrow: B::Buffer<bf16>,
 }
 
 impl Sum {
-    fn over_processes(&self, values: &mut [f32], room: &mut Vec<f32>) -> Result<()> {
-        if self.tree {
-            return tree_sum(&*self.collective, values, room);
+    /// Elements of room in f32 and in bf16 for a sum of so many values.
+    fn room(&self, len: usize, wire: Wire) -> [usize; 2] {
+        match wire {
+            Wire::F32 if self.tree => [room_of_tree(len), 0],
+            Wire::F32 => [0, 0],
+            Wire::Bf16 => [0, len],
         }
-        match self.wire {
-            Wire::F32 => self.collective.all_reduce_sum(values.into()),
+    }
+
+    fn over_processes(&self, mut values: Slice<'_>, wire: Wire, wide: Slice<'_>, mut narrow: Slice<'_>) -> Result<()> {
+        let len = values.len();
+        match wire {
+            Wire::F32 if self.tree => tree_sum(&*self.collective, values, wide),
+            Wire::F32 => self.collective.all_reduce_sum(values),
             Wire::Bf16 => {
-                let mut rounded: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
-                self.collective.all_reduce_sum(rounded.as_mut_slice().into())?;
-                values.iter_mut().zip(rounded).for_each(|(value, sum)| *value = sum.to_f32());
-                Ok(())
+                self.collective.convert(narrow.part(0..len)?, values.part(0..len)?)?;
+                self.collective.all_reduce_sum(narrow.part(0..len)?)?;
+                self.collective.convert(values, narrow.part(0..len)?)
             }
         }
     }
+
+    /// Sums values of the host.
+    fn on_host(&self, piece: &mut Piece, wide: &mut Vec<f32>, narrow: &mut Vec<bf16>) -> Result<()> {
+        let [w, n] = self.room(piece.values.len(), piece.wire);
+        wide.resize(w.max(wide.len()), 0.0);
+        narrow.resize(n.max(narrow.len()), bf16::ZERO);
+        let (wide, narrow) = (wide.as_mut_slice().into(), narrow.as_mut_slice().into());
+        self.over_processes(piece.values.as_mut_slice().into(), piece.wire, wide, narrow)
+    }
+
+    /// Queues the sum of some values of the device, behind what it has queued.
+    fn queue<B: Backend<Real = f32>>(
+        &self,
+        backend: &B,
+        values: &mut B::Buffer<f32>,
+        elements: Range<usize>,
+        room: &mut Option<Room<B>>,
+        wire: Wire,
+    ) -> Result<()> {
+        let Some(Room { wide, narrow }) = room else {
+            return Err(Error::Training("gradients are summed in a pass that has not begun".into()));
+        };
+        let [w, n] = self.room(elements.len(), wire);
+        self.collective.fork()?;
+        let (wide, narrow) = (backend.slice(wide, 0..w)?, backend.slice(narrow, 0..n)?);
+        self.over_processes(backend.slice(values, elements)?, wire, wide, narrow)
+    }
 }
 
-/// Who sums buckets over processes.
-enum Reducer {
+/// Values of the host to be summed, or summed.
+struct Piece {
+    bucket: usize,
+    values: Vec<f32>,
+    wire: Wire,
+}
+
+/// Who sums over processes.
+enum Reducer<B: Backend> {
     /// The caller, at once.
-    Here(Sum, Vec<(usize, Vec<f32>)>),
+    Here(Sum, Vec<Piece>),
     /// A thread, while the caller goes on.
     Thread(Worker),
+    /// The device, whose room is made when its first pass begins.
+    Queued(Sum, Option<Room<B>>),
 }
 
-impl Reducer {
-    /// Begins the sum of a bucket.
-    fn take(&mut self, bucket: usize, mut values: Vec<f32>) -> Result<()> {
+impl<B: Backend> Reducer<B> {
+    /// Begins the sum of values of the host.
+    fn take(&mut self, mut piece: Piece) -> Result<()> {
         match self {
             Reducer::Here(sum, done) => {
-                sum.over_processes(&mut values, &mut Vec::new())?;
-                done.push((bucket, values));
+                sum.on_host(&mut piece, &mut Vec::new(), &mut Vec::new())?;
+                done.push(piece);
                 Ok(())
             }
-            Reducer::Thread(worker) => worker.send(bucket, values),
+            Reducer::Thread(worker) => worker.send(piece),
+            Reducer::Queued(..) => Err(gone()),
         }
     }
 
-    /// A bucket that was summed.
-    fn give(&mut self) -> Result<(usize, Vec<f32>)> {
+    /// Values that were summed.
+    fn give(&mut self) -> Result<Piece> {
         match self {
             Reducer::Here(_, done) => done.pop().ok_or_else(gone),
             Reducer::Thread(worker) => worker.done.recv().map_err(|_| gone())?,
-        }
-    }
-
-    /// Sums values while nothing else is on its way.
-    fn sum(&mut self, values: &mut [f32]) -> Result<()> {
-        match self {
-            Reducer::Here(sum, _) => sum.over_processes(values, &mut Vec::new()),
-            Reducer::Thread(worker) => {
-                worker.send(0, values.to_vec())?;
-                let (_, sums) = worker.done.recv().map_err(|_| gone())??;
-                values.copy_from_slice(&sums);
-                Ok(())
-            }
+            Reducer::Queued(..) => Err(gone()),
         }
     }
 }
@@ -280,21 +359,21 @@ fn gone() -> Error {
 /// A thread that sums buckets over processes, in the order in which they are sent to it.
 struct Worker {
     /// None once it is to end.
-    to: Option<Sender<(usize, Vec<f32>)>>,
-    done: Receiver<Result<(usize, Vec<f32>)>>,
+    to: Option<Sender<Piece>>,
+    done: Receiver<Result<Piece>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
     fn start(sum: Sum) -> Result<Self> {
-        let (to, work) = channel::<(usize, Vec<f32>)>();
+        let (to, work) = channel::<Piece>();
         let (finished, done) = channel();
         let thread = std::thread::Builder::new()
             .name("gradients".into())
             .spawn(move || {
-                let mut room = Vec::new();
-                for (bucket, mut values) in work {
-                    let result = sum.over_processes(&mut values, &mut room).map(|()| (bucket, values));
+                let (mut wide, mut narrow) = (Vec::new(), Vec::new());
+                for mut piece in work {
+                    let result = sum.on_host(&mut piece, &mut wide, &mut narrow).map(|()| piece);
                     let failed = result.is_err();
                     if finished.send(result).is_err() || failed {
                         return;
@@ -305,9 +384,9 @@ impl Worker {
         Ok(Worker { to: Some(to), done, thread: Some(thread) })
     }
 
-    fn send(&self, bucket: usize, values: Vec<f32>) -> Result<()> {
+    fn send(&self, piece: Piece) -> Result<()> {
         match &self.to {
-            Some(to) => to.send((bucket, values)).map_err(|_| gone()),
+            Some(to) => to.send(piece).map_err(|_| gone()),
             None => Err(gone()),
         }
     }

@@ -8,6 +8,7 @@ mod collective;
 mod gradients;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod nccl;
 mod options;
 mod tree;
 
@@ -16,5 +17,6 @@ pub use collective::{Collective, Single, agree, broadcast, gather, host_slice};
 pub use gradients::{Gradients, GradientsOptions, Wire};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+pub use nccl::{ID_BYTES, Nccl};
 pub use options::ParallelOptions;
-pub use tree::tree_sum;
+pub use tree::{room_of_tree, tree_sum};

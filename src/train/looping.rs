@@ -81,7 +81,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             ema: run.options.ema,
             seed: run.options.seed,
         })?;
-        if share.of > 1 {
+        if share.of > 1 || collective.is_queued() {
             let arena = trainer.arena();
             let buckets =
                 buckets(&trainer.program().ops, &arena.ranges, &arena.layout, run.parallel.bucket_elements())?;

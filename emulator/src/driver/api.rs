@@ -548,7 +548,9 @@ pub unsafe extern "C" fn cuStreamEndCapture(stream: usize, to: *mut usize) -> c_
         let stream = state().streams.get(stream)?;
         let mut stream = lock(&stream);
         let Some((capture, true)) = stream.capture.take() else { return Err(status::STREAM_CAPTURE_UNMATCHED) };
+        drop(stream);
         CAPTURING.set(None);
+        state().release(&capture);
         let capture = std::mem::take(&mut *lock(&capture));
         if capture.invalid {
             // SAFETY: as the driver's callers promise.

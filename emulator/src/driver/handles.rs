@@ -25,6 +25,11 @@ impl<T: Clone> Table<T> {
         handle
     }
 
+    /// All objects.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.objects.values()
+    }
+
     pub fn get(&self, handle: usize) -> Call<T> {
         self.objects.get(&handle).cloned().ok_or(status::INVALID_HANDLE)
     }

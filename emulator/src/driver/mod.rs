@@ -152,6 +152,24 @@ pub(crate) struct State {
     pub broken: HashMap<u32, i32>,
 }
 
+impl State {
+    /// Streams and events that a capture drew in leave it, as it has ended.
+    fn release(&self, capture: &Shared<Capture>) {
+        for stream in self.streams.iter() {
+            let mut stream = lock(stream);
+            if stream.capture.as_ref().is_some_and(|(drawn_into, _)| Arc::ptr_eq(drawn_into, capture)) {
+                stream.capture = None;
+            }
+        }
+        for event in self.events.iter() {
+            let mut event = lock(event);
+            if event.capture.as_ref().is_some_and(|drawn_into| Arc::ptr_eq(drawn_into, capture)) {
+                event.capture = None;
+            }
+        }
+    }
+}
+
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
