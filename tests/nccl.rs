@@ -6,6 +6,7 @@ mod common;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -121,7 +122,7 @@ impl Place {
     }
 
     /// So many processes, as a launcher starts them.
-    fn start(&self, name: &str, world: usize, set: &[&str]) -> Vec<Child> {
+    fn start(&self, name: &str, world: usize, set: &[&str], more: &[&str]) -> Vec<Child> {
         let port = free_port().to_string();
         let process = |rank: usize| {
             let rank = rank.to_string();
@@ -134,15 +135,19 @@ impl Place {
                 ("WARPSTEP_EMULATOR_DEVICES", world.to_string()),
             ];
             let mut command = self.command(name, set);
-            command.envs(environment).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.args(more).envs(environment).stdout(Stdio::piped()).stderr(Stdio::piped());
             command.spawn().unwrap()
         };
         (0..world).map(process).collect()
     }
 
     fn together(&self, name: &str, world: usize, set: &[&str]) -> PathBuf {
+        self.run(name, world, set, &[])
+    }
+
+    fn run(&self, name: &str, world: usize, set: &[&str], more: &[&str]) -> PathBuf {
         let ran: Vec<Output> =
-            self.start(name, world, set).into_iter().map(|process| process.wait_with_output().unwrap()).collect();
+            self.start(name, world, set, more).into_iter().map(|process| process.wait_with_output().unwrap()).collect();
         let told: Vec<String> = ran.iter().map(common::stderr).collect();
         assert!(ran.iter().all(|ran| ran.status.success()), "{told:#?}");
         self.out(name)
@@ -226,6 +231,49 @@ fn reproducible_runs_have_the_same_bits_in_one_two_and_four_processes() {
         for world in [2, 4] {
             assert_same(&format!("{world} processes"), &place.together(&format!("{world}"), world, &set), &one);
         }
+    }
+}
+
+#[test]
+fn a_run_goes_on_in_another_number_of_processes_with_the_same_bits() {
+    if !is_there() {
+        return;
+    }
+    let set = ["run.reproducible=true", "parallel.parts=4", "optimizer.rule=\"adamw\"", "optimizer.ema=0.9"];
+    let place = Place::new(&MLP.replace("momentum = 0.9\n", ""));
+    let whole = place.alone("whole", &set);
+    let stopped = place.together("stopped", 4, &set);
+    // As if it had been stopped there.
+    std::fs::remove_dir_all(stopped.join("checkpoints/step-00000006")).unwrap();
+    std::fs::write(stopped.join("checkpoints/latest"), "step-00000003").unwrap();
+    assert_same("resumed", &place.run("stopped", 2, &set, &["--resume"]), &whole);
+}
+
+/// Waits until a run has told of so many steps.
+fn wait_for_steps(run: &Path, steps: usize) {
+    let told = || std::fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
+    while told() < steps {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_process_that_is_killed_ends_the_others_with_a_sentence() {
+    if !is_there() {
+        return;
+    }
+    for killed in [0, 1] {
+        let place = Place::new(MLP);
+        let mut processes = place.start("killed", 2, &["run.steps=100000", "evaluate.every_steps=100000"], &[]);
+        wait_for_steps(&place.out("killed"), 8);
+        let mut gone = processes.remove(killed);
+        gone.kill().unwrap();
+        gone.wait().unwrap();
+        let other = processes.remove(0).wait_with_output().unwrap();
+        let told = common::stderr(&other);
+        assert_eq!(other.status.code(), Some(1), "{told}");
+        let last = told.lines().last().unwrap_or_default();
+        assert!(last.starts_with("error: NCCL cannot"), "{told}");
     }
 }
 

@@ -49,7 +49,8 @@ pub fn tree_sum(collective: &dyn Collective, mut values: Slice<'_>, mut room: Sl
 
 /// Elements that [`tree_sum`] of so many needs besides.
 pub fn room_of_tree(len: usize) -> usize {
-    middle(&(0..len)).max(len / 2)
+    let middle = middle(&(0..len));
+    middle.max(len - middle)
 }
 
 /// Where a range is cut in two.

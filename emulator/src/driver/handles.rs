@@ -25,9 +25,9 @@ impl<T: Clone> Table<T> {
         handle
     }
 
-    /// All objects.
-    pub fn iter(&self) -> impl Iterator<Item = &T> {
-        self.objects.values()
+    /// All objects and their handles.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &T)> {
+        self.objects.iter().map(|(&handle, object)| (handle, object))
     }
 
     pub fn get(&self, handle: usize) -> Call<T> {

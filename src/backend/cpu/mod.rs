@@ -122,7 +122,7 @@ impl<R: Real> Backend for Cpu<R> {
         to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| {
             vectorize(
                 #[inline(always)]
-                || to.iter_mut().zip(from).for_each(|(to, &from)| *to = *to + from),
+                || to.iter_mut().zip(from).for_each(|(to, &from)| *to += from),
             );
         });
         Ok(())
@@ -138,7 +138,7 @@ impl<R: Real> Backend for Cpu<R> {
         let len = values.len();
         let values =
             values.get_mut(elements.clone()).ok_or_else(|| does_not_fit(len, elements.start, elements.len()))?;
-        values.iter_mut().for_each(|value| *value = *value / divisor);
+        values.iter_mut().for_each(|value| *value /= divisor);
         Ok(())
     }
 

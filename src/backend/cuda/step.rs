@@ -323,8 +323,9 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
         params.check()?;
         (scalars.learning_rate, scalars.divisor) = (params.learning_rate, params.divisor);
         let (prepared, _) = backend.arrays(arena, plan)?;
-        // With steps in flight the device alone knows how many were applied.
-        let known = queue.pending.is_empty() && queue.finished.is_empty();
+        // With updates in flight the device alone knows how many were applied.
+        let known = queue.pending.iter().all(|&at| !queue.slots[at].leaves[1])
+            && queue.finished.iter().all(|finished| finished.outcome.is_none());
         prepared.expect_applied((known && queue.applied != Some(params.step - 1)).then_some(params.step - 1))?;
         queue.applied = None;
     }
