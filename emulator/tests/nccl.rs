@@ -331,7 +331,8 @@ fn a_capture_draws_in_another_stream_and_gives_it_back_when_that_is_joined() {
         // SAFETY: handles that the driver gave, and room for each; buffers of as many values as each call takes.
         unsafe {
             ok(cuStreamCreate(&mut main, 1));
-            [&mut forked, &mut joined].map(|event| ok(cuEventCreate(event, 2)));
+            ok(cuEventCreate(&mut forked, 2));
+            ok(cuEventCreate(&mut joined, 2));
             let fork = |after: bool| {
                 ok(cuStreamBeginCapture_v2(main, 0));
                 ok(cuEventRecord(forked, main));

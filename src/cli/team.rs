@@ -7,11 +7,15 @@ use std::time::{Duration, Instant};
 
 use super::assemble::Opened;
 use crate::backend::cuda::Device;
+use crate::backend::cuda::libraries::Library;
 use crate::error::{Error, Result};
 use crate::parallel::{Collective, ID_BYTES, Nccl, Single};
 
 /// How long processes wait for each other to start.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where `mpirun` leaves the number of processes.
+const MPI_WORLD: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 
 /// A number that a launcher left in the environment, under the first of these names.
 fn told(names: &[&str]) -> Option<usize> {
@@ -29,7 +33,7 @@ pub(crate) fn local_rank() -> Option<usize> {
 /// Several processes that this build, or this device, has no engine for.
 pub(crate) fn join(device: &Opened) -> Result<Arc<dyn Collective>> {
     match device {
-        Opened::Cpu(_) => match told(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]).unwrap_or(1) {
+        Opened::Cpu(_) => match told(&MPI_WORLD).unwrap_or(1) {
             1 => Ok(Arc::new(Single)),
             world => over_mpi(world),
         },
@@ -42,6 +46,10 @@ pub(crate) fn join(device: &Opened) -> Result<Arc<dyn Collective>> {
 /// GPUs; one alone too, where a launcher says that it is one of one.
 fn over_nccl(device: &Arc<Device>) -> Result<Arc<dyn Collective>> {
     let Some(world) = told(&["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"]) else { return Ok(Arc::new(Single)) };
+    if cfg!(feature = "mpi") && told(&MPI_WORLD).is_some() && !Library::Nccl.is_present() {
+        eprintln!("NCCL was not found: GPUs exchange gradients by MPI, through the host; `warpstep doctor` tells more");
+        return over_mpi(world);
+    }
     let rank = told(&["RANK", "OMPI_COMM_WORLD_RANK"]).filter(|&rank| rank < world);
     let rank = rank.ok_or_else(|| Error::Device(format!("WORLD_SIZE is {world}; expected RANK, a number below it")))?;
     let own = if rank == 0 { Nccl::unique_id()? } else { [0; ID_BYTES] };
