@@ -191,9 +191,24 @@ fn gradients_sent_in_bf16_and_sums_that_do_not_overlap_train_alike() {
     trained(2, &file, &out("waits"), &["--set", "parallel.overlap=false"]);
     trained(2, &file, &out("bf16"), &["--set", "parallel.reduce=\"bf16\""]);
     assert_eq!(curve(&out("waits")), curve(&out("f32")), "the order of sums does not depend on when they are taken");
-    let apart = curve(&out("f32")).iter().zip(curve(&out("bf16"))).map(|((_, a), (_, b))| (a - b).abs());
+    let apart = curve(&out("f32")).into_iter().zip(curve(&out("bf16"))).map(|((_, a), (_, b))| (a - b).abs());
     let apart = apart.fold(0.0, f64::max);
     assert!(apart > 0.0 && apart < 0.02, "{apart}");
+}
+
+/// Makes a run what it was when it had just written the checkpoint of `step`, as if all its processes had been killed then.
+fn kill_after(out: &Path, step: u64) {
+    let checkpoints = out.join("checkpoints");
+    let name = format!("step-{step:08}");
+    for entry in std::fs::read_dir(&checkpoints).unwrap().flatten() {
+        if entry.path().is_dir() && entry.file_name().to_str().unwrap() > name.as_str() {
+            std::fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
+    assert!(checkpoints.join(&name).is_dir());
+    std::fs::write(checkpoints.join("latest"), name + "\n").unwrap();
+    let _ = std::fs::remove_file(checkpoints.join("best"));
+    std::fs::remove_file(out.join("summary.json")).unwrap();
 }
 
 #[test]
@@ -205,20 +220,13 @@ fn a_run_that_moves_from_four_processes_to_two_and_one_ends_with_the_bits_of_one
     write_text(folder.path());
     let file = write(folder.path(), "run.toml", GPT);
     let (whole, moved) = (folder.path().join("whole"), folder.path().join("moved"));
-    let same = ["--set", "run.reproducible=true"];
+    let same = ["--set", "run.reproducible=true", "--set", "checkpoint.every_steps=7", "--set", "checkpoint.keep=9"];
     trained(2, &file, &whole, &same);
-    // The same run by its configuration, ended after 7 and after 15 steps as by a signal.
-    let text = |steps: u64| same.iter().copied().map(str::to_owned).chain([steps.to_string()]).collect::<Vec<_>>();
-    for (processes, steps) in [(4, 7), (1, 15)] {
-        let steps = text(steps);
-        let mut more = vec![same[0], same[1], "--stop-after", steps[2].as_str()];
-        if processes < 4 {
-            more.push("--resume");
-        }
-        let output = mpi::train(processes, &file, &moved, &more);
-        assert!(output.status.success(), "{}", stderr(&output));
+    trained(4, &file, &moved, &same);
+    for (processes, killed_at) in [(1, 7), (2, 14)] {
+        kill_after(&moved, killed_at);
+        trained(processes, &file, &moved, &[&same[..], &["--resume"]].concat());
     }
-    trained(2, &file, &moved, &[same[0], same[1], "--resume"]);
     assert_eq!(tensor_hashes(&moved), tensor_hashes(&whole));
     assert_eq!(curve(&moved), curve(&whole));
 }
@@ -236,5 +244,9 @@ fn a_batch_that_cannot_be_shared_out_is_said_once() {
     assert_eq!(text.matches("data.batch_size").count(), 1, "{text}");
     assert!(text.contains("found 32, expected a multiple of 3"), "{text}");
     let output = mpi::train(3, &file, &folder.path().join("out"), &["--set", "run.reproducible=true"]);
-    assert!(stderr(&output).contains("parallel.parts: a batch of 32 in 8 parts is not for 3 processes"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("parallel.parts: a batch of 32 in 8 parts is not for 3 processes"),
+        "{}",
+        stderr(&output)
+    );
 }

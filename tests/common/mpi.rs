@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use super::warpstep;
+use super::common::warpstep;
 
 /// Whether MPI can be tested here; where not, a line says why.
 pub fn is_there() -> bool {
