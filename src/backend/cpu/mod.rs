@@ -122,7 +122,7 @@ impl<R: Real> Backend for Cpu<R> {
         to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| {
             vectorize(
                 #[inline(always)]
-                || to.iter_mut().zip(from).for_each(|(to, &from)| *to = *to + from),
+                || to.iter_mut().zip(from).for_each(|(to, &from)| *to += from),
             );
         });
         Ok(())
