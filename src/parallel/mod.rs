@@ -9,6 +9,7 @@ mod gradients;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod options;
+pub mod scaling;
 mod tree;
 
 pub use buckets::{Bucket, buckets};
