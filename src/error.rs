@@ -61,6 +61,9 @@ pub enum Error {
     /// The training itself failed: it diverged, or skipped too many steps.
     #[error("{0}")]
     Training(String),
+    /// Processes that did not find each other, or lost each other.
+    #[error("{0}")]
+    Network(String),
     /// Another process of the run failed, and has said why.
     #[error("rank {rank}: {problem}")]
     Peer {
@@ -86,7 +89,7 @@ impl Error {
                 | std::io::ErrorKind::NotADirectory => 2,
                 _ => 1,
             },
-            Error::Training(_) => 1,
+            Error::Training(_) | Error::Network(_) => 1,
             Error::Peer { exit_code, .. } => *exit_code,
         }
     }

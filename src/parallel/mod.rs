@@ -9,8 +9,11 @@ mod gradients;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod options;
+pub mod rendezvous;
 pub mod scaling;
 mod tree;
+pub mod watch;
+pub mod world;
 
 pub use buckets::{Bucket, buckets};
 pub use collective::{Collective, Single, agree, broadcast, gather, host_slice};
