@@ -61,9 +61,9 @@ pub enum Error {
     /// The training itself failed: it diverged, or skipped too many steps.
     #[error("{0}")]
     Training(String),
-    /// What several processes do together failed: one of them, or the network between them.
+    /// Processes that did not find each other, or lost each other.
     #[error("{0}")]
-    Collective(String),
+    Network(String),
     /// Another process of the run failed, and has said why.
     #[error("rank {rank}: {problem}")]
     Peer {
@@ -89,7 +89,7 @@ impl Error {
                 | std::io::ErrorKind::NotADirectory => 2,
                 _ => 1,
             },
-            Error::Training(_) | Error::Collective(_) => 1,
+            Error::Training(_) | Error::Network(_) => 1,
             Error::Peer { exit_code, .. } => *exit_code,
         }
     }

@@ -68,7 +68,7 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
     let ordinal = match run.device {
         DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
         DeviceChoice::Auto => match choose(&Machine::look(), run.model.has_convolutions()) {
-            Choice::Cuda(ordinal) => own_device().unwrap_or(ordinal),
+            Choice::Cuda(ordinal) => own_device()?.unwrap_or(ordinal),
             Choice::Cpu(reason) => {
                 if run.precision != Precision::F32 {
                     return Err(run.locate(Error::config(
@@ -85,7 +85,8 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
                 return Ok(Opened::Cpu(Cpu::new()));
             }
         },
-        DeviceChoice::Cuda(ordinal) => ordinal.map_or_else(|| own_device().unwrap_or(0), |ordinal| ordinal as usize),
+        DeviceChoice::Cuda(Some(ordinal)) => ordinal as usize,
+        DeviceChoice::Cuda(None) => own_device()?.unwrap_or(0),
         DeviceChoice::Emulated => {
             if !is_embedded() {
                 // NVRTC takes the emulated driver for a real one, and does not survive it.
@@ -102,7 +103,7 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
                 );
                 return Err(emulated::start_again());
             }
-            own_device().unwrap_or(0)
+            own_device()?.unwrap_or(0)
         }
     };
     let tf32 = run.precision == Precision::Tf32;
@@ -117,8 +118,8 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
 }
 
 /// The device of this process, where several of a machine were started: each its own, but where each sees no other.
-fn own_device() -> Option<usize> {
-    local_rank().filter(|_| device_count() > 1)
+fn own_device() -> Result<Option<usize>> {
+    Ok(local_rank()?.filter(|_| device_count() > 1))
 }
 
 /// Opens the data of a run file.

@@ -8,6 +8,7 @@ mod doctor;
 mod dry_run;
 mod eval;
 mod generate;
+mod plan;
 mod plot;
 mod predict;
 mod team;
@@ -47,6 +48,8 @@ enum Command {
     Data(data::Options),
     /// Prove on your own run that stopping and resuming changes no bit
     VerifyResume(verify::Options),
+    /// What a run would take on many GPUs: memory, communication, time, scaling
+    Plan(plan::Options),
     /// Time whole steps and the update alone
     Bench(bench::Options),
     /// Tell what of CUDA is on this machine, whether it works, and what installs the rest
@@ -92,6 +95,7 @@ pub fn main() -> ExitCode {
         Command::Plot(options) => plot::run(&options),
         Command::Data(options) => data::run(options),
         Command::VerifyResume(options) => verify::run(options),
+        Command::Plan(options) => plan::run(options),
         Command::Bench(options) => bench::run(&options),
         Command::Doctor(options) => doctor::run(&options),
         Command::Completions(options) => completions::run(&options),

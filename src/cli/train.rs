@@ -90,7 +90,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let folder = options.out.clone().unwrap_or_else(|| run_file.out.clone());
     let show = match (options.json, options.quiet) {
         // One process speaks for all.
-        _ if collective.rank() > 0 => Show::Quiet,
+        _ if collective.rank() > 0 => Show::Log(collective.rank()),
         (true, _) => Show::Json,
         (false, true) => Show::Quiet,
         (false, false) => Show::Auto,
@@ -131,7 +131,7 @@ impl Go<'_> {
         // The report reads what the run wrote, so it comes before the progress says that all is done.
         let (mut board, mut report, mut progress) = (TensorBoard::new(), Report::new(clip), Progress::new(show));
         let observers: &mut [&mut dyn Observer] =
-            if collective.rank() == 0 { &mut [&mut board, &mut report, &mut progress] } else { &mut [] };
+            if collective.rank() == 0 { &mut [&mut board, &mut report, &mut progress] } else { &mut [&mut progress] };
         let outcome = train(run, observers);
         // Its live line goes before anything else is said.
         drop(progress);
@@ -141,7 +141,7 @@ impl Go<'_> {
         }
         match outcome.end {
             End::Interrupted(signal) => {
-                if show != Show::Quiet && collective.rank() == 0 {
+                if matches!(show, Show::Auto | Show::Json) {
                     eprintln!("interrupted: a checkpoint was written; go on with --resume");
                 }
                 Ok(ExitCode::from(128 + signal as u8))
@@ -160,7 +160,7 @@ fn keep_profile(table: &Table, folder: &Path, show: Show) -> anyhow::Result<()> 
     match show {
         Show::Auto => write!(out, "\n{}", table.text())?,
         Show::Json => writeln!(out, "{}", serde_json::json!({ "profile": table }))?,
-        Show::Quiet => {}
+        Show::Quiet | Show::Log(_) => {}
     }
     Ok(())
 }

@@ -167,10 +167,10 @@ pub fn broadcast(collective: &dyn Collective, root: usize, bytes: &mut Vec<u8>) 
     collective.broadcast(bytes.as_mut_slice().into(), root)
 }
 
-/// What every process got, or the first error of any: all go on, or all end.
+/// What every process got, or the first error of any: all go on, or all end, and one says why.
 ///
 /// # Errors
-/// The process's own error; else [`Error::Peer`] where another process has one, or a network that failed.
+/// The process's own error where no process before it has one; else [`Error::Peer`]. A network that failed.
 pub fn agree<T>(collective: &dyn Collective, own: Result<T>) -> Result<T> {
     if collective.world() == 1 {
         return own;
@@ -180,14 +180,13 @@ pub fn agree<T>(collective: &dyn Collective, own: Result<T>) -> Result<T> {
         Err(error) => format!("{}{error}", char::from(error.exit_code())).into_bytes(),
     };
     let all = gather(collective, &told)?;
-    let value = own?;
     match all.iter().position(|told| !told.is_empty()) {
-        None => Ok(value),
-        Some(rank) => Err(Error::Peer {
+        Some(rank) if rank != collective.rank() => Err(Error::Peer {
             rank,
             exit_code: all[rank][0],
             problem: String::from_utf8_lossy(&all[rank][1..]).into_owned(),
         }),
+        _ => own,
     }
 }
 

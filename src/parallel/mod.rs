@@ -10,7 +10,11 @@ mod gradients;
 mod mpi;
 mod nccl;
 mod options;
+pub mod rendezvous;
+pub mod scaling;
 mod tree;
+pub mod watch;
+pub mod world;
 
 pub use buckets::{Bucket, buckets};
 pub use collective::{Collective, Single, agree, broadcast, gather, host_slice};

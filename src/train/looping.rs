@@ -12,6 +12,7 @@ use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
+use super::same::same_parameters;
 use super::shadow::Shadow;
 use super::step::{LossSums, StepReport, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
@@ -38,7 +39,10 @@ pub fn model_input(spec: &InputSpec) -> Input {
 pub fn train<B: Backend<Real = f32> + Update>(run: Run<B>, observers: &mut [&mut dyn Observer]) -> Result<Outcome> {
     let collective = Arc::clone(&run.collective);
     let prepared = agree(&*collective, Loop::prepare(run))?;
-    let device = prepared.trainer.backend().description();
+    let mut device = prepared.trainer.backend().description();
+    if collective.world() > 1 {
+        device += &format!(", {} processes over {}", collective.world(), collective.name());
+    }
     prepared.run(&device, observers)
 }
 
@@ -114,6 +118,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let seconds_before = state.seconds;
         Ok(Loop {
             collective,
+            compare_every: run.parallel.check_every_steps,
             trainer,
             loader,
             options: run.options,
@@ -160,7 +165,7 @@ fn the_same_latest(
 
 /// Makes or checks the run folder; returns the checkpoint to go on from.
 fn prepare_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> Result<Option<PathBuf>> {
-    const OURS: [&str; 7] = [
+    const OURS: [&str; 9] = [
         "config.toml",
         "metrics.jsonl",
         "summary.json",
@@ -168,6 +173,8 @@ fn prepare_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> R
         "preprocess.json",
         "tensorboard",
         "checkpoints",
+        "logs",
+        "profile.json",
     ];
     let folder = &run.folder;
     let has_run = OURS.iter().any(|name| folder.join(name).exists());
@@ -231,6 +238,8 @@ struct LastStep {
 struct Loop<B: Backend + Update> {
     /// The processes that train.
     collective: Arc<dyn Collective>,
+    /// Steps between two comparisons of their parameters.
+    compare_every: u64,
     trainer: Trainer<B>,
     loader: Loader,
     options: TrainOptions,
@@ -297,6 +306,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let mut end = End::Completed;
         self.stopwatch = Some(Instant::now());
         let alone = self.collective.world() == 1;
+        let compare_every = (!alone).then_some(self.compare_every);
         while self.trainer.queued().step < self.steps {
             // One process alone ends at once; several agree on a step that none has gone beyond.
             if !alone && self.interrupt.load(Ordering::Relaxed) != 0 {
@@ -310,17 +320,22 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             let step = self.trainer.queued().step;
             let last = step == self.steps;
             let (evaluate, save) = (due(evaluate_every, step) && !last, due(checkpoint_every, step) && !last);
+            let compare = due(compare_every, step) || (last && !alone);
             // Whatever looks at the parameters waits for the steps before it; nothing else does.
             let signal = self.interrupt.load(Ordering::Relaxed);
             self.take_reports(false, observers)?;
             let told = |ends_after: Option<u64>| {
                 if alone { signal != 0 } else { ends_after.is_some_and(|end| step >= end) }
             };
-            if !(evaluate || save || last || told(self.ends_after)) {
+            if !(evaluate || save || compare || last || told(self.ends_after)) {
                 continue;
             }
             self.take_reports(true, observers)?;
             let told = told(self.ends_after);
+            if compare {
+                let trainer = &self.trainer;
+                same_parameters(&*self.collective, trainer.backend(), trainer.arena(), step)?;
+            }
             if evaluate && self.validate(self.options.evaluate_batches, observers)? {
                 end = End::StoppedEarly;
             }

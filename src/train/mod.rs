@@ -14,6 +14,7 @@ pub mod profile;
 pub mod progress;
 pub mod report;
 pub mod run;
+mod same;
 pub mod shadow;
 pub mod step;
 pub mod summary;

@@ -1,7 +1,8 @@
 //! What a run shows while it goes: a live line on a terminal, plain lines into a pipe, JSON lines where asked.
 
+use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -21,12 +22,16 @@ pub enum Show {
     Json,
     /// Nothing but errors.
     Quiet,
+    /// Plain lines into `logs/rank-N.log` in the run folder: what a process with this rank shows, where another speaks for all.
+    Log(usize),
 }
 
 /// Shows a run.
 pub struct Progress {
     show: Show,
     folder: PathBuf,
+    /// Where lines go, if not to standard output.
+    log: Option<File>,
     bar: Option<ProgressBar>,
     first_step: u64,
     steps: u64,
@@ -44,6 +49,7 @@ impl Progress {
         Progress {
             show,
             folder: PathBuf::new(),
+            log: None,
             bar: None,
             first_step: 0,
             steps: 0,
@@ -54,12 +60,16 @@ impl Progress {
     }
 
     fn line(&self, text: &str) -> Result<()> {
-        match &self.bar {
-            Some(bar) => {
+        match (&self.bar, &self.log) {
+            (Some(bar), _) => {
                 bar.println(text);
                 Ok(())
             }
-            None => print_line(text),
+            (None, Some(log)) => {
+                let mut log: &File = log;
+                writeln!(log, "{text}").map_err(|e| Error::io("write to", log_file(&self.folder, self.show), e))
+            }
+            (None, None) => print_line(text),
         }
     }
 
@@ -70,15 +80,21 @@ impl Progress {
         self.steps_per_epoch = started.steps_per_epoch;
         self.began = Instant::now();
         let Started { folder, device, parameters, samples, first_step, steps, .. } = *started;
-        print_line(&format!(
+        if let Show::Log(_) = self.show {
+            let path = log_file(folder, self.show);
+            let opened = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+            let opened = opened.and_then(|()| OpenOptions::new().create(true).append(true).open(&path));
+            self.log = Some(opened.map_err(|e| Error::io("open", &path, e))?);
+        }
+        self.line(&format!(
             "{} parameters on {device}; {} training samples, {:.1} steps an epoch",
             grouped(parameters as u64),
             grouped(samples as u64),
             self.steps_per_epoch
         ))?;
         let from = if first_step > 0 { format!(" from step {}", grouped(first_step)) } else { String::new() };
-        print_line(&format!("{} steps{from} into {}", grouped(steps), folder.display()))?;
-        if std::io::stdout().is_terminal() {
+        self.line(&format!("{} steps{from} into {}", grouped(steps), folder.display()))?;
+        if self.log.is_none() && std::io::stdout().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
             // The message is cut where the terminal is too narrow for it, so what matters most stands first.
             if let Ok(style) = ProgressStyle::with_template("{bar:10.cyan/blue} {wide_msg}") {
@@ -127,7 +143,7 @@ impl Progress {
                     return Ok(());
                 }
                 self.last_line = Some(Instant::now());
-                print_line(&format!("step {text}"))
+                self.line(&format!("step {text}"))
             }
         }
     }
@@ -155,8 +171,14 @@ impl Progress {
             text += &format!("\n  peak memory {} MiB", bytes >> 20);
         }
         text += &format!("\n  run folder  {}", self.folder.display());
-        print_line(&text)
+        self.line(&text)
     }
+}
+
+/// The log of a process of this rank.
+fn log_file(folder: &Path, show: Show) -> PathBuf {
+    let rank = if let Show::Log(rank) = show { rank } else { 0 };
+    folder.join("logs").join(format!("rank-{rank}.log"))
 }
 
 /// A run that was interrupted or failed leaves its live line: it goes, so that what is said next has a line of its own.
@@ -175,11 +197,12 @@ impl Observer for Progress {
             (Show::Json, Event::Record(record)) => print_json(record),
             (Show::Json, Event::Finished(summary)) => print_json(summary),
             (Show::Json, _) => Ok(()),
-            (Show::Auto, Event::Started(started)) => self.start(started),
-            (Show::Auto, Event::Record(record)) => self.record(record),
-            (Show::Auto, Event::Note(text)) => self.line(text),
+            (Show::Auto | Show::Log(_), Event::Started(started)) => self.start(started),
+            (Show::Auto | Show::Log(_), Event::Record(record)) => self.record(record),
+            (Show::Auto | Show::Log(_), Event::Note(text)) => self.line(text),
             (Show::Auto, Event::Checkpoint(_)) => Ok(()),
-            (Show::Auto, Event::Finished(summary)) => self.finish(summary),
+            (Show::Log(_), Event::Checkpoint(path)) => self.line(&format!("checkpoint {}", path.display())),
+            (Show::Auto | Show::Log(_), Event::Finished(summary)) => self.finish(summary),
         }
     }
 }

@@ -1,0 +1,56 @@
+//! Several processes of `warpstep` over MPI.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use super::common::warpstep;
+
+/// Whether MPI can be tested here; where not, a line says why.
+pub fn is_there() -> bool {
+    if !cfg!(feature = "mpi") {
+        println!("skipped: built without the feature mpi: no test of several processes over MPI");
+        return false;
+    }
+    let there = Command::new("mpirun").arg("--version").output().is_ok_and(|output| output.status.success());
+    if !there {
+        println!("skipped: there is no mpirun here: no test of several processes over MPI");
+    }
+    there
+}
+
+/// The options that this machine's mpirun needs for more processes than cores, and for root.
+fn options() -> Vec<&'static str> {
+    let version = Command::new("mpirun").arg("--version").output().map(|o| o.stdout).unwrap_or_default();
+    if String::from_utf8_lossy(&version).contains("Open MPI") {
+        vec!["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    } else {
+        Vec::new()
+    }
+}
+
+/// `mpirun -n processes warpstep arguments`, not started yet. One thread in each.
+pub fn mpirun(processes: usize, arguments: &[&str]) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(options()).args(["-n", &processes.to_string()]).arg(warpstep().get_program());
+    command.args(arguments).env("OMPI_MCA_mpi_yield_when_idle", "1").env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    command
+}
+
+/// Trains `file` into `out` with so many processes, and waits for the end, at most two minutes.
+pub fn train(processes: usize, file: &Path, out: &Path, more: &[&str]) -> Output {
+    let (file, out) = (file.display().to_string(), out.display().to_string());
+    let mut arguments = vec!["train", &file, "--quiet", "--threads", "1", "--out", &out];
+    arguments.extend(more);
+    let mut child =
+        mpirun(processes, &arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("mpirun");
+    let began = Instant::now();
+    while child.try_wait().expect("a process to wait for").is_none() {
+        if began.elapsed() > Duration::from_secs(120) {
+            let _ = child.kill();
+            panic!("{processes} processes did not end within two minutes");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().expect("what it printed")
+}

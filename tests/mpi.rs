@@ -1,0 +1,252 @@
+//! Several processes over MPI train as one does: the same curves, to the bit where that is asked, at any number of processes.
+
+mod common;
+#[path = "common/mpi.rs"]
+mod mpi;
+
+use std::path::{Path, PathBuf};
+
+use common::{data_set, fresh_seed, stderr, tensor_hashes};
+use warpstep::random::{Philox, Purpose};
+
+const DIGITS: &str = r#"
+[run]
+steps = 60
+log_every_steps = 1
+
+[data]
+format = "digits"
+batch_size = 32
+split = { validation = 0.1, test = 0.1 }
+
+[model]
+preset = "mlp"
+hidden = [32, 16]
+
+[optimizer]
+rule = "momentum"
+learning_rate = 0.1
+clip = { global_norm = 0.5 }
+
+[evaluate]
+every_steps = 25
+"#;
+
+const MNIST: &str = r#"
+[run]
+steps = 40
+log_every_steps = 1
+
+[data]
+format = "idx"
+path = "mnist"
+batch_size = 128
+
+[model]
+preset = "mlp"
+hidden = [256, 128]
+
+[optimizer]
+rule = "momentum"
+learning_rate = 0.05
+clip = { global_norm = 1.0 }
+
+[evaluate]
+every_steps = 0
+"#;
+
+/// A small GPT with dropout, accumulation and an average of weights.
+const GPT: &str = r#"
+[run]
+steps = 20
+log_every_steps = 1
+
+[data]
+format = "text"
+path = "text.txt"
+batch_size = 8
+context = 16
+split = { validation = 0.2 }
+
+[model]
+preset = "gpt"
+layers = 2
+heads = 2
+width = 32
+dropout = 0.1
+
+[optimizer]
+rule = "adamw"
+learning_rate = 3e-3
+weight_decay = 0.1
+clip = { global_norm = 1.0 }
+accumulate = 3
+ema = 0.9
+"#;
+
+fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
+    let file = folder.join(name);
+    std::fs::write(&file, text).unwrap();
+    file
+}
+
+/// Letters of which the next is often the one after, so that there is something to learn.
+fn write_text(folder: &Path) {
+    let stream = Philox::new(fresh_seed(), Purpose::Sampling, 0);
+    let mut letter = 0;
+    let text: String = (0..4000)
+        .map(|i| {
+            letter = if stream.below(i, 4) == 0 { stream.below(10_000 + i, 20) } else { (letter + 1) % 20 };
+            char::from(b'a' + letter as u8)
+        })
+        .collect();
+    write(folder, "text.txt", &text);
+}
+
+/// Split and loss of every line of metrics.jsonl.
+fn curve(out: &Path) -> Vec<(String, f64)> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    lines.map(|line| (line["split"].as_str().unwrap().to_owned(), line["loss"].as_f64().unwrap())).collect()
+}
+
+fn trained(processes: usize, file: &Path, out: &Path, more: &[&str]) {
+    let output = mpi::train(processes, file, out, more);
+    assert!(output.status.success(), "{processes} processes, {more:?}: {}", stderr(&output));
+}
+
+/// One, two and four processes have curves within 1e-6, and with `reproducible` the same bits of curves and tensors.
+fn all_world_sizes_agree(folder: &Path, file: &Path, more: &[&str]) {
+    let out = |kind: &str, processes: usize| folder.join(format!("{kind}-{processes}"));
+    for (kind, set) in [("free", "run.reproducible=false"), ("same", "run.reproducible=true")] {
+        for processes in [1, 2, 4] {
+            let more = [&["--set", set], more].concat();
+            trained(processes, file, &out(kind, processes), &more);
+        }
+    }
+    let one = curve(&out("free", 1));
+    assert!(one.iter().all(|(_, loss)| loss.is_finite()));
+    assert_ne!(one.first().map(|(_, loss)| loss), one.last().map(|(_, loss)| loss));
+    for processes in [2, 4] {
+        let several = curve(&out("free", processes));
+        assert_eq!(several.len(), one.len());
+        let apart = one.iter().zip(&several).map(|((_, a), (_, b))| (a - b).abs()).fold(0.0, f64::max);
+        println!("{processes} processes: losses at most {apart:.1e} apart");
+        assert!(apart <= 1e-6, "{processes} processes: {apart}");
+        assert_eq!(curve(&out("same", processes)), curve(&out("same", 1)), "{processes} processes");
+        assert_eq!(tensor_hashes(&out("same", processes)), tensor_hashes(&out("same", 1)), "{processes} processes");
+    }
+}
+
+#[test]
+fn a_perceptron_has_the_same_curve_at_any_number_of_processes() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = match data_set("mnist") {
+        Some(_) => write(folder.path(), "run.toml", MNIST),
+        None => write(folder.path(), "run.toml", DIGITS),
+    };
+    all_world_sizes_agree(folder.path(), &file, &[]);
+}
+
+#[test]
+fn a_gpt_with_dropout_and_accumulation_has_the_same_curve_at_any_number_of_processes() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    write_text(folder.path());
+    let file = write(folder.path(), "run.toml", GPT);
+    // Small buckets, so that there are several.
+    all_world_sizes_agree(folder.path(), &file, &["--set", "parallel.bucket_mb=0.02"]);
+}
+
+#[test]
+fn batch_norm_has_the_same_bits_at_any_number_of_processes_where_that_is_asked() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "run.toml", &DIGITS.replace("[optimizer]", "batch_norm = true\n\n[optimizer]"));
+    let out = |processes: usize| folder.path().join(processes.to_string());
+    for processes in [1, 2, 4] {
+        let more = ["--set", "run.reproducible=true", "--set", "run.steps=30"];
+        trained(processes, &file, &out(processes), &more);
+        assert_eq!(tensor_hashes(&out(processes)), tensor_hashes(&out(1)), "{processes} processes");
+        assert_eq!(curve(&out(processes)), curve(&out(1)), "{processes} processes");
+    }
+}
+
+#[test]
+fn gradients_sent_in_bf16_and_sums_that_do_not_overlap_train_alike() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "run.toml", DIGITS);
+    let out = |name: &str| folder.path().join(name);
+    trained(2, &file, &out("f32"), &[]);
+    trained(2, &file, &out("waits"), &["--set", "parallel.overlap=false"]);
+    trained(2, &file, &out("bf16"), &["--set", "parallel.reduce=\"bf16\""]);
+    assert_eq!(curve(&out("waits")), curve(&out("f32")), "the order of sums does not depend on when they are taken");
+    let apart = curve(&out("f32")).into_iter().zip(curve(&out("bf16"))).map(|((_, a), (_, b))| (a - b).abs());
+    let apart = apart.fold(0.0, f64::max);
+    assert!(apart > 0.0 && apart < 0.02, "{apart}");
+}
+
+/// Makes a run what it was when it had just written the checkpoint of `step`, as if all its processes had been killed then.
+fn kill_after(out: &Path, step: u64) {
+    let checkpoints = out.join("checkpoints");
+    let name = format!("step-{step:08}");
+    for entry in std::fs::read_dir(&checkpoints).unwrap().flatten() {
+        if entry.path().is_dir() && entry.file_name().to_str().unwrap() > name.as_str() {
+            std::fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
+    assert!(checkpoints.join(&name).is_dir());
+    std::fs::write(checkpoints.join("latest"), name + "\n").unwrap();
+    let _ = std::fs::remove_file(checkpoints.join("best"));
+    std::fs::remove_file(out.join("summary.json")).unwrap();
+}
+
+#[test]
+fn a_run_that_moves_from_four_processes_to_two_and_one_ends_with_the_bits_of_one_that_did_not() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    write_text(folder.path());
+    let file = write(folder.path(), "run.toml", GPT);
+    let (whole, moved) = (folder.path().join("whole"), folder.path().join("moved"));
+    let same = ["--set", "run.reproducible=true", "--set", "checkpoint.every_steps=7", "--set", "checkpoint.keep=9"];
+    trained(2, &file, &whole, &same);
+    trained(4, &file, &moved, &same);
+    for (processes, killed_at) in [(1, 7), (2, 14)] {
+        kill_after(&moved, killed_at);
+        trained(processes, &file, &moved, &[&same[..], &["--resume"]].concat());
+    }
+    assert_eq!(tensor_hashes(&moved), tensor_hashes(&whole));
+    assert_eq!(curve(&moved), curve(&whole));
+}
+
+#[test]
+fn a_batch_that_cannot_be_shared_out_is_said_once() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "run.toml", DIGITS);
+    let output = mpi::train(3, &file, &folder.path().join("out"), &[]);
+    assert!(!output.status.success());
+    let text = stderr(&output);
+    assert_eq!(text.matches("data.batch_size").count(), 1, "{text}");
+    assert!(text.contains("found 32, expected a multiple of 3"), "{text}");
+    let output = mpi::train(3, &file, &folder.path().join("out"), &["--set", "run.reproducible=true"]);
+    assert!(
+        stderr(&output).contains("parallel.parts: a batch of 32 in 8 parts is not for 3 processes"),
+        "{}",
+        stderr(&output)
+    );
+}

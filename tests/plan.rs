@@ -1,0 +1,91 @@
+//! `warpstep plan` says what a run would take on many GPUs, without one.
+
+mod common;
+
+use common::{run, stderr, stdout};
+use serde_json::Value;
+
+fn plan(file: &str, more: &[&str]) -> Value {
+    let output = run(&[&["plan", file, "--json"], more].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    serde_json::from_str(&stdout(&output)).unwrap()
+}
+
+fn memory_of(plan: &Value, part: &str) -> f64 {
+    let parts = plan["memory"].as_array().unwrap();
+    parts.iter().filter(|found| found["name"] == part).map(|found| found["bytes"].as_f64().unwrap()).sum()
+}
+
+const DIGITS: &str = "examples/digits.toml";
+
+#[test]
+fn what_is_sent_is_what_a_ring_sends() {
+    let found = plan(DIGITS, &["--gpus", "8", "--nodes", "2"]);
+    let gradients = memory_of(&found, "gradients");
+    let sent = found["communication"][0]["bytes"].as_f64().unwrap();
+    assert!((sent - 2.0 * 15.0 / 16.0 * gradients).abs() < 1.0, "{sent} of {gradients}");
+    let alone = plan(DIGITS, &[]);
+    assert_eq!(alone["communication"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn the_largest_batch_fits_and_one_sample_more_does_not() {
+    // A wide layer, so that samples take room.
+    let wide = ["--gpu", "rtx4090", "--set", "run.precision=\"bf16\"", "--set", "model.hidden=[200000]"];
+    let largest = plan(DIGITS, &wide)["largest_batch"].as_u64().unwrap();
+    let usable = 0.94 * 24e9;
+    let total = |batch: u64| {
+        let set = format!("data.batch_size={batch}");
+        let found = plan(DIGITS, &[&wide[..], &["--set", &set]].concat());
+        found["memory"].as_array().unwrap().iter().map(|part| part["bytes"].as_f64().unwrap()).sum::<f64>()
+    };
+    assert!(largest > 1000);
+    assert!(total(largest) <= usable && total(largest + 1) > usable, "{largest}");
+}
+
+#[test]
+fn more_processes_are_faster_and_less_than_as_many_times() {
+    let found = plan(DIGITS, &["--gpus", "8", "--nodes", "4", "--network", "1", "--set", "data.batch_size=4096"]);
+    let rows = found["same_batch"].as_array().unwrap();
+    let counts: Vec<u64> = rows.iter().map(|row| row["processes"].as_u64().unwrap()).collect();
+    assert_eq!(counts, [1, 2, 4, 8, 16, 32]);
+    let efficiency: Vec<f64> = rows.iter().map(|row| row["efficiency"].as_f64().unwrap()).collect();
+    assert_eq!(efficiency[0], 1.0);
+    assert!(efficiency.windows(2).all(|two| two[1] <= two[0]), "{efficiency:?}");
+    // A slow network is waited for.
+    let slow = plan(DIGITS, &["--gpus", "1", "--nodes", "2", "--network", "0.001"]);
+    let fast = plan(DIGITS, &["--gpus", "1", "--nodes", "2", "--network", "50"]);
+    let waits = |plan: &Value| plan["communication"][0]["not_hidden_milliseconds"].as_f64().unwrap();
+    assert!(waits(&slow) > 100.0 * waits(&fast));
+}
+
+#[test]
+fn this_machine_can_be_planned_with_and_the_text_tells_all_parts() {
+    let output = run(&["plan", DIGITS, "--gpu", "here", "--gpus", "2"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = stdout(&output);
+    for part in [
+        "2 processes, each with 16",
+        "memory of each",
+        "all-reduce of gradients",
+        "together",
+        "as much in each process",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[test]
+fn what_cannot_be_planned_is_said_in_a_sentence() {
+    for (more, part) in [
+        (vec!["--gpu", "h1000"], "--gpu: found \"h1000\", expected h100, h200"),
+        (vec!["--gpus", "0"], "--gpus: found 0"),
+        (vec!["--gpus", "3"], "data.batch_size: found 32, expected a multiple of 3"),
+        (vec!["--network=-1"], "--network: found -1"),
+        (vec!["--gpu", "here", "--set", "run.precision=\"bf16\""], "the CPU computes in f32"),
+    ] {
+        let output = run(&[&["plan", DIGITS][..], &more].concat());
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(part), "{more:?}: {}", stderr(&output));
+    }
+}

@@ -1,0 +1,173 @@
+//! A rank that fails ends all, with one sentence.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::common::fresh_seed;
+use super::rank::STEP;
+use super::team::{End, Team, free_port};
+use warpstep::parallel::world::host_name;
+use warpstep::random::{Philox, Purpose};
+
+/// Tries of each trouble.
+const TRIES: u64 = 10;
+/// At the same time.
+const ABREAST: u64 = 5;
+const SIZE: usize = 4;
+
+/// Ten tries with a victim drawn anew.
+fn each_try(trouble: &'static str, timeout: f64, check: impl Fn(usize, &[End]) + Copy + Send) {
+    let draw = Philox::new(fresh_seed(), Purpose::Sampling, 0);
+    let tries: Vec<u64> = (0..TRIES).collect();
+    for some in tries.chunks(ABREAST as usize) {
+        std::thread::scope(|scope| {
+            for &number in some {
+                let victim = draw.below(number, SIZE as u64) as usize;
+                scope.spawn(move || check(victim, &one_try(trouble, victim, timeout)));
+            }
+        });
+    }
+}
+
+fn one_try(trouble: &str, victim: usize, timeout: f64) -> Vec<End> {
+    let mut team = Team::new(trouble, victim);
+    let port = free_port();
+    for _ in 0..SIZE {
+        let mut command = team.command(&[]);
+        command.env("WARPSTEP_TIMEOUT", timeout.to_string());
+        team.start(command, SIZE, "127.0.0.1", port);
+    }
+    let began = Instant::now();
+    let ends = team.ends();
+    println!("{trouble}, rank {victim}: all ended {:?} after the last was started", began.elapsed());
+    ends
+}
+
+/// All others ended with 1 after their handlers were called; one of them, the lowest, said this; all have it in their logs.
+fn others_stopped(ends: &[End], victim: usize, sentence: &str) {
+    let speaker = usize::from(victim == 0);
+    for (rank, end) in ends.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+        let expected = if rank == speaker { format!("error: {sentence}\n") } else { String::new() };
+        assert_eq!((end.code, end.stderr.as_str()), (Some(1), expected.as_str()), "rank {rank}: {ends:#?}");
+        assert_eq!(end.log, format!("error: {sentence}\n"), "rank {rank}");
+        assert!(end.aborted.is_some(), "the handler of rank {rank} was not called");
+    }
+}
+
+#[test]
+fn a_killed_rank_ends_all_with_one_sentence_ten_times_of_ten() {
+    each_try("killed", 60.0, |victim, ends| {
+        let sentence = format!(
+            "rank {victim} on host {} died after step {STEP}; 3 other ranks stopped; go on with --resume",
+            host_name()
+        );
+        others_stopped(ends, victim, &sentence);
+        assert_eq!(ends[victim].code, None);
+    });
+}
+
+#[test]
+fn a_rank_that_panics_is_told_as_one_that_died() {
+    let ends = one_try("panics", 2, 60.0);
+    let sentence =
+        format!("rank 2 on host {} died after step {STEP}; 3 other ranks stopped; go on with --resume", host_name());
+    others_stopped(&ends, 2, &sentence);
+}
+
+#[test]
+fn a_stopped_rank_ends_all_within_the_timeout_ten_times_of_ten() {
+    each_try("stopped", 1.6, |victim, ends| {
+        let sentence = format!(
+            "rank {victim} on host {} gave no sign of life for 1.2 s after step {STEP}: it hangs, or its network is cut; \
+             3 other ranks stopped; go on with --resume",
+            host_name()
+        );
+        others_stopped(ends, victim, &sentence);
+    });
+}
+
+#[test]
+fn a_stuck_rank_is_named_by_those_that_wait_for_it_ten_times_of_ten() {
+    each_try("stuck", 1.0, |victim, ends| {
+        let sentence = format!(
+            "rank {victim} on host {} is stuck after step {STEP}: others have waited for it for 1 s; 3 other ranks stopped; go \
+             on with --resume",
+            host_name()
+        );
+        // Its thread lives, so that it stops as all do, and rank 0 speaks even of itself.
+        for (rank, end) in ends.iter().enumerate() {
+            let expected = if rank == 0 { format!("error: {sentence}\n") } else { String::new() };
+            assert_eq!((end.code, end.stderr.as_str()), (Some(1), expected.as_str()), "rank {rank}: {ends:#?}");
+            assert_eq!(end.log, format!("error: {sentence}\n"));
+        }
+    });
+}
+
+#[test]
+fn ranks_that_all_wait_for_each_other_stop() {
+    let ends = one_try("nothing", 2, 1.0);
+    for (rank, end) in ends.iter().enumerate() {
+        assert_eq!(end.code, Some(1), "{ends:#?}");
+        assert_eq!(end.stderr.contains("have waited for each other for 1 s after step 7"), rank == 0, "{ends:#?}");
+    }
+}
+
+#[test]
+fn a_rank_s_own_error_is_the_cause_that_is_told() {
+    each_try("fails", 60.0, |victim, ends| {
+        let cause = "the loss is not finite";
+        let host = host_name();
+        let sentence = format!(
+            "rank {victim} on host {host} failed after step {STEP}: {cause}; 3 other ranks stopped; go on with --resume"
+        );
+        // Once in all: by rank 0, in its own words where the error is its own.
+        for (rank, end) in ends.iter().enumerate() {
+            let expected = match (rank, victim) {
+                (0, 0) => format!("error: {cause}\n"),
+                (0, _) => format!("error: {sentence}\n"),
+                _ => String::new(),
+            };
+            let code = if rank == victim { 3 } else { 1 };
+            assert_eq!((end.code, end.stderr.as_str()), (Some(code), expected.as_str()), "rank {rank}: {ends:#?}");
+            if rank != victim {
+                assert_eq!(end.log, format!("error: {sentence}\n"));
+            }
+        }
+    });
+}
+
+#[test]
+fn ranks_may_end_at_other_times_and_one_that_moves_is_left_alone() {
+    for victim in [0, 3] {
+        let ends = one_try("late", victim, 1.0);
+        assert!(ends.iter().all(|end| end.code == Some(0) && end.stderr.is_empty()), "{ends:#?}");
+        assert!(ends.iter().all(|end| end.log.is_empty() && end.aborted.is_none()), "{ends:#?}");
+    }
+}
+
+#[test]
+fn under_mpirun_the_sentence_is_out_before_its_signals_and_they_are_not_the_user_s() {
+    let open_mpi = Command::new("mpirun")
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success() && String::from_utf8_lossy(&output.stdout).contains("Open MPI"));
+    if !open_mpi {
+        println!("skipped: no mpirun of Open MPI here");
+        return;
+    }
+    let draw = Philox::new(fresh_seed(), Purpose::Sampling, 1);
+    for number in 0..5 {
+        let victim = draw.below(number, SIZE as u64) as usize;
+        let team = Team::new("killed", victim);
+        let count = SIZE.to_string();
+        let root = ["--allow-run-as-root", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-q", "-np", &count];
+        let output = team.command(&[&["mpirun"][..], &root[..]].concat()).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let sentence =
+            format!("error: rank {victim} on host {} died after step {STEP}; 3 other ranks stopped", host_name());
+        let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error:")).collect();
+        assert!(matches!(lines.as_slice(), [line] if line.starts_with(&sentence)), "{stderr}");
+        assert!(!output.status.success());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
