@@ -4,6 +4,20 @@ use super::gradients::Wire;
 use crate::error::{Error, Result};
 use crate::plan::Share;
 
+/// What each of several processes keeps for its own part of the parameters alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Shard {
+    /// Nothing.
+    #[default]
+    None,
+    /// The optimizer's slots and the average of weights (ZeRO 1).
+    Optimizer,
+    /// Gradients besides (ZeRO 2).
+    Gradients,
+    /// Parameters besides (ZeRO 3).
+    Parameters,
+}
+
 /// Options of the run file's section `[parallel]`. Its key stands in the text of each field.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParallelOptions {
@@ -14,6 +28,8 @@ pub struct ParallelOptions {
     pub parts: Option<usize>,
     /// `parallel.reduce`: what gradients are sent as.
     pub wire: Wire,
+    /// `parallel.shard`: what processes share out instead of keeping all of it.
+    pub shard: Shard,
     /// `parallel.overlap`: whether gradients are summed over processes while the backward goes on.
     pub overlap: bool,
     /// `parallel.bucket_mb`: megabytes of gradients that are summed together.
@@ -30,6 +46,7 @@ impl Default for ParallelOptions {
             reproducible: false,
             parts: None,
             wire: Wire::F32,
+            shard: Shard::None,
             overlap: true,
             bucket_mb: 16.0,
             timeout: 60.0,
@@ -78,7 +95,13 @@ impl ParallelOptions {
         }
         let most = 1usize << batch_size.trailing_zeros().min(3);
         let parts = self.parts.unwrap_or(most);
-        Share::reproducible(rank, world, parts).ok_or_else(|| {
+        // Gradients that are not kept are summed over processes part by part.
+        let share = if self.shard >= Shard::Gradients {
+            Share::side_by_side(rank, world, parts)
+        } else {
+            Share::reproducible(rank, world, parts)
+        };
+        share.ok_or_else(|| {
             Error::config(
                 "parallel.parts",
                 format!(
