@@ -110,11 +110,12 @@ impl Ranks {
         // Of each process what it has of each tensor, one after the other.
         let parts = |shard: &Range<usize>| {
             let shard = shard.clone();
-            gather.tensors.iter().map(move |(tensor, place)| {
+            let of = gather.tensors.iter().map(move |(tensor, place)| {
                 let part = overlap(&ranges[*tensor], &shard);
                 let to = place.start + (part.start - ranges[*tensor].start);
                 (part, to)
-            })
+            });
+            of.filter(|(part, _)| !part.is_empty())
         };
         let lens: Vec<usize> = self.shards.iter().map(|shard| parts(shard).map(|(part, _)| part.len()).sum()).collect();
         let places = one_after_the_other(&lens);
