@@ -5,6 +5,7 @@
 
 mod buckets;
 mod collective;
+mod footprint;
 mod gradients;
 mod kept;
 #[cfg(feature = "mpi")]
@@ -18,6 +19,7 @@ mod windowed;
 
 pub use buckets::{Bucket, buckets};
 pub use collective::{Collective, Single, agree, broadcast, gather, host_slice};
+pub use footprint::Footprint;
 pub use gradients::{Gradients, GradientsOptions, Wire};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;

@@ -1,6 +1,7 @@
 //! How a run is spread over processes.
 
 use super::gradients::Wire;
+use super::sharding::ShardingOptions;
 use crate::error::{Error, Result};
 use crate::plan::Share;
 
@@ -110,6 +111,12 @@ impl ParallelOptions {
                 ),
             )
         })
+    }
+
+    /// How the memory of a process that has this share is shared out, `rank` of `world`.
+    pub fn sharding(&self, (rank, world): (usize, usize), share: &Share, accumulate: u32) -> ShardingOptions {
+        let adds_up = share.reproducible && accumulate > 1;
+        ShardingOptions { shard: self.shard, rank, world, bucket: self.bucket_elements(), adds_up }
     }
 
     /// Elements of a bucket.

@@ -23,8 +23,7 @@ use crate::error::{Error, Result};
 use crate::model::Input;
 use crate::optim::{NormClip, Schedule};
 use crate::parallel::{
-    Collective, Gradients, GradientsOptions, Shard, Sharding, ShardingOptions, Windowed, agree, broadcast, buckets,
-    gather,
+    Collective, Gradients, GradientsOptions, Shard, Sharding, Windowed, agree, broadcast, buckets, gather,
 };
 
 /// What a model's input is for samples of this kind.
@@ -76,13 +75,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         };
         run.schedule.validate(steps, run.optimizer.learning_rate)?;
         let input = run.splits.train.input();
-        let sharding = ShardingOptions {
-            shard: run.parallel.shard,
-            rank,
-            world,
-            bucket: run.parallel.bucket_elements(),
-            adds_up: share.reproducible && run.options.accumulate > 1,
-        };
+        let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
         let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
         let parts = TrainerParts {
             backend: run.backend,
