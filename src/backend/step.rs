@@ -10,6 +10,7 @@ use super::ops::{METRICS, Update};
 use super::{Act, Activations, Arena, Backend, Exchange, Indices, Memory, Op, PassOfStep, StepContext};
 use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
+use crate::plan::Window;
 use crate::real::Element;
 
 /// A part of a step: forward and backward of a micro-batch, an update, or one after the other.
@@ -24,12 +25,41 @@ pub struct Work<'a, B: Backend> {
     pub update: Option<UpdateWork<'a, B>>,
 }
 
-/// A pass whose gradients are a part of a step's.
+/// A pass whose gradients are a part of a step's, or whose parameters come from other processes.
 pub struct Turn<'a, B: Backend> {
     /// What is done to them.
     pub exchange: &'a mut dyn Exchange<B>,
-    /// Which pass it is.
-    pub pass: PassOfStep,
+    /// Which pass it is; none for an evaluation.
+    pub pass: Option<PassOfStep>,
+    /// The program's window of parameters, where it sees them through one.
+    pub window: Option<&'a Window>,
+}
+
+impl<B: Backend> Turn<'_, B> {
+    fn begin(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+        self.bring(backend, arena, 0)?;
+        self.pass.map_or(Ok(()), |pass| self.exchange.begin(backend, arena, pass))
+    }
+
+    /// Whether operations are run one by one.
+    fn follows(&self) -> bool {
+        self.window.is_some() || self.pass.is_some_and(|pass| self.exchange.follows(pass))
+    }
+
+    fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+        if self.pass.is_some_and(|pass| self.exchange.follows(pass)) {
+            self.exchange.after_op(backend, arena, op)?;
+        }
+        self.bring(backend, arena, op + 1)
+    }
+
+    fn bring(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+        self.window.map_or(Ok(()), |window| self.exchange.bring(backend, arena, window, op))
+    }
+
+    fn end(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+        self.pass.map_or(Ok(()), |pass| self.exchange.end(backend, arena, pass))
+    }
 }
 
 /// Forward and backward of a micro-batch.
@@ -139,23 +169,22 @@ impl<B: Backend> Pass<'_, B> {
         mut self,
         backend: &B,
         arena: &mut Arena<B>,
-        turn: Option<Turn<'_, B>>,
+        turn: Option<&mut Turn<'_, B>>,
     ) -> Result<Option<[f64; METRICS]>> {
         self.fill(backend)?;
         let (ops, context) = (self.ops, self.context);
         let mut memory = Memory { arena, activations: &mut *self.activations };
         match turn {
             None => backend.run(ops, &mut memory, &context)?,
-            Some(Turn { exchange, pass }) => {
-                exchange.begin(backend, memory.arena, pass)?;
-                if pass.ends_step {
-                    backend.run_each(ops, &mut memory, &context, &mut |memory, op| {
-                        exchange.after_op(backend, memory.arena, op)
-                    })?;
+            Some(turn) => {
+                turn.begin(backend, memory.arena)?;
+                if turn.follows() {
+                    let after = &mut |memory: &mut Memory<'_, B>, op| turn.after_op(backend, memory.arena, op);
+                    backend.run_each(ops, &mut memory, &context, after)?;
                 } else {
                     backend.run(ops, &mut memory, &context)?;
                 }
-                exchange.end(backend, memory.arena, pass)?;
+                turn.end(backend, memory.arena)?;
             }
         }
         let Some(act) = self.metrics else { return Ok(None) };
@@ -170,16 +199,25 @@ impl<B: Backend> Pass<'_, B> {
 /// # Errors
 /// A batch of another shape, or what the device reports.
 pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: Work<'_, B>) -> Result<()> {
-    let Work { arena, pass, turn, update } = work;
+    let Work { arena, pass, mut turn, update } = work;
     let metrics = match pass {
-        Some(pass) => pass.run_in_turn(backend, arena, turn)?,
+        Some(pass) => pass.run_in_turn(backend, arena, turn.as_mut())?,
         None => None,
     };
     let outcome = match update {
         Some(UpdateWork { plan, params, average }) => {
-            let outcome = backend.update(arena, plan, &params)?;
+            let outcome = match &mut turn {
+                Some(Turn { exchange, .. }) if arena.held.is_some() => {
+                    let outcome = backend.update_held(arena, plan, &params, *exchange)?;
+                    if !outcome.skipped {
+                        exchange.spread(backend, arena)?;
+                    }
+                    outcome
+                }
+                _ => backend.update(arena, plan, &params)?,
+            };
             if let (false, Some((decay, average))) = (outcome.skipped, average) {
-                backend.average(average, &arena.parameters, decay)?;
+                backend.average_arena(average, arena, decay)?;
             }
             Some(outcome)
         }

@@ -6,17 +6,16 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
-
-use half::bf16;
 
 use super::buckets::Bucket;
 use super::collective::Collective;
-use super::tree::tree_sum;
-use crate::backend::{Arena, Backend, Exchange, PassOfStep};
-use crate::error::{Error, Result};
-use crate::plan::Share;
+use super::kept::KeptTensors;
+use super::ranks::Ranks;
+use super::reducer::{Job, Reducer};
+use super::sharding::Sharding;
+use crate::backend::{Arena, Backend, Exchange, PassOfStep, Together};
+use crate::error::Result;
+use crate::plan::{Share, overlap};
 
 /// What gradients are sent as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,15 +41,13 @@ pub struct GradientsOptions {
 /// Gradients that become those of the whole batch.
 pub struct Gradients<B: Backend> {
     options: GradientsOptions,
-    collective: Arc<dyn Collective>,
+    ranks: Ranks,
     buckets: Vec<Bucket>,
     /// The first bucket that the present step has not taken up yet.
     next: usize,
     /// The gradients' sums of left halves, by the level of the tree.
     left: Vec<B::Buffer<f32>>,
-    /// Kept tensors: as they were when the step began, and sums of left halves.
-    before: Option<B::Buffer<f32>>,
-    left_state: Vec<B::Buffer<f32>>,
+    kept: KeptTensors<B>,
     reducer: Reducer,
     /// Memory for values on their way.
     spare: Vec<Vec<f32>>,
@@ -62,20 +59,27 @@ impl<B: Backend<Real = f32>> Gradients<B> {
     /// # Errors
     /// A thread that cannot be started.
     pub fn new(options: GradientsOptions, collective: Arc<dyn Collective>, buckets: Vec<Bucket>) -> Result<Self> {
-        let sum = Sum { collective: Arc::clone(&collective), tree: options.share.reproducible, wire: options.wire };
-        let reducer = if options.overlap && collective.world() > 1 {
-            Reducer::Thread(Worker::start(sum)?)
-        } else {
-            Reducer::Here(sum, Vec::new())
-        };
+        Self::with(options, Ranks::all_alike(collective), buckets)
+    }
+
+    /// As [`Gradients::new`], where each process updates its own elements alone: of gradients it gets the sums of these, and it gives
+    /// the parameters that it updated to all.
+    ///
+    /// # Errors
+    /// As [`Gradients::new`].
+    pub fn sharded(options: GradientsOptions, collective: Arc<dyn Collective>, sharding: &Sharding) -> Result<Self> {
+        Self::with(options, Ranks::new(collective, sharding), sharding.buckets.clone())
+    }
+
+    fn with(options: GradientsOptions, ranks: Ranks, buckets: Vec<Bucket>) -> Result<Self> {
+        let reducer = Reducer::new(&options, Arc::clone(&ranks.collective))?;
         Ok(Gradients {
             options,
-            collective,
+            ranks,
             buckets,
             next: 0,
             left: Vec::new(),
-            before: None,
-            left_state: Vec::new(),
+            kept: KeptTensors::default(),
             reducer,
             spare: Vec::new(),
         })
@@ -88,11 +92,12 @@ impl<B: Backend<Real = f32>> Gradients<B> {
             for left in &self.left[..levels(self.options.share.count)] {
                 backend.add_to(&mut arena.gradients, left, elements.clone())?;
             }
-            if self.collective.world() > 1 {
+            if self.ranks.world() > 1 {
                 let mut values = self.spare.pop().unwrap_or_default();
                 values.resize(elements.len(), 0.0);
                 backend.download(&arena.gradients, elements.start, &mut values)?;
-                self.reducer.take(self.next, values)?;
+                let shards = self.ranks.shards_of(&elements);
+                self.reducer.take(Job { bucket: self.next, values, shards })?;
             }
             self.next += 1;
         }
@@ -101,43 +106,27 @@ impl<B: Backend<Real = f32>> Gradients<B> {
 
     /// Writes back the buckets that were summed.
     fn collect(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-        if self.collective.world() > 1 {
+        if self.ranks.world() > 1 {
             for _ in 0..self.buckets.len() {
-                let (bucket, values) = self.reducer.give()?;
-                backend.upload(&mut arena.gradients, self.buckets[bucket].elements.start, &values)?;
+                let Job { bucket, values, .. } = self.reducer.give()?;
+                let elements = &self.buckets[bucket].elements;
+                let own = overlap(elements, &self.ranks.own());
+                let summed = &values[own.start - elements.start..own.end - elements.start];
+                backend.upload(&mut arena.gradients, own.start, summed)?;
                 self.spare.push(values);
             }
         }
         Ok(())
     }
-
-    /// Makes kept tensors, which each part moved from the same place, the mean of what the parts made of them.
-    fn mean_state(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-        let len = arena.state_layout.padded_len();
-        if len == 0 {
-            return Ok(());
-        }
-        for left in &self.left_state[..levels(self.options.share.count)] {
-            backend.add_to(&mut arena.state, left, 0..len)?;
-        }
-        let mut values = vec![0f32; len];
-        backend.download(&arena.state, 0, &mut values)?;
-        if self.collective.world() > 1 {
-            self.reducer.sum(&mut values)?;
-        }
-        let parts = self.options.share.of as f32;
-        values.iter_mut().for_each(|value| *value /= parts);
-        backend.upload(&mut arena.state, 0, &values)
-    }
 }
 
 /// Levels of a tree of so many leaves, a power of two.
-fn levels(leaves: usize) -> usize {
+pub(super) fn levels(leaves: usize) -> usize {
     leaves.trailing_zeros() as usize
 }
 
 /// Adds what stands on the left of part `part` to `sum`, level by level, and keeps the result for its right.
-fn fold<B: Backend<Real = f32>>(
+pub(super) fn fold<B: Backend<Real = f32>>(
     backend: &B,
     left: &mut Vec<B::Buffer<f32>>,
     sum: &mut B::Buffer<f32>,
@@ -160,18 +149,7 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
     }
 
     fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
-        let len = arena.state_layout.padded_len();
-        if !pass.first || len == 0 {
-            return Ok(());
-        }
-        let before = match &mut self.before {
-            Some(before) => before,
-            none => none.insert(backend.allocate(len)?),
-        };
-        match pass.part {
-            0 => backend.copy_to(before, &arena.state, 0..len),
-            _ => backend.copy_to(&mut arena.state, before, 0..len),
-        }
+        self.kept.begin(backend, arena, pass)
     }
 
     fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
@@ -183,142 +161,34 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
             self.take_up(backend, arena, usize::MAX)?;
             self.collect(backend, arena)?;
             self.next = 0;
-            return self.mean_state(backend, arena);
+            self.kept.add_left(backend, arena, self.options.share.count)?;
+            self.kept.sum(backend, arena, &mut self.reducer)?;
+            return self.kept.divide(backend, arena, self.options.share.of);
         }
         if pass.last {
             let len = arena.layout.padded_len();
             fold(backend, &mut self.left, &mut arena.gradients, 0..len, pass.part)?;
-            let len = arena.state_layout.padded_len();
-            if len > 0 {
-                fold(backend, &mut self.left_state, &mut arena.state, 0..len, pass.part)?;
-            }
+            self.kept.fold(backend, arena, pass)?;
         }
         Ok(())
     }
 
+    fn spread(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+        let most = self.buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
+        self.ranks.spread(backend, &mut arena.parameters, most)
+    }
+
     fn gather(&mut self, _: &B, of_this: &[f64]) -> Result<Vec<f64>> {
-        let (rank, world, len) = (self.collective.rank(), self.collective.world(), of_this.len());
-        let mut all = vec![0f64; world * len];
-        all[rank * len..(rank + 1) * len].copy_from_slice(of_this);
-        let shards: Vec<Range<usize>> = (0..world).map(|r| r * len..(r + 1) * len).collect();
-        self.collective.all_gather(all.as_mut_slice().into(), &shards)?;
-        Ok(all)
+        self.ranks.gather(of_this)
     }
 }
 
-/// A sum over processes.
-struct Sum {
-    collective: Arc<dyn Collective>,
-    tree: bool,
-    wire: Wire,
-}
-
-impl Sum {
-    fn over_processes(&self, values: &mut [f32], room: &mut Vec<f32>) -> Result<()> {
-        if self.tree {
-            return tree_sum(&*self.collective, values, room);
-        }
-        match self.wire {
-            Wire::F32 => self.collective.all_reduce_sum(values.into()),
-            Wire::Bf16 => {
-                let mut rounded: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
-                self.collective.all_reduce_sum(rounded.as_mut_slice().into())?;
-                values.iter_mut().zip(rounded).for_each(|(value, sum)| *value = sum.to_f32());
-                Ok(())
-            }
-        }
-    }
-}
-
-/// Who sums buckets over processes.
-enum Reducer {
-    /// The caller, at once.
-    Here(Sum, Vec<(usize, Vec<f32>)>),
-    /// A thread, while the caller goes on.
-    Thread(Worker),
-}
-
-impl Reducer {
-    /// Begins the sum of a bucket.
-    fn take(&mut self, bucket: usize, mut values: Vec<f32>) -> Result<()> {
-        match self {
-            Reducer::Here(sum, done) => {
-                sum.over_processes(&mut values, &mut Vec::new())?;
-                done.push((bucket, values));
-                Ok(())
-            }
-            Reducer::Thread(worker) => worker.send(bucket, values),
-        }
+impl<B: Backend> Together for Gradients<B> {
+    fn pieces(&mut self, of_this: &[f64]) -> Result<Vec<f64>> {
+        self.ranks.pieces(of_this)
     }
 
-    /// A bucket that was summed.
-    fn give(&mut self) -> Result<(usize, Vec<f32>)> {
-        match self {
-            Reducer::Here(_, done) => done.pop().ok_or_else(gone),
-            Reducer::Thread(worker) => worker.done.recv().map_err(|_| gone())?,
-        }
-    }
-
-    /// Sums values while nothing else is on its way.
-    fn sum(&mut self, values: &mut [f32]) -> Result<()> {
-        match self {
-            Reducer::Here(sum, _) => sum.over_processes(values, &mut Vec::new()),
-            Reducer::Thread(worker) => {
-                worker.send(0, values.to_vec())?;
-                let (_, sums) = worker.done.recv().map_err(|_| gone())??;
-                values.copy_from_slice(&sums);
-                Ok(())
-            }
-        }
-    }
-}
-
-fn gone() -> Error {
-    Error::Training("the thread that sums gradients over processes ended early".into())
-}
-
-/// A thread that sums buckets over processes, in the order in which they are sent to it.
-struct Worker {
-    /// None once it is to end.
-    to: Option<Sender<(usize, Vec<f32>)>>,
-    done: Receiver<Result<(usize, Vec<f32>)>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Worker {
-    fn start(sum: Sum) -> Result<Self> {
-        let (to, work) = channel::<(usize, Vec<f32>)>();
-        let (finished, done) = channel();
-        let thread = std::thread::Builder::new()
-            .name("gradients".into())
-            .spawn(move || {
-                let mut room = Vec::new();
-                for (bucket, mut values) in work {
-                    let result = sum.over_processes(&mut values, &mut room).map(|()| (bucket, values));
-                    let failed = result.is_err();
-                    if finished.send(result).is_err() || failed {
-                        return;
-                    }
-                }
-            })
-            .map_err(|e| Error::Training(format!("cannot start a thread that sums gradients: {e}")))?;
-        Ok(Worker { to: Some(to), done, thread: Some(thread) })
-    }
-
-    fn send(&self, bucket: usize, values: Vec<f32>) -> Result<()> {
-        match &self.to {
-            Some(to) => to.send((bucket, values)).map_err(|_| gone()),
-            None => Err(gone()),
-        }
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.to = None;
-        if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so already.
-            let _ = thread.join();
-        }
+    fn processes(&mut self, of_this: f64) -> Result<Vec<f64>> {
+        self.ranks.gather(&[of_this])
     }
 }

@@ -1,24 +1,33 @@
 //! Several processes that train one model: what they do together, and how their gradients become those of the whole batch.
 //!
 //! A [`Collective`] is an engine that exists: MPI between CPUs, NCCL between GPUs. What is done by it is written once
-//! ([`Gradients`]).
+//! ([`Gradients`], and, where each process keeps a part of them alone, [`Windowed`]).
 
 mod buckets;
 mod collective;
+mod footprint;
 mod gradients;
+mod kept;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod options;
+mod ranks;
+mod reducer;
 pub mod rendezvous;
 pub mod scaling;
+mod sharding;
 mod tree;
 pub mod watch;
+mod windowed;
 pub mod world;
 
 pub use buckets::{Bucket, buckets};
 pub use collective::{Collective, Single, agree, broadcast, gather, host_slice};
+pub use footprint::Footprint;
 pub use gradients::{Gradients, GradientsOptions, Wire};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
-pub use options::ParallelOptions;
-pub use tree::tree_sum;
+pub use options::{ParallelOptions, Shard};
+pub use sharding::{Sharding, ShardingOptions};
+pub use tree::{tree_reduce_scatter, tree_sum};
+pub use windowed::Windowed;
