@@ -61,6 +61,7 @@ fn one_update<S: Storage>(
         state_layout: ParamLayout::new(&[]).unwrap(),
         state: backend.allocate(0).unwrap(),
         prepared: None,
+        held: None,
     };
     let step = |step| StepParams { learning_rate: 0.01, step, divisor: 1.0, zero_gradients };
     // The first update uploads the plan's tables.

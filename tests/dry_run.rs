@@ -57,8 +57,14 @@ fn check<S: Storage>(
 ) {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let (mut model, input) = make();
-    let wanted =
-        Wanted { input: input.clone(), batch_size: 5, evaluations: vec![2, 5], optimizer, average: ema.is_some() };
+    let wanted = Wanted {
+        input: input.clone(),
+        batch_size: 5,
+        evaluations: vec![2, 5],
+        optimizer,
+        average: ema.is_some(),
+        share: None,
+    };
     let (_, memory) = RunMemory::plan(&mut model, &wanted).unwrap();
     let later: usize = (memory.parts.iter())
         .filter(|part| ["tables of the update", "evaluation"].contains(&part.name))

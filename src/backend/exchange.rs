@@ -5,9 +5,10 @@
 
 use super::{Arena, Backend, Slice};
 use crate::error::Result;
+use crate::plan::Window;
 
 /// What is done to the gradients of a step's passes until they are those of the whole batch.
-pub trait Exchange<B: Backend>: Send {
+pub trait Exchange<B: Backend>: Together + Send {
     /// Whether it only queues work on the device, so that it can stand within the recording of a step. Else the backward is waited
     /// for before [`Exchange::end`], and that before the update.
     fn is_queued(&self) -> bool;
@@ -21,8 +22,27 @@ pub trait Exchange<B: Backend>: Send {
     /// A device or a process that failed.
     fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: Pass) -> Result<()>;
 
-    /// Operation number `op` of the last pass of a step has run, or is queued: gradients that it wrote last are complete in this
-    /// pass.
+    /// Whether it wants to know how far this pass is ([`Exchange::after_op`]).
+    fn follows(&self, pass: Pass) -> bool {
+        pass.ends_step
+    }
+
+    /// Whether each pass may overwrite the gradients of the one before, micro-batches of one part among them.
+    fn overwrites(&self) -> bool {
+        false
+    }
+
+    /// Brings what a program needs from operation `op` on into the arena's window of parameters, where that is one. Evaluations and
+    /// training alike; every process calls it for the same operations in the same order.
+    ///
+    /// # Errors
+    /// A device or a process that failed.
+    fn bring(&mut self, _: &B, _: &mut Arena<B>, _: &Window, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Operation number `op` of a pass that it [follows](Exchange::follows) has run, or is queued: gradients that it wrote last are
+    /// complete in this pass.
     ///
     /// # Errors
     /// A device or a process that failed.
@@ -34,6 +54,15 @@ pub trait Exchange<B: Backend>: Send {
     /// # Errors
     /// A device or a process that failed.
     fn end(&mut self, backend: &B, arena: &mut Arena<B>, pass: Pass) -> Result<()>;
+
+    /// This process's elements of the parameters were changed: gives them to all, and gets theirs, where every process keeps all
+    /// parameters.
+    ///
+    /// # Errors
+    /// A device or a process that failed.
+    fn spread(&mut self, _: &B, _: &mut Arena<B>) -> Result<()> {
+        Ok(())
+    }
 
     /// Fills in the shares of the other processes: `values` holds one of every process, all as long, in the order of ranks, this
     /// one's filled in. Values of a device are queued for, and there for what is queued after [`Exchange::join`].
@@ -64,4 +93,33 @@ pub struct Pass {
     pub last: bool,
     /// Whether it is the last pass of its step.
     pub ends_step: bool,
+}
+
+/// What processes tell each other that update an arena together, each its elements.
+pub trait Together {
+    /// A number for each piece of the update ([`crate::optim::UpdatePlan::pieces`]), in arena order, out of those for the pieces of
+    /// this process.
+    ///
+    /// # Errors
+    /// A process that failed.
+    fn pieces(&mut self, of_this: &[f64]) -> Result<Vec<f64>>;
+
+    /// A number of each process.
+    ///
+    /// # Errors
+    /// A process that failed.
+    fn processes(&mut self, of_this: f64) -> Result<Vec<f64>>;
+}
+
+/// The update of a whole arena, by one process.
+pub struct Alone;
+
+impl Together for Alone {
+    fn pieces(&mut self, of_this: &[f64]) -> Result<Vec<f64>> {
+        Ok(of_this.to_vec())
+    }
+
+    fn processes(&mut self, of_this: f64) -> Result<Vec<f64>> {
+        Ok(vec![of_this])
+    }
 }

@@ -58,12 +58,52 @@ pub struct Arena<B: Backend> {
     pub state: B::Buffer<B::Real>,
     /// What the device keeps of the arena's update.
     pub prepared: B::Prepared,
+    /// What this process keeps of an arena that is shared out over several; none where it keeps all of it. The slots are then those
+    /// of [`Held::elements`] alone.
+    pub held: Option<Held<B>>,
+}
+
+/// What a process keeps of an arena that is shared out, and where its program finds the rest.
+pub struct Held<B: Backend> {
+    /// The elements that this process updates.
+    pub elements: Range<usize>,
+    /// Their parameters, where [`Arena::parameters`] is a window through which all pass; else they stand there.
+    pub parameters: Option<B::Buffer<B::Real>>,
+    /// Their gradients, where [`Arena::gradients`] is a window; else they stand there.
+    pub gradients: Option<B::Buffer<B::Real>>,
+    /// Where each [`Param`] stands in the window of parameters at present; empty where that is none.
+    pub parameter_places: Vec<Range<usize>>,
+    /// Where the gradient of each [`Param`] stands in the window of gradients; empty where that is none.
+    pub gradient_places: Vec<Range<usize>>,
 }
 
 impl<B: Backend> Arena<B> {
-    /// The elements of a parameter.
+    /// Where an operation finds a parameter in [`Arena::parameters`].
     pub fn range(&self, param: Param) -> Range<usize> {
-        self.ranges[param.0 as usize].clone()
+        let index = param.0 as usize;
+        let place = self.held.as_ref().and_then(|held| held.parameter_places.get(index));
+        place.unwrap_or(&self.ranges[index]).clone()
+    }
+
+    /// Where an operation leaves the gradient of a parameter in [`Arena::gradients`].
+    pub fn gradient_range(&self, param: Param) -> Range<usize> {
+        let index = param.0 as usize;
+        let place = self.held.as_ref().and_then(|held| held.gradient_places.get(index));
+        place.unwrap_or(&self.ranges[index]).clone()
+    }
+
+    /// The parameters that this process updates: a buffer, and its elements.
+    pub fn own_parameters(&self) -> (&B::Buffer<B::Real>, Range<usize>) {
+        match &self.held {
+            None => (&self.parameters, 0..self.layout.padded_len()),
+            Some(Held { elements, parameters: Some(parameters), .. }) => (parameters, 0..elements.len()),
+            Some(Held { elements, .. }) => (&self.parameters, elements.clone()),
+        }
+    }
+
+    /// The elements that this process updates: all, where the arena is not shared out.
+    pub fn own_elements(&self) -> Range<usize> {
+        self.held.as_ref().map_or(0..self.layout.padded_len(), |held| held.elements.clone())
     }
 
     /// The elements of a kept tensor.

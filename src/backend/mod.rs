@@ -14,8 +14,8 @@ pub mod profile;
 mod slice;
 pub mod step;
 
-pub use exchange::{Exchange, Pass as PassOfStep};
-pub use memory::{Act, Activations, Arena, Grad, Indices, InputSlot, Memory, Param, State, disjoint};
+pub use exchange::{Alone, Exchange, Pass as PassOfStep, Together};
+pub use memory::{Act, Activations, Arena, Grad, Held, Indices, InputSlot, Memory, Param, State, disjoint};
 pub use op::{Op, StepContext, Use};
 pub use slice::{DeviceSlice, HostSlice, Number, Numeric, Slice};
 

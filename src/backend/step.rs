@@ -10,6 +10,7 @@ use super::ops::{METRICS, Update};
 use super::{Act, Activations, Arena, Backend, Exchange, Indices, Memory, Op, PassOfStep, StepContext};
 use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
+use crate::plan::Window;
 use crate::real::Element;
 
 /// A part of a step: forward and backward of a micro-batch, an update, or one after the other.
@@ -24,14 +25,17 @@ pub struct Work<'a, B: Backend> {
     pub update: Option<UpdateWork<'a, B>>,
 }
 
-/// A pass whose gradients are a part of a step's.
+/// A pass whose gradients are a part of a step's, or whose parameters come from other processes.
 pub struct Turn<'a, B: Backend> {
     /// What is done to them.
     pub exchange: &'a mut dyn Exchange<B>,
-    /// Which pass it is.
-    pub pass: PassOfStep,
-    /// What this process found in the step so far. Metrics are added where the host has them before the step goes on.
-    pub found: &'a mut Found,
+    /// Which pass it is; none for an evaluation.
+    pub pass: Option<PassOfStep>,
+    /// The program's window of parameters, where it sees them through one.
+    pub window: Option<&'a Window>,
+    /// What this process found in the step so far; none for an evaluation. Metrics are added where the host has them before the step
+    /// goes on.
+    pub found: Option<&'a mut Found>,
 }
 
 /// What a process found in the passes of a step, and tells all others with its gradients.
@@ -46,23 +50,54 @@ pub struct Found {
 }
 
 impl<B: Backend> Turn<'_, B> {
+    pub(super) fn begin(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+        self.bring(backend, arena, 0)?;
+        self.pass.map_or(Ok(()), |pass| self.exchange.begin(backend, arena, pass))
+    }
+
+    /// Whether operations are run one by one.
+    fn follows(&self) -> bool {
+        self.window.is_some() || self.pass.is_some_and(|pass| self.exchange.follows(pass))
+    }
+
+    pub(super) fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+        if self.pass.is_some_and(|pass| self.exchange.follows(pass)) {
+            self.exchange.after_op(backend, arena, op)?;
+        }
+        self.bring(backend, arena, op + 1)
+    }
+
+    fn bring(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+        self.window.map_or(Ok(()), |window| self.exchange.bring(backend, arena, window, op))
+    }
+
+    pub(super) fn end(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+        self.pass.map_or(Ok(()), |pass| self.exchange.end(backend, arena, pass))
+    }
+
+    /// Whether it is that of the last pass of a step.
+    pub(super) fn ends_step(&self) -> bool {
+        self.pass.is_some_and(|pass| pass.ends_step)
+    }
+
     /// Takes the metrics of the pass, which has ended; at the end of the step, gives what every process found, in the order of
     /// ranks, through the host.
     ///
     /// # Errors
     /// A process that failed.
-    pub(super) fn finish(self, metrics: Option<[f64; METRICS]>) -> Result<Vec<Found>> {
-        let Turn { exchange, pass, found } = self;
+    pub(super) fn finish(&mut self, metrics: Option<[f64; METRICS]>) -> Result<Vec<Found>> {
+        let ends_step = self.ends_step();
+        let Some(found) = &mut self.found else { return Ok(Vec::new()) };
         found.metrics.push(metrics.unwrap_or_default());
-        if !pass.ends_step {
+        if !ends_step {
             return Ok(Vec::new());
         }
-        let (rank, world) = exchange.place();
+        let (rank, world) = self.exchange.place();
         let mut own = vec![f64::from(u8::from(found.flag)), found.samples as f64];
         own.extend(found.metrics.as_flattened());
         let mut all = vec![0f64; own.len() * world];
         all[rank * own.len()..(rank + 1) * own.len()].copy_from_slice(&own);
-        exchange.gather(all.as_mut_slice().into())?;
+        self.exchange.gather(all.as_mut_slice().into())?;
         let of_process = |numbers: &[f64]| Found {
             flag: numbers[0] != 0.0,
             samples: numbers[1] as u64,
@@ -188,16 +223,15 @@ impl<B: Backend> Pass<'_, B> {
         let mut memory = Memory { arena, activations: &mut *self.activations };
         match turn {
             None => backend.run(ops, &mut memory, &context)?,
-            Some(Turn { exchange, pass, .. }) => {
-                exchange.begin(backend, memory.arena, *pass)?;
-                if pass.ends_step {
-                    backend.run_each(ops, &mut memory, &context, &mut |memory, op| {
-                        exchange.after_op(backend, memory.arena, op)
-                    })?;
+            Some(turn) => {
+                turn.begin(backend, memory.arena)?;
+                if turn.follows() {
+                    let after = &mut |memory: &mut Memory<'_, B>, op| turn.after_op(backend, memory.arena, op);
+                    backend.run_each(ops, &mut memory, &context, after)?;
                 } else {
                     backend.run(ops, &mut memory, &context)?;
                 }
-                exchange.end(backend, memory.arena, *pass)?;
+                turn.end(backend, memory.arena)?;
             }
         }
         let Some(act) = self.metrics else { return Ok(None) };
@@ -217,12 +251,21 @@ pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: 
         Some(pass) => pass.run_in_turn(backend, arena, turn.as_mut())?,
         None => None,
     };
-    let processes = turn.map_or(Ok(Vec::new()), |turn| turn.finish(metrics))?;
+    let processes = turn.as_mut().map_or(Ok(Vec::new()), |turn| turn.finish(metrics))?;
     let outcome = match update {
         Some(UpdateWork { plan, params, average }) => {
-            let outcome = backend.update(arena, plan, &params)?;
+            let outcome = match &mut turn {
+                Some(Turn { exchange, .. }) if arena.held.is_some() => {
+                    let outcome = backend.update_held(arena, plan, &params, *exchange)?;
+                    if !outcome.skipped {
+                        exchange.spread(backend, arena)?;
+                    }
+                    outcome
+                }
+                _ => backend.update(arena, plan, &params)?,
+            };
             if let (false, Some((decay, average))) = (outcome.skipped, average) {
-                backend.average(average, &arena.parameters, decay)?;
+                backend.average_arena(average, arena, decay)?;
             }
             Some(outcome)
         }

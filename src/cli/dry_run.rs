@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::assemble::{Opened, build_model, open_data};
+use super::team;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, LESS_MEMORY};
 use crate::backend::ops::Update;
@@ -10,9 +11,11 @@ use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::OpenedData;
 use crate::error::Result;
 use crate::model::{Model, Program};
+use crate::parallel::Shard;
 use crate::text::grouped;
 use crate::train::looping::model_input;
 use crate::train::memory::{Fullest, RunMemory, Wanted};
+use crate::train::step::can_be_shared_out;
 
 /// What training would take, on the device that was opened; a GPU that could not be opened is planned for all the same.
 ///
@@ -58,9 +61,16 @@ fn evaluations(data: &OpenedData, batch_size: usize) -> Vec<usize> {
 
 fn plan<B: Update>(run: &RunFile, data: &OpenedData, device: Option<&Device>) -> Result<String> {
     let mut model: Model<B> = build_model(run, &data.preprocess)?;
+    let (rank, world) = team::place()?;
+    let share = run.parallel.share(rank, world, run.train.batch_size).map_err(|e| run.locate(e))?;
+    let sharding = run.parallel.sharding((rank, world), &share, run.train.accumulate);
+    if sharding.shard != Shard::None {
+        can_be_shared_out::<B>(&run.optimizer).map_err(|e| run.locate(e))?;
+    }
     let wanted = Wanted {
         input: model_input(data.input()),
-        batch_size: run.train.batch_size,
+        batch_size: run.train.batch_size / share.of,
+        share: (share.of > 1).then_some((share, sharding)),
         evaluations: evaluations(data, run.train.batch_size),
         optimizer: &run.optimizer,
         average: run.train.ema.is_some(),
@@ -76,14 +86,15 @@ fn plan<B: Update>(run: &RunFile, data: &OpenedData, device: Option<&Device>) ->
             text += &format!("it does not fit: {LESS_MEMORY}\n");
         }
     }
-    let flops = program.flops() * u64::from(run.train.accumulate);
+    let flops = program.flops() * share.passes(run.train.accumulate);
     text += &format!(
-        "{:<23} {:.3} GFLOP ({} micro-batch{} of {})\n",
+        "{:<23} {:.3} GFLOP ({} micro-batch{} of {}{})\n",
         "arithmetic a step",
         flops as f64 / 1e9,
         run.train.accumulate,
         if run.train.accumulate == 1 { "" } else { "es" },
         run.train.batch_size,
+        if world == 1 { String::new() } else { format!(", the part of one of {world} processes") },
     );
     Ok(text)
 }

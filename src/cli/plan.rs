@@ -16,8 +16,9 @@ use crate::data::{InputSpec, OpenedData, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::{Model, Program};
 use crate::optim::UpdatePlan;
-use crate::parallel::Wire;
-use crate::parallel::scaling::{GPUS, Hardware, Links, Prediction, Spread, Step, predict};
+use crate::parallel::scaling::{GPUS, Hardware, Links, Prediction, Step, predict};
+use crate::parallel::{Shard, Wire};
+use crate::plan::Share;
 use crate::real::Element;
 use crate::text::grouped;
 use crate::train::looping::model_input;
@@ -220,11 +221,19 @@ impl<B: Update> Work<'_, B> {
         }
     }
 
-    /// The program and the memory of a process that takes so many samples at a time.
-    fn planned(&mut self, samples: usize) -> Result<(Program<B>, RunMemory)> {
+    /// The share of a process of `processes` of a batch of so many samples.
+    fn share(&self, processes: usize, batch: usize) -> Result<Share> {
+        self.run.parallel.share(0, processes, batch).map_err(|e| self.run.locate(e))
+    }
+
+    /// The program and the memory of a process that has this share, and takes so many samples at a time.
+    fn planned(&mut self, processes: usize, share: Share, samples: usize) -> Result<(Program<B>, RunMemory)> {
+        let parallel = &self.run.parallel;
+        let sharding = parallel.sharding((0, processes), &share, self.run.train.accumulate);
         let wanted = Wanted {
             input: model_input(self.data.input()),
             batch_size: samples,
+            share: (share.of > 1).then_some((share, sharding)),
             evaluations: Vec::new(),
             optimizer: &self.run.optimizer,
             average: self.run.train.ema.is_some(),
@@ -232,9 +241,10 @@ impl<B: Update> Work<'_, B> {
         RunMemory::plan(&mut self.model, &wanted).map_err(|e| self.run.locate(e))
     }
 
-    /// A process's step on so many samples at a time, and its floating-point operations.
-    fn step(&mut self, samples: usize) -> Result<(Step, f64)> {
-        let (program, _) = self.planned(samples)?;
+    /// The step of each of so many processes on a batch, and its floating-point operations.
+    fn step(&mut self, processes: usize, batch: usize) -> Result<(Step, f64)> {
+        let share = self.share(processes, batch)?;
+        let (program, _) = self.planned(processes, share, batch / share.of)?;
         let costs = program.costs(self.model.parameters())?;
         let floor = |cost: &crate::model::OpCost| self.device.speed.floor_ms(cost.bytes, cost.flops) * 1e-3;
         let (forward, backward) = costs.split_at(program.forward_ops);
@@ -246,25 +256,25 @@ impl<B: Update> Work<'_, B> {
             Wire::F32 => size_of::<f32>(),
             Wire::Bf16 => 2,
         };
-        let accumulate = f64::from(self.run.train.accumulate);
+        let passes = share.passes(self.run.train.accumulate) as f64;
         let step = Step {
             forward: forward.iter().map(floor).sum(),
             backward: backward.iter().map(floor).sum(),
             update: update_bytes(&plan, len, copy) as f64 / self.device.speed.copy,
-            accumulate,
+            accumulate: passes,
             gradient_bytes: (len * sent) as f64,
             parameter_bytes: (len * size_of::<B::Storage>()) as f64,
             bucket_bytes: self.run.parallel.bucket_mb * 1e6,
         };
-        Ok((step, program.flops() as f64 * accumulate))
+        Ok((step, program.flops() as f64 * passes))
     }
 
     /// A step of so many processes, each with so many samples, beside one that waits for nobody.
     fn row(&mut self, processes: usize, samples: usize, items: f64) -> Result<(Row, Prediction)> {
-        let (step, _) = self.step(samples)?;
-        let spread = Spread::None;
-        let found = predict(&step, spread, &self.links(processes));
-        let alone = predict(&step, spread, &self.links(1)).seconds;
+        let (step, _) = self.step(processes, processes * samples)?;
+        let found = predict(&step, self.run.parallel.shard, &self.links(processes));
+        let (alone, _) = self.step(1, samples)?;
+        let alone = predict(&alone, Shard::None, &self.links(1)).seconds;
         let row = Row {
             processes,
             batch_a_process: samples,
@@ -275,11 +285,12 @@ impl<B: Update> Work<'_, B> {
         Ok((row, found))
     }
 
-    /// The largest number of samples that fit into the memory of a device.
-    fn largest_batch(&mut self) -> Result<Option<usize>> {
+    /// The largest number of samples of a batch that fit into each of so many processes, shared out as `share` is.
+    fn largest_batch(&mut self, processes: usize, share: Share) -> Result<Option<usize>> {
         let Some(memory) = self.device.memory else { return Ok(None) };
-        let mut fits =
-            |samples: usize| -> Result<bool> { Ok(self.planned(samples)?.1.total() as f64 <= memory * USABLE_MEMORY) };
+        let mut fits = |samples: usize| -> Result<bool> {
+            Ok(self.planned(processes, share, samples)?.1.total() as f64 <= memory * USABLE_MEMORY)
+        };
         if !fits(1)? {
             return Ok(Some(0));
         }
@@ -292,7 +303,7 @@ impl<B: Update> Work<'_, B> {
             let middle = usize::midpoint(fitting, too_large);
             if fits(middle)? { fitting = middle } else { too_large = middle }
         }
-        Ok(Some(fitting))
+        Ok(Some(fitting * share.count))
     }
 }
 
@@ -313,8 +324,9 @@ impl Plan {
         };
         let (title, memory_of_device, peak) = (device.title.clone(), device.memory, device.peak);
         let mut work = Work { options, run, data, device, model: build_model::<B>(run, &data.preprocess)? };
-        let (_, memory) = work.planned(samples)?;
-        let (_, flops) = work.step(samples)?;
+        let share = work.share(world, batch)?;
+        let (_, memory) = work.planned(world, share, batch / share.of)?;
+        let (_, flops) = work.step(world, batch)?;
         let (row, found) = work.row(world, samples, items)?;
         let powers = || (0..usize::BITS).map(|power| 1usize << power).take_while(|&count| count < 2 * world);
         let counts: Vec<usize> = powers().filter(|&count| count < world).chain([world]).collect();
@@ -356,7 +368,7 @@ impl Plan {
             utilization: flops / found.seconds / peak,
             same_batch,
             same_share,
-            largest_batch: work.largest_batch()?,
+            largest_batch: work.largest_batch(world, share)?,
         })
     }
 

@@ -20,6 +20,15 @@ pub(crate) fn local_rank() -> Result<Option<usize>> {
     Ok((world.how != Launcher::Alone).then_some(world.local_rank))
 }
 
+/// The number of this process among those that were started with it, and how many they are.
+///
+/// # Errors
+/// Variables of a launcher that are incomplete.
+pub(crate) fn place() -> Result<(usize, usize)> {
+    let world = World::detect()?;
+    Ok((world.rank, world.size))
+}
+
 /// Joins the processes that were started with this one; one alone where none were.
 ///
 /// # Errors

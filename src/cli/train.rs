@@ -76,7 +76,11 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     // Before anything is read: an emulated device starts the program again.
     let device = open_device(&run_file, !options.no_graph);
     if options.dry_run {
-        print!("{}", dry_run(&run_file, device)?);
+        let text = dry_run(&run_file, device)?;
+        // One process speaks for all.
+        if team::place()?.0 == 0 {
+            print!("{text}");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let device = device?;

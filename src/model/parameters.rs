@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::backend::{Arena, Backend, Param, State};
+use crate::backend::{Arena, Backend, Held, Param, State};
 use crate::error::{Error, Result};
-use crate::plan::{ParamLayout, ParamSpec};
+use crate::plan::{Hold, ParamLayout, ParamSpec, overlap};
 use crate::random::{Philox, Purpose, to_unit};
 use crate::real::Element;
 
@@ -104,7 +104,6 @@ impl ParamTable {
     /// Not enough memory, or a backend that stores what it computes in.
     pub fn arena_with<B: Backend>(&self, backend: &B, seed: u64, slots: usize, master: bool) -> Result<Arena<B>> {
         let (layout, ranges) = self.layout()?;
-        let state_layout = self.state_layout()?;
         let len = layout.padded_len();
         let one_type = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
         if one_type && !master {
@@ -121,11 +120,7 @@ impl ParamTable {
                 backend.upload(&mut stored, range.start, &values.map(B::Storage::from_f64).collect::<Vec<_>>())?;
             }
         }
-        let mut state = backend.allocate(state_layout.padded_len())?;
-        for (index, entry) in state_layout.entries().iter().enumerate() {
-            let values = vec![B::Real::from_f64(self.initial_state(index)); entry.len];
-            backend.upload(&mut state, entry.offset, &values)?;
-        }
+        let (state_layout, state) = self.initial_states(backend)?;
         let mut arena = Arena {
             stored,
             gradients: backend.allocate(len)?,
@@ -136,9 +131,70 @@ impl ParamTable {
             state_layout,
             state,
             prepared: B::Prepared::default(),
+            held: None,
         };
         backend.parameters_changed(&mut arena)?;
         Ok(arena)
+    }
+
+    /// As [`ParamTable::arena`], of which this process holds what `hold` says: no more than that is ever allocated.
+    ///
+    /// # Errors
+    /// Not enough memory, or a backend that stores another type than it computes in.
+    pub fn arena_held<B: Backend>(&self, backend: &B, seed: u64, slots: usize, hold: &Hold) -> Result<Arena<B>> {
+        if std::any::TypeId::of::<B::Real>() != std::any::TypeId::of::<B::Storage>() {
+            return Err(Error::shape("arena", format!("storage in {}", B::Real::NAME), B::Storage::NAME));
+        }
+        let (layout, ranges) = self.layout()?;
+        let (len, own) = (layout.padded_len(), hold.elements.clone());
+        let part = if hold.parameters.is_some() { own.clone() } else { 0..len };
+        let mut parameters = backend.allocate(part.len())?;
+        for (index, range) in ranges.iter().enumerate() {
+            let common = overlap(&part, range);
+            if common.is_empty() {
+                continue;
+            }
+            let values = self.initial(index, seed).into_iter().skip(common.start - range.start).take(common.len());
+            let values: Vec<_> = values.map(B::Real::from_f64).collect();
+            backend.upload(&mut parameters, common.start - part.start, &values)?;
+        }
+        let (parameters, own_parameters) = match hold.parameters {
+            Some(window) => (backend.allocate(window)?, Some(parameters)),
+            None => (parameters, None),
+        };
+        let own_gradients = hold.gradients.as_ref().map(|_| backend.allocate(own.len())).transpose()?;
+        let (state_layout, state) = self.initial_states(backend)?;
+        let (gradient_places, gradients) = hold.gradients.clone().unwrap_or((Vec::new(), len));
+        Ok(Arena {
+            stored: backend.allocate(0)?,
+            gradients: backend.allocate(gradients)?,
+            slots: (0..slots).map(|_| backend.allocate(own.len())).collect::<Result<_>>()?,
+            held: Some(Held {
+                elements: own,
+                // Nothing stands in a window before it is brought there.
+                parameter_places: if own_parameters.is_some() { vec![0..0; ranges.len()] } else { Vec::new() },
+                parameters: own_parameters,
+                gradients: own_gradients,
+                gradient_places,
+            }),
+            layout,
+            ranges,
+            parameters,
+            state_layout,
+            state,
+            prepared: B::Prepared::default(),
+        })
+    }
+
+    /// The kept tensors with their initial values.
+    fn initial_states<B: Backend>(&self, backend: &B) -> Result<(ParamLayout, B::Buffer<B::Real>)> {
+        let layout = self.state_layout()?;
+        let mut state = backend.allocate(layout.padded_len())?;
+        for (index, entry) in layout.entries().iter().enumerate() {
+            let values = vec![B::Real::from_f64(self.initial_state(index)); entry.len];
+            backend.upload(&mut state, entry.offset, &values)?;
+        }
+        Ok((layout, state))
     }
 
     /// The arena in the order that backward finishes the gradients (the last declared first), and the range of each

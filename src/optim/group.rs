@@ -1,5 +1,7 @@
 //! Optimizer options, parameter groups, and the plan of an update that they make for a layout.
 
+use std::ops::Range;
+
 use regex::Regex;
 
 use super::{Clip, MuonScale, NormClip, Rule, RuleStep, StepParams};
@@ -203,6 +205,28 @@ impl UpdatePlan {
             }
             NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => PIECE,
         }
+    }
+
+    /// The pieces that lie within `elements`: index of the tensor, and elements in the arena. In arena order.
+    pub fn pieces(&self, elements: &Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+        self.tensors.iter().enumerate().flat_map(move |(index, tensor)| {
+            let (piece, end) = (self.piece(index), tensor.offset + tensor.len);
+            let pieces = (tensor.offset..end).step_by(piece).map(move |start| start..end.min(start + piece));
+            let within = elements.clone();
+            let pieces = pieces.filter(move |piece| within.start <= piece.start && piece.end <= within.end);
+            pieces.map(move |piece| (index, piece))
+        })
+    }
+
+    /// Where the arena can be cut so that the update of each part can be computed by itself, but for sums over pieces: where pieces
+    /// begin; of matrices that Muon multiplies only where they begin themselves. In order, each a multiple of [`ALIGNMENT`].
+    pub fn cuts(&self) -> Vec<usize> {
+        let whole = |tensor: &TensorPlan| matches!(self.groups[usize::from(tensor.group)].rule, Rule::Muon { .. });
+        let of = |(index, tensor): (usize, &TensorPlan)| {
+            let piece = if whole(tensor) { tensor.len.max(1) } else { self.piece(index) };
+            (tensor.offset..tensor.offset + tensor.len).step_by(piece)
+        };
+        self.tensors.iter().enumerate().flat_map(of).filter(|cut| cut.is_multiple_of(ALIGNMENT)).collect()
     }
 
     /// The plan of `options` for the tensors of `layout`.

@@ -1,8 +1,23 @@
 //! How a run is spread over processes.
 
 use super::gradients::Wire;
+use super::sharding::ShardingOptions;
 use crate::error::{Error, Result};
 use crate::plan::Share;
+
+/// What each of several processes keeps for its own part of the parameters alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Shard {
+    /// Nothing.
+    #[default]
+    None,
+    /// The optimizer's slots and the average of weights (ZeRO 1).
+    Optimizer,
+    /// Gradients besides (ZeRO 2).
+    Gradients,
+    /// Parameters besides (ZeRO 3).
+    Parameters,
+}
 
 /// Options of the run file's section `[parallel]`. Its key stands in the text of each field.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +29,8 @@ pub struct ParallelOptions {
     pub parts: Option<usize>,
     /// `parallel.reduce`: what gradients are sent as.
     pub wire: Wire,
+    /// `parallel.shard`: what processes share out instead of keeping all of it.
+    pub shard: Shard,
     /// `parallel.overlap`: whether gradients are summed over processes while the backward goes on.
     pub overlap: bool,
     /// `parallel.bucket_mb`: megabytes of gradients that are summed together.
@@ -30,6 +47,7 @@ impl Default for ParallelOptions {
             reproducible: false,
             parts: None,
             wire: Wire::F32,
+            shard: Shard::None,
             overlap: true,
             bucket_mb: 16.0,
             timeout: 60.0,
@@ -78,7 +96,13 @@ impl ParallelOptions {
         }
         let most = 1usize << batch_size.trailing_zeros().min(3);
         let parts = self.parts.unwrap_or(most);
-        Share::reproducible(rank, world, parts).ok_or_else(|| {
+        // Gradients that are not kept are summed over processes part by part.
+        let share = if self.shard >= Shard::Gradients {
+            Share::side_by_side(rank, world, parts)
+        } else {
+            Share::reproducible(rank, world, parts)
+        };
+        share.ok_or_else(|| {
             Error::config(
                 "parallel.parts",
                 format!(
@@ -87,6 +111,12 @@ impl ParallelOptions {
                 ),
             )
         })
+    }
+
+    /// How the memory of a process that has this share is shared out, `rank` of `world`.
+    pub fn sharding(&self, (rank, world): (usize, usize), share: &Share, accumulate: u32) -> ShardingOptions {
+        let adds_up = share.reproducible && accumulate > 1;
+        ShardingOptions { shard: self.shard, rank, world, bucket: self.bucket_elements(), adds_up }
     }
 
     /// Elements of a bucket.

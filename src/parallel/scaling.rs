@@ -4,19 +4,7 @@ mod hardware;
 
 pub use hardware::{GPUS, Hardware, Links};
 
-/// How parameters, gradients and optimizer slots are spread over processes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Spread {
-    /// Each process has all of them.
-    #[default]
-    None,
-    /// Slots are spread (ZeRO 1).
-    Optimizer,
-    /// Slots and gradients are (ZeRO 2).
-    Gradients,
-    /// All are (ZeRO 3).
-    Parameters,
-}
+use super::options::Shard;
 
 /// A step of one process, as one device makes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -107,10 +95,10 @@ fn seconds(kind: Kind, bytes: f64, messages: f64, links: &Links) -> f64 {
 }
 
 /// The step of `links`'s processes, each of which makes `step` by itself.
-pub fn predict(step: &Step, spread: Spread, links: &Links) -> Prediction {
+pub fn predict(step: &Step, shard: Shard, links: &Links) -> Prediction {
     let world = links.world() as f64;
     let compute = step.accumulate * (step.forward + step.backward);
-    let update = if spread == Spread::None { step.update } else { step.update / world };
+    let update = if shard == Shard::None { step.update } else { step.update / world };
     let mut traffic = Vec::new();
     if links.world() > 1 {
         let buckets = (step.gradient_bytes / step.bucket_bytes).ceil().max(1.0);
@@ -129,17 +117,17 @@ pub fn predict(step: &Step, spread: Spread, links: &Links) -> Prediction {
             let bytes = times * sent(Kind::AllGather, step.parameter_bytes, world);
             Traffic { what, times, bytes, seconds: times * once, exposed: times * (once - beside).max(0.0) }
         };
-        match spread {
-            Spread::None => traffic.push(reduce("all-reduce of gradients", Kind::AllReduce, 1.0)),
-            Spread::Optimizer => {
+        match shard {
+            Shard::None => traffic.push(reduce("all-reduce of gradients", Kind::AllReduce, 1.0)),
+            Shard::Optimizer => {
                 traffic.push(reduce("reduce-scatter of gradients", Kind::ReduceScatter, 1.0));
                 traffic.push(gather("all-gather of parameters, after the update", 1.0, 0.0));
             }
-            Spread::Gradients => {
+            Shard::Gradients => {
                 traffic.push(reduce("reduce-scatter of gradients", Kind::ReduceScatter, step.accumulate));
                 traffic.push(gather("all-gather of parameters, after the update", 1.0, 0.0));
             }
-            Spread::Parameters => {
+            Shard::Parameters => {
                 traffic.push(reduce("reduce-scatter of gradients", Kind::ReduceScatter, step.accumulate));
                 traffic.push(gather("all-gather of parameters, for the forward", step.accumulate, step.forward));
                 traffic.push(gather("all-gather of parameters, for the backward", step.accumulate, step.backward));
@@ -177,8 +165,8 @@ mod tests {
 
     #[test]
     fn one_process_sends_nothing_and_takes_what_its_parts_take() {
-        for spread in [Spread::None, Spread::Optimizer, Spread::Gradients, Spread::Parameters] {
-            let found = predict(&STEP, spread, &links(1, 1));
+        for shard in [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters] {
+            let found = predict(&STEP, shard, &links(1, 1));
             assert!(found.traffic.is_empty());
             assert!((found.seconds - 0.091).abs() < 1e-12, "{}", found.seconds);
         }
@@ -186,22 +174,22 @@ mod tests {
 
     #[test]
     fn bytes_sent_are_those_of_a_ring() {
-        let found = predict(&STEP, Spread::None, &links(8, 2));
+        let found = predict(&STEP, Shard::None, &links(8, 2));
         assert_eq!(found.traffic[0].bytes, 2.0 * 15.0 / 16.0 * 500e6);
-        let found = predict(&STEP, Spread::Optimizer, &links(4, 1));
+        let found = predict(&STEP, Shard::Optimizer, &links(4, 1));
         assert_eq!(found.traffic[0].bytes, 0.75 * 500e6);
         assert_eq!(found.traffic[1].bytes, 0.75 * 250e6);
-        let found = predict(&Step { accumulate: 3.0, ..STEP }, Spread::Parameters, &links(4, 1));
+        let found = predict(&Step { accumulate: 3.0, ..STEP }, Shard::Parameters, &links(4, 1));
         assert_eq!(found.traffic.iter().map(|t| t.bytes).sum::<f64>(), 3.0 * 0.75 * (500e6 + 2.0 * 250e6));
     }
 
     #[test]
     fn what_the_backward_hides_is_not_waited_for_and_what_it_cannot_is() {
-        let fast = predict(&STEP, Spread::None, &links(8, 1));
+        let fast = predict(&STEP, Shard::None, &links(8, 1));
         let last = seconds(Kind::AllReduce, 16e6, 1.0, &links(8, 1));
         assert_eq!(fast.exposed(), last);
         let slow = Links { network_bandwidth: 0.1e9, ..links(1, 2) };
-        let found = predict(&STEP, Spread::None, &slow);
+        let found = predict(&STEP, Shard::None, &slow);
         let all = seconds(Kind::AllReduce, 500e6, 32.0, &slow);
         assert!((found.exposed() - (all - 0.06)).abs() < 1e-12);
         assert!((found.seconds - (0.091 + all - 0.06)).abs() < 1e-12);
@@ -209,8 +197,8 @@ mod tests {
 
     #[test]
     fn a_sharded_update_is_as_many_times_shorter() {
-        let found = predict(&STEP, Spread::Optimizer, &links(4, 2));
+        let found = predict(&STEP, Shard::Optimizer, &links(4, 2));
         assert_eq!(found.update, 0.001 / 8.0);
-        assert_eq!(predict(&STEP, Spread::None, &links(4, 2)).update, 0.001);
+        assert_eq!(predict(&STEP, Shard::None, &links(4, 2)).update, 0.001);
     }
 }

@@ -53,6 +53,47 @@ pub fn room_of_tree(len: usize) -> usize {
     middle.max(len - middle)
 }
 
+/// As [`tree_sum`], but only of `values[shards[rank]]`; what becomes of the other elements is open. A shard a rank.
+///
+/// At distance 1 each process gives its neighbour what those ranks will keep whose last bit is the neighbour's, at distance 2 what
+/// those will keep whose last two bits are, and so on: every element goes the way that it goes in a sum by all.
+///
+/// # Errors
+/// As [`tree_sum`].
+pub fn tree_reduce_scatter(
+    collective: &dyn Collective,
+    values: &mut [f32],
+    shards: &[Range<usize>],
+    room: &mut Vec<f32>,
+) -> Result<()> {
+    let (rank, world) = (collective.rank(), collective.world());
+    if !world.is_power_of_two() || shards.len() != world {
+        let found = format!("{} shards of {world} processes", shards.len());
+        return Err(Error::shape("tree sum", "a power of two of processes, a shard each", found));
+    }
+    let mut distance = 1;
+    while distance < world {
+        // The shards of the ranks that agree with one in the bits so far.
+        let of = |one: usize| {
+            let agree = move |other: usize| (one ^ other) & (2 * distance - 1) == 0;
+            shards.iter().enumerate().filter(move |(other, _)| agree(*other)).map(|(_, shard)| shard.clone())
+        };
+        let partner = rank ^ distance;
+        room.clear();
+        of(partner).for_each(|shard| room.extend_from_slice(&values[shard]));
+        let sent = room.len();
+        room.resize(sent + of(rank).map(|shard| shard.len()).sum::<usize>(), 0.0);
+        let (send, received) = room.split_at_mut(sent);
+        collective.swap(partner, send.into(), (&mut *received).into())?;
+        let mut received = received.iter();
+        for shard in of(rank) {
+            values[shard].iter_mut().zip(received.by_ref()).for_each(|(value, &other)| *value += other);
+        }
+        distance *= 2;
+    }
+    Ok(())
+}
+
 /// Where a range is cut in two.
 fn middle(range: &Range<usize>) -> usize {
     let half = (range.len() / 2).next_multiple_of(ALIGNMENT);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 /// A process's share of every batch. A batch is cut into `of` parts of as many consecutive samples each; the process takes `count`
-/// of them from `first` on.
+/// of them, every `stride`-th from `first` on.
 ///
 /// Without [`Share::reproducible`] each process takes one part. With it the parts are the same whatever the number of processes,
 /// and gradients are computed part by part and summed in one fixed order: a binary tree over the parts.
@@ -13,6 +13,8 @@ pub struct Share {
     pub first: usize,
     /// How many parts.
     pub count: usize,
+    /// How far apart they are.
+    pub stride: usize,
     /// Parts of a batch.
     pub of: usize,
     /// Whether sums are taken in the order of a tree over the parts.
@@ -30,19 +32,21 @@ pub struct PassOf {
     pub within: u64,
     /// The part of the micro-batch.
     pub part: usize,
+    /// Its number among the parts of this process.
+    pub index: usize,
 }
 
 impl Default for Share {
     /// All of it.
     fn default() -> Self {
-        Share { first: 0, count: 1, of: 1, reproducible: false }
+        Share { first: 0, count: 1, stride: 1, of: 1, reproducible: false }
     }
 }
 
 impl Share {
     /// The share of one process of `world`.
     pub fn of_rank(rank: usize, world: usize) -> Self {
-        Share { first: rank, count: 1, of: world, reproducible: false }
+        Share { first: rank, count: 1, stride: 1, of: world, reproducible: false }
     }
 
     /// The share of one process of `world` where batches are cut into `parts`, a power of two that `world` divides; none where it
@@ -50,7 +54,13 @@ impl Share {
     pub fn reproducible(rank: usize, world: usize, parts: usize) -> Option<Self> {
         let fits = parts.is_power_of_two() && world > 0 && parts.is_multiple_of(world) && rank < world;
         let count = parts.checked_div(world)?;
-        fits.then_some(Share { first: rank * count, count, of: parts, reproducible: true })
+        fits.then_some(Share { first: rank * count, count, stride: 1, of: parts, reproducible: true })
+    }
+
+    /// As [`Share::reproducible`], but in each of its turns the processes take parts that lie side by side. Then the lower levels of
+    /// the tree are between processes, and sums that are taken after each turn are of the whole of it.
+    pub fn side_by_side(rank: usize, world: usize, parts: usize) -> Option<Self> {
+        Some(Share { first: rank, stride: world, ..Share::reproducible(rank, world, parts)? })
     }
 
     /// Passes that this process makes in a step of `accumulate` micro-batches.
@@ -69,8 +79,8 @@ impl Share {
         let accumulate = u64::from(accumulate);
         let passes = accumulate * self.count as u64;
         let (step, within_step) = (pass / passes, pass % passes);
-        let (part, within) = (within_step / accumulate, within_step % accumulate);
-        PassOf { step, micro_batch: step * accumulate + within, within, part: self.first + part as usize }
+        let (index, within) = ((within_step / accumulate) as usize, within_step % accumulate);
+        PassOf { step, micro_batch: step * accumulate + within, within, part: self.first + index * self.stride, index }
     }
 }
 
@@ -82,6 +92,10 @@ mod tests {
     fn every_part_of_every_micro_batch_is_taken_once_at_any_world_size() {
         for (world, accumulate) in [(1, 1), (1, 3), (2, 1), (4, 2), (8, 3)] {
             let mut seen = Vec::new();
+            for share in (0..world).map(|rank| Share::side_by_side(rank, world, 8).unwrap()) {
+                let parts = (0..share.count).map(|index| share.pass(u64::from(accumulate) * index as u64, accumulate));
+                assert!(parts.enumerate().all(|(index, of)| of.index == index && of.part / world == index));
+            }
             for rank in 0..world {
                 let share = Share::reproducible(rank, world, 8).unwrap();
                 for pass in 0..2 * share.passes(accumulate) {

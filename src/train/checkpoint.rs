@@ -1,7 +1,7 @@
 //! Checkpoints: a folder each, written aside, flushed, then renamed.
 //!
 //! `step-00001000/` holds `model.safetensors`, `optimizer.safetensors`, `ema.safetensors` where weights are averaged, and
-//! `state.json`. Beside them the files `latest` and `best` hold the name of one folder each.
+//! `state.json`; where several processes share memory out, parts of these ([`super::parts`]). Beside them the files `latest` and `best` hold the name of one folder each.
 
 use std::collections::HashMap;
 use std::fs;
@@ -15,7 +15,7 @@ use super::summary::SplitScores;
 use super::tensors::{self, TensorMap};
 use crate::backend::ops::Update;
 use crate::backend::step::LossScale;
-use crate::backend::{Arena, Backend};
+use crate::backend::{Arena, Backend, Held};
 use crate::error::{Error, Result};
 use crate::model::interop::{from_hugging_face_gpt2, is_hugging_face_gpt2};
 
@@ -124,36 +124,56 @@ pub fn folder_name(step: u64) -> String {
 /// # Errors
 /// What the operating system or the device refuses; what was there before stays whole.
 pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<PathBuf> {
-    fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    let name = folder_name(state.step);
-    let path = folder.join(&name);
-    if path.exists() {
-        // The same step of the same run has the same bits: what is there is what would be written.
-        point(folder, Which::Latest, &name)?;
-        return Ok(path);
+    let path = folder.join(folder_name(state.step));
+    if let Some(aside) = begin(folder, &path)? {
+        let metadata = metadata(state);
+        let (model, optimizer, average) = snapshot(trainer)?;
+        tensors::write(&aside.join("model.safetensors"), &model, metadata.clone())?;
+        tensors::write(&aside.join("optimizer.safetensors"), &optimizer, metadata.clone())?;
+        if let Some(average) = average {
+            tensors::write(&aside.join("ema.safetensors"), &average, metadata)?;
+        }
+        end(&aside, &path, trainer, state)?;
     }
-    let aside = files::aside(&path);
+    point(folder, Which::Latest, &folder_name(state.step))?;
+    Ok(path)
+}
+
+/// Makes the folder that a checkpoint is written into before it gets its name, `path`; none where it is there already: the same step
+/// of the same run has the same bits, and what is there is what would be written.
+pub(super) fn begin(folder: &Path, path: &Path) -> Result<Option<PathBuf>> {
+    fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+    if path.exists() {
+        return Ok(None);
+    }
+    let aside = files::aside(path);
     remove(&aside)?;
     fs::create_dir(&aside).map_err(|e| Error::io("create", &aside, e))?;
-    let metadata = HashMap::from([
+    Ok(Some(aside))
+}
+
+/// Writes `state.json` beside the tensors, and gives the checkpoint its name.
+pub(super) fn end<B: Backend + Update>(
+    aside: &Path,
+    path: &Path,
+    trainer: &Trainer<B>,
+    state: &RunState,
+) -> Result<()> {
+    let state = RunState { loss_scale: trainer.loss_scale()?, ..state.clone() };
+    let mut text = serde_json::to_vec_pretty(&state).map_err(|e| Error::io("write", path, e.into()))?;
+    text.push(b'\n');
+    files::write_whole(&aside.join("state.json"), &text)?;
+    files::sync(aside)?;
+    files::rename(aside, path)
+}
+
+/// What the files of a checkpoint say of themselves.
+pub(super) fn metadata(state: &RunState) -> HashMap<String, String> {
+    HashMap::from([
         ("format".to_owned(), "pt".to_owned()),
         ("warpstep".to_owned(), state.version.clone()),
         ("step".to_owned(), state.step.to_string()),
-    ]);
-    let (model, optimizer, average) = snapshot(trainer)?;
-    tensors::write(&aside.join("model.safetensors"), &model, metadata.clone())?;
-    tensors::write(&aside.join("optimizer.safetensors"), &optimizer, metadata.clone())?;
-    if let Some(average) = average {
-        tensors::write(&aside.join("ema.safetensors"), &average, metadata)?;
-    }
-    let state = RunState { loss_scale: trainer.loss_scale()?, ..state.clone() };
-    let mut text = serde_json::to_vec_pretty(&state).map_err(|e| Error::io("write", &path, e.into()))?;
-    text.push(b'\n');
-    files::write_whole(&aside.join("state.json"), &text)?;
-    files::sync(&aside)?;
-    files::rename(&aside, &path)?;
-    point(folder, Which::Latest, &name)?;
-    Ok(path)
+    ])
 }
 
 /// The tensors of a trainer: the model's with what it keeps, the optimizer's, the average of weights.
@@ -162,13 +182,7 @@ pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &Ru
 /// A device that failed.
 pub fn snapshot<B: Backend + Update>(trainer: &Trainer<B>) -> Result<(TensorMap, TensorMap, Option<TensorMap>)> {
     let (arena, backend) = (trainer.arena(), trainer.backend());
-    let mut model = TensorMap::new();
-    if backend.stores_alone(arena) {
-        tensors::download(backend, &arena.stored, &arena.layout, "", &mut model)?;
-    } else {
-        tensors::download(backend, &arena.parameters, &arena.layout, "", &mut model)?;
-    }
-    tensors::download(backend, &arena.state, &arena.state_layout, "", &mut model)?;
+    let model = model_tensors(trainer)?;
     let mut optimizer = TensorMap::new();
     for (slot, name) in arena.slots.iter().zip(trainer.update_plan().slots) {
         tensors::download(backend, slot, &arena.layout, &format!("{name}."), &mut optimizer)?;
@@ -183,6 +197,19 @@ pub fn snapshot<B: Backend + Update>(trainer: &Trainer<B>) -> Result<(TensorMap,
         None => None,
     };
     Ok((model, optimizer, average))
+}
+
+/// The tensors of the model, and what it keeps.
+pub(super) fn model_tensors<B: Backend + Update>(trainer: &Trainer<B>) -> Result<TensorMap> {
+    let (arena, backend) = (trainer.arena(), trainer.backend());
+    let mut model = TensorMap::new();
+    if backend.stores_alone(arena) {
+        tensors::download(backend, &arena.stored, &arena.layout, "", &mut model)?;
+    } else {
+        tensors::download(backend, &arena.parameters, &arena.layout, "", &mut model)?;
+    }
+    tensors::download(backend, &arena.state, &arena.state_layout, "", &mut model)?;
+    Ok(model)
 }
 
 /// Writes which checkpoint is the latest or the best.
@@ -289,15 +316,17 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
     load_model(&path.join("model.safetensors"), backend, arena)?;
     let file = path.join("optimizer.safetensors");
     let mut optimizer = tensors::read(&file)?;
+    let own = arena.own_elements();
     for (slot, name) in arena.slots.iter_mut().zip(slots) {
-        tensors::upload(backend, slot, &arena.layout, &format!("{name}."), &mut optimizer, &file)?;
+        let prefix = format!("{name}.");
+        tensors::upload_part(backend, (slot, 0), &arena.layout, &own, &prefix, &mut optimizer, &file)?;
     }
     tensors::nothing_left(&optimizer, &file)?;
     let layout = arena.layout.clone();
     if let Some((backend, average)) = trainer.average_mut() {
         let file = path.join("ema.safetensors");
         let mut values = tensors::read(&file)?;
-        tensors::upload(backend, average, &layout, "", &mut values, &file)?;
+        tensors::upload_part(backend, (average, 0), &layout, &own, "", &mut values, &file)?;
     }
     trainer.set_counters(state.counters());
     if let Some(scale) = state.loss_scale {
@@ -316,9 +345,11 @@ pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) ->
         model = from_hugging_face_gpt2(model, file)?;
     }
     let alone = backend.stores_alone(arena);
-    let Arena { layout, parameters, stored, state_layout, state, .. } = arena;
+    let Arena { layout, parameters, stored, state_layout, state, held, .. } = arena;
     if alone {
         tensors::upload(backend, stored, layout, "", &mut model, file)?;
+    } else if let Some(Held { elements, parameters: Some(own), .. }) = held {
+        tensors::upload_part(backend, (own, 0), layout, elements, "", &mut model, file)?;
     } else {
         tensors::upload(backend, parameters, layout, "", &mut model, file)?;
     }
@@ -330,5 +361,5 @@ pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) ->
 /// The file of a checkpoint that a model is evaluated by: the average of weights where there is one.
 pub fn weights_file(path: &Path) -> PathBuf {
     let average = path.join("ema.safetensors");
-    if average.is_file() { average } else { path.join("model.safetensors") }
+    if tensors::exists(&average) { average } else { path.join("model.safetensors") }
 }

@@ -11,18 +11,21 @@ use super::files;
 use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
+use super::parts;
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
-use super::step::{LossSums, StepReport, Trainer, TrainerParts};
+use super::step::{LossSums, StepReport, Trainer, TrainerParts, Turn, can_be_shared_out};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
-use crate::backend::Backend;
 use crate::backend::ops::Update;
+use crate::backend::{Backend, Exchange};
 use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Input;
 use crate::optim::{NormClip, Schedule};
-use crate::parallel::{Collective, Gradients, GradientsOptions, agree, broadcast, buckets, gather};
+use crate::parallel::{
+    Collective, Gradients, GradientsOptions, Shard, Sharding, Windowed, agree, broadcast, buckets, gather,
+};
 
 /// What a model's input is for samples of this kind.
 pub fn model_input(spec: &InputSpec) -> Input {
@@ -55,6 +58,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let hash = blake3::hash(run.identity.as_bytes()).to_hex().to_string();
         let share = run.options.validate().and_then(|()| run.parallel.validate());
         let share = share.and_then(|()| run.parallel.share(rank, world, run.options.batch_size));
+        let share = share.and_then(|share| check_sharding(&run).map(|()| share));
         let share = agree(&*collective, share)?;
         // One process makes the folder, and all go on from the checkpoint that it found.
         let latest = if rank == 0 { prepare_folder(&run, &checkpoints, &hash) } else { Ok(None) };
@@ -75,7 +79,9 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         };
         run.schedule.validate(steps, run.optimizer.learning_rate)?;
         let input = run.splits.train.input();
-        let mut trainer = Trainer::new(TrainerParts {
+        let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
+        let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
+        let parts = TrainerParts {
             backend: run.backend,
             model: run.model,
             input: model_input(&input),
@@ -84,14 +90,12 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             optimizer: &run.optimizer,
             ema: run.options.ema,
             seed: run.options.seed,
-        })?;
+        };
+        let mut trainer = Trainer::sharded(parts, sharding)?;
         if share.of > 1 || collective.is_queued() {
-            let arena = trainer.arena();
-            let buckets =
-                buckets(&trainer.program().ops, &arena.ranges, &arena.layout, run.parallel.bucket_elements())?;
             let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
-            let gradients = Gradients::new(options, Arc::clone(&collective), buckets)?;
-            trainer = trainer.sharing(share, Box::new(gradients));
+            let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;
+            trainer = trainer.sharing(share, exchange);
         }
         if let (Some(weights), None) = (&run.weights, &latest) {
             let (backend, arena) = trainer.parts_mut();
@@ -161,6 +165,42 @@ fn the_same_latest(
     broadcast(collective, 0, &mut bytes)?;
     let name = String::from_utf8_lossy(&bytes).into_owned();
     Ok((!name.is_empty()).then(|| checkpoints.join(name)))
+}
+
+/// Fails where something that is asked for does not go with what is shared out.
+fn check_sharding<B: Backend + Update>(run: &Run<B>) -> Result<()> {
+    if run.parallel.shard == Shard::None {
+        return Ok(());
+    }
+    if run.options.shadow_every_steps.is_some() && run.collective.world() > 1 {
+        return Err(Error::config(
+            "run.shadow_every_steps",
+            "looks at all gradients and slots, of which parallel.shard leaves each process a part; expected parallel.shard = \"none\" \
+             with it",
+        ));
+    }
+    can_be_shared_out::<B>(&run.optimizer)
+}
+
+/// What makes the gradients of a trainer's parts those of the whole batch.
+fn exchange<B: Backend<Real = f32> + Update>(
+    trainer: &Trainer<B>,
+    options: GradientsOptions,
+    collective: &Arc<dyn Collective>,
+    bucket: usize,
+) -> Result<Box<dyn Exchange<B>>> {
+    let collective = Arc::clone(collective);
+    Ok(match trainer.sharding() {
+        None => {
+            let arena = trainer.arena();
+            let buckets = buckets(&trainer.program().ops, &arena.ranges, &arena.layout, bucket)?;
+            Box::new(Gradients::new(options, collective, buckets)?)
+        }
+        Some(sharding) if sharding.options.shard < Shard::Gradients => {
+            Box::new(Gradients::sharded(options, collective, sharding)?)
+        }
+        Some(sharding) => Box::new(Windowed::new(options, collective, sharding)?),
+    })
 }
 
 /// Makes or checks the run folder; returns the checkpoint to go on from.
@@ -533,8 +573,21 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
     /// The sums of a split, of which each process takes its turn of batches. They are added up in the order of batches.
     fn sums(&mut self, dataset: &Arc<dyn Dataset>, size: usize, most: usize) -> Result<LossSums> {
         let (rank, world) = (self.collective.rank(), self.collective.world());
-        let loader = Loader::every(Arc::clone(dataset), size, (rank, world), most, self.prefetch)?;
-        let own = agree(&*self.collective, self.trainer.evaluate(loader))?;
+        let loader = Loader::every(Arc::clone(dataset), size, (rank, world), most, self.prefetch);
+        let found = match self.trainer.sharding() {
+            Some(Sharding { parameters: Some(_), .. }) => {
+                let mut loader = agree(&*self.collective, loader)?;
+                let turns = dataset.len().div_ceil(size).min(most).div_ceil(world);
+                let collective = Arc::clone(&self.collective);
+                let turns = (0..turns).map(|_| {
+                    let batch = agree(&*collective, loader.next().transpose())?;
+                    Ok(batch.map_or(Turn::PassOn { samples: size }, Turn::Batch))
+                });
+                self.trainer.evaluate_together(turns)
+            }
+            _ => loader.and_then(|loader| self.trainer.evaluate(loader)),
+        };
+        let own = agree(&*self.collective, found)?;
         let numbers: Vec<f64> = own.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]).collect();
         let all = gather(&*self.collective, bytemuck::cast_slice(&numbers))?;
         let all: Vec<Vec<f64>> = all.iter().map(|bytes| bytemuck::pod_collect_to_vec(bytes)).collect();
@@ -578,6 +631,9 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
 
     /// Writes a checkpoint, which is there for every process when this returns.
     fn write_checkpoint(&mut self, best: bool, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        if self.trainer.sharding().is_some() {
+            parts::save(&self.checkpoints, &self.trainer, &self.state, &*self.collective)?;
+        }
         let written = if self.collective.rank() == 0 { self.write_files(best).map(Some) } else { Ok(None) };
         match agree(&*self.collective, written)? {
             Some(path) => tell(observers, &Event::Checkpoint(&path)),
@@ -585,6 +641,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
     }
 
+    /// What one process writes for all: the checkpoint, where its parts are not there already, and which is the best.
     fn write_files(&self, best: bool) -> Result<PathBuf> {
         let path = checkpoint::save(&self.checkpoints, &self.trainer, &self.state)?;
         if best {

@@ -8,6 +8,8 @@ use crate::backend::{Backend, Op, Param, Use};
 use crate::error::Result;
 use crate::model::{ActivationBytes, Input, Mode, Model, ParamTable, Program};
 use crate::optim::{OptimizerOptions, UpdatePlan};
+use crate::parallel::{Footprint, Shard, Sharding, ShardingOptions, buckets};
+use crate::plan::Share;
 use crate::real::Element;
 
 /// What a run asks for.
@@ -15,7 +17,7 @@ use crate::real::Element;
 pub struct Wanted<'a> {
     /// What a sample's input is.
     pub input: Input,
-    /// Samples of a micro-batch.
+    /// Samples of a pass: of a micro-batch, or of this process's part of it.
     pub batch_size: usize,
     /// Samples of the batches of evaluations, each number once.
     pub evaluations: Vec<usize>,
@@ -23,6 +25,8 @@ pub struct Wanted<'a> {
     pub optimizer: &'a OptimizerOptions,
     /// Whether there is an average of weights.
     pub average: bool,
+    /// The process's share of the batch and of the memory, where several train together, or one by parts of a batch.
+    pub share: Option<(Share, ShardingOptions)>,
 }
 
 /// A part of the memory.
@@ -68,12 +72,18 @@ impl RunMemory {
     /// Shapes that do not fit, or options that do not validate.
     pub fn plan<B: Update>(model: &mut Model<B>, wanted: &Wanted<'_>) -> Result<(Program<B>, Self)> {
         let program = model.plan(&wanted.input, wanted.batch_size, Mode::Training)?;
-        let mut evaluation = 0;
-        for &samples in &wanted.evaluations {
-            evaluation += model.plan(&wanted.input, samples, Mode::Evaluation)?.activation_parts(1).total();
-        }
-        let (layout, _) = model.parameters().layout()?;
+        let (layout, ranges) = model.parameters().layout()?;
         let plan = UpdatePlan::new(wanted.optimizer, &layout)?;
+        let shared_out = wanted.share.filter(|(_, options)| options.shard != Shard::None && options.world > 1);
+        let sharding =
+            shared_out.map(|(_, options)| Sharding::new(options, &program.ops, &layout, &ranges, &plan)).transpose()?;
+        let (mut evaluation, mut window) = (0, sharding.as_ref().and_then(|s| s.parameters.clone()));
+        for &samples in &wanted.evaluations {
+            let program = model.plan(&wanted.input, samples, Mode::Evaluation)?;
+            evaluation += program.activation_parts(1).total();
+            let other = sharding.as_ref().and_then(|sharding| sharding.window(&program.ops));
+            window = [window, other].into_iter().flatten().max_by_key(|window| window.len);
+        }
         let (real, storage) = ((B::Real::NAME, size_of::<B::Real>()), (B::Storage::NAME, size_of::<B::Storage>()));
         let one_type = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
         let len = layout.padded_len();
@@ -85,12 +95,24 @@ impl RunMemory {
         let ActivationBytes { inputs, others } = program.activation_parts(B::INPUT_SLOTS);
         let batches = if B::INPUT_SLOTS == 1 { "1 batch".to_owned() } else { format!("{} batches", B::INPUT_SLOTS) };
         let state = model.parameters().state_layout()?;
+        let held = match wanted.share {
+            None => Footprint::alone(len),
+            Some((share, options)) => {
+                let buckets = buckets(&program.ops, &ranges, &layout, options.bucket)?;
+                let lens = [len, state.padded_len()];
+                Footprint::new((share, options.world), &buckets, lens, sharding.as_ref(), window.as_ref())
+            }
+        };
         let parts = [
-            part("parameters", real, if wanted.optimizer.master { len } else { 0 }),
+            part("parameters", real, if wanted.optimizer.master { held.parameters } else { 0 }),
+            part("window of parameters", real, held.parameter_window),
             part(copy, storage, if one_type { 0 } else { len }),
-            part("gradients", real, len),
-            bytes("optimizer slots", format!("{}, {}", real.0, plan.slots.join(", ")), slots * len * real.1),
-            part("average of weights", real, if wanted.average { len } else { 0 }),
+            part("gradients", real, held.gradients),
+            part("window of gradients", real, held.gradient_window),
+            part("sums of parts", real, held.sums),
+            part("buckets on their way", real, held.on_their_way),
+            bytes("optimizer slots", format!("{}, {}", real.0, plan.slots.join(", ")), slots * held.updated * real.1),
+            part("average of weights", real, if wanted.average { held.updated } else { 0 }),
             part("running statistics", real, state.padded_len()),
             bytes("tables of the update", String::new(), B::table_bytes(&plan)),
             bytes("activations", storage.0.to_owned(), others),

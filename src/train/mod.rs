@@ -9,6 +9,7 @@ pub mod looping;
 pub mod memory;
 pub mod metrics;
 pub mod options;
+pub mod parts;
 pub mod plot;
 pub mod profile;
 pub mod progress;

@@ -4,13 +4,14 @@ use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
 use crate::backend::ops::{METRICS, Update};
-use crate::backend::step::{Fill, Finished, Found, LossScale, Pass, Turn, UpdateWork, Work};
-use crate::backend::{Activations, Arena, Backend, Exchange, PassOfStep, StepContext};
+use crate::backend::step::{self as backend_step, Fill, Finished, Found, LossScale, Pass, UpdateWork, Work};
+use crate::backend::{Activations, Arena, Backend, Exchange, Held, PassOfStep, StepContext};
 use crate::data::{Batch, Inputs, Targets};
 use crate::error::{Error, Result};
 use crate::model::{Input, Mode, Model, Program, Value};
 use crate::optim::{OptimizerOptions, StepOutcome, StepParams, UpdatePlan};
-use crate::plan::Share;
+use crate::parallel::{Sharding, ShardingOptions};
+use crate::plan::{Share, Window};
 use crate::real::Element;
 
 /// Sums of a loss and of right predictions.
@@ -82,6 +83,8 @@ pub struct StepReport {
 struct Planned<B: Backend> {
     program: Program<B>,
     activations: Activations<B>,
+    /// What it sees parameters through, where this process does not keep all.
+    window: Option<Window>,
 }
 
 /// A model in training: parameters, optimizer slots, and the planned programs.
@@ -95,6 +98,7 @@ pub struct Trainer<B: Backend + Update> {
     accumulate: u32,
     share: Share,
     exchange: Option<Box<dyn Exchange<B>>>,
+    sharding: Option<Sharding>,
     arena: Arena<B>,
     plan: UpdatePlan,
     training: Planned<B>,
@@ -151,16 +155,33 @@ impl<B: Backend + Update> Trainer<B> {
     /// # Errors
     /// Shapes that do not fit, options that do not validate, or not enough memory.
     pub fn new(parts: TrainerParts<'_, B>) -> Result<Self> {
+        Self::sharded(parts, None)
+    }
+
+    /// As [`Trainer::new`], as one of several processes that share memory out, where there are such. It trains once it was given what
+    /// they exchange it by ([`Trainer::sharing`]).
+    ///
+    /// # Errors
+    /// As [`Trainer::new`], or a device or parameters that cannot be shared out.
+    pub fn sharded(parts: TrainerParts<'_, B>, sharding: Option<ShardingOptions>) -> Result<Self> {
         let TrainerParts { backend, mut model, input, batch_size, accumulate, optimizer, ema, seed } = parts;
         let program = model.plan(&input, batch_size, Mode::Training)?;
         let activations = program.activations_with_slots(&backend, B::INPUT_SLOTS)?;
-        let (layout, _) = model.parameters().layout()?;
+        let (layout, ranges) = model.parameters().layout()?;
         if !optimizer.master && ema.is_some() {
             return Err(Error::config("optimizer.ema", "needs parameters in f32, which master = false does not keep"));
         }
         let rounding = (!optimizer.master).then_some(seed);
         let plan = UpdatePlan { rounding, ..UpdatePlan::new(optimizer, &layout)? };
-        let arena = model.arena_with(&backend, seed, plan.slots.len(), optimizer.master)?;
+        let sharding =
+            sharding.map(|options| Sharding::new(options, &program.ops, &layout, &ranges, &plan)).transpose()?;
+        let arena = match &sharding {
+            None => model.arena_with(&backend, seed, plan.slots.len(), optimizer.master)?,
+            Some(sharding) => {
+                can_be_shared_out::<B>(optimizer)?;
+                model.parameters().arena_held(&backend, seed, plan.slots.len(), &sharding.hold())?
+            }
+        };
         if backend.loss_scale()?.is_some() {
             backend.set_loss_scale(LossScale::INITIAL)?;
         }
@@ -174,7 +195,8 @@ impl<B: Backend + Update> Trainer<B> {
             accumulate: accumulate.max(1),
             arena,
             plan,
-            training: Planned { program, activations },
+            training: Planned { program, activations, window: sharding.as_ref().and_then(|s| s.parameters.clone()) },
+            sharding,
             evaluations: HashMap::new(),
             share: Share::default(),
             exchange: None,
@@ -210,9 +232,16 @@ impl<B: Backend + Update> Trainer<B> {
         self.flag = true;
     }
 
+    /// How memory is shared out over processes, where it is.
+    pub fn sharding(&self) -> Option<&Sharding> {
+        self.sharding.as_ref()
+    }
+
+    /// The parameters that this process updates.
     fn copy_of_parameters(&self) -> Result<B::Buffer<B::Real>> {
-        let mut values = vec![B::Real::from_f64(0.0); self.arena.layout.padded_len()];
-        self.backend.download(&self.arena.parameters, 0, &mut values)?;
+        let (parameters, elements) = self.arena.own_parameters();
+        let mut values = vec![B::Real::from_f64(0.0); elements.len()];
+        self.backend.download(parameters, elements.start, &mut values)?;
         let mut copy = self.backend.allocate(values.len())?;
         self.backend.upload(&mut copy, 0, &values)?;
         Ok(copy)
@@ -335,10 +364,10 @@ impl<B: Backend + Update> Trainer<B> {
             seed: self.seed,
             micro_step: self.queued.step * u64::from(self.accumulate) + of.within,
             part: of.part as u64,
-            accumulate: of.within > 0,
+            accumulate: of.within > 0 && !self.exchange.as_ref().is_some_and(|exchange| exchange.overwrites()),
         };
         let last = of.within + 1 == u64::from(self.accumulate);
-        let Planned { program, activations } = &mut self.training;
+        let Planned { program, activations, window } = &mut self.training;
         let work = pass(program, activations, batch, context)?;
         let divisor = f64::from(self.accumulate) * self.share.of as f64;
         let params = learning_rate.map(|rate| step_params(rate, self.counters, divisor));
@@ -350,7 +379,7 @@ impl<B: Backend + Update> Trainer<B> {
         let pass = PassOfStep {
             number: self.passes as usize,
             passes: self.share.passes(self.accumulate) as usize,
-            part: of.part - self.share.first,
+            part: of.index,
             first: of.within == 0,
             last,
             ends_step,
@@ -360,13 +389,18 @@ impl<B: Backend + Update> Trainer<B> {
         }
         self.found.flag = self.flag;
         self.found.samples += batch.samples as u64;
-        let found = &mut self.found;
-        let turn = self.exchange.as_deref_mut().map(|exchange| Turn { exchange, pass, found });
+        let found = Some(&mut self.found);
+        let turn = self.exchange.as_deref_mut().map(|exchange| backend_step::Turn {
+            exchange,
+            pass: Some(pass),
+            window: window.as_ref(),
+            found,
+        });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(work), turn, update })?;
         self.samples.push_back(batch.samples);
         self.passes = if ends_step { 0 } else { self.passes + 1 };
         // Micro-batches count once, whatever the number of their parts.
-        self.queued.micro_step += u64::from(of.part == self.share.first);
+        self.queued.micro_step += u64::from(of.index == 0);
         if ends_step {
             self.queued.step += 1;
             self.flags.push_back(self.flag);
@@ -417,9 +451,12 @@ impl<B: Backend + Update> Trainer<B> {
         let (passes, samples, flag) = if processes.is_empty() {
             (passes, samples, flag)
         } else {
-            let metrics = processes.iter().flat_map(|process| &process.metrics);
+            // As many passes as a process makes of parts that lie side by side.
+            let turns = if self.share.stride > 1 { self.share.count } else { 1 };
+            let each = passes.len() / turns;
+            let of_turn = |turn: usize| processes.iter().flat_map(move |of| &of.metrics[turn * each..][..each]);
             (
-                metrics.map(|&metrics| LossSums::new(Some(metrics))).collect(),
+                (0..turns).flat_map(of_turn).map(|&metrics| LossSums::new(Some(metrics))).collect(),
                 processes.iter().map(|process| process.samples).sum(),
                 processes.iter().any(|process| process.flag),
             )
@@ -437,25 +474,69 @@ impl<B: Backend + Update> Trainer<B> {
     /// # Errors
     /// As [`Trainer::queue`], and what the batches' source reports.
     pub fn evaluate(&mut self, batches: impl Iterator<Item = Result<Batch>>) -> Result<Vec<LossSums>> {
+        self.evaluate_together(batches.map(|batch| batch.map(Turn::Batch)))
+    }
+
+    /// As [`Trainer::evaluate`], in turns that all processes take at the same time, since parameters pass between them. A process
+    /// that has no batch in a turn passes on what the others need.
+    ///
+    /// # Errors
+    /// As [`Trainer::evaluate`].
+    pub fn evaluate_together(&mut self, turns: impl Iterator<Item = Result<Turn>>) -> Result<Vec<LossSums>> {
         self.with_average(|trainer| {
             let mut sums = Vec::new();
-            for batch in batches {
-                let batch = batch?;
-                let planned = match trainer.evaluations.entry(batch.samples) {
-                    std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-                    std::collections::hash_map::Entry::Vacant(entry) => {
-                        let program = trainer.model.plan(&trainer.input, batch.samples, Mode::Evaluation)?;
-                        let activations = program.activations(&trainer.backend)?;
-                        entry.insert(Planned { program, activations })
-                    }
-                };
-                let step = StepContext { seed: trainer.seed, ..StepContext::default() };
-                let Planned { program, activations } = planned;
-                let metrics = pass(program, activations, &batch, step)?.run(&trainer.backend, &mut trainer.arena)?;
-                sums.push(LossSums::new(metrics));
+            for turn in turns {
+                match turn? {
+                    Turn::Batch(batch) => sums.push(trainer.evaluate_batch(&batch)?),
+                    Turn::PassOn { samples } => trainer.pass_on(samples)?,
+                }
             }
             Ok(sums)
         })
+    }
+
+    fn evaluate_batch(&mut self, batch: &Batch) -> Result<LossSums> {
+        let (mut planned, step) =
+            (self.evaluation(batch.samples)?, StepContext { seed: self.seed, ..Default::default() });
+        let Planned { program, activations, window } = &mut planned;
+        let mut turn = match (&mut self.exchange, &*window) {
+            (Some(exchange), Some(_)) => {
+                Some(backend_step::Turn { exchange: &mut **exchange, pass: None, window: window.as_ref(), found: None })
+            }
+            _ => None,
+        };
+        let metrics = pass(program, activations, batch, step)
+            .and_then(|pass| pass.run_in_turn(&self.backend, &mut self.arena, turn.as_mut()));
+        self.evaluations.insert(batch.samples, planned);
+        Ok(LossSums::new(metrics?))
+    }
+
+    /// Gives others the parameters that they need for a batch of so many samples.
+    fn pass_on(&mut self, samples: usize) -> Result<()> {
+        let planned = self.evaluation(samples)?;
+        if let (Some(exchange), Some(window)) = (&mut self.exchange, &planned.window) {
+            for gather in &window.gathers {
+                exchange.bring(&self.backend, &mut self.arena, window, gather.before)?;
+            }
+        }
+        self.evaluations.insert(samples, planned);
+        Ok(())
+    }
+
+    /// The program for batches of so many samples, taken out or planned, and room in the arena's window for what it needs.
+    fn evaluation(&mut self, samples: usize) -> Result<Planned<B>> {
+        if let Some(planned) = self.evaluations.remove(&samples) {
+            return Ok(planned);
+        }
+        let program = self.model.plan(&self.input, samples, Mode::Evaluation)?;
+        let activations = program.activations(&self.backend)?;
+        let window = self.sharding.as_ref().and_then(|sharding| sharding.window(&program.ops));
+        let needed = window.as_ref().map_or(0, |window| window.len);
+        let has = self.training.window.iter().chain(self.evaluations.values().filter_map(|p| p.window.as_ref()));
+        if needed > has.map(|window| window.len).max().unwrap_or(0) {
+            self.arena.parameters = self.backend.allocate(needed)?;
+        }
+        Ok(Planned { program, activations, window })
     }
 
     /// Runs `f` with the average of weights, where there is one, in the place of the parameters.
@@ -468,9 +549,49 @@ impl<B: Backend + Update> Trainer<B> {
 
     fn swap_average(&mut self) -> Result<()> {
         let Some((_, average)) = &mut self.average else { return Ok(()) };
-        std::mem::swap(average, &mut self.arena.parameters);
+        match &mut self.arena.held {
+            None => std::mem::swap(average, &mut self.arena.parameters),
+            Some(Held { parameters: Some(parameters), .. }) => std::mem::swap(average, parameters),
+            Some(Held { elements, .. }) => {
+                let mut values = [(); 2].map(|()| vec![B::Real::default(); elements.len()]);
+                self.backend.download(average, 0, &mut values[0])?;
+                self.backend.download(&self.arena.parameters, elements.start, &mut values[1])?;
+                self.backend.upload(&mut self.arena.parameters, elements.start, &values[0])?;
+                self.backend.upload(average, 0, &values[1])?;
+                if let Some(exchange) = &mut self.exchange {
+                    exchange.spread(&self.backend, &mut self.arena)?;
+                }
+            }
+        }
         self.backend.parameters_changed(&mut self.arena)
     }
+}
+
+/// What a process does while others evaluate.
+pub enum Turn {
+    /// It evaluates too.
+    Batch(Batch),
+    /// It passes parameters on, for batches of so many samples.
+    PassOn {
+        /// Samples of the others' batches.
+        samples: usize,
+    },
+}
+
+/// Fails where a device, or what is asked of the optimizer, leaves nothing to share out.
+///
+/// # Errors
+/// The run file's key, and why.
+pub fn can_be_shared_out<B: Update>(optimizer: &OptimizerOptions) -> Result<()> {
+    if !B::SHARES_OUT {
+        let problem = "is for CPUs so far; expected \"none\" on this device";
+        return Err(Error::config("parallel.shard", problem));
+    }
+    if !optimizer.master {
+        let problem = "found false with parallel.shard, which shares out parameters in f32; expected true";
+        return Err(Error::config("optimizer.master", problem));
+    }
+    Ok(())
 }
 
 /// What the update after `counters` is told.

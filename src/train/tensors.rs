@@ -1,14 +1,15 @@
 //! Named tensors in safetensors files, under the names that their PyTorch twins have.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::files;
+use super::{files, parts};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::plan::ParamLayout;
+use crate::plan::{ParamLayout, overlap};
 use crate::real::Element;
 
 pub use crate::model::interop::{HostTensor, TensorMap};
@@ -45,6 +46,22 @@ pub fn upload<B: Backend, T: Element>(
     tensors: &mut TensorMap,
     path: &Path,
 ) -> Result<()> {
+    upload_part(backend, (buffer, 0), layout, &(0..layout.padded_len()), prefix, tensors, path)
+}
+
+/// As [`upload`], of the elements of the arena that `buffer` holds from its element `start` on; tensors are taken whole.
+///
+/// # Errors
+/// As [`upload`].
+pub fn upload_part<B: Backend, T: Element>(
+    backend: &B,
+    (buffer, start): (&mut B::Buffer<T>, usize),
+    layout: &ParamLayout,
+    elements: &Range<usize>,
+    prefix: &str,
+    tensors: &mut TensorMap,
+    path: &Path,
+) -> Result<()> {
     for entry in layout.entries() {
         let name = format!("{prefix}{}", entry.name);
         let Some(tensor) = tensors.remove(&name) else {
@@ -67,8 +84,13 @@ pub fn upload<B: Backend, T: Element>(
                 ),
             ));
         }
-        let values: Vec<T> = tensor.values.into_iter().map(T::from_f32).collect();
-        backend.upload(buffer, entry.offset, &values)?;
+        let part = overlap(&entry.range(), elements);
+        if part.is_empty() {
+            continue;
+        }
+        let values = tensor.values.into_iter().skip(part.start - entry.offset).take(part.len());
+        let values: Vec<T> = values.map(T::from_f32).collect();
+        backend.upload(buffer, start + (part.start - elements.start), &values)?;
     }
     Ok(())
 }
@@ -107,11 +129,28 @@ pub fn write(path: &Path, tensors: &TensorMap, metadata: HashMap<String, String>
     files::sync(path)
 }
 
-/// Reads all tensors of a safetensors file; f16, bf16 and f64 become f32, other types are left out.
+/// Whether a safetensors file is there, whole or in [parts].
+pub fn exists(path: &Path) -> bool {
+    path.is_file() || matches!(parts::find(path), Ok(Some(_)) | Err(_))
+}
+
+/// Reads all tensors of a safetensors file, or of a file's [parts] where it is there in parts; f16, bf16 and f64 become f32, other
+/// types are left out.
 ///
 /// # Errors
 /// A file that cannot be read, or is cut short or damaged.
 pub fn read(path: &Path) -> Result<TensorMap> {
+    match parts::find(path)? {
+        Some(parts) => parts::read(&parts),
+        None => Ok(read_file(path)?.0),
+    }
+}
+
+/// Reads all tensors of one file as [`read`] does, and its metadata.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_file(path: &Path) -> Result<(TensorMap, HashMap<String, String>)> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| {
         Error::checkpoint(path, format!("expected a whole safetensors file, found one cut short or damaged ({e})"))
@@ -131,7 +170,8 @@ pub fn read(path: &Path) -> Result<TensorMap> {
         };
         tensors.insert(name.to_owned(), HostTensor { shape: view.shape().to_vec(), values });
     }
-    Ok(tensors)
+    let metadata = SafeTensors::read_metadata(&bytes).ok().and_then(|(_, header)| header.metadata().clone());
+    Ok((tensors, metadata.unwrap_or_default()))
 }
 
 /// The blake3 hash of a tensor's shape and bytes.

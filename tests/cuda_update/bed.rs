@@ -166,6 +166,7 @@ impl Case {
             state_layout: ParamLayout::new(&[]).unwrap(),
             state: backend.allocate(0).unwrap(),
             prepared: B::Prepared::default(),
+            held: None,
         };
         backend.upload(&mut arena.parameters, 0, &self.parameters).unwrap();
         backend.parameters_changed(&mut arena).unwrap();

@@ -169,6 +169,7 @@ impl<B: Backend> Bed<B> {
             state,
             stored,
             prepared: B::Prepared::default(),
+            held: None,
         };
         backend.parameters_changed(&mut arena)?;
         let mut values = backend.allocate(self.values.len())?;

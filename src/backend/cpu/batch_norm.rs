@@ -148,7 +148,8 @@ impl<R: Real> BatchNorm for Cpu<R> {
                 (bias, weight)
             })
             .collect();
-        let (weight_range, bias_range) = (arena.range(args.dweight.param), arena.range(args.dbias.param));
+        let (weight_range, bias_range) =
+            (arena.gradient_range(args.dweight.param), arena.gradient_range(args.dbias.param));
         for (channel, &(bias, weight)) in sums.iter().enumerate() {
             for (at, grad, value) in [(bias_range.start, args.dbias, bias), (weight_range.start, args.dweight, weight)]
             {

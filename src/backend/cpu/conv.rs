@@ -183,7 +183,7 @@ impl<R: Real> Conv for Cpu<R> {
         let [x, dy, work] = [args.x, args.dy, args.workspace].map(|act| activations.range(act));
         let [x, dy, workspace, dx] = disjoint(&mut activations.values, [x, dy, work, dx_range], "conv2d")?;
         if let Some(dbias) = args.dbias {
-            let range = arena.range(dbias.param);
+            let range = arena.gradient_range(dbias.param);
             bias_gradient(&mut arena.gradients[range], dy, &s, !step.overwrites(dbias));
         }
         let weight = &arena.parameters[arena.range(args.weight)];
@@ -227,7 +227,7 @@ impl<R: Real> Conv for Cpu<R> {
         } else {
             inputs.try_for_each(|((x, dy), work)| part(x, dy, None, work))?;
         }
-        let range = arena.range(args.dweight.param);
+        let range = arena.gradient_range(args.dweight.param);
         let dweight = &mut arena.gradients[range];
         if step.overwrites(args.dweight) {
             dweight.fill(R::zero());

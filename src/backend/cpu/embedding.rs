@@ -11,7 +11,7 @@ use crate::real::Real;
 
 /// The gradient of a table of positions: `dweight[t] = sum over samples of dy[sample, t]`, samples in order.
 fn add_positions<R: Real>(arena: &mut Arena<Cpu<R>>, grad: Grad, dy: &[R], [time, width]: [usize; 2], overwrite: bool) {
-    let range = arena.range(grad.param);
+    let range = arena.gradient_range(grad.param);
     let table = &mut arena.gradients[range];
     if overwrite {
         table.fill(R::zero());
@@ -69,7 +69,7 @@ impl<R: Real> Embedding for Cpu<R> {
         if let Some(dpositions) = args.dpositions {
             add_positions(arena, dpositions, dy, [time, width], step.overwrites(dpositions));
         }
-        let range = arena.range(args.dweight.param);
+        let range = arena.gradient_range(args.dweight.param);
         let table = &mut arena.gradients[range];
         if step.overwrites(args.dweight) {
             table.fill(R::zero());

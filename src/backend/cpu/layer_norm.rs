@@ -217,10 +217,10 @@ impl<R: Real> LayerNorm for Cpu<R> {
         } else {
             (0..args.rows.div_ceil(GROUP)).into_par_iter().map(|i| group(i, None)).collect()
         };
-        let range = arena.range(args.dweight.param);
+        let range = arena.gradient_range(args.dweight.param);
         add_partials(&mut arena.gradients[range], &partials, 0, step.overwrites(args.dweight));
         if let Some(dbias) = args.dbias {
-            let range = arena.range(dbias.param);
+            let range = arena.gradient_range(dbias.param);
             add_partials(&mut arena.gradients[range], &partials, 1, step.overwrites(dbias));
         }
         Ok(())
@@ -298,7 +298,7 @@ impl<R: Real> LayerNorm for Cpu<R> {
         } else {
             (0..args.rows.div_ceil(GROUP)).into_par_iter().map(|i| group(i, None)).collect()
         };
-        let range = arena.range(args.dweight.param);
+        let range = arena.gradient_range(args.dweight.param);
         add_partials(&mut arena.gradients[range], &partials, 0, step.overwrites(args.dweight));
         Ok(())
     }

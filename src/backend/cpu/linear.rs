@@ -75,11 +75,11 @@ impl<R: Real> Linear for Cpu<R> {
         let [x, dy, dx, before] = disjoint(&mut activations.values, ranges, "linear")?;
         let (x, before) = (&*x, &*before);
         if let Some(dbias) = args.dbias {
-            let range = arena.range(dbias.param);
+            let range = arena.gradient_range(dbias.param);
             sum_rows(&mut arena.gradients[range], dy, !step.overwrites(dbias));
         }
         let dy = matrix(dy, rows, outputs, "linear gradient")?;
-        let range = arena.range(args.dweight.param);
+        let range = arena.gradient_range(args.dweight.param);
         product(
             matrix_mut(&mut arena.gradients[range], outputs, inputs, "linear weight gradient")?,
             dy.t(),

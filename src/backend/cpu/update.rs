@@ -12,6 +12,7 @@ mod muon;
 mod pieces;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -20,9 +21,9 @@ pub use self::alone::update_bf16;
 use self::pieces::{Arrays, Piece, cut, squares};
 use super::Cpu;
 use super::parallel::vectorize;
-use crate::backend::Arena;
 use crate::backend::ops::Update;
 use crate::backend::step::{self, Finished, Work};
+use crate::backend::{Alone, Arena, Held, Together};
 use crate::error::{Error, Result};
 use crate::optim::{Group, MomentumForm, NormClip, Rule, RuleStep, StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
@@ -47,8 +48,36 @@ impl<R: Real> Update for Cpu<R> {
             return Err(Error::shape("update", "a plan of parameters in f32", "one of parameters in bf16 alone"));
         }
         let mut slots: Vec<&mut [R]> = arena.slots.iter_mut().map(Vec::as_mut_slice).collect();
+        let whole = 0..arena.layout.padded_len();
         let kept = &mut arena.prepared;
-        update_keeping(&mut arena.parameters, &mut arena.gradients, &mut slots, plan, step, kept)
+        let part = Part { plan, elements: whole, together: &mut Alone };
+        part.update(&mut arena.parameters, &mut arena.gradients, &mut slots, step, kept)
+    }
+
+    const SHARES_OUT: bool = true;
+
+    fn update_held(
+        &self,
+        arena: &mut Arena<Self>,
+        plan: &UpdatePlan,
+        step: &StepParams,
+        together: &mut dyn Together,
+    ) -> Result<StepOutcome> {
+        let Some(Held { elements, parameters, gradients, .. }) = &mut arena.held else {
+            return self.update(arena, plan, step);
+        };
+        let whole = arena.layout.padded_len();
+        let parameters = match parameters {
+            Some(parameters) => parameters.as_mut_slice(),
+            None => arena.parameters.get_mut(elements.clone()).ok_or_else(|| not_held(whole, elements))?,
+        };
+        let gradients = match gradients {
+            Some(gradients) => gradients.as_mut_slice(),
+            None => arena.gradients.get_mut(elements.clone()).ok_or_else(|| not_held(whole, elements))?,
+        };
+        let mut slots: Vec<&mut [R]> = arena.slots.iter_mut().map(Vec::as_mut_slice).collect();
+        let part = Part { plan, elements: elements.clone(), together };
+        part.update(parameters, gradients, &mut slots, step, &mut arena.prepared)
     }
 
     fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>> {
@@ -58,6 +87,22 @@ impl<R: Real> Update for Cpu<R> {
     fn average(&self, average: &mut Vec<R>, parameters: &Vec<R>, decay: f64) -> Result<()> {
         self::average(average, parameters, decay)
     }
+
+    fn average_arena(&self, average: &mut Vec<R>, arena: &Arena<Self>, decay: f64) -> Result<()> {
+        match &arena.held {
+            None => self::average(average, &arena.parameters, decay),
+            Some(Held { parameters: Some(parameters), .. }) => self::average(average, parameters, decay),
+            Some(Held { elements, .. }) => {
+                let whole = arena.layout.padded_len();
+                let held = arena.parameters.get(elements.clone()).ok_or_else(|| not_held(whole, elements))?;
+                self::average(average, held, decay)
+            }
+        }
+    }
+}
+
+fn not_held(whole: usize, elements: &Range<usize>) -> Error {
+    Error::shape("update", format!("elements among {whole}"), format!("{elements:?}"))
 }
 
 /// `average = decay * average + (1 - decay) * parameters`, as `average + (1 - decay) (parameters - average)`.
@@ -93,88 +138,128 @@ pub fn update<R: Real>(
     plan: &UpdatePlan,
     step: &StepParams,
 ) -> Result<StepOutcome> {
-    update_keeping(parameters, gradients, slots, plan, step, &mut Vec::new())
+    let whole = 0..plan.block_groups.len() * ALIGNMENT;
+    let part = Part { plan, elements: whole, together: &mut Alone };
+    part.update(parameters, gradients, slots, step, &mut Vec::new())
 }
 
-/// As [`update`], and leaves the sum of squares of each tensor's gradients in `kept`.
-fn update_keeping<R: Real>(
-    parameters: &mut [R],
-    gradients: &mut [R],
-    slots: &mut [&mut [R]],
-    plan: &UpdatePlan,
-    step: &StepParams,
-    kept: &mut Vec<f64>,
-) -> Result<StepOutcome> {
-    check(parameters, gradients, slots, plan, step)?;
-    let mut slots = slots.iter_mut().map(|slot| &mut **slot);
-    let mut arrays = Arrays {
-        theta: parameters,
-        gradient: gradients,
-        first: slots.next().unwrap_or_default(),
-        second: slots.next().unwrap_or_default(),
-    };
-    let scale = Scale {
-        divide: R::from_f64(1.0 / step.divisor),
-        bound: plan.clip.value.map_or(R::infinity(), R::from_f64),
-        coefficient: R::one(),
-    };
-    let mut pieces = cut(arrays.all(), plan);
-    let clamped = AtomicU64::new(0);
-    let gradients = sums(plan, &pieces, |piece| {
-        if plan.clip.value.is_some() {
-            clamped.fetch_add(scale.clamped(piece.arrays.gradient), Ordering::Relaxed);
+/// The part of an arena that one process updates, by pieces that no other has a share of.
+struct Part<'a> {
+    plan: &'a UpdatePlan,
+    elements: Range<usize>,
+    together: &'a mut dyn Together,
+}
+
+impl Part<'_> {
+    /// As [`update`], of slices that hold this part's elements, and leaves the sum of squares of each tensor's gradients in `kept`.
+    fn update<R: Real>(
+        mut self,
+        parameters: &mut [R],
+        gradients: &mut [R],
+        slots: &mut [&mut [R]],
+        step: &StepParams,
+        kept: &mut Vec<f64>,
+    ) -> Result<StepOutcome> {
+        self.check(parameters, gradients, slots)?;
+        step.check()?;
+        let plan = self.plan;
+        let mut slots = slots.iter_mut().map(|slot| &mut **slot);
+        let mut arrays = Arrays {
+            theta: parameters,
+            gradient: gradients,
+            first: slots.next().unwrap_or_default(),
+            second: slots.next().unwrap_or_default(),
+        };
+        let scale = Scale {
+            divide: R::from_f64(1.0 / step.divisor),
+            bound: plan.clip.value.map_or(R::infinity(), R::from_f64),
+            coefficient: R::one(),
+        };
+        let mut pieces = cut(arrays.all(), plan, &self.elements);
+        let (gradients, clamped) = self.norms(&pieces, &scale)?;
+        let grad_norm = gradients.iter().sum::<f64>().sqrt();
+        kept.clone_from(&gradients);
+        if !grad_norm.is_finite() {
+            drop(pieces);
+            if step.zero_gradients {
+                arrays.gradient.fill(R::zero());
+            }
+            return Ok(StepOutcome { grad_norm, clip_coefficient: 1.0, clamped, skipped: true });
         }
-        scale.checked_squares(piece.arrays.gradient)
-    });
-    let clamped = clamped.into_inner();
-    let grad_norm = gradients.iter().sum::<f64>().sqrt();
-    kept.clone_from(&gradients);
-    if !grad_norm.is_finite() {
+        let global = plan.clip.coefficient(grad_norm);
+        let coefficients: Vec<f64> = match plan.clip.norm {
+            NormClip::Tensor { max_norm } => {
+                gradients.iter().map(|s| (max_norm / (s.sqrt() + 1e-6)).min(1.0)).collect()
+            }
+            NormClip::Off | NormClip::Global { .. } | NormClip::Adaptive { .. } => vec![global; gradients.len()],
+        };
+        let pass = Pass {
+            plan,
+            step,
+            scales: coefficients.iter().map(|&c| Scale { coefficient: R::from_f64(c), ..scale }).collect(),
+            rules: plan.groups.iter().map(|group| group.step(step)).collect(),
+        };
+        let lars = pass.lars_rates(&pieces, &mut self)?;
+        let found: Vec<Found> = pieces.par_iter_mut().map(|piece| pass.piece(piece, &lars)).collect();
+        pass.finish_lamb(&mut pieces, &found, &mut self)?;
         drop(pieces);
-        if step.zero_gradients {
-            arrays.gradient.fill(R::zero());
+        let muon = pass.muon(&mut arrays, &self.elements);
+        let mut least = found.iter().map(|found| found.coefficient).fold(muon, f64::min);
+        if let NormClip::Adaptive { .. } = plan.clip.norm {
+            least = self.together.processes(least)?.into_iter().fold(least, f64::min);
         }
-        return Ok(StepOutcome { grad_norm, clip_coefficient: 1.0, clamped, skipped: true });
+        let clip_coefficient = coefficients.into_iter().fold(least, f64::min);
+        Ok(StepOutcome { grad_norm, clip_coefficient, clamped, skipped: false })
     }
-    let global = plan.clip.coefficient(grad_norm);
-    let coefficients: Vec<f64> = match plan.clip.norm {
-        NormClip::Tensor { max_norm } => gradients.iter().map(|s| (max_norm / (s.sqrt() + 1e-6)).min(1.0)).collect(),
-        NormClip::Off | NormClip::Global { .. } | NormClip::Adaptive { .. } => vec![global; gradients.len()],
-    };
-    let pass = Pass {
-        plan,
-        step,
-        scales: coefficients.iter().map(|&c| Scale { coefficient: R::from_f64(c), ..scale }).collect(),
-        rules: plan.groups.iter().map(|group| group.step(step)).collect(),
-    };
-    let lars = pass.lars_rates(&pieces);
-    let found: Vec<Found> = pieces.par_iter_mut().map(|piece| pass.piece(piece, &lars)).collect();
-    pass.finish_lamb(&mut pieces, &found);
-    drop(pieces);
-    let least = found.iter().map(|found| found.coefficient).fold(pass.muon(&mut arrays), f64::min);
-    let clip_coefficient = coefficients.into_iter().fold(least, f64::min);
-    Ok(StepOutcome { grad_norm, clip_coefficient, clamped, skipped: false })
-}
 
-fn check<R>(parameters: &[R], gradients: &[R], slots: &[&mut [R]], plan: &UpdatePlan, step: &StepParams) -> Result<()> {
-    let len = plan.block_groups.len() * ALIGNMENT;
-    let lens = [parameters.len(), gradients.len()].into_iter().chain(slots.iter().map(|s| s.len()));
-    if lens.clone().any(|l| l != len) || slots.len() < plan.slots.len() {
-        return Err(Error::shape(
-            "update",
-            format!("parameters, gradients and {} slots of {len} elements", plan.slots.len()),
-            format!("{:?}", lens.collect::<Vec<_>>()),
-        ));
+    fn check<R>(&self, parameters: &[R], gradients: &[R], slots: &[&mut [R]]) -> Result<()> {
+        let (len, slots_wanted) = (self.elements.len(), self.plan.slots.len());
+        let lens = [parameters.len(), gradients.len()].into_iter().chain(slots.iter().map(|s| s.len()));
+        if lens.clone().any(|l| l != len) || slots.len() < slots_wanted {
+            return Err(Error::shape(
+                "update",
+                format!("parameters, gradients and {slots_wanted} slots of {len} elements"),
+                format!("{:?}", lens.collect::<Vec<_>>()),
+            ));
+        }
+        Ok(())
     }
-    step.check()
-}
 
-/// `f` of every piece, in parallel, summed over the pieces of each tensor in their order.
-fn sums<R: Real>(plan: &UpdatePlan, pieces: &[Piece<'_, R>], f: impl Fn(&Piece<'_, R>) -> f64 + Sync) -> Vec<f64> {
-    let partial: Vec<f64> = pieces.par_iter().map(&f).collect();
-    let mut sums = vec![0.0; plan.tensors.len()];
-    pieces.iter().zip(partial).for_each(|(piece, partial)| sums[piece.tensor] += partial);
-    sums
+    /// The sum of squares of each tensor's gradients, and how many the value clip changes.
+    fn norms<R: Real>(&mut self, pieces: &[Piece<'_, R>], scale: &Scale<R>) -> Result<(Vec<f64>, u64)> {
+        let clamps = self.plan.clip.value.is_some();
+        let clamped = AtomicU64::new(0);
+        let squares = self.sums(pieces, |piece| {
+            if clamps {
+                clamped.fetch_add(scale.clamped(piece.arrays.gradient), Ordering::Relaxed);
+            }
+            scale.checked_squares(piece.arrays.gradient)
+        })?;
+        let mut clamped = clamped.into_inner();
+        if clamps {
+            // Counts below 2^53, which f64 adds without rounding.
+            clamped = self.together.processes(clamped as f64)?.into_iter().sum::<f64>() as u64;
+        }
+        Ok((squares, clamped))
+    }
+
+    /// `f` of every piece, in parallel, summed over the pieces of each tensor in their order, those of other processes included.
+    fn sums<R: Real>(&mut self, pieces: &[Piece<'_, R>], f: impl Fn(&Piece<'_, R>) -> f64 + Sync) -> Result<Vec<f64>> {
+        let partial: Vec<f64> = pieces.par_iter().map(&f).collect();
+        self.sums_of(&partial)
+    }
+
+    /// The sum for each tensor of a number for each piece of this process.
+    fn sums_of(&mut self, partial: &[f64]) -> Result<Vec<f64>> {
+        let all = self.together.pieces(partial)?;
+        let lens = self.plan.tensors.iter().enumerate().map(|(index, t)| t.len.div_ceil(self.plan.piece(index)));
+        if lens.clone().sum::<usize>() != all.len() {
+            let expected = format!("sums over {} pieces", lens.sum::<usize>());
+            return Err(Error::shape("update", expected, all.len().to_string()));
+        }
+        let mut all = all.into_iter();
+        Ok(lens.map(|len| all.by_ref().take(len).fold(0.0, |sum, partial| sum + partial)).collect())
+    }
 }
 
 /// What the gradient goes through before decay: steps 1 to 3.
@@ -298,43 +383,40 @@ impl<R: Real> Pass<'_, R> {
     }
 
     /// The learning rate of each tensor under LARS.
-    fn lars_rates(&self, pieces: &[Piece<'_, R>]) -> Vec<R> {
+    fn lars_rates(&self, pieces: &[Piece<'_, R>], part: &mut Part<'_>) -> Result<Vec<R>> {
         let is_lars = |rule: &Rule| matches!(rule, Rule::Lars { .. });
         if !self.plan.groups.iter().any(|group| is_lars(&group.rule)) {
-            return Vec::new();
+            return Ok(Vec::new());
         }
         let only = |piece: &Piece<'_, R>, f: &dyn Fn() -> f64| {
             if is_lars(&self.group(piece.tensor).0.rule) { f() } else { 0.0 }
         };
-        let weights = sums(self.plan, pieces, |piece| only(piece, &|| plain_squares(piece.arrays.theta)));
-        let slopes = sums(self.plan, pieces, |piece| {
+        let weights = part.sums(pieces, |piece| only(piece, &|| plain_squares(piece.arrays.theta)))?;
+        let slopes = part.sums(pieces, |piece| {
             only(piece, &|| {
                 let unit = self.unit(piece.tensor);
                 let units = piece.arrays.theta.chunks(unit).zip(piece.arrays.gradient.chunks(unit));
                 units.map(|(t, g)| self.unit_scale(piece.tensor, t, g).0.squares(g)).sum()
             })
-        });
-        self.rates(is_lars, |group, tensor| {
+        })?;
+        Ok(self.rates(is_lars, |group, tensor| {
             let Rule::Lars { trust, .. } = group.rule else { return 1.0 };
             let (weights, slope) = (weights[tensor].sqrt(), slopes[tensor].sqrt());
             let decay = if group.decoupled { 0.0 } else { group.weight_decay };
             if weights > 0.0 && slope > 0.0 { trust * weights / (slope + decay * weights) } else { 1.0 }
-        })
+        }))
     }
 
     /// The second half of LAMB: the step along the directions, by the ratio of the norms that the first half found.
-    fn finish_lamb(&self, pieces: &mut [Piece<'_, R>], found: &[Found]) {
+    fn finish_lamb(&self, pieces: &mut [Piece<'_, R>], found: &[Found], part: &mut Part<'_>) -> Result<()> {
         let is_lamb = |rule: &Rule| matches!(rule, Rule::Lamb { .. });
         if !self.plan.groups.iter().any(|group| is_lamb(&group.rule)) {
-            return;
+            return Ok(());
         }
-        let mut norms = vec![(0.0f64, 0.0f64); self.plan.tensors.len()];
-        for (piece, found) in pieces.iter().zip(found) {
-            norms[piece.tensor].0 += found.weights;
-            norms[piece.tensor].1 += found.directions;
-        }
+        let weights = part.sums_of(&found.iter().map(|found| found.weights).collect::<Vec<_>>())?;
+        let directions = part.sums_of(&found.iter().map(|found| found.directions).collect::<Vec<_>>())?;
         let rates = self.rates(is_lamb, |_, tensor| {
-            let (weights, direction) = (norms[tensor].0.sqrt(), norms[tensor].1.sqrt());
+            let (weights, direction) = (weights[tensor].sqrt(), directions[tensor].sqrt());
             if weights > 0.0 && direction > 0.0 { weights / direction } else { 1.0 }
         });
         let lamb = |piece: &Piece<'_, R>| Some(self.group(piece.tensor)).filter(|(group, _)| is_lamb(&group.rule));
@@ -351,6 +433,7 @@ impl<R: Real> Pass<'_, R> {
                 },
             );
         });
+        Ok(())
     }
 
     /// Steps 1 to 6 of a piece: all of them for rules that look at elements alone and for LARS, the moments for LAMB,

@@ -226,6 +226,7 @@ fn arena<B: Backend>(backend: &B, slots: usize) -> Result<Arena<B>> {
         state_layout: ParamLayout::new(&[])?,
         state: backend.allocate(0)?,
         prepared: B::Prepared::default(),
+        held: None,
         layout: layout.clone(),
     };
     backend.upload(&mut arena.parameters, 0, &drawn(0))?;

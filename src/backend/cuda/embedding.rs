@@ -82,7 +82,7 @@ impl<S: Storage> Cuda<S> {
     ) -> Result<()> {
         let (table, sample) = (Self::grad(memory, grad), time * width);
         let add = !step.overwrites(grad);
-        let beyond = memory.arena.range(grad.param).len().saturating_sub(sample);
+        let beyond = memory.arena.gradient_range(grad.param).len().saturating_sub(sample);
         if !add {
             self.device().fill_zero(table + (sample * size_of::<f32>()) as u64, beyond * size_of::<f32>())?;
         }

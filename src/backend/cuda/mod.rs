@@ -123,7 +123,7 @@ impl<S: Storage> Cuda<S> {
 
     /// Address of a parameter's gradient, f32.
     fn grad(memory: &Memory<'_, Self>, grad: Grad) -> u64 {
-        memory.arena.gradients.address_of(memory.arena.range(grad.param).start)
+        memory.arena.gradients.address_of(memory.arena.gradient_range(grad.param).start)
     }
 
     /// Address of a kept tensor, f32.

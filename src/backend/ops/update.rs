@@ -1,6 +1,6 @@
 use crate::backend::step::{Finished, LossScale, Work};
-use crate::backend::{Arena, Backend};
-use crate::error::Result;
+use crate::backend::{Arena, Backend, Together};
+use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 
 /// The fused update of all parameters, and whole steps that end in it.
@@ -42,6 +42,24 @@ pub trait Update: Backend {
     /// An arena that does not fit the plan, or a device that failed.
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome>;
 
+    /// Whether an arena can be shared out over processes, each of which updates what it holds of it.
+    const SHARES_OUT: bool = false;
+
+    /// As [`Update::update`], of what this process holds of an arena that is shared out: sums over pieces are those of all
+    /// processes, added in the order that one process alone adds them in.
+    ///
+    /// # Errors
+    /// As [`Update::update`]; a process that failed; a device that does not share out ([`Update::SHARES_OUT`]).
+    fn update_held(
+        &self,
+        _: &mut Arena<Self>,
+        _: &UpdatePlan,
+        _: &StepParams,
+        _: &mut dyn Together,
+    ) -> Result<StepOutcome> {
+        Err(Error::shape("update", "an arena that this process holds all of", "one that is shared out"))
+    }
+
     /// The sum of squares of each tensor's gradients at the last update, in arena order, as the norm was summed: after the
     /// division and the value clip, before the norm clip. Empty before the first update. Waits for the device.
     ///
@@ -69,4 +87,12 @@ pub trait Update: Backend {
         parameters: &Self::Buffer<Self::Real>,
         decay: f64,
     ) -> Result<()>;
+
+    /// As [`Update::average`], of the parameters that this process updates.
+    ///
+    /// # Errors
+    /// As [`Update::average`].
+    fn average_arena(&self, average: &mut Self::Buffer<Self::Real>, arena: &Arena<Self>, decay: f64) -> Result<()> {
+        self.average(average, &arena.parameters, decay)
+    }
 }

@@ -1,5 +1,7 @@
 //! Muon: matrices one after another, each by products of matrices.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
@@ -11,13 +13,18 @@ use crate::optim::Rule;
 use crate::real::Real;
 
 impl<R: Real> Pass<'_, R> {
-    /// Updates Muon's matrices. Returns the least coefficient of the adaptive clip.
-    pub(super) fn muon(&self, arrays: &mut Arrays<'_, R>) -> f64 {
+    /// Updates those of Muon's matrices that lie within `elements`, which the arrays hold. Returns the least coefficient of the
+    /// adaptive clip.
+    pub(super) fn muon(&self, arrays: &mut Arrays<'_, R>, elements: &Range<usize>) -> f64 {
         let mut least = 1.0f64;
         for (index, tensor) in self.plan.tensors.iter().enumerate() {
             let (group, r) = self.group(index);
             let Rule::Muon { nesterov, steps, scale, .. } = group.rule else { continue };
-            let range = tensor.offset..tensor.offset + tensor.len;
+            if tensor.offset < elements.start || elements.end < tensor.offset + tensor.len {
+                continue;
+            }
+            let start = tensor.offset - elements.start;
+            let range = start..start + tensor.len;
             let theta = &mut arrays.theta[range.clone()];
             let gradient = &mut arrays.gradient[range.clone()];
             let momentum = &mut arrays.first[range];

@@ -1,5 +1,7 @@
 //! The arena cut into pieces, and sums of squares over them.
 
+use std::ops::Range;
+
 use crate::optim::UpdatePlan;
 use crate::real::Real;
 
@@ -47,16 +49,15 @@ pub(super) struct Piece<'a, R> {
     pub arrays: Arrays<'a, R>,
 }
 
-/// The arena in pieces, in arena order, without the padding.
-pub(super) fn cut<'a, R>(arrays: Arrays<'a, R>, plan: &UpdatePlan) -> Vec<Piece<'a, R>> {
+/// The pieces of the arena within `elements`, which the arrays hold, in arena order, without the padding.
+pub(super) fn cut<'a, R>(arrays: Arrays<'a, R>, plan: &UpdatePlan, elements: &Range<usize>) -> Vec<Piece<'a, R>> {
     let mut pieces = Vec::with_capacity(2 * plan.tensors.len());
-    let (mut rest, mut start) = (arrays, 0);
-    for (index, tensor) in plan.tensors.iter().enumerate() {
-        let (_, from_tensor) = rest.split_at(tensor.offset - start);
-        let (of_tensor, after) = from_tensor.split_at(tensor.len);
-        let of_tensor = of_tensor.chunks(plan.piece(index));
-        pieces.extend(of_tensor.map(|arrays| Piece { tensor: index, arrays }));
-        (rest, start) = (after, tensor.offset + tensor.len);
+    let (mut rest, mut start) = (arrays, elements.start);
+    for (tensor, piece) in plan.pieces(elements) {
+        let (_, from_piece) = rest.split_at(piece.start - start);
+        let (arrays, after) = from_piece.split_at(piece.len());
+        pieces.push(Piece { tensor, arrays });
+        (rest, start) = (after, piece.end);
     }
     pieces
 }

@@ -1,0 +1,163 @@
+//! What processes that share an arena out give to each other: numbers for each piece, parameters, tensors that a program needs.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::collective::Collective;
+use super::sharding::Sharding;
+use crate::backend::{Backend, Slice};
+use crate::error::{Error, Result};
+use crate::plan::{Gather, overlap};
+
+/// The processes, and the elements of each.
+pub(super) struct Ranks {
+    pub collective: Arc<dyn Collective>,
+    /// Empty where each has all.
+    shards: Vec<Range<usize>>,
+    /// Pieces of the update in each shard.
+    pieces: Vec<usize>,
+    /// Values on their way.
+    room: Vec<f32>,
+}
+
+impl Ranks {
+    /// Processes that keep all alike.
+    pub fn all_alike(collective: Arc<dyn Collective>) -> Self {
+        Ranks { collective, shards: Vec::new(), pieces: Vec::new(), room: Vec::new() }
+    }
+
+    /// Processes that share out.
+    pub fn new(collective: Arc<dyn Collective>, sharding: &Sharding) -> Self {
+        let (shards, pieces) = (sharding.shards.clone(), sharding.pieces.clone());
+        Ranks { collective, shards, pieces, room: Vec::new() }
+    }
+
+    pub fn world(&self) -> usize {
+        self.collective.world()
+    }
+
+    /// The elements of this process; all, where each has all.
+    pub fn own(&self) -> Range<usize> {
+        self.shards.get(self.collective.rank()).cloned().unwrap_or(0..usize::MAX)
+    }
+
+    /// Each process's part of `elements`, counted from their first; empty where each has all.
+    pub fn shards_of(&self, elements: &Range<usize>) -> Vec<Range<usize>> {
+        let within = |shard: &Range<usize>| {
+            let common = overlap(elements, shard);
+            common.start - elements.start..common.end - elements.start
+        };
+        self.shards.iter().map(within).collect()
+    }
+
+    /// Numbers of every process, in the order of ranks.
+    pub fn gather(&self, of_this: &[f64]) -> Result<Vec<f64>> {
+        self.gather_lens(of_this, &vec![of_this.len(); self.world()])
+    }
+
+    /// Fills in the shares of the other processes, of which `values` has one each, all as long; queued where the values are a
+    /// device's.
+    pub fn fill_in(&self, values: Slice<'_>) -> Result<()> {
+        let each = values.len() / self.world();
+        let shards: Vec<Range<usize>> = (0..self.world()).map(|rank| rank * each..(rank + 1) * each).collect();
+        self.collective.fork()?;
+        self.collective.all_gather(values, &shards)
+    }
+
+    /// The number of this process, and how many there are.
+    pub fn place(&self) -> (usize, usize) {
+        (self.collective.rank(), self.collective.world())
+    }
+
+    /// A number for each piece of the update, out of those of this process's.
+    pub fn pieces(&self, of_this: &[f64]) -> Result<Vec<f64>> {
+        self.gather_lens(of_this, &self.pieces)
+    }
+
+    fn gather_lens(&self, of_this: &[f64], lens: &[usize]) -> Result<Vec<f64>> {
+        let places = one_after_the_other(lens);
+        let own = places.get(self.collective.rank()).cloned().unwrap_or_default();
+        if own.len() != of_this.len() {
+            return Err(Error::shape("gather", format!("{} numbers", own.len()), of_this.len().to_string()));
+        }
+        let mut all = vec![0f64; places.last().map_or(0, |last| last.end)];
+        all[own].copy_from_slice(of_this);
+        self.collective.all_gather(all.as_mut_slice().into(), &places)?;
+        Ok(all)
+    }
+
+    /// `buffer[shard] = that of its process`, for all shards, about `most` elements at a time.
+    pub fn spread<B: Backend<Real = f32>>(
+        &mut self,
+        backend: &B,
+        buffer: &mut B::Buffer<f32>,
+        most: usize,
+    ) -> Result<()> {
+        let longest = self.shards.iter().map(Range::len).max().unwrap_or(0);
+        let each = most.div_ceil(self.world()).max(1);
+        for first in (0..longest).step_by(each) {
+            let parts: Vec<Range<usize>> = self
+                .shards
+                .iter()
+                .map(|shard| overlap(shard, &(shard.start + first..shard.start + first + each)))
+                .collect();
+            let places = one_after_the_other(&parts.iter().map(Range::len).collect::<Vec<_>>());
+            let (own, place) = (self.collective.rank(), |rank: usize| places[rank].clone());
+            self.room.resize(places.last().map_or(0, |last| last.end), 0.0);
+            backend.download(buffer, parts[own].start, &mut self.room[place(own)])?;
+            self.collective.all_gather(self.room.as_mut_slice().into(), &places)?;
+            for (rank, part) in parts.iter().enumerate().filter(|(rank, _)| *rank != own) {
+                backend.upload(buffer, part.start, &self.room[place(rank)])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings tensors of `ranges` in the arena, whose elements of this process stand in `own`, to their places in `window`.
+    pub fn bring<B: Backend<Real = f32>>(
+        &mut self,
+        backend: &B,
+        (own, window): (&B::Buffer<f32>, &mut B::Buffer<f32>),
+        ranges: &[Range<usize>],
+        gather: &Gather,
+    ) -> Result<()> {
+        // Of each process what it has of each tensor, one after the other.
+        let parts = |shard: &Range<usize>| {
+            let shard = shard.clone();
+            let of = gather.tensors.iter().map(move |(tensor, place)| {
+                let part = overlap(&ranges[*tensor], &shard);
+                let to = place.start + (part.start - ranges[*tensor].start);
+                (part, to)
+            });
+            of.filter(|(part, _)| !part.is_empty())
+        };
+        let lens: Vec<usize> = self.shards.iter().map(|shard| parts(shard).map(|(part, _)| part.len()).sum()).collect();
+        let places = one_after_the_other(&lens);
+        let rank = self.collective.rank();
+        let mine = &self.shards[rank];
+        self.room.resize(places.last().map_or(0, |last| last.end), 0.0);
+        let mut at = places[rank].start;
+        for (part, _) in parts(mine) {
+            backend.download(own, part.start - mine.start, &mut self.room[at..at + part.len()])?;
+            at += part.len();
+        }
+        self.collective.all_gather(self.room.as_mut_slice().into(), &places)?;
+        let mut at = 0;
+        for (part, to) in self.shards.iter().flat_map(parts) {
+            backend.upload(window, to, &self.room[at..at + part.len()])?;
+            at += part.len();
+        }
+        Ok(())
+    }
+}
+
+/// Ranges of these lengths without gaps.
+fn one_after_the_other(lens: &[usize]) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let next = |len: &usize| {
+        let start = end;
+        end += len;
+        start..end
+    };
+    lens.iter().map(next).collect()
+}

@@ -1,0 +1,221 @@
+//! The gradients of a whole batch where each process keeps those of its own elements alone, and perhaps parameters too.
+//!
+//! A backward leaves each bucket in a window, from where it is summed over processes, each getting the sum of its elements, and the
+//! room is used again. So every pass is summed by itself: micro-batches, where the order of sums is free, are added up by the
+//! process that has the element, and so are the parts of [`Share::side_by_side`](crate::plan::Share::side_by_side), in the order of
+//! the tree.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::collective::Collective;
+use super::gradients::{GradientsOptions, fold, levels};
+use super::kept::KeptTensors;
+use super::options::Shard;
+use super::ranks::Ranks;
+use super::reducer::{Job, Reducer};
+use super::sharding::Sharding;
+use crate::backend::{Arena, Backend, Exchange, PassOfStep, Slice, Together};
+use crate::error::{Error, Result};
+use crate::plan::{Window, overlap};
+
+/// Buckets that may be on their way at once.
+pub(crate) const IN_FLIGHT: usize = 2;
+
+/// Gradients that become those of the whole batch, each process's elements in it alone.
+pub struct Windowed<B: Backend> {
+    options: GradientsOptions,
+    ranks: Ranks,
+    sharding: Sharding,
+    /// The first bucket that the present pass has not taken up yet.
+    next: usize,
+    in_flight: usize,
+    /// Whether the present pass's sums are added to those of the pass before.
+    adds: bool,
+    /// The sums of left halves of this process's elements, by the level of the tree.
+    left: Vec<B::Buffer<f32>>,
+    kept: KeptTensors<B>,
+    reducer: Reducer,
+    /// Memory for values on their way.
+    spare: Vec<Vec<f32>>,
+}
+
+impl<B: Backend<Real = f32>> Windowed<B> {
+    /// For steps of a program that was planned so.
+    ///
+    /// # Errors
+    /// A thread that cannot be started.
+    pub fn new(options: GradientsOptions, collective: Arc<dyn Collective>, sharding: &Sharding) -> Result<Self> {
+        // Parameters are gathered between buckets, and all processes must do both in one order: so the caller does both.
+        let overlap = options.overlap && sharding.options.shard < Shard::Parameters;
+        let options = GradientsOptions { overlap, ..options };
+        Ok(Windowed {
+            reducer: Reducer::new(&options, Arc::clone(&collective))?,
+            ranks: Ranks::new(collective, sharding),
+            sharding: sharding.clone(),
+            options,
+            next: 0,
+            in_flight: 0,
+            adds: false,
+            left: Vec::new(),
+            kept: KeptTensors::default(),
+            spare: Vec::new(),
+        })
+    }
+
+    /// Takes up the buckets that are complete after an operation.
+    fn take_up(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+        while let Some(bucket) = self.sharding.buckets.get(self.next).filter(|bucket| bucket.after <= op) {
+            let elements = bucket.elements.clone();
+            while self.in_flight >= IN_FLIGHT {
+                self.store_one(backend, arena)?;
+            }
+            let mut values = self.spare.pop().unwrap_or_default();
+            values.clear();
+            // What lies between tensors is 0.
+            values.resize(elements.len(), 0.0);
+            for (tensor, range) in self.sharding.ranges.iter().enumerate() {
+                if elements.contains(&range.start) && !range.is_empty() {
+                    let place = place(arena, tensor)?;
+                    let at = range.start - elements.start;
+                    backend.download(&arena.gradients, place.start, &mut values[at..at + range.len()])?;
+                }
+            }
+            let shards = self.ranks.shards_of(&elements);
+            self.reducer.take(Job { bucket: self.next, values, shards, wire: self.options.wire })?;
+            self.in_flight += 1;
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    /// Keeps this process's elements of a bucket that was summed.
+    fn store_one(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+        let Job { bucket, mut values, .. } = self.reducer.give()?;
+        self.in_flight -= 1;
+        let (own, elements) = (self.ranks.own(), &self.sharding.buckets[bucket].elements);
+        let common = overlap(elements, &own);
+        let summed = &mut values[common.start - elements.start..common.end - elements.start];
+        if !summed.is_empty() {
+            let gradients = own_gradients(arena)?;
+            if self.adds {
+                let mut before = vec![0f32; summed.len()];
+                backend.download(gradients, common.start - own.start, &mut before)?;
+                summed.iter_mut().zip(before).for_each(|(value, before)| *value += before);
+            }
+            backend.upload(gradients, common.start - own.start, summed)?;
+        }
+        self.spare.push(values);
+        Ok(())
+    }
+
+    /// Whether the sums over processes are taken in this pass.
+    fn sums(&self, pass: PassOfStep) -> bool {
+        pass.last || !self.sharding.options.adds_up
+    }
+}
+
+/// Where a parameter's gradient stands in the window.
+fn place<B: Backend>(arena: &Arena<B>, tensor: usize) -> Result<Range<usize>> {
+    let place = arena.held.as_ref().and_then(|held| held.gradient_places.get(tensor));
+    place.cloned().ok_or_else(not_windowed)
+}
+
+/// The gradients of this process's elements.
+fn own_gradients<B: Backend>(arena: &mut Arena<B>) -> Result<&mut B::Buffer<B::Real>> {
+    arena.held.as_mut().and_then(|held| held.gradients.as_mut()).ok_or_else(not_windowed)
+}
+
+fn not_windowed() -> Error {
+    Error::shape("gradients", "an arena with windows", "one that is kept whole")
+}
+
+impl<B: Backend<Real = f32>> Exchange<B> for Windowed<B> {
+    fn is_queued(&self) -> bool {
+        false
+    }
+
+    fn place(&self) -> (usize, usize) {
+        self.ranks.place()
+    }
+
+    fn follows(&self, pass: PassOfStep) -> bool {
+        self.sums(pass)
+    }
+
+    fn overwrites(&self) -> bool {
+        !self.sharding.options.adds_up
+    }
+
+    fn bring(&mut self, backend: &B, arena: &mut Arena<B>, window: &Window, op: usize) -> Result<()> {
+        for gather in window.before(op) {
+            let held = arena.held.as_mut().ok_or_else(not_windowed)?;
+            let own = held.parameters.as_ref().ok_or_else(not_windowed)?;
+            self.ranks.bring(backend, (own, &mut arena.parameters), &arena.ranges, gather)?;
+            for (tensor, place) in &gather.tensors {
+                held.parameter_places[*tensor] = place.clone();
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
+        self.adds = !pass.first && self.overwrites();
+        self.kept.begin(backend, arena, pass)
+    }
+
+    fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+        self.take_up(backend, arena, op)
+    }
+
+    fn end(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
+        if self.sums(pass) {
+            self.take_up(backend, arena, usize::MAX)?;
+            while self.in_flight > 0 {
+                self.store_one(backend, arena)?;
+            }
+            self.next = 0;
+        }
+        if !pass.last {
+            return Ok(());
+        }
+        self.kept.sum(backend, arena, &mut self.reducer)?;
+        let own = 0..self.ranks.own().len();
+        if pass.ends_step {
+            let gradients = own_gradients(arena)?;
+            for left in &self.left[..levels(self.options.share.count)] {
+                backend.add_to(gradients, left, own.clone())?;
+            }
+            self.kept.add_left(backend, arena, self.options.share.count)?;
+            return self.kept.divide(backend, arena, self.options.share.of);
+        }
+        fold(backend, &mut self.left, own_gradients(arena)?, own, pass.part)?;
+        self.kept.fold(backend, arena, pass)
+    }
+
+    fn spread(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+        if self.sharding.options.shard == Shard::Parameters {
+            return Ok(());
+        }
+        let most = self.sharding.options.bucket;
+        self.ranks.spread(backend, &mut arena.parameters, most)
+    }
+
+    fn gather(&mut self, values: Slice<'_>) -> Result<()> {
+        self.ranks.fill_in(values)
+    }
+
+    fn join(&mut self) -> Result<()> {
+        self.ranks.collective.join()
+    }
+}
+
+impl<B: Backend> Together for Windowed<B> {
+    fn pieces(&mut self, of_this: &[f64]) -> Result<Vec<f64>> {
+        self.ranks.pieces(of_this)
+    }
+
+    fn processes(&mut self, of_this: f64) -> Result<Vec<f64>> {
+        self.ranks.gather(&[of_this])
+    }
+}
