@@ -63,7 +63,8 @@ struct HeadPlace {
 
 // Where the random words of probabilities of row `query` start: those of keys 0, 1, ... follow.
 __device__ __forceinline__ u64 dropout_row(const AttentionShape& s, const HeadPlace& place, int query) {
-    return (s.step->micro_step << 40) + static_cast<u64>((place.statistic(s) + query) * s.time);
+    const u64 part = static_cast<u64>(s.batch) * s.heads * s.time * s.time;
+    return (s.step->micro_step << 40) + s.step->part * part + static_cast<u64>((place.statistic(s) + query) * s.time);
 }
 
 // Which of the N probabilities from `position` on are kept: bit i for the i-th. N is at most 4, so that two blocks hold all.

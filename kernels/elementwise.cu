@@ -80,6 +80,26 @@ template <typename T> __device__ void convert(const float* from, T* to, i64 len)
     }
 }
 
+// to = from, exactly. Grid: any, 256 threads, 4 values at a time.
+template <typename T> __device__ void widen(const T* from, float* to, i64 len) {
+    for (i64 i = thread_index() * 4; i < len; i += thread_count() * 4) {
+        if (i + 4 <= len) {
+            const Pack<T, 4> x = load<T, 4>(from + i);
+            Pack<float, 4> y;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) y.at[j] = to_f32(x.at[j]);
+            store<float, 4>(to + i, y);
+        } else {
+            for (i64 j = i; j < len; ++j) to[j] = to_f32(from[j]);
+        }
+    }
+}
+
+// x = x / divisor, correctly rounded. Grid: any, 256 threads.
+extern "C" __global__ void __launch_bounds__(256) divide(float* x, float divisor, i64 len) {
+    for (i64 i = thread_index(); i < len; i += thread_count()) x[i] = __fdiv_rn(x[i], divisor);
+}
+
 #define DEFINE(SUFFIX, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(256) add_##SUFFIX(const T* a, const T* b, T* y, i64 len) {            \
         add(a, b, y, len);                                                                                             \
@@ -98,6 +118,9 @@ template <typename T> __device__ void convert(const float* from, T* to, i64 len)
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256) convert_##SUFFIX(const float* from, T* to, i64 len) {            \
         convert(from, to, len);                                                                                        \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256) widen_##SUFFIX(const T* from, float* to, i64 len) {              \
+        widen(from, to, len);                                                                                          \
     }
 FOR_EACH_STORAGE(DEFINE)
 #undef DEFINE

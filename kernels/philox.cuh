@@ -31,6 +31,13 @@ __device__ __forceinline__ u32 philox_word(u64 seed, u32 purpose, u32 stream, u6
     return j == 0 ? block.word[0] : j == 1 ? block.word[1] : j == 2 ? block.word[2] : block.word[3];
 }
 
+// Four words from word `shift`, 1 to 3, of a block on, the last of them the next block's.
+__device__ __forceinline__ PhiloxBlock from_word(const PhiloxBlock& a, const PhiloxBlock& b, int shift) {
+    return shift == 1   ? PhiloxBlock{{a.word[1], a.word[2], a.word[3], b.word[0]}}
+           : shift == 2 ? PhiloxBlock{{a.word[2], a.word[3], b.word[0], b.word[1]}}
+                        : PhiloxBlock{{a.word[3], b.word[0], b.word[1], b.word[2]}};
+}
+
 // The upper 24 bits of a word as a value in [0, 1).
 __device__ __forceinline__ float to_unit(u32 word) { return static_cast<float>(word >> 8) * (1.0f / 16777216.0f); }
 

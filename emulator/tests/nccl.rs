@@ -20,6 +20,9 @@ unsafe extern "C" {
     fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, bytes: usize) -> c_int;
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, bytes: usize) -> c_int;
     fn cuStreamCreate(stream: *mut usize, flags: u32) -> c_int;
+    fn cuStreamWaitEvent(stream: usize, event: usize, flags: u32) -> c_int;
+    fn cuEventCreate(event: *mut usize, flags: u32) -> c_int;
+    fn cuEventRecord(event: usize, stream: usize) -> c_int;
     fn cuStreamBeginCapture_v2(stream: usize, mode: u32) -> c_int;
     fn cuStreamEndCapture(stream: usize, graph: *mut usize) -> c_int;
     fn cuGraphInstantiateWithFlags(to: *mut usize, graph: usize, flags: u64) -> c_int;
@@ -65,6 +68,8 @@ const MEAN: c_int = 4;
 const INVALID_ARGUMENT: c_int = 4;
 const INVALID_USAGE: c_int = 5;
 const REMOTE_ERROR: c_int = 6;
+const UNJOINED: c_int = 904;
+const ISOLATION: c_int = 905;
 const DEVICES: usize = 4;
 
 fn ok(status: c_int) {
@@ -312,6 +317,52 @@ fn a_captured_collective_is_done_at_each_replay() {
                 // 1 + 2 = 3 on both, which doubles from then on.
                 assert_eq!(download(buffer, 8), [3.0 * 2f32.powi(replay - 1); 8]);
             }
+        }
+    });
+}
+
+#[test]
+fn a_capture_draws_in_another_stream_and_gives_it_back_when_that_is_joined() {
+    in_threads(2, |rank, own| {
+        let (mut main, mut forked, mut joined) = (0, 0, 0);
+        let (mut graph, mut executable) = (0, 0);
+        let peer = 1 - rank as c_int;
+        let [sums, sent, received] = [2, 3, 3].map(|len| upload(&vec![rank as f32 + 1.0; len]));
+        // SAFETY: handles that the driver gave, and room for each; buffers of as many values as each call takes.
+        unsafe {
+            ok(cuStreamCreate(&mut main, 1));
+            ok(cuEventCreate(&mut forked, 2));
+            ok(cuEventCreate(&mut joined, 2));
+            let fork = |after: bool| {
+                ok(cuStreamBeginCapture_v2(main, 0));
+                ok(cuEventRecord(forked, main));
+                ok(cuStreamWaitEvent(own.stream, forked, 0));
+                ok(ncclReduceScatter(sums, sums + 4 * rank as u64, 1, F32, SUM, own.comm, own.stream));
+                if after {
+                    ok(cuEventRecord(joined, own.stream));
+                    ok(cuStreamWaitEvent(main, joined, 0));
+                }
+            };
+            fork(true);
+            ok(ncclGroupStart());
+            ok(ncclSend(sent, 3, F32, peer, own.comm, own.stream));
+            ok(ncclRecv(received, 3, F32, peer, own.comm, own.stream));
+            ok(ncclGroupEnd());
+            assert_eq!(cuStreamEndCapture(main, &mut graph), UNJOINED, "the second half was not joined");
+            fork(true);
+            ok(cuStreamEndCapture(main, &mut graph));
+            ok(cuGraphInstantiateWithFlags(&mut executable, graph, 0));
+            assert_eq!(download(sums, 2), [rank as f32 + 1.0; 2], "nothing ran yet");
+            ok(cuGraphLaunch(executable, main));
+            assert_eq!(download(sums + 4 * rank as u64, 1), [3.0]);
+            // Its stream is its own again: what is queued there is done.
+            ok(ncclAllGather(sums + 4 * rank as u64, sums, 1, F32, own.comm, own.stream));
+            assert_eq!(download(sums, 2), [3.0, 3.0]);
+            // A recording cannot wait for what stands outside of it.
+            ok(cuEventRecord(joined, own.stream));
+            ok(cuStreamBeginCapture_v2(main, 0));
+            assert_eq!(cuStreamWaitEvent(main, joined, 0), ISOLATION);
+            assert_ne!(cuStreamEndCapture(main, &mut graph), 0);
         }
     });
 }

@@ -3,15 +3,18 @@
 //! A backend knows no ranks. It tells an [`Exchange`] how far a pass is; what is done then to gradients, kept tensors and
 //! parameters is the exchange's affair.
 
-use super::{Arena, Backend};
+use super::{Arena, Backend, Slice};
 use crate::error::Result;
 use crate::plan::Window;
 
 /// What is done to the gradients of a step's passes until they are those of the whole batch.
 pub trait Exchange<B: Backend>: Together + Send {
     /// Whether it only queues work on the device, so that it can stand within the recording of a step. Else the backward is waited
-    /// for before [`Exchange::finish`], and that before the update.
+    /// for before [`Exchange::end`], and that before the update.
     fn is_queued(&self) -> bool;
+
+    /// The number of this process, and how many there are.
+    fn place(&self) -> (usize, usize);
 
     /// A pass is about to run.
     ///
@@ -61,16 +64,27 @@ pub trait Exchange<B: Backend>: Together + Send {
         Ok(())
     }
 
-    /// Numbers of every process, in the order of ranks.
+    /// Fills in the shares of the other processes: `values` holds one of every process, all as long, in the order of ranks, this
+    /// one's filled in. Values of a device are queued for, and there for what is queued after [`Exchange::join`].
     ///
     /// # Errors
     /// A process that failed.
-    fn gather(&mut self, backend: &B, of_this: &[f64]) -> Result<Vec<f64>>;
+    fn gather(&mut self, values: Slice<'_>) -> Result<()>;
+
+    /// What the device queues from now on begins after what was gathered is there.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn join(&mut self) -> Result<()>;
 }
 
 /// Which pass of its step this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pass {
+    /// Its number within the step, of this process's passes.
+    pub number: usize,
+    /// Passes of a step.
+    pub passes: usize,
     /// The part of the batch, among those of this process.
     pub part: usize,
     /// Whether it is the first micro-batch of its part.

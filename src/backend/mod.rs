@@ -17,7 +17,7 @@ pub mod step;
 pub use exchange::{Alone, Exchange, Pass as PassOfStep, Together};
 pub use memory::{Act, Activations, Arena, Grad, Held, Indices, InputSlot, Memory, Param, State, disjoint};
 pub use op::{Op, StepContext, Use};
-pub use slice::{DeviceSlice, HostSlice, Number, Slice};
+pub use slice::{DeviceSlice, HostSlice, Number, Numeric, Slice};
 
 use std::ops::Range;
 
@@ -148,4 +148,16 @@ pub trait Backend:
         from: &Self::Buffer<Self::Real>,
         elements: Range<usize>,
     ) -> Result<()>;
+
+    /// `values = values / divisor`, over `elements`.
+    ///
+    /// # Errors
+    /// A buffer that does not have these elements, or a device that failed.
+    fn divide(&self, values: &mut Self::Buffer<Self::Real>, divisor: Self::Real, elements: Range<usize>) -> Result<()>;
+
+    /// Some elements of a buffer, for a collective.
+    ///
+    /// # Errors
+    /// A buffer that does not have these elements.
+    fn slice<'a, T: Numeric>(&self, buffer: &'a mut Self::Buffer<T>, elements: Range<usize>) -> Result<Slice<'a>>;
 }

@@ -1,6 +1,10 @@
 //! Parts of buffers as collectives take them: numbers of some type, in the host's memory or in a device's.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
+
+use crate::error::{Error, Result};
 
 /// A type of number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,8 +150,25 @@ impl Slice<'_> {
     }
 }
 
+/// A type of number as buffers hold it.
+pub trait Numeric: bytemuck::Pod + Send + Sync {
+    /// Which it is.
+    const NUMBER: Number;
+
+    /// These in the host's memory.
+    fn host(values: &mut [Self]) -> HostSlice<'_>;
+}
+
 macro_rules! host_slices {
     ($($ty:ty => $name:ident),*) => {$(
+        impl Numeric for $ty {
+            const NUMBER: Number = Number::$name;
+
+            fn host(values: &mut [Self]) -> HostSlice<'_> {
+                HostSlice::$name(values)
+            }
+        }
+
         impl<'a> From<&'a mut [$ty]> for Slice<'a> {
             fn from(values: &'a mut [$ty]) -> Self {
                 Slice::Host(HostSlice::$name(values))
@@ -156,3 +177,66 @@ macro_rules! host_slices {
     )*};
 }
 host_slices!(u8 => U8, bf16 => Bf16, f16 => F16, f32 => F32, f64 => F64);
+
+/// Two parts of some values that share none.
+fn apart<T: Numeric>(values: &mut [T], parts: [Range<usize>; 2]) -> Option<[HostSlice<'_>; 2]> {
+    values.get_disjoint_mut(parts).ok().map(|parts| parts.map(T::host))
+}
+
+impl Slice<'_> {
+    /// Some of its elements.
+    ///
+    /// # Errors
+    /// Elements that it does not have.
+    pub fn part(&mut self, elements: Range<usize>) -> Result<Slice<'_>> {
+        let [part, _] = self.parts([elements.clone(), elements.end..elements.end])?;
+        Ok(part)
+    }
+
+    /// Two parts of it that share no element.
+    ///
+    /// # Errors
+    /// Elements that it does not have, or that are in both.
+    pub fn parts(&mut self, parts: [Range<usize>; 2]) -> Result<[Slice<'_>; 2]> {
+        let (len, found) = (self.len(), format!("{parts:?}"));
+        let [a, b] = &parts;
+        let within = parts.iter().all(|part| part.start <= part.end && part.end <= len);
+        let apart_from = a.end <= b.start || b.end <= a.start;
+        let parts = match self {
+            _ if !within || !apart_from => None,
+            Slice::Device(DeviceSlice { address, number, .. }) => Some(parts.map(|part| {
+                let start = (part.start * number.bytes()) as u64;
+                Slice::Device(DeviceSlice { address: *address + start, len: part.len(), number: *number })
+            })),
+            Slice::Host(values) => match values {
+                HostSlice::U8(values) => apart(values, parts),
+                HostSlice::Bf16(values) => apart(values, parts),
+                HostSlice::F16(values) => apart(values, parts),
+                HostSlice::F32(values) => apart(values, parts),
+                HostSlice::F64(values) => apart(values, parts),
+            }
+            .map(|parts| parts.map(Slice::Host)),
+        };
+        parts.ok_or_else(|| Error::shape("slice", format!("parts of {len} elements, apart from each other"), found))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_of_the_same_memory_and_apart() {
+        let mut values = [0.0f32, 1.0, 2.0, 3.0];
+        let mut slice = Slice::from(values.as_mut_slice());
+        let [a, b] = slice.parts([2..4, 0..1]).unwrap();
+        let (Slice::Host(HostSlice::F32(a)), Slice::Host(HostSlice::F32(b))) = (a, b) else { panic!("other types") };
+        assert_eq!((&*a, &*b), (&[2.0, 3.0][..], &[0.0][..]));
+        for wrong in [[0..2, 1..3], [0..5, 5..5], [3..4, 2..5]] {
+            assert!(slice.parts(wrong.clone()).is_err(), "{wrong:?}");
+        }
+        let mut device = Slice::Device(DeviceSlice { address: 256, len: 10, number: Number::Bf16 });
+        let Slice::Device(part) = device.part(3..7).unwrap() else { panic!("not on the device") };
+        assert_eq!((part.address(), part.len(), part.number()), (262, 4, Number::Bf16));
+    }
+}

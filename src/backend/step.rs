@@ -29,25 +29,38 @@ pub struct Work<'a, B: Backend> {
 pub struct Turn<'a, B: Backend> {
     /// What is done to them.
     pub exchange: &'a mut dyn Exchange<B>,
-    /// Which pass it is; none for an evaluation.
-    pub pass: Option<PassOfStep>,
+    /// Which pass it is.
+    pub pass: PassOfStep,
     /// The program's window of parameters, where it sees them through one.
     pub window: Option<&'a Window>,
+    /// What this process found in the step so far. Metrics are added where the host has them before the step goes on.
+    pub found: &'a mut Found,
+}
+
+/// What a process found in the passes of a step, and tells all others with its gradients.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Found {
+    /// Whether it raised its flag.
+    pub flag: bool,
+    /// Samples of its passes.
+    pub samples: u64,
+    /// Metrics of its passes, in their order.
+    pub metrics: Vec<[f64; METRICS]>,
 }
 
 impl<B: Backend> Turn<'_, B> {
     fn begin(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
         self.bring(backend, arena, 0)?;
-        self.pass.map_or(Ok(()), |pass| self.exchange.begin(backend, arena, pass))
+        self.exchange.begin(backend, arena, self.pass)
     }
 
     /// Whether operations are run one by one.
     fn follows(&self) -> bool {
-        self.window.is_some() || self.pass.is_some_and(|pass| self.exchange.follows(pass))
+        self.window.is_some() || self.exchange.follows(self.pass)
     }
 
     fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
-        if self.pass.is_some_and(|pass| self.exchange.follows(pass)) {
+        if self.exchange.follows(self.pass) {
             self.exchange.after_op(backend, arena, op)?;
         }
         self.bring(backend, arena, op + 1)
@@ -57,8 +70,29 @@ impl<B: Backend> Turn<'_, B> {
         self.window.map_or(Ok(()), |window| self.exchange.bring(backend, arena, window, op))
     }
 
-    fn end(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-        self.pass.map_or(Ok(()), |pass| self.exchange.end(backend, arena, pass))
+    /// Takes the metrics of the pass, which has ended; at the end of the step, gives what every process found, in the order of
+    /// ranks, through the host.
+    ///
+    /// # Errors
+    /// A process that failed.
+    pub(super) fn finish(&mut self, metrics: Option<[f64; METRICS]>) -> Result<Vec<Found>> {
+        let Turn { exchange, pass, found, .. } = self;
+        found.metrics.push(metrics.unwrap_or_default());
+        if !pass.ends_step {
+            return Ok(Vec::new());
+        }
+        let (rank, world) = exchange.place();
+        let mut own = vec![f64::from(u8::from(found.flag)), found.samples as f64];
+        own.extend(found.metrics.as_flattened());
+        let mut all = vec![0f64; own.len() * world];
+        all[rank * own.len()..(rank + 1) * own.len()].copy_from_slice(&own);
+        exchange.gather(all.as_mut_slice().into())?;
+        let of_process = |numbers: &[f64]| Found {
+            flag: numbers[0] != 0.0,
+            samples: numbers[1] as u64,
+            metrics: numbers[2..].as_chunks().0.to_vec(),
+        };
+        Ok(all.chunks(own.len()).map(of_process).collect())
     }
 }
 
@@ -100,6 +134,8 @@ pub struct UpdateWork<'a, B: Backend> {
 pub struct Finished {
     /// The program's metrics, where it ran and has any.
     pub metrics: Option<[f64; METRICS]>,
+    /// What every process found in the step that this ended, in the order of ranks; empty where none had a turn.
+    pub processes: Vec<Found>,
     /// What the update found, where there was one.
     pub outcome: Option<StepOutcome>,
     /// The sum of squares of each tensor's gradients at that update ([`Update::norm_squares`]); else empty.
@@ -184,9 +220,33 @@ impl<B: Backend> Pass<'_, B> {
                 } else {
                     backend.run(ops, &mut memory, &context)?;
                 }
-                turn.end(backend, memory.arena)?;
+                turn.exchange.end(backend, memory.arena, turn.pass)?;
             }
         }
+        self.read_metrics(backend)
+    }
+
+    /// As [`Pass::run`], of a program that sees its parameters through a window.
+    ///
+    /// # Errors
+    /// As [`Pass::run`], and what the exchange reports.
+    pub fn run_through(
+        mut self,
+        backend: &B,
+        arena: &mut Arena<B>,
+        exchange: &mut dyn Exchange<B>,
+        window: &Window,
+    ) -> Result<Option<[f64; METRICS]>> {
+        self.fill(backend)?;
+        let (ops, context) = (self.ops, self.context);
+        let mut memory = Memory { arena, activations: &mut *self.activations };
+        exchange.bring(backend, memory.arena, window, 0)?;
+        let after = &mut |memory: &mut Memory<'_, B>, op| exchange.bring(backend, memory.arena, window, op + 1);
+        backend.run_each(ops, &mut memory, &context, after)?;
+        self.read_metrics(backend)
+    }
+
+    fn read_metrics(&self, backend: &B) -> Result<Option<[f64; METRICS]>> {
         let Some(act) = self.metrics else { return Ok(None) };
         let mut metrics = [B::Real::default(); METRICS];
         backend.read_statistic(self.activations, act, &mut metrics)?;
@@ -204,6 +264,7 @@ pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: 
         Some(pass) => pass.run_in_turn(backend, arena, turn.as_mut())?,
         None => None,
     };
+    let processes = turn.as_mut().map_or(Ok(Vec::new()), |turn| turn.finish(metrics))?;
     let outcome = match update {
         Some(UpdateWork { plan, params, average }) => {
             let outcome = match &mut turn {
@@ -224,6 +285,6 @@ pub fn at_once<B: Update>(backend: &B, finished: &mut VecDeque<Finished>, work: 
         None => None,
     };
     let norm_squares = if outcome.is_some() { backend.norm_squares(arena)? } else { Vec::new() };
-    finished.push_back(Finished { metrics, outcome, norm_squares });
+    finished.push_back(Finished { metrics, processes, outcome, norm_squares });
     Ok(())
 }

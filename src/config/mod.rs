@@ -30,8 +30,8 @@ pub enum DeviceChoice {
     Auto,
     /// The CPU.
     Cpu,
-    /// A CUDA device by its number.
-    Cuda(u32),
+    /// A CUDA device by its number; without one the first, or of several processes of a machine each its own.
+    Cuda(Option<u32>),
     /// A CUDA device in software.
     Emulated,
 }
@@ -270,9 +270,9 @@ fn device(run: &mut Section) -> Result<DeviceChoice> {
         "auto" => Ok(DeviceChoice::Auto),
         "cpu" => Ok(DeviceChoice::Cpu),
         "emulated" => Ok(DeviceChoice::Emulated),
-        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        "cuda" => Ok(DeviceChoice::Cuda(None)),
         other => match other.strip_prefix("cuda:").map(str::parse) {
-            Some(Ok(number)) => Ok(DeviceChoice::Cuda(number)),
+            Some(Ok(number)) => Ok(DeviceChoice::Cuda(Some(number))),
             _ => Err(run.error("device", format!("found {other:?}, expected auto, cpu, cuda, cuda:N or emulated"))),
         },
     }

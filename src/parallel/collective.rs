@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use crate::backend::{HostSlice, Slice};
+use half::bf16;
+
+use crate::backend::{HostSlice, Number, Slice};
 use crate::error::{Error, Result};
 
 /// The processes that train one model, and what they do together. Every process makes the same calls in the same order, with slices
@@ -62,6 +64,41 @@ pub trait Collective: Send + Sync {
     /// A process or a network that failed.
     fn barrier(&self) -> Result<()>;
 
+    /// `to += from`, in f32, in the order of what this collective has queued.
+    ///
+    /// # Errors
+    /// Slices of other types or of different lengths, or a device that failed.
+    fn add(&self, to: Slice<'_>, from: Slice<'_>) -> Result<()> {
+        match (host_slice(self.name(), to)?, host_slice(self.name(), from)?) {
+            (HostSlice::F32(to), HostSlice::F32(from)) if to.len() == from.len() => {
+                to.iter_mut().zip(&*from).for_each(|(to, &from)| *to += from);
+                Ok(())
+            }
+            (to, from) => Err(other_types("add", to.number(), to.len(), from.number(), from.len())),
+        }
+    }
+
+    /// `to = from`, from f32 to bf16 (to the nearest) or from bf16 to f32, in the order of what this collective has queued.
+    ///
+    /// # Errors
+    /// As [`Collective::add`].
+    fn convert(&self, to: Slice<'_>, from: Slice<'_>) -> Result<()> {
+        match (host_slice(self.name(), to)?, host_slice(self.name(), from)?) {
+            (HostSlice::Bf16(to), HostSlice::F32(from)) if to.len() == from.len() => {
+                to.iter_mut().zip(&*from).for_each(|(to, &from)| *to = bf16::from_f32(from));
+                Ok(())
+            }
+            (HostSlice::F32(to), HostSlice::Bf16(from)) if to.len() == from.len() => {
+                to.iter_mut().zip(&*from).for_each(|(to, from)| *to = from.to_f32());
+                Ok(())
+            }
+            (to, from) => Err(other_types("convert", to.number(), to.len(), from.number(), from.len())),
+        }
+    }
+
+    /// Ends what waits for other processes, in whichever thread, with an error. Nothing can be done together afterwards.
+    fn abort(&self) {}
+
     /// Work that is queued from now on by this collective begins after what the device has queued so far.
     ///
     /// # Errors
@@ -77,6 +114,12 @@ pub trait Collective: Send + Sync {
     fn join(&self) -> Result<()> {
         Ok(())
     }
+}
+
+/// Slices that an operation cannot take together.
+pub(super) fn other_types(operation: &str, to: Number, to_len: usize, from: Number, from_len: usize) -> Error {
+    let found = format!("{from_len} of {from:?} and {to_len} of {to:?}");
+    Error::shape(operation, "two slices of one length, of types that it knows", found)
 }
 
 /// The slice as one of the host's, where a collective takes no other.

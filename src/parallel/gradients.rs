@@ -1,8 +1,8 @@
 //! The gradients of a whole batch out of those of its parts, in one process or several.
 //!
 //! Within a process the parts' gradients are summed as a binary tree: `((0 + 1) + (2 + 3)) + ..`, each left sum kept until its right
-//! one is there. Between processes, buckets of the last part are summed as the backward finishes them, by a thread of their own
-//! where the collective is one of the host, while the backward goes on.
+//! one is there. Between processes, buckets of the last part are summed as the backward finishes them, while it goes on: on the
+//! collective's own stream where it has one, which the step's recording takes in; else by a thread of the host.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use super::kept::KeptTensors;
 use super::ranks::Ranks;
 use super::reducer::{Job, Reducer};
 use super::sharding::Sharding;
-use crate::backend::{Arena, Backend, Exchange, PassOfStep, Together};
+use crate::backend::{Arena, Backend, Exchange, PassOfStep, Slice, Together};
 use crate::error::Result;
 use crate::plan::{Share, overlap};
 
@@ -48,7 +48,7 @@ pub struct Gradients<B: Backend> {
     /// The gradients' sums of left halves, by the level of the tree.
     left: Vec<B::Buffer<f32>>,
     kept: KeptTensors<B>,
-    reducer: Reducer,
+    reducer: Reducer<B>,
     /// Memory for values on their way.
     spare: Vec<Vec<f32>>,
 }
@@ -85,6 +85,12 @@ impl<B: Backend<Real = f32>> Gradients<B> {
         })
     }
 
+    /// Whether gradients go through the collective: with one process alone where that is one of a device, so that what is recorded
+    /// is the same at any number.
+    fn reduces(&self) -> bool {
+        self.ranks.world() > 1 || self.ranks.collective.is_queued()
+    }
+
     /// Takes up the buckets that are complete after an operation.
     fn take_up(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
         while let Some(Bucket { elements, .. }) = self.buckets.get(self.next).filter(|bucket| bucket.after <= op) {
@@ -92,21 +98,23 @@ impl<B: Backend<Real = f32>> Gradients<B> {
             for left in &self.left[..levels(self.options.share.count)] {
                 backend.add_to(&mut arena.gradients, left, elements.clone())?;
             }
-            if self.ranks.world() > 1 {
+            if let Reducer::Queued(queue) = &mut self.reducer {
+                queue.sum(backend, &mut arena.gradients, elements, self.options.wire)?;
+            } else if self.ranks.world() > 1 {
                 let mut values = self.spare.pop().unwrap_or_default();
                 values.resize(elements.len(), 0.0);
                 backend.download(&arena.gradients, elements.start, &mut values)?;
                 let shards = self.ranks.shards_of(&elements);
-                self.reducer.take(Job { bucket: self.next, values, shards })?;
+                self.reducer.take(Job { bucket: self.next, values, shards, wire: self.options.wire })?;
             }
             self.next += 1;
         }
         Ok(())
     }
 
-    /// Writes back the buckets that were summed.
+    /// Writes back the buckets that the host summed.
     fn collect(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-        if self.ranks.world() > 1 {
+        if self.ranks.world() > 1 && !self.ranks.collective.is_queued() {
             for _ in 0..self.buckets.len() {
                 let Job { bucket, values, .. } = self.reducer.give()?;
                 let elements = &self.buckets[bucket].elements;
@@ -145,24 +153,34 @@ pub(super) fn fold<B: Backend<Real = f32>>(
 
 impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
     fn is_queued(&self) -> bool {
-        false
+        !self.reduces() || self.ranks.collective.is_queued()
+    }
+
+    fn place(&self) -> (usize, usize) {
+        self.ranks.place()
     }
 
     fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
+        // Room on the device is made before anything is recorded.
+        if let Reducer::Queued(queue) = &mut self.reducer {
+            let largest = self.buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
+            queue.make_room(backend, largest, self.options.wire, arena.state_layout.padded_len())?;
+        }
         self.kept.begin(backend, arena, pass)
     }
 
     fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
-        self.take_up(backend, arena, op)
+        if self.options.overlap { self.take_up(backend, arena, op) } else { Ok(()) }
     }
 
     fn end(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
         if pass.ends_step {
             self.take_up(backend, arena, usize::MAX)?;
-            self.collect(backend, arena)?;
             self.next = 0;
+            self.collect(backend, arena)?;
             self.kept.add_left(backend, arena, self.options.share.count)?;
             self.kept.sum(backend, arena, &mut self.reducer)?;
+            self.ranks.collective.join()?;
             return self.kept.divide(backend, arena, self.options.share.of);
         }
         if pass.last {
@@ -178,8 +196,12 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
         self.ranks.spread(backend, &mut arena.parameters, most)
     }
 
-    fn gather(&mut self, _: &B, of_this: &[f64]) -> Result<Vec<f64>> {
-        self.ranks.gather(of_this)
+    fn gather(&mut self, values: Slice<'_>) -> Result<()> {
+        self.ranks.gather_slice(values)
+    }
+
+    fn join(&mut self) -> Result<()> {
+        self.ranks.collective.join()
     }
 }
 

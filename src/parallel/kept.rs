@@ -3,7 +3,7 @@
 //! Each part moves them from the same place; what a step leaves is the mean of what its parts made of them, summed in the order of
 //! the gradients.
 
-use super::gradients::{fold, levels};
+use super::gradients::{Wire, fold, levels};
 use super::reducer::Reducer;
 use crate::backend::{Arena, Backend, PassOfStep};
 use crate::error::Result;
@@ -55,33 +55,27 @@ impl<B: Backend<Real = f32>> KeptTensors<B> {
         }
     }
 
-    /// Sums over processes, while nothing else is on its way.
-    pub fn sum(&self, backend: &B, arena: &mut Arena<B>, reducer: &mut Reducer) -> Result<()> {
-        change(backend, arena, |values| reducer.sum(values))
+    /// Sums over processes, while nothing else is on its way, in f32 whatever gradients are sent as: they are kept, and small steps of
+    /// theirs would be rounded away for good.
+    pub fn sum(&self, backend: &B, arena: &mut Arena<B>, reducer: &mut Reducer<B>) -> Result<()> {
+        let len = arena.state_layout.padded_len();
+        if len == 0 {
+            return Ok(());
+        }
+        if let Reducer::Queued(queue) = reducer {
+            return queue.sum(backend, &mut arena.state, 0..len, Wire::F32);
+        }
+        let mut values = vec![0f32; len];
+        backend.download(&arena.state, 0, &mut values)?;
+        reducer.sum(&mut values)?;
+        backend.upload(&mut arena.state, 0, &values)
     }
 
     /// Makes the mean of so many parts of their sum.
     pub fn divide(&self, backend: &B, arena: &mut Arena<B>, parts: usize) -> Result<()> {
-        let parts = parts as f32;
-        change(backend, arena, |values| {
-            values.iter_mut().for_each(|value| *value /= parts);
-            Ok(())
-        })
+        match arena.state_layout.padded_len() {
+            0 => Ok(()),
+            len => backend.divide(&mut arena.state, parts as f32, 0..len),
+        }
     }
-}
-
-/// Changes kept tensors on the host.
-fn change<B: Backend<Real = f32>>(
-    backend: &B,
-    arena: &mut Arena<B>,
-    change: impl FnOnce(&mut [f32]) -> Result<()>,
-) -> Result<()> {
-    let len = arena.state_layout.padded_len();
-    if len == 0 {
-        return Ok(());
-    }
-    let mut values = vec![0f32; len];
-    backend.download(&arena.state, 0, &mut values)?;
-    change(&mut values)?;
-    backend.upload(&mut arena.state, 0, &values)
 }

@@ -10,6 +10,7 @@ mod gradients;
 mod kept;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod nccl;
 mod options;
 mod ranks;
 mod reducer;
@@ -18,6 +19,7 @@ pub mod scaling;
 mod sharding;
 mod tree;
 pub mod watch;
+mod watched;
 mod windowed;
 pub mod world;
 
@@ -27,7 +29,9 @@ pub use footprint::Footprint;
 pub use gradients::{Gradients, GradientsOptions, Wire};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+pub use nccl::{ID_BYTES, Nccl};
 pub use options::{ParallelOptions, Shard};
 pub use sharding::{Sharding, ShardingOptions};
-pub use tree::{tree_reduce_scatter, tree_sum};
+pub use tree::{room_of_tree, tree_reduce_scatter, tree_sum};
+pub use watched::Watched;
 pub use windowed::Windowed;

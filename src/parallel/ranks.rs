@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::collective::Collective;
 use super::sharding::Sharding;
-use crate::backend::Backend;
+use crate::backend::{Backend, Slice};
 use crate::error::{Error, Result};
 use crate::plan::{Gather, overlap};
 
@@ -34,6 +34,20 @@ impl Ranks {
 
     pub fn world(&self) -> usize {
         self.collective.world()
+    }
+
+    /// The number of this process, and how many there are.
+    pub fn place(&self) -> (usize, usize) {
+        (self.collective.rank(), self.collective.world())
+    }
+
+    /// Fills in the shares of the other processes, all as long.
+    pub fn gather_slice(&self, values: Slice<'_>) -> Result<()> {
+        let world = self.world();
+        let each = values.len() / world;
+        let shards: Vec<Range<usize>> = (0..world).map(|rank| rank * each..(rank + 1) * each).collect();
+        self.collective.fork()?;
+        self.collective.all_gather(values, &shards)
     }
 
     /// The elements of this process; all, where each has all.

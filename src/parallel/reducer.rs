@@ -1,4 +1,4 @@
-//! Buckets of gradients, summed over processes by the caller, or by a thread while the caller goes on.
+//! Buckets of gradients, summed over processes by the caller, by a thread while the caller goes on, or by the device.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,36 +9,73 @@ use half::bf16;
 
 use super::collective::Collective;
 use super::gradients::{GradientsOptions, Wire};
-use super::tree::{tree_reduce_scatter, tree_sum};
-use crate::backend::Slice;
+use super::tree::{room_of_tree, tree_reduce_scatter, tree_sum};
+use crate::backend::{Backend, Slice};
 use crate::error::{Error, Result};
 
 /// A sum over processes.
 pub(super) struct Sum {
     collective: Arc<dyn Collective>,
     tree: bool,
-    wire: Wire,
+}
+
+/// Memory for what is on its way: other processes' values, and values rounded to bf16.
+struct Room<W, N> {
+    wide: W,
+    narrow: N,
 }
 
 impl Sum {
+    /// Elements of room in f32 and in bf16 for a sum of so many values.
+    fn room(&self, len: usize, wire: Wire) -> [usize; 2] {
+        match wire {
+            Wire::F32 if self.tree => [room_of_tree(len), 0],
+            Wire::F32 => [0, 0],
+            Wire::Bf16 => [0, len],
+        }
+    }
+
     /// Sums of all values to all, or of each shard to its process.
-    fn over_processes(&self, values: &mut [f32], shards: &[Range<usize>], room: &mut Vec<f32>) -> Result<()> {
-        let collective = &*self.collective;
+    fn over_processes(
+        &self,
+        mut values: Slice<'_>,
+        shards: &[Range<usize>],
+        wire: Wire,
+        room: Room<Slice<'_>, Slice<'_>>,
+    ) -> Result<()> {
+        let (len, collective) = (values.len(), &*self.collective);
         let sum = |values: Slice<'_>| match shards {
             [] => collective.all_reduce_sum(values),
             shards => collective.reduce_scatter_sum(values, shards),
         };
-        match (self.tree, self.wire) {
-            (true, _) if shards.is_empty() => tree_sum(collective, values, room),
-            (true, _) => tree_reduce_scatter(collective, values, shards, room),
-            (false, Wire::F32) => sum(values.into()),
-            (false, Wire::Bf16) => {
-                let mut rounded: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
-                sum(rounded.as_mut_slice().into())?;
-                values.iter_mut().zip(rounded).for_each(|(value, sum)| *value = sum.to_f32());
-                Ok(())
+        let Room { wide, mut narrow } = room;
+        match wire {
+            Wire::F32 if self.tree => tree_sum(collective, values, wide),
+            Wire::F32 => sum(values),
+            Wire::Bf16 => {
+                collective.convert(narrow.part(0..len)?, values.part(0..len)?)?;
+                sum(narrow.part(0..len)?)?;
+                collective.convert(values, narrow.part(0..len)?)
             }
         }
+    }
+
+    /// Sums values of the host.
+    fn on_host(&self, job: &mut Job, room: &mut Room<Vec<f32>, Vec<bf16>>) -> Result<()> {
+        if self.tree && !job.shards.is_empty() {
+            return tree_reduce_scatter(&*self.collective, &mut job.values, &job.shards, &mut room.wide);
+        }
+        let [wide, narrow] = self.room(job.values.len(), job.wire);
+        room.wide.resize(wide.max(room.wide.len()), 0.0);
+        room.narrow.resize(narrow.max(room.narrow.len()), bf16::ZERO);
+        let room = Room { wide: room.wide.as_mut_slice().into(), narrow: room.narrow.as_mut_slice().into() };
+        self.over_processes(job.values.as_mut_slice().into(), &job.shards, job.wire, room)
+    }
+}
+
+impl Room<Vec<f32>, Vec<bf16>> {
+    fn none() -> Self {
+        Room { wide: Vec::new(), narrow: Vec::new() }
     }
 }
 
@@ -48,55 +85,89 @@ pub(super) struct Job {
     pub values: Vec<f32>,
     /// The part of each process, where each wants its own alone; else empty.
     pub shards: Vec<Range<usize>>,
+    /// What the values are sent as.
+    pub wire: Wire,
+}
+
+/// Sums that a device queues behind what it has queued, in its own memory.
+pub(super) struct Queue<B: Backend> {
+    sum: Sum,
+    room: Option<Room<B::Buffer<f32>, B::Buffer<bf16>>>,
+}
+
+impl<B: Backend<Real = f32>> Queue<B> {
+    /// Makes room for sums of at most `largest` values sent as `wire`, and of `state` values in f32.
+    pub fn make_room(&mut self, backend: &B, largest: usize, wire: Wire, state: usize) -> Result<()> {
+        if self.room.is_none() {
+            let [of_state, _] = self.sum.room(state, Wire::F32);
+            let [wide, narrow] = self.sum.room(largest, wire);
+            let (wide, narrow) = (backend.allocate(wide.max(of_state))?, backend.allocate(narrow)?);
+            self.room = Some(Room { wide, narrow });
+        }
+        Ok(())
+    }
+
+    /// Queues the sum of some elements of a buffer.
+    pub fn sum(&mut self, backend: &B, values: &mut B::Buffer<f32>, elements: Range<usize>, wire: Wire) -> Result<()> {
+        let [w, n] = self.sum.room(elements.len(), wire);
+        let Some(Room { wide, narrow }) = &mut self.room else {
+            return Err(Error::Training("gradients are summed in a pass that has not begun".into()));
+        };
+        self.sum.collective.fork()?;
+        let room = Room { wide: backend.slice(wide, 0..w)?, narrow: backend.slice(narrow, 0..n)? };
+        self.sum.over_processes(backend.slice(values, elements)?, &[], wire, room)
+    }
 }
 
 /// Who sums buckets over processes.
-pub(super) enum Reducer {
+pub(super) enum Reducer<B: Backend> {
     /// The caller, at once.
     Here(Sum, Vec<Job>),
     /// A thread, while the caller goes on.
     Thread(Worker),
+    /// The device.
+    Queued(Queue<B>),
 }
 
-impl Reducer {
+impl<B: Backend> Reducer<B> {
     /// One that sums as the options say.
     pub fn new(options: &GradientsOptions, collective: Arc<dyn Collective>) -> Result<Self> {
-        let overlap = options.overlap && collective.world() > 1;
-        let sum = Sum { collective, tree: options.share.reproducible, wire: options.wire };
-        Ok(if overlap { Reducer::Thread(Worker::start(sum)?) } else { Reducer::Here(sum, Vec::new()) })
+        let (queued, overlap) = (collective.is_queued(), options.overlap && collective.world() > 1);
+        let sum = Sum { collective, tree: options.share.reproducible };
+        Ok(match (queued, overlap) {
+            (true, _) => Reducer::Queued(Queue { sum, room: None }),
+            (false, true) => Reducer::Thread(Worker::start(sum)?),
+            (false, false) => Reducer::Here(sum, Vec::new()),
+        })
     }
 
-    /// Begins the sum of a bucket.
+    /// Begins the sum of a bucket of the host.
     pub fn take(&mut self, mut job: Job) -> Result<()> {
         match self {
             Reducer::Here(sum, done) => {
-                sum.over_processes(&mut job.values, &job.shards, &mut Vec::new())?;
+                sum.on_host(&mut job, &mut Room::none())?;
                 done.push(job);
                 Ok(())
             }
             Reducer::Thread(worker) => worker.send(job),
+            Reducer::Queued(_) => Err(gone()),
         }
     }
 
-    /// A bucket that was summed.
+    /// A bucket of the host that was summed.
     pub fn give(&mut self) -> Result<Job> {
         match self {
             Reducer::Here(_, done) => done.pop().ok_or_else(gone),
             Reducer::Thread(worker) => worker.done.recv().map_err(|_| gone())?,
+            Reducer::Queued(_) => Err(gone()),
         }
     }
 
-    /// Sums values while nothing else is on its way.
+    /// Sums values of the host in f32, while nothing else is on its way.
     pub fn sum(&mut self, values: &mut [f32]) -> Result<()> {
-        match self {
-            Reducer::Here(sum, _) => sum.over_processes(values, &[], &mut Vec::new()),
-            Reducer::Thread(worker) => {
-                worker.send(Job { bucket: 0, values: values.to_vec(), shards: Vec::new() })?;
-                let job = worker.done.recv().map_err(|_| gone())??;
-                values.copy_from_slice(&job.values);
-                Ok(())
-            }
-        }
+        self.take(Job { bucket: 0, values: values.to_vec(), shards: Vec::new(), wire: Wire::F32 })?;
+        values.copy_from_slice(&self.give()?.values);
+        Ok(())
     }
 }
 
@@ -119,9 +190,9 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name("gradients".into())
             .spawn(move || {
-                let mut room = Vec::new();
+                let mut room = Room::none();
                 for mut job in work {
-                    let result = sum.over_processes(&mut job.values, &job.shards, &mut room).map(|()| job);
+                    let result = sum.on_host(&mut job, &mut room).map(|()| job);
                     let failed = result.is_err();
                     if finished.send(result).is_err() || failed {
                         return;

@@ -3,21 +3,22 @@
 use std::ops::Range;
 
 use super::collective::Collective;
+use crate::backend::Slice;
 use crate::error::{Error, Result};
 
 /// Elements that parts begin at multiples of.
 const ALIGNMENT: usize = 16;
 
 /// `values = sum over ranks`, as `((0 + 1) + (2 + 3)) + ((4 + 5) + ..)` for every element, whatever the number of processes is split
-/// into: a power of two. `room` is overwritten.
+/// into: a power of two. Both in f32; `room` has [`room_of_tree`] elements and is overwritten.
 ///
 /// Halves are swapped with the neighbour at distance 1, quarters with the one at distance 2, and so on, each process summing what it
 /// keeps; then back. Each sends and receives `2 (world - 1) / world` of the values, the least that a sum by all takes, and since
-/// `a + b` is `b + a` to the bit, all have the same bits.
+/// `a + b` is `b + a` to the bit, all have the same bits, on a host or a device.
 ///
 /// # Errors
 /// A number of processes that is no power of two; a process or a network that failed.
-pub fn tree_sum(collective: &dyn Collective, values: &mut [f32], room: &mut Vec<f32>) -> Result<()> {
+pub fn tree_sum(collective: &dyn Collective, mut values: Slice<'_>, mut room: Slice<'_>) -> Result<()> {
     let (rank, world) = (collective.rank(), collective.world());
     if !world.is_power_of_two() {
         return Err(Error::shape("tree sum", "a power of two of processes", world.to_string()));
@@ -32,20 +33,16 @@ pub fn tree_sum(collective: &dyn Collective, values: &mut [f32], room: &mut Vec<
         } else {
             (middle..own.end, own.start..middle)
         };
-        room.resize(keep.len().max(room.len()), 0.0);
-        let received = &mut room[..keep.len()];
-        collective.swap(rank ^ distance, (&mut values[give.clone()]).into(), (&mut *received).into())?;
-        values[keep.clone()].iter_mut().zip(&*received).for_each(|(value, &other)| *value += other);
+        collective.swap(rank ^ distance, values.part(give.clone())?, room.part(0..keep.len())?)?;
+        collective.add(values.part(keep.clone())?, room.part(0..keep.len())?)?;
         kept.push((keep.clone(), give));
         own = keep;
         distance *= 2;
     }
     while let Some((keep, give)) = kept.pop() {
         distance /= 2;
-        room.resize(give.len().max(room.len()), 0.0);
-        let received = &mut room[..give.len()];
-        collective.swap(rank ^ distance, (&mut values[keep]).into(), (&mut *received).into())?;
-        values[give].copy_from_slice(received);
+        let [send, receive] = values.parts([keep, give])?;
+        collective.swap(rank ^ distance, send, receive)?;
     }
     Ok(())
 }
@@ -89,6 +86,12 @@ pub fn tree_reduce_scatter(
         distance *= 2;
     }
     Ok(())
+}
+
+/// Elements that [`tree_sum`] of so many needs besides.
+pub fn room_of_tree(len: usize) -> usize {
+    let middle = middle(&(0..len));
+    middle.max(len - middle)
 }
 
 /// Where a range is cut in two.

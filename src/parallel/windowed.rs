@@ -15,7 +15,7 @@ use super::options::Shard;
 use super::ranks::Ranks;
 use super::reducer::{Job, Reducer};
 use super::sharding::Sharding;
-use crate::backend::{Arena, Backend, Exchange, PassOfStep, Together};
+use crate::backend::{Arena, Backend, Exchange, PassOfStep, Slice, Together};
 use crate::error::{Error, Result};
 use crate::plan::{Window, overlap};
 
@@ -35,7 +35,7 @@ pub struct Windowed<B: Backend> {
     /// The sums of left halves of this process's elements, by the level of the tree.
     left: Vec<B::Buffer<f32>>,
     kept: KeptTensors<B>,
-    reducer: Reducer,
+    reducer: Reducer<B>,
     /// Memory for values on their way.
     spare: Vec<Vec<f32>>,
 }
@@ -82,7 +82,7 @@ impl<B: Backend<Real = f32>> Windowed<B> {
                 }
             }
             let shards = self.ranks.shards_of(&elements);
-            self.reducer.take(Job { bucket: self.next, values, shards })?;
+            self.reducer.take(Job { bucket: self.next, values, shards, wire: self.options.wire })?;
             self.in_flight += 1;
             self.next += 1;
         }
@@ -133,6 +133,10 @@ fn not_windowed() -> Error {
 impl<B: Backend<Real = f32>> Exchange<B> for Windowed<B> {
     fn is_queued(&self) -> bool {
         false
+    }
+
+    fn place(&self) -> (usize, usize) {
+        self.ranks.place()
     }
 
     fn follows(&self, pass: PassOfStep) -> bool {
@@ -197,8 +201,12 @@ impl<B: Backend<Real = f32>> Exchange<B> for Windowed<B> {
         self.ranks.spread(backend, &mut arena.parameters, most)
     }
 
-    fn gather(&mut self, _: &B, of_this: &[f64]) -> Result<Vec<f64>> {
-        self.ranks.gather(of_this)
+    fn gather(&mut self, values: Slice<'_>) -> Result<()> {
+        self.ranks.gather_slice(values)
+    }
+
+    fn join(&mut self) -> Result<()> {
+        self.ranks.collective.join()
     }
 }
 

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
 use crate::backend::ops::{METRICS, Update};
-use crate::backend::step::{self as backend_step, Fill, Finished, LossScale, Pass, UpdateWork, Work};
+use crate::backend::step::{self as backend_step, Fill, Finished, Found, LossScale, Pass, UpdateWork, Work};
 use crate::backend::{Activations, Arena, Backend, Exchange, Held, PassOfStep, StepContext};
 use crate::data::{Batch, Inputs, Targets};
 use crate::error::{Error, Result};
@@ -116,6 +116,8 @@ pub struct Trainer<B: Backend + Update> {
     flag: bool,
     /// The flag as each step in the queue was told it.
     flags: VecDeque<bool>,
+    /// What this process found in the step that is being queued.
+    found: Found,
     /// What the passes of the oldest unfinished step found.
     begun: Begun,
 }
@@ -204,6 +206,7 @@ impl<B: Backend + Update> Trainer<B> {
             samples: VecDeque::new(),
             flag: false,
             flags: VecDeque::new(),
+            found: Found::default(),
             begun: Begun::default(),
         };
         if let Some(decay) = ema {
@@ -373,11 +376,21 @@ impl<B: Backend + Update> Trainer<B> {
             params,
             average: self.average.as_mut().map(|(decay, average)| (*decay, average)),
         });
-        let turn = self.exchange.as_deref_mut().map(|exchange| backend_step::Turn {
-            exchange,
-            pass: Some(PassOfStep { part: of.index, first: of.within == 0, last, ends_step }),
-            window: window.as_ref(),
-        });
+        let pass = PassOfStep {
+            number: self.passes as usize,
+            passes: self.share.passes(self.accumulate) as usize,
+            part: of.index,
+            first: of.within == 0,
+            last,
+            ends_step,
+        };
+        if pass.number == 0 {
+            self.found = Found::default();
+        }
+        self.found.flag = self.flag;
+        self.found.samples += batch.samples as u64;
+        let (found, window) = (&mut self.found, window.as_ref());
+        let turn = self.exchange.as_deref_mut().map(|exchange| backend_step::Turn { exchange, pass, window, found });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(work), turn, update })?;
         self.samples.push_back(batch.samples);
         self.passes = if ends_step { 0 } else { self.passes + 1 };
@@ -406,7 +419,9 @@ impl<B: Backend + Update> Trainer<B> {
     /// # Errors
     /// A device that failed.
     pub fn finished(&mut self, wait: bool) -> Result<Option<StepReport>> {
-        while let Some(Finished { metrics, outcome, norm_squares }) = self.backend.finished(&mut self.queue, wait)? {
+        while let Some(Finished { metrics, processes, outcome, norm_squares }) =
+            self.backend.finished(&mut self.queue, wait)?
+        {
             if let Some(samples) = self.samples.pop_front() {
                 let made = self.begun.passes.len() as u64;
                 self.counters.micro_step += u64::from(made < u64::from(self.accumulate));
@@ -418,42 +433,36 @@ impl<B: Backend + Update> Trainer<B> {
                 self.counters.applied += u64::from(!outcome.skipped);
                 self.counters.skipped += u64::from(outcome.skipped);
                 let begun = std::mem::take(&mut self.begun);
-                return Ok(Some(StepReport { outcome, norm_squares, ..self.of_all(begun)? }));
+                return Ok(Some(StepReport { outcome, norm_squares, ..self.of_all(begun, &processes) }));
             }
         }
         Ok(None)
     }
 
     /// What the passes of a step found in all processes, in the order of parts.
-    fn of_all(&mut self, begun: Begun) -> Result<StepReport> {
+    fn of_all(&mut self, begun: Begun, processes: &[Found]) -> StepReport {
         let flag = self.flags.pop_front().unwrap_or_default();
         let Begun { passes, samples } = begun;
-        let (passes, samples, flag) = match &mut self.exchange {
-            None => (passes, samples, flag),
-            Some(exchange) => {
-                let mut of_this = vec![f64::from(u8::from(flag)), samples as f64];
-                of_this.extend(passes.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]));
-                let all = exchange.gather(&self.backend, &of_this)?;
-                let ranks = all.chunks(of_this.len());
-                let sums = |values: &[f64]| LossSums { loss: values[0], counted: values[1], right: values[2] };
-                // As many passes as a process makes of parts that lie side by side.
-                let turns = if self.share.stride > 1 { self.share.count } else { 1 };
-                let each = 3 * passes.len() / turns;
-                let of_turn = |turn: usize| ranks.clone().flat_map(move |rank| &rank[2 + turn * each..][..each]);
-                let values: Vec<f64> = (0..turns).flat_map(of_turn).copied().collect();
-                (
-                    values.chunks_exact(3).map(sums).collect(),
-                    ranks.clone().map(|rank| rank[1]).sum::<f64>() as u64,
-                    ranks.clone().any(|rank| rank[0] != 0.0),
-                )
-            }
+        let (passes, samples, flag) = if processes.is_empty() {
+            (passes, samples, flag)
+        } else {
+            // As many passes as a process makes of parts that lie side by side.
+            let turns = if self.share.stride > 1 { self.share.count } else { 1 };
+            let each = passes.len() / turns;
+            let of_turn =
+                |turn: usize| processes.iter().flat_map(move |process| &process.metrics[turn * each..][..each]);
+            (
+                (0..turns).flat_map(of_turn).map(|&metrics| LossSums::new(Some(metrics))).collect(),
+                processes.iter().map(|process| process.samples).sum(),
+                processes.iter().any(|process| process.flag),
+            )
         };
         let mut report = StepReport { samples, flag, ..StepReport::default() };
         for sums in &passes {
             report.loss += sums.mean() / passes.len() as f64;
             report.sums.add(*sums);
         }
-        Ok(report)
+        report
     }
 
     /// Loss and right predictions of each batch, by the average of weights where there is one.
@@ -486,14 +495,11 @@ impl<B: Backend + Update> Trainer<B> {
         let (mut planned, step) =
             (self.evaluation(batch.samples)?, StepContext { seed: self.seed, ..Default::default() });
         let Planned { program, activations, window } = &mut planned;
-        let mut turn = match (&mut self.exchange, &*window) {
-            (Some(exchange), Some(_)) => {
-                Some(backend_step::Turn { exchange: &mut **exchange, pass: None, window: window.as_ref() })
-            }
-            _ => None,
-        };
-        let metrics = pass(program, activations, batch, step)
-            .and_then(|pass| pass.run_in_turn(&self.backend, &mut self.arena, turn.as_mut()));
+        let (backend, arena) = (&self.backend, &mut self.arena);
+        let metrics = pass(program, activations, batch, step).and_then(|pass| match (&mut self.exchange, &*window) {
+            (Some(exchange), Some(window)) => pass.run_through(backend, arena, &mut **exchange, window),
+            _ => pass.run(backend, arena),
+        });
         self.evaluations.insert(batch.samples, planned);
         Ok(LossSums::new(metrics?))
     }

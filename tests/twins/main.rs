@@ -138,8 +138,8 @@ impl<B: Backend> Bed<B> {
         State(self.states.len() as u32 - 1)
     }
 
-    /// Runs an operation.
-    pub fn run(&self, op: &dyn Op<B>) -> warpstep::Result<Ran<B>> {
+    /// Runs an operation, as a program of its own: the device takes the step's position from what runs programs.
+    pub fn run(&self, op: &(impl Op<B> + Clone + 'static)) -> warpstep::Result<Ran<B>> {
         let layout = |tensors: &[Vec<f64>]| {
             let spec = |(i, values): (usize, &Vec<f64>)| ParamSpec { name: format!("t{i}"), shape: vec![values.len()] };
             ParamLayout::new(&tensors.iter().enumerate().map(spec).collect::<Vec<_>>())
@@ -180,7 +180,8 @@ impl<B: Backend> Bed<B> {
         let recording = B::Recording::default();
         let mut activations = Activations { ranges, index_ranges, values, indices, slots: Vec::new(), recording };
         let mut memory = Memory { arena: &mut arena, activations: &mut activations };
-        op.run(backend, &mut memory, &self.step)?;
+        let program: [Box<dyn Op<B>>; 1] = [Box::new(op.clone())];
+        backend.run(&program, &mut memory, &self.step)?;
         let mut values = self.values.clone();
         backend.download(&activations.values, 0, &mut values)?;
         let mut gradients = vec![B::Real::from_f64(0.0); arena.layout.padded_len()];

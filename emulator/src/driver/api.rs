@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
-use super::{Call, Capture, Event, Shared, Stream, Work, fail, lock, perform, queue, state, status};
+use super::{Before, Call, Capture, Event, Shared, Stream, Work, fail, lock, perform, queue, state, status};
 use crate::exec::{SHARED_LIMIT, STATIC_SHARED_LIMIT};
 use crate::memory::Memory;
 
@@ -499,12 +499,28 @@ pub extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, _flags: c_uint)
     call(|| {
         current()?;
         let event = state().events.get(event)?;
-        let captured = lock(&event).capture.clone();
-        let (Some(capture), true) = (captured, stream != 0) else { return Ok(()) };
+        if stream == 0 {
+            return Ok(());
+        }
         let stream = state().streams.get(stream)?;
+        let event = lock(&event);
         let mut stream: std::sync::MutexGuard<'_, Stream> = lock(&stream);
+        let Some(capture) = &event.capture else {
+            // A recording cannot wait for what no replay does.
+            return match &stream.capture {
+                Some((capture, _)) if event.recorded.is_some() => {
+                    lock(capture).invalid = true;
+                    Err(status::STREAM_CAPTURE_ISOLATION)
+                }
+                _ => Ok(()),
+            };
+        };
         // A stream that waits for an event of a capture joins the capture.
-        stream.capture.get_or_insert((capture, false));
+        stream.capture.get_or_insert((Arc::clone(capture), false));
+        for (&of, &count) in &event.before {
+            let known = stream.before.entry(of).or_default();
+            *known = count.max(*known);
+        }
         Ok(())
     })
 }
@@ -548,12 +564,15 @@ pub unsafe extern "C" fn cuStreamEndCapture(stream: usize, to: *mut usize) -> c_
         let stream = state().streams.get(stream)?;
         let mut stream = lock(&stream);
         let Some((capture, true)) = stream.capture.take() else { return Err(status::STREAM_CAPTURE_UNMATCHED) };
+        let end = std::mem::take(&mut stream.before);
+        drop(stream);
         CAPTURING.set(None);
+        let joined = state().release(&capture, &end);
         let capture = std::mem::take(&mut *lock(&capture));
-        if capture.invalid {
+        if capture.invalid || !joined {
             // SAFETY: as the driver's callers promise.
             unsafe { put(to, 0)? };
-            return Err(status::STREAM_CAPTURE_INVALIDATED);
+            return Err(if joined { status::STREAM_CAPTURE_INVALIDATED } else { status::STREAM_CAPTURE_UNJOINED });
         }
         let graph = state().graphs.insert(Arc::new(capture.work));
         // SAFETY: as the driver's callers promise.
@@ -628,15 +647,15 @@ pub extern "C" fn cuEventRecord(event: usize, stream: usize) -> c_int {
     call(|| {
         current()?;
         let event: Shared<Event> = state().events.get(event)?;
-        let capture = match stream {
-            0 => None,
+        let (capture, before) = match stream {
+            0 => (None, Before::new()),
             _ => {
                 let stream = state().streams.get(stream)?;
                 let stream = lock(&stream);
-                stream.capture.as_ref().map(|(capture, _)| Arc::clone(capture))
+                (stream.capture.as_ref().map(|(capture, _)| Arc::clone(capture)), stream.before.clone())
             }
         };
-        *lock(&event) = Event { recorded: Some(Instant::now()), capture };
+        *lock(&event) = Event { recorded: Some(Instant::now()), capture, before };
         Ok(())
     })
 }

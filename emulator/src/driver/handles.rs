@@ -25,6 +25,11 @@ impl<T: Clone> Table<T> {
         handle
     }
 
+    /// All objects and their handles.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &T)> {
+        self.objects.iter().map(|(&handle, object)| (handle, object))
+    }
+
     pub fn get(&self, handle: usize) -> Call<T> {
         self.objects.get(&handle).cloned().ok_or(status::INVALID_HANDLE)
     }

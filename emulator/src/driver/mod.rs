@@ -41,6 +41,8 @@ pub(crate) mod status {
     pub const STREAM_CAPTURE_UNSUPPORTED: i32 = 900;
     pub const STREAM_CAPTURE_INVALIDATED: i32 = 901;
     pub const STREAM_CAPTURE_UNMATCHED: i32 = 903;
+    pub const STREAM_CAPTURE_UNJOINED: i32 = 904;
+    pub const STREAM_CAPTURE_ISOLATION: i32 = 905;
     pub const UNKNOWN: i32 = 999;
 }
 
@@ -87,17 +89,23 @@ pub(crate) struct Capture {
 
 pub(crate) type Shared<T> = Arc<Mutex<T>>;
 
+/// How much of what each stream has recorded in a capture comes before a point of it.
+pub(crate) type Before = HashMap<usize, u64>;
+
 #[derive(Default)]
 pub(crate) struct Stream {
     pub device: u32,
     /// What the stream records into, and whether it began the capture.
     pub capture: Option<(Shared<Capture>, bool)>,
+    /// What comes before the work that the stream records next, its own counted.
+    pub before: Before,
 }
 
 #[derive(Default)]
 pub(crate) struct Event {
     pub recorded: Option<Instant>,
     pub capture: Option<Shared<Capture>>,
+    pub before: Before,
 }
 
 /// What the host did, counted.
@@ -150,6 +158,29 @@ pub(crate) struct State {
     pub last_fault: Option<Fault>,
     /// By device, the error that every call returns after a fault, as a broken context does.
     pub broken: HashMap<u32, i32>,
+}
+
+impl State {
+    /// Streams and events that a capture drew in leave it, as it has ended. Returns whether all that they recorded comes before its
+    /// end.
+    fn release(&self, capture: &Shared<Capture>, end: &Before) -> bool {
+        let mut joined = true;
+        for (handle, stream) in self.streams.iter() {
+            let mut stream = lock(stream);
+            if stream.capture.as_ref().is_some_and(|(drawn_into, _)| Arc::ptr_eq(drawn_into, capture)) {
+                stream.capture = None;
+                let before = std::mem::take(&mut stream.before);
+                joined &= before.get(&handle) <= end.get(&handle);
+            }
+        }
+        for (_, event) in self.events.iter() {
+            let mut event = lock(event);
+            if event.capture.as_ref().is_some_and(|drawn_into| Arc::ptr_eq(drawn_into, capture)) {
+                event.capture = None;
+            }
+        }
+        joined
+    }
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -278,14 +309,16 @@ pub(crate) fn queue(stream: usize, work: Work) -> Call<()> {
         return Err(broken);
     }
     if stream != 0 {
-        let stream = state().streams.get(stream)?;
-        let stream = lock(&stream);
-        if let Some((capture, _)) = &stream.capture {
-            let mut capture = lock(capture);
-            if capture.invalid {
+        let recording = state().streams.get(stream)?;
+        let mut recording = lock(&recording);
+        if let Some((capture, _)) = &recording.capture {
+            let mut into = lock(capture);
+            if into.invalid {
                 return Err(status::STREAM_CAPTURE_INVALIDATED);
             }
-            capture.work.push(work);
+            into.work.push(work);
+            drop(into);
+            *recording.before.entry(stream).or_default() += 1;
             return Ok(());
         }
     }

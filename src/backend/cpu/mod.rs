@@ -29,7 +29,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use self::parallel::{PIECE, vectorize};
-use super::{Act, Activations, Arena, Backend, Memory, Op, StepContext};
+use super::{Act, Activations, Arena, Backend, Memory, Numeric, Op, Slice, StepContext};
 use crate::error::{Error, Result};
 use crate::real::Real;
 
@@ -132,6 +132,21 @@ impl<R: Real> Backend for Cpu<R> {
         let (to, from) = both(to, from, elements)?;
         to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
         Ok(())
+    }
+
+    fn divide(&self, values: &mut Vec<R>, divisor: R, elements: Range<usize>) -> Result<()> {
+        let len = values.len();
+        let values =
+            values.get_mut(elements.clone()).ok_or_else(|| does_not_fit(len, elements.start, elements.len()))?;
+        values.iter_mut().for_each(|value| *value /= divisor);
+        Ok(())
+    }
+
+    fn slice<'a, T: Numeric>(&self, buffer: &'a mut Vec<T>, elements: Range<usize>) -> Result<Slice<'a>> {
+        let len = buffer.len();
+        let part = buffer.get_mut(elements.clone());
+        let part = part.ok_or_else(|| does_not_fit(len, elements.start, elements.len()))?;
+        Ok(Slice::Host(T::host(part)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Memory of a device.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::context::Device;
@@ -43,6 +44,17 @@ impl<T: bytemuck::Pod> Buffer<T> {
     pub(super) fn address_of(&self, index: usize) -> u64 {
         debug_assert!(index <= self.len);
         self.address + (index * size_of::<T>()) as u64
+    }
+
+    /// Address of some of its values.
+    ///
+    /// # Errors
+    /// Values that it does not have.
+    pub(super) fn part(&self, values: &Range<usize>) -> Result<u64> {
+        if values.start > values.end || values.end > self.len {
+            return Err(Error::shape("slice", format!("a part of {} elements", self.len), format!("{values:?}")));
+        }
+        Ok(self.address_of(values.start))
     }
 
     /// Copies host memory into the buffer, from value `offset` on (`=`), in the order of the device's stream.

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
 use super::module::{Image, image};
 use super::step::StepState;
@@ -79,9 +80,13 @@ pub struct Device {
     dnn: std::sync::OnceLock<super::convolution::Dnn>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
+    watch: Mutex<Option<Watch>>,
     /// Tables of log-mel pictures: the transform, where its bands are, where the rest is.
     pub(super) mel_tables: Mutex<Vec<super::mel::KeptTables>>,
 }
+
+/// Tells why what the device waits for will not come, where it does not.
+type Watch = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// Modules by file, functions by file and name.
 #[derive(Default)]
@@ -185,6 +190,7 @@ impl Device {
             dnn: std::sync::OnceLock::new(),
             step_state: 0,
             scratch: Mutex::default(),
+            watch: Mutex::default(),
             mel_tables: Mutex::default(),
         };
         device.step_state = device.allocate(size_of::<StepState>())?;
@@ -425,16 +431,65 @@ impl Device {
             .map_err(|error| driver_error("copy on the device", error))
     }
 
+    /// Asks `watch` while the host waits for the device, and when the device reports a failure: what is queued may wait for other
+    /// processes, and a device cannot tell that one of them is gone.
+    pub fn watch(&self, watch: impl Fn() -> Result<()> + Send + Sync + 'static) {
+        // A thread that panicked changed nothing of it.
+        *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(watch));
+    }
+
+    fn watched(&self) -> Option<Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What the watch knows of a failure, or else what the driver said of it.
+    pub(super) fn failure(&self, what: &str, error: DriverError) -> Error {
+        let told = self.watched().and_then(|watch| watch().err());
+        told.unwrap_or_else(|| driver_error(what, error))
+    }
+
+    /// Waits until an event has passed.
+    ///
+    /// # Errors
+    /// A device that failed, or what watches it.
+    pub(super) fn wait_for(&self, event: &CudaEvent, what: &str) -> Result<()> {
+        self.bind()?;
+        let Some(watch) = self.watched() else {
+            return event.synchronize().map_err(|error| driver_error(what, error));
+        };
+        let mut asked = 0;
+        while !event.try_is_complete().map_err(|error| driver_error(what, error))? {
+            asked += 1;
+            if asked < TURNS {
+                std::thread::yield_now();
+                continue;
+            }
+            watch()?;
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
     /// Waits for all queued work.
     ///
     /// # Errors
     /// What failed since the last time.
     pub fn synchronize(&self) -> Result<()> {
         self.bind()?;
+        if self.watched().is_some() {
+            let what = "finish the work queued";
+            let event = self.stream.record_event(None).map_err(|error| driver_error(what, error))?;
+            self.wait_for(&event, what)?;
+        }
         self.stream.synchronize().map_err(|error| driver_error("finish the work queued", error))?;
         self.context.check_err().map_err(|error| driver_error("free memory", error))
     }
 }
+
+/// How often an event is asked for before the host sleeps in between.
+const TURNS: u32 = 1000;
+/// How long it sleeps.
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// Bytes of shared memory that need no permission.
 const STATIC_SHARED: u32 = 48 << 10;

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use cudarc::driver::result;
+use cudarc::driver::{CudaStream, result};
 
 use super::context::{Device, driver_error};
 use super::{Cuda, Storage};
@@ -106,23 +106,29 @@ impl Device {
     /// # Safety
     /// `args` are what the kernel takes, in number, order and type, and its addresses hold what it reads and writes.
     pub(super) unsafe fn launch(&self, file: &'static str, kernel: &str, grid: Grid, args: &mut [Arg]) -> Result<()> {
+        // SAFETY: as the caller promises.
+        self.timed(kernel, || unsafe { self.launch_on(self.stream(), file, kernel, grid, args) })
+    }
+
+    /// Queues a kernel on another stream of the device.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    pub(super) unsafe fn launch_on(
+        &self,
+        stream: &CudaStream,
+        file: &'static str,
+        kernel: &str,
+        grid: Grid,
+        args: &mut [Arg],
+    ) -> Result<()> {
         let function = self.function(file, kernel, grid.shared)?;
-        self.timed(kernel, || {
-            let mut pointers = pointers(args);
-            let [bx, by, bz] = grid.blocks;
-            let [tx, ty, tz] = grid.threads;
-            // SAFETY: the function belongs to this context, which `function` bound; the arguments are as the caller promises.
-            unsafe {
-                result::launch_kernel(
-                    function,
-                    (bx, by, bz),
-                    (tx, ty, tz),
-                    grid.shared,
-                    self.stream().cu_stream(),
-                    &mut pointers,
-                )
-            }
+        let mut pointers = pointers(args);
+        let [bx, by, bz] = grid.blocks;
+        let [tx, ty, tz] = grid.threads;
+        let stream = stream.cu_stream();
+        // SAFETY: the function belongs to this context, which `function` bound; the arguments are as the caller promises.
+        unsafe { result::launch_kernel(function, (bx, by, bz), (tx, ty, tz), grid.shared, stream, &mut pointers) }
             .map_err(|error| driver_error(&format!("launch {kernel}"), error))
-        })
     }
 }

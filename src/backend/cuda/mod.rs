@@ -12,6 +12,7 @@ mod blas;
 mod buffer;
 mod channel;
 mod choice;
+mod communication;
 mod context;
 mod conv;
 mod convolution;
@@ -33,12 +34,14 @@ mod product;
 mod profile;
 mod recording;
 mod step;
+mod team;
 pub mod update;
 
 /// The bindings, so that a program that owns its device memory can name the same release of them.
 pub use cudarc;
 
 pub use buffer::Buffer;
+pub use communication::Communication;
 pub use context::{Device, DeviceOptions, Fusion, LESS_MEMORY};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
@@ -52,7 +55,9 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use self::launch::{Grid, args};
-use super::{Act, Activations, Arena, Backend, Grad, Indices, Memory, Op, Param, State, StepContext};
+use super::{
+    Act, Activations, Arena, Backend, DeviceSlice, Grad, Indices, Memory, Numeric, Op, Param, Slice, State, StepContext,
+};
 use crate::error::{Error, Result};
 use crate::real::Element;
 
@@ -186,6 +191,18 @@ impl<S: Storage> Backend for Cuda<S> {
     fn copy_to(&self, to: &mut Buffer<f32>, from: &Buffer<f32>, elements: Range<usize>) -> Result<()> {
         let (to, from, len) = Self::both(to, from, elements)?;
         self.device().copy(to, from, len * size_of::<f32>())
+    }
+
+    fn divide(&self, values: &mut Buffer<f32>, divisor: f32, elements: Range<usize>) -> Result<()> {
+        let (address, len) = (values.part(&elements)?, elements.len());
+        let grid = Grid::elements(self.device(), len, 1);
+        // SAFETY: the buffer holds `len` values there.
+        unsafe { self.device().launch("elementwise", "divide", grid, args![address, divisor, len]) }
+    }
+
+    fn slice<'a, T: Numeric>(&self, buffer: &'a mut Buffer<T>, elements: Range<usize>) -> Result<Slice<'a>> {
+        let address = buffer.part(&elements)?;
+        Ok(Slice::Device(DeviceSlice { address, len: elements.len(), number: T::NUMBER }))
     }
 }
 

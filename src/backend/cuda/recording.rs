@@ -83,7 +83,7 @@ pub(super) fn run<S: Storage>(
     step: &StepContext,
 ) -> Result<()> {
     let device = backend.device();
-    device.write(device.step_state(), &step.micro_step.to_ne_bytes())?;
+    device.write(device.step_state(), bytemuck::bytes_of(&[step.micro_step, step.part]))?;
     if !device.options().graphs || device.is_timing() {
         return each(backend, program, memory, step);
     }

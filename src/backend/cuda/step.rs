@@ -13,13 +13,14 @@ use cudarc::driver::{CudaEvent, CudaGraph, result};
 
 use super::context::{Device, driver_error};
 use super::launch::{Grid, args};
+use super::team::{Team, Told};
 use super::update::{EarlyNorm, Outcome};
 use super::{Cuda, Storage, recording};
 use crate::backend::ops::METRICS;
-use crate::backend::step::{Fill, Finished, LossScale, Pass, UpdateWork, Work, at_once, check_len};
-use crate::backend::{Arena, Memory};
+use crate::backend::step::{Fill, Finished, LossScale, Pass, Turn, UpdateWork, Work, check_len};
+use crate::backend::{Arena, Memory, PassOfStep};
 use crate::error::{Error, Result};
-use crate::optim::StepOutcome;
+use crate::optim::{StepOutcome, UpdatePlan};
 
 const FILE: &str = "loss_scale";
 
@@ -37,6 +38,7 @@ pub(super) struct StepState {
 #[repr(C)]
 pub(super) struct Scalars {
     pub micro_step: u64,
+    pub part: u64,
     /// The update kernels' `UpdateParams` begin here.
     pub learning_rate: f64,
     pub divisor: f64,
@@ -54,7 +56,7 @@ struct Report {
 }
 
 const _: () = {
-    assert!(size_of::<Scalars>() == 24 && size_of::<StepState>() == 32);
+    assert!(size_of::<Scalars>() == 32 && size_of::<StepState>() == 40);
     assert!(size_of::<Report>() == 4 * METRICS + size_of::<Outcome>());
 };
 
@@ -112,12 +114,16 @@ struct Slot {
     batch: Pinned,
     scalars: Pinned,
     report: Pinned,
+    /// What this process tells all others at the end of a step.
+    told: Pinned,
+    /// What all processes told, where the step's work leaves it.
+    team: Option<Pinned>,
     /// Passes when the batch is on the device.
     copied: CudaEvent,
     /// Passes when the work is done.
     done: CudaEvent,
-    /// Whether the work leaves metrics, and an outcome.
-    leaves: [bool; 2],
+    /// Whether the work leaves metrics, an outcome, and what all processes found.
+    leaves: [bool; 3],
 }
 
 impl Slot {
@@ -128,9 +134,11 @@ impl Slot {
             batch: Pinned::new(device, 1)?,
             scalars: Pinned::new(device, size_of::<Scalars>())?,
             report: Pinned::new(device, size_of::<Report>() + tensors * size_of::<f64>())?,
+            told: Pinned::new(device, size_of::<Told>())?,
+            team: None,
             copied: event()?,
             done: event()?,
-            leaves: [false; 2],
+            leaves: [false; 3],
         })
     }
 
@@ -185,6 +193,8 @@ impl Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     program: Option<recording::Key>,
+    /// Where an exchange stands within the recording.
+    turn: Option<PassOfStep>,
     /// Plan, tables, average and decay.
     update: Option<[u64; 4]>,
 }
@@ -202,6 +212,8 @@ const SLOTS: usize = 2;
 pub struct Queue {
     recorded: Vec<Recorded>,
     slots: Vec<Slot>,
+    /// Where processes tell each other what they found.
+    team: Option<Team>,
     next: usize,
     /// Slots whose work was queued and not taken yet, oldest first.
     pending: VecDeque<usize>,
@@ -218,22 +230,27 @@ impl Queue {
     fn take(&mut self, wait: bool) -> Result<bool> {
         let Some(&at) = self.pending.front() else { return Ok(false) };
         let slot = &self.slots[at];
-        let done = slot.done.try_is_complete().map_err(|error| driver_error("finish a step", error))?;
+        let device = &slot.report.device;
+        let done = slot.done.try_is_complete().map_err(|error| device.failure("finish a step", error))?;
         if !done {
             if !wait {
                 return Ok(false);
             }
-            slot.done.synchronize().map_err(|error| driver_error("finish a step", error))?;
+            device.wait_for(&slot.done, "finish a step")?;
         }
         self.pending.pop_front();
         let (report, squares) = slot.report.bytes().split_at(size_of::<Report>());
         let report: Report = bytemuck::pod_read_unaligned(report);
-        let [metrics, outcome] = slot.leaves;
+        let [metrics, outcome, processes] = slot.leaves;
         if outcome {
             self.applied = Some(report.outcome.applied);
         }
         self.finished.push_back(Finished {
             metrics: metrics.then(|| report.metrics.map(f64::from)),
+            processes: match (&self.team, &slot.team) {
+                (Some(team), Some(told)) if processes => team.read(told.bytes()),
+                _ => Vec::new(),
+            },
             outcome: outcome.then(|| StepOutcome::from(report.outcome)),
             norm_squares: if outcome { bytemuck::pod_collect_to_vec(squares) } else { Vec::new() },
         });
@@ -249,13 +266,44 @@ pub(super) fn finished(queue: &mut Queue, wait: bool) -> Result<Option<Finished>
 }
 
 /// What [`crate::backend::ops::Update::submit`] is on a device.
-pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, Cuda<S>>) -> Result<()> {
-    if work.turn.is_some() {
-        // Other processes take part, and not by the device's own means: the host is in between.
-        while queue.take(true)? {}
-        queue.applied = None;
-        return at_once(backend, &mut queue.finished, work);
+pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, mut work: Work<'_, Cuda<S>>) -> Result<()> {
+    match work.turn.take() {
+        Some(turn) if !turn.exchange.is_queued() => around_the_host(backend, queue, work, turn),
+        turn => submit_one(backend, queue, Work { turn, ..work }),
     }
+}
+
+/// A pass whose gradients the host exchanges: one recording before that and one behind it, each waited for, so that all processes
+/// do the same in the same order.
+fn around_the_host<S: Storage>(
+    backend: &Cuda<S>,
+    queue: &mut Queue,
+    work: Work<'_, Cuda<S>>,
+    mut turn: Turn<'_, Cuda<S>>,
+) -> Result<()> {
+    let Work { arena, pass, update, .. } = work;
+    turn.exchange.begin(backend, arena, turn.pass)?;
+    let backward = Work { arena: &mut *arena, pass, turn: None, update: None };
+    let metrics = submit_and_wait(backend, queue, backward)?.metrics;
+    turn.exchange.end(backend, arena, turn.pass)?;
+    let mut finished = Finished { metrics, processes: turn.finish(metrics)?, ..Finished::default() };
+    if update.is_some() {
+        let found = submit_and_wait(backend, queue, Work { arena, pass: None, turn: None, update })?;
+        (finished.outcome, finished.norm_squares) = (found.outcome, found.norm_squares);
+    }
+    queue.finished.push_back(finished);
+    Ok(())
+}
+
+/// What work found, once it is done.
+fn submit_and_wait<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, Cuda<S>>) -> Result<Finished> {
+    submit_one(backend, queue, work)?;
+    while queue.take(true)? {}
+    queue.finished.pop_back().ok_or_else(|| Error::Device("the work that was queued did not end".into()))
+}
+
+/// Queues work that one recording holds.
+fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, Cuda<S>>) -> Result<()> {
     let device = backend.device();
     while queue.slots.len() < SLOTS {
         queue.slots.push(Slot::new(device, work.arena.layout.entries().len())?);
@@ -264,35 +312,41 @@ pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Wor
     while queue.pending.contains(&at) {
         queue.take(true)?;
     }
-    let Work { arena, mut pass, mut update, .. } = work;
+    let Work { arena, mut pass, mut turn, mut update } = work;
     if let Some(pass) = &mut pass {
         pass.activations.select(at);
         queue.slots[at].copy(device, pass)?;
     }
-    let mut scalars =
-        Scalars { micro_step: pass.as_ref().map_or(0, |pass| pass.context.micro_step), ..Scalars::default() };
+    let context = pass.as_ref().map(|pass| pass.context).unwrap_or_default();
+    let mut scalars = Scalars { micro_step: context.micro_step, part: context.part, ..Scalars::default() };
     if let Some(UpdateWork { plan, params, .. }) = &update {
         params.check()?;
         (scalars.learning_rate, scalars.divisor) = (params.learning_rate, params.divisor);
         let (prepared, _) = backend.arrays(arena, plan)?;
-        // With steps in flight the device alone knows how many were applied.
-        let known = queue.pending.is_empty() && queue.finished.is_empty();
+        // With updates in flight the device alone knows how many were applied.
+        let known = queue.pending.iter().all(|&at| !queue.slots[at].leaves[1])
+            && queue.finished.iter().all(|finished| finished.outcome.is_none());
         prepared.expect_applied((known && queue.applied != Some(params.step - 1)).then_some(params.step - 1))?;
         queue.applied = None;
     }
+    if let Some(turn) = &turn {
+        prepare_team(device, queue, at, turn)?;
+    }
     let slot = &mut queue.slots[at];
     slot.scalars.bytes_mut()[..size_of::<Scalars>()].copy_from_slice(bytemuck::bytes_of(&scalars));
-    slot.leaves = [pass.as_ref().is_some_and(|pass| pass.metrics.is_some()), update.is_some()];
+    let tells = turn.as_ref().is_some_and(|turn| turn.pass.ends_step);
+    slot.leaves = [pass.as_ref().is_some_and(|pass| pass.metrics.is_some()), update.is_some(), tells];
     let key = Key {
         program: pass.as_ref().map(|pass| recording::Key::new(pass.ops, arena, pass.activations, &pass.context)),
+        turn: turn.as_ref().map(|turn| turn.pass),
         update: update.as_ref().map(|UpdateWork { plan, average, .. }| {
             let tables = arena.prepared.as_ref().map_or(0, |prepared| prepared.outcome_address());
             let (decay, average) = average.as_ref().map_or((0, 0), |(d, a)| (d.to_bits(), a.address_of(0)));
             [std::ptr::from_ref(*plan) as u64, tables, average, decay]
         }),
     };
-    let slot = &queue.slots[at];
-    let mut work = || queue_work(backend, slot, arena, &mut pass, &mut update);
+    let (slot, team) = (&queue.slots[at], queue.team.as_ref());
+    let mut work = || Parts { pass: &mut pass, turn: &mut turn, update: &mut update }.queue(backend, slot, team, arena);
     if !device.options().graphs || device.is_timing() {
         work()?;
     } else {
@@ -307,7 +361,7 @@ pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Wor
                     graphs[at] = Some(recording::record(backend, work)?);
                 }
                 if let Some(graph) = &graphs[at] {
-                    graph.launch().map_err(|error| driver_error("replay the step", error))?;
+                    graph.launch().map_err(|error| device.failure("replay the step", error))?;
                 }
             }
         }
@@ -318,78 +372,180 @@ pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Wor
     Ok(())
 }
 
-/// Queues everything of the work that is the same each time.
-fn queue_work<S: Storage>(
-    backend: &Cuda<S>,
-    slot: &Slot,
-    arena: &mut Arena<Cuda<S>>,
-    pass: &mut Option<Pass<'_, Cuda<S>>>,
-    update: &mut Option<UpdateWork<'_, Cuda<S>>>,
+/// Makes room for what processes tell each other, and writes what this one does.
+fn prepare_team<S: Storage>(
+    device: &Arc<Device>,
+    queue: &mut Queue,
+    at: usize,
+    turn: &Turn<'_, Cuda<S>>,
 ) -> Result<()> {
-    let device = backend.device();
-    device.write(device.step_state(), &slot.scalars.bytes()[..size_of::<Scalars>()])?;
-    let loss_scale = update.is_some() && backend.scales_losses();
-    if loss_scale {
-        // SAFETY: the state of the step.
-        unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state()])? };
-    }
-    let params_address = device.step_state() + UPDATE_PARAMS;
-    // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
-    let early = match (&pass, &update) {
-        (Some(pass), Some(UpdateWork { plan, .. })) if backend.gathers_early(arena, plan)? => {
-            Some((*plan, EarlyNorm::new(pass.ops, &arena.ranges, plan, backend.early_elements()?)?))
+    let (place, passes) = (turn.exchange.place(), turn.pass.passes);
+    let team = match &mut queue.team {
+        Some(team) if team.is_for(place, passes) => team,
+        // Recordings name the room that was there.
+        room => {
+            queue.recorded.clear();
+            room.insert(Team::new(device, place, passes)?)
         }
-        _ => None,
     };
-    let mut metrics = None;
-    if let Some(pass) = pass {
-        let mut memory = Memory { arena: &mut *arena, activations: &mut *pass.activations };
-        for (index, op) in pass.ops.iter().enumerate() {
-            recording::one(backend, op.as_ref(), &mut memory, &pass.context)?;
-            let Some((plan, early)) = &early else { continue };
-            if let Some(tensors) = early.tensors_after(index) {
-                let (prepared, arrays) = backend.arrays(memory.arena, plan)?;
-                prepared.queue_norm_range(&arrays, prepared.pieces_of(&tensors), params_address)?;
+    let slot = &mut queue.slots[at];
+    if slot.team.as_ref().is_none_or(|told| told.bytes != team.bytes()) {
+        queue.recorded.clear();
+        slot.team = Some(Pinned::new(device, team.bytes())?);
+    }
+    let told = Told::new(turn.found);
+    slot.told.bytes_mut()[..size_of::<Told>()].copy_from_slice(bytemuck::bytes_of(&told));
+    Ok(())
+}
+
+/// What one recording holds.
+struct Parts<'p, 'w, S: Storage> {
+    pass: &'p mut Option<Pass<'w, Cuda<S>>>,
+    turn: &'p mut Option<Turn<'w, Cuda<S>>>,
+    update: &'p mut Option<UpdateWork<'w, Cuda<S>>>,
+}
+
+/// Where what work found stands on the device, and how much of it.
+#[derive(Default)]
+struct Left {
+    metrics: Option<u64>,
+    outcome: Option<u64>,
+    squares: (u64, usize),
+}
+
+impl<S: Storage> Parts<'_, '_, S> {
+    /// Queues everything of the work that is the same each time.
+    fn queue(self, backend: &Cuda<S>, slot: &Slot, team: Option<&Team>, arena: &mut Arena<Cuda<S>>) -> Result<()> {
+        let device = backend.device();
+        device.write(device.step_state(), &slot.scalars.bytes()[..size_of::<Scalars>()])?;
+        if self.update.is_some() && backend.scales_losses() {
+            // SAFETY: the state of the step.
+            unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state()])? };
+        }
+        // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
+        let early = match (&self.pass, &self.turn, &self.update) {
+            (Some(pass), None, Some(UpdateWork { plan, .. })) if backend.gathers_early(arena, plan)? => {
+                Some((*plan, EarlyNorm::new(pass.ops, &arena.ranges, plan, backend.early_elements()?)?))
+            }
+            _ => None,
+        };
+        let mut left = Left::default();
+        if let Some(pass) = self.pass {
+            left.metrics = queue_pass(backend, arena, pass, self.turn.as_mut(), early.as_ref())?;
+        }
+        if let (Some(turn), Some(team)) = (self.turn.as_mut(), team) {
+            team.take(device, left.metrics, turn.pass)?;
+            turn.exchange.end(backend, arena, turn.pass)?;
+            if turn.pass.ends_step {
+                turn.exchange.gather(team.tell(device, slot.told.bytes())?)?;
             }
         }
-        metrics = pass.metrics.map(|act| pass.activations.values.address_of(pass.activations.range(act).start));
+        if let Some(update) = self.update {
+            queue_update(backend, arena, update, early.is_some(), &mut left)?;
+        }
+        if let (Some(Turn { exchange, pass: PassOfStep { ends_step: true, .. }, .. }), Some(team), Some(told)) =
+            (self.turn, team, &slot.team)
+        {
+            exchange.join()?;
+            copy_out(device, told, 0, team.address(), team.bytes())?;
+        }
+        let Left { metrics, outcome, squares } = left;
+        if let Some(metrics) = metrics {
+            copy_out(
+                device,
+                &slot.report,
+                std::mem::offset_of!(Report, metrics),
+                metrics,
+                size_of::<[f32; METRICS]>(),
+            )?;
+        }
+        if let Some(outcome) = outcome {
+            copy_out(device, &slot.report, std::mem::offset_of!(Report, outcome), outcome, size_of::<Outcome>())?;
+            // The plan has as many tensors as the arena.
+            copy_out(device, &slot.report, size_of::<Report>(), squares.0, squares.1)?;
+        }
+        Ok(())
     }
-    let (mut outcome, mut squares) = (None, (None, 0));
-    if let Some(UpdateWork { plan, params, average }) = update {
-        let (prepared, arrays) = backend.arrays(arena, plan)?;
-        match early {
-            Some(_) => prepared.queue_gathered(&arrays, params.zero_gradients, params_address)?,
-            None => prepared.queue(&arrays, params.zero_gradients, params_address)?,
-        }
-        let address = prepared.outcome_address();
-        let (first, tensors) = prepared.tensor_squares();
-        squares = (Some(first), tensors * size_of::<f64>());
-        if let Some((decay, average)) = average {
-            backend.queue_average(average, &arena.parameters, *decay, address)?;
-        }
-        if loss_scale {
-            let skipped = address + std::mem::offset_of!(Outcome, skipped) as u64;
-            // SAFETY: the state of the step, and a flag of the outcome.
-            unsafe { device.launch(FILE, "adapt_loss_scale", Grid::new(1, 1), args![device.step_state(), skipped])? };
-        }
-        outcome = Some(address);
+}
+
+/// Queues forward and backward, and tells the exchange of it. Gives where the metrics are left.
+fn queue_pass<S: Storage>(
+    backend: &Cuda<S>,
+    arena: &mut Arena<Cuda<S>>,
+    pass: &mut Pass<'_, Cuda<S>>,
+    mut turn: Option<&mut Turn<'_, Cuda<S>>>,
+    early: Option<&(&UpdatePlan, EarlyNorm)>,
+) -> Result<Option<u64>> {
+    let params = backend.device().step_state() + UPDATE_PARAMS;
+    if let Some(turn) = &mut turn {
+        turn.exchange.begin(backend, arena, turn.pass)?;
     }
-    let report = slot.report.at;
-    let parts = [
-        (metrics, std::mem::offset_of!(Report, metrics), size_of::<[f32; METRICS]>()),
-        (outcome, std::mem::offset_of!(Report, outcome), size_of::<Outcome>()),
-        (squares.0, size_of::<Report>(), squares.1),
-    ];
-    for (address, offset, bytes) in parts {
-        let Some(address) = address else { continue };
-        // SAFETY: the page-locked report holds `bytes` bytes there (the plan has as many tensors as the arena), which nobody reads before `done` has passed.
-        unsafe {
-            let to = std::slice::from_raw_parts_mut(report.add(offset), bytes);
-            result::memcpy_dtoh_async(to, address, device.stream().cu_stream())
+    let mut memory = Memory { arena, activations: &mut *pass.activations };
+    for (index, op) in pass.ops.iter().enumerate() {
+        recording::one(backend, op.as_ref(), &mut memory, &pass.context)?;
+        match &mut turn {
+            Some(turn) if turn.pass.ends_step => turn.exchange.after_op(backend, memory.arena, index)?,
+            _ => {}
         }
-        .map_err(|error| driver_error("copy what a step found", error))?;
+        if let Some((plan, early)) = early
+            && let Some(tensors) = early.tensors_after(index)
+        {
+            let (prepared, arrays) = backend.arrays(memory.arena, plan)?;
+            prepared.queue_norm_range(&arrays, prepared.pieces_of(&tensors), params)?;
+        }
     }
+    Ok(pass.metrics.map(|act| pass.activations.values.address_of(pass.activations.range(act).start)))
+}
+
+/// Queues the update and what follows it; `gathered`: whether its norm is.
+fn queue_update<S: Storage>(
+    backend: &Cuda<S>,
+    arena: &mut Arena<Cuda<S>>,
+    update: &mut UpdateWork<'_, Cuda<S>>,
+    gathered: bool,
+    left: &mut Left,
+) -> Result<()> {
+    let device = backend.device();
+    let UpdateWork { plan, params, average } = update;
+    let address = device.step_state() + UPDATE_PARAMS;
+    let (prepared, arrays) = backend.arrays(arena, plan)?;
+    if gathered {
+        prepared.queue_gathered(&arrays, params.zero_gradients, address)?;
+    } else {
+        prepared.queue(&arrays, params.zero_gradients, address)?;
+    }
+    let outcome = prepared.outcome_address();
+    let (first, tensors) = prepared.tensor_squares();
+    if let Some((decay, average)) = average {
+        backend.queue_average(average, &arena.parameters, *decay, outcome)?;
+    }
+    if backend.scales_losses() {
+        let skipped = outcome + std::mem::offset_of!(Outcome, skipped) as u64;
+        // SAFETY: the state of the step, and a flag of the outcome.
+        unsafe { device.launch(FILE, "adapt_loss_scale", Grid::new(1, 1), args![device.step_state(), skipped])? };
+    }
+    (left.outcome, left.squares) = (Some(outcome), (first, tensors * size_of::<f64>()));
     Ok(())
+}
+
+/// Queues a copy of what the device found to page-locked memory, which nobody reads before `done` has passed.
+fn copy_out(device: &Device, to: &Pinned, offset: usize, from: u64, bytes: usize) -> Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    if offset + bytes > to.bytes {
+        return Err(Error::shape(
+            "copy",
+            format!("{} bytes of a report", to.bytes),
+            format!("{bytes} from {offset} on"),
+        ));
+    }
+    // SAFETY: the page-locked memory holds as many bytes there, which the device alone writes until `done` has passed.
+    unsafe {
+        let to = std::slice::from_raw_parts_mut(to.at.add(offset), bytes);
+        result::memcpy_dtoh_async(to, from, device.stream().cu_stream())
+    }
+    .map_err(|error| driver_error("copy what a step found", error))
 }
 
 impl<S: Storage> Cuda<S> {

@@ -39,6 +39,12 @@ fn error_texts(number: c_int) -> (&'static CStr, &'static CStr) {
         status::STREAM_CAPTURE_UNMATCHED => {
             (c"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", c"capture was not ended in the same stream as it began")
         }
+        status::STREAM_CAPTURE_UNJOINED => {
+            (c"CUDA_ERROR_STREAM_CAPTURE_UNJOINED", c"capturing stream has unjoined work")
+        }
+        status::STREAM_CAPTURE_ISOLATION => {
+            (c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", c"dependency created on uncaptured work in another stream")
+        }
         _ => (c"CUDA_ERROR_UNKNOWN", c"unknown error"),
     }
 }
