@@ -64,6 +64,9 @@ pub enum Error {
     /// Processes that did not find each other, or lost each other.
     #[error("{0}")]
     Network(String),
+    /// What several processes do together failed: one of them, or the network between them.
+    #[error("{0}")]
+    Collective(String),
     /// Another process of the run failed, and has said why.
     #[error("rank {rank}: {problem}")]
     Peer {
@@ -89,7 +92,7 @@ impl Error {
                 | std::io::ErrorKind::NotADirectory => 2,
                 _ => 1,
             },
-            Error::Training(_) | Error::Network(_) => 1,
+            Error::Training(_) | Error::Network(_) | Error::Collective(_) => 1,
             Error::Peer { exit_code, .. } => *exit_code,
         }
     }

@@ -29,13 +29,12 @@ pub struct Work<'a, B: Backend> {
 pub struct Turn<'a, B: Backend> {
     /// What is done to them.
     pub exchange: &'a mut dyn Exchange<B>,
-    /// Which pass it is; none for an evaluation.
-    pub pass: Option<PassOfStep>,
+    /// Which pass it is.
+    pub pass: PassOfStep,
     /// The program's window of parameters, where it sees them through one.
     pub window: Option<&'a Window>,
-    /// What this process found in the step so far; none for an evaluation. Metrics are added where the host has them before the step
-    /// goes on.
-    pub found: Option<&'a mut Found>,
+    /// What this process found in the step so far. Metrics are added where the host has them before the step goes on.
+    pub found: &'a mut Found,
 }
 
 /// What a process found in the passes of a step, and tells all others with its gradients.
@@ -50,18 +49,18 @@ pub struct Found {
 }
 
 impl<B: Backend> Turn<'_, B> {
-    pub(super) fn begin(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+    fn begin(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
         self.bring(backend, arena, 0)?;
-        self.pass.map_or(Ok(()), |pass| self.exchange.begin(backend, arena, pass))
+        self.exchange.begin(backend, arena, self.pass)
     }
 
     /// Whether operations are run one by one.
     fn follows(&self) -> bool {
-        self.window.is_some() || self.pass.is_some_and(|pass| self.exchange.follows(pass))
+        self.window.is_some() || self.exchange.follows(self.pass)
     }
 
-    pub(super) fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
-        if self.pass.is_some_and(|pass| self.exchange.follows(pass)) {
+    fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+        if self.exchange.follows(self.pass) {
             self.exchange.after_op(backend, arena, op)?;
         }
         self.bring(backend, arena, op + 1)
@@ -71,33 +70,23 @@ impl<B: Backend> Turn<'_, B> {
         self.window.map_or(Ok(()), |window| self.exchange.bring(backend, arena, window, op))
     }
 
-    pub(super) fn end(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-        self.pass.map_or(Ok(()), |pass| self.exchange.end(backend, arena, pass))
-    }
-
-    /// Whether it is that of the last pass of a step.
-    pub(super) fn ends_step(&self) -> bool {
-        self.pass.is_some_and(|pass| pass.ends_step)
-    }
-
     /// Takes the metrics of the pass, which has ended; at the end of the step, gives what every process found, in the order of
     /// ranks, through the host.
     ///
     /// # Errors
     /// A process that failed.
     pub(super) fn finish(&mut self, metrics: Option<[f64; METRICS]>) -> Result<Vec<Found>> {
-        let ends_step = self.ends_step();
-        let Some(found) = &mut self.found else { return Ok(Vec::new()) };
+        let Turn { exchange, pass, found, .. } = self;
         found.metrics.push(metrics.unwrap_or_default());
-        if !ends_step {
+        if !pass.ends_step {
             return Ok(Vec::new());
         }
-        let (rank, world) = self.exchange.place();
+        let (rank, world) = exchange.place();
         let mut own = vec![f64::from(u8::from(found.flag)), found.samples as f64];
         own.extend(found.metrics.as_flattened());
         let mut all = vec![0f64; own.len() * world];
         all[rank * own.len()..(rank + 1) * own.len()].copy_from_slice(&own);
-        self.exchange.gather(all.as_mut_slice().into())?;
+        exchange.gather(all.as_mut_slice().into())?;
         let of_process = |numbers: &[f64]| Found {
             flag: numbers[0] != 0.0,
             samples: numbers[1] as u64,
@@ -231,9 +220,33 @@ impl<B: Backend> Pass<'_, B> {
                 } else {
                     backend.run(ops, &mut memory, &context)?;
                 }
-                turn.end(backend, memory.arena)?;
+                turn.exchange.end(backend, memory.arena, turn.pass)?;
             }
         }
+        self.read_metrics(backend)
+    }
+
+    /// As [`Pass::run`], of a program that sees its parameters through a window.
+    ///
+    /// # Errors
+    /// As [`Pass::run`], and what the exchange reports.
+    pub fn run_through(
+        mut self,
+        backend: &B,
+        arena: &mut Arena<B>,
+        exchange: &mut dyn Exchange<B>,
+        window: &Window,
+    ) -> Result<Option<[f64; METRICS]>> {
+        self.fill(backend)?;
+        let (ops, context) = (self.ops, self.context);
+        let mut memory = Memory { arena, activations: &mut *self.activations };
+        exchange.bring(backend, memory.arena, window, 0)?;
+        let after = &mut |memory: &mut Memory<'_, B>, op| exchange.bring(backend, memory.arena, window, op + 1);
+        backend.run_each(ops, &mut memory, &context, after)?;
+        self.read_metrics(backend)
+    }
+
+    fn read_metrics(&self, backend: &B) -> Result<Option<[f64; METRICS]>> {
         let Some(act) = self.metrics else { return Ok(None) };
         let mut metrics = [B::Real::default(); METRICS];
         backend.read_statistic(self.activations, act, &mut metrics)?;

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 
 use super::RunFileArgs;
-use super::team::local_rank;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::auto::{Choice, Machine, choose};
@@ -16,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::layers::LogMel;
 use crate::model::presets::{Fit, Goal, Preset};
+use crate::parallel::world::World;
 use crate::train::checkpoint::{self, Which};
 use crate::train::infer::Predictor;
 use crate::train::looping::model_input;
@@ -64,11 +64,11 @@ pub enum Opened {
 ///
 /// # Errors
 /// No such device, or no emulator; an emulated device starts the program again and does not come back.
-pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
+pub fn open_device(run: &RunFile, world: &World, graphs: bool) -> Result<Opened> {
     let ordinal = match run.device {
         DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
         DeviceChoice::Auto => match choose(&Machine::look(), run.model.has_convolutions()) {
-            Choice::Cuda(ordinal) => own_device()?.unwrap_or(ordinal),
+            Choice::Cuda(ordinal) => own_device(world).unwrap_or(ordinal),
             Choice::Cpu(reason) => {
                 if run.precision != Precision::F32 {
                     return Err(run.locate(Error::config(
@@ -85,8 +85,9 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
                 return Ok(Opened::Cpu(Cpu::new()));
             }
         },
-        DeviceChoice::Cuda(Some(ordinal)) => ordinal as usize,
-        DeviceChoice::Cuda(None) => own_device()?.unwrap_or(0),
+        DeviceChoice::Cuda(ordinal) => {
+            ordinal.map_or_else(|| own_device(world).unwrap_or(0), |ordinal| ordinal as usize)
+        }
         DeviceChoice::Emulated => {
             if !is_embedded() {
                 // NVRTC takes the emulated driver for a real one, and does not survive it.
@@ -103,7 +104,7 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
                 );
                 return Err(emulated::start_again());
             }
-            own_device()?.unwrap_or(0)
+            own_device(world).unwrap_or(0)
         }
     };
     let tf32 = run.precision == Precision::Tf32;
@@ -118,8 +119,8 @@ pub fn open_device(run: &RunFile, graphs: bool) -> Result<Opened> {
 }
 
 /// The device of this process, where several of a machine were started: each its own, but where each sees no other.
-fn own_device() -> Result<Option<usize>> {
-    Ok(local_rank()?.filter(|_| device_count() > 1))
+fn own_device(world: &World) -> Option<usize> {
+    (world.size > 1 && device_count() > 1).then_some(world.local_rank)
 }
 
 /// Opens the data of a run file.

@@ -3,7 +3,6 @@
 use half::{bf16, f16};
 
 use super::assemble::{Opened, build_model, open_data};
-use super::team;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, LESS_MEMORY};
 use crate::backend::ops::Update;
@@ -12,6 +11,7 @@ use crate::data::OpenedData;
 use crate::error::Result;
 use crate::model::{Model, Program};
 use crate::parallel::Shard;
+use crate::parallel::world::World;
 use crate::text::grouped;
 use crate::train::looping::model_input;
 use crate::train::memory::{Fullest, RunMemory, Wanted};
@@ -21,7 +21,7 @@ use crate::train::step::can_be_shared_out;
 ///
 /// # Errors
 /// A device that is neither there nor planned for, data that cannot be used, or a model that does not fit it.
-pub fn dry_run(run: &RunFile, device: Result<Opened>) -> Result<String> {
+pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>) -> Result<String> {
     let absent = match (&device, run.device) {
         (Err(error), DeviceChoice::Cuda(_)) => Some(error.to_string()),
         _ => None,
@@ -33,13 +33,13 @@ pub fn dry_run(run: &RunFile, device: Result<Opened>) -> Result<String> {
     };
     let data = open_data(run)?;
     let mut text = match (&device, run.precision) {
-        (Some(Opened::Cpu(_)), _) => plan::<Cpu<f32>>(run, &data, None)?,
-        (Some(Opened::Cuda(backend)), _) => plan::<Cuda<f32>>(run, &data, Some(backend.device()))?,
-        (Some(Opened::CudaBf16(backend)), _) => plan::<Cuda<bf16>>(run, &data, Some(backend.device()))?,
-        (Some(Opened::CudaF16(backend)), _) => plan::<Cuda<f16>>(run, &data, Some(backend.device()))?,
-        (None, Precision::F32 | Precision::Tf32) => plan::<Cuda<f32>>(run, &data, None)?,
-        (None, Precision::Bf16) => plan::<Cuda<bf16>>(run, &data, None)?,
-        (None, Precision::F16) => plan::<Cuda<f16>>(run, &data, None)?,
+        (Some(Opened::Cpu(_)), _) => plan::<Cpu<f32>>(run, &data, world, None)?,
+        (Some(Opened::Cuda(backend)), _) => plan::<Cuda<f32>>(run, &data, world, Some(backend.device()))?,
+        (Some(Opened::CudaBf16(backend)), _) => plan::<Cuda<bf16>>(run, &data, world, Some(backend.device()))?,
+        (Some(Opened::CudaF16(backend)), _) => plan::<Cuda<f16>>(run, &data, world, Some(backend.device()))?,
+        (None, Precision::F32 | Precision::Tf32) => plan::<Cuda<f32>>(run, &data, world, None)?,
+        (None, Precision::Bf16) => plan::<Cuda<bf16>>(run, &data, world, None)?,
+        (None, Precision::F16) => plan::<Cuda<f16>>(run, &data, world, None)?,
     };
     if let Some(reason) = absent {
         text += &format!("planned without a device: {reason}\n");
@@ -59,9 +59,9 @@ fn evaluations(data: &OpenedData, batch_size: usize) -> Vec<usize> {
     found
 }
 
-fn plan<B: Update>(run: &RunFile, data: &OpenedData, device: Option<&Device>) -> Result<String> {
+fn plan<B: Update>(run: &RunFile, data: &OpenedData, world: &World, device: Option<&Device>) -> Result<String> {
     let mut model: Model<B> = build_model(run, &data.preprocess)?;
-    let (rank, world) = team::place()?;
+    let (rank, world) = (world.rank, world.size);
     let share = run.parallel.share(rank, world, run.train.batch_size).map_err(|e| run.locate(e))?;
     let sharding = run.parallel.sharding((rank, world), &share, run.train.accumulate);
     if sharding.shard != Shard::None {

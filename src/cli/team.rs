@@ -1,96 +1,164 @@
-//! The processes that train together.
+//! The processes that train together: who they are, the engine that joins them, and the watch over them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::assemble::Opened;
 use crate::backend::cuda::Device;
 use crate::backend::cuda::libraries::Library;
 use crate::error::{Error, Result};
-use crate::parallel::rendezvous::Rendezvous;
-use crate::parallel::watch::TIMEOUT;
+use crate::parallel::rendezvous::{Endpoint, Listener, Rendezvous};
+use crate::parallel::watch::{Told, Watch, WatchOptions};
 use crate::parallel::world::{Launcher, World};
-use crate::parallel::{Collective, ID_BYTES, Nccl, Single};
+use crate::parallel::{Collective, ID_BYTES, Nccl, Single, Watched, broadcast};
 
-/// The number of this process among those of its machine; none where nothing started several.
-///
-/// # Errors
-/// Variables of a launcher that are incomplete.
-pub(crate) fn local_rank() -> Result<Option<usize>> {
-    let world = World::detect()?;
-    Ok((world.how != Launcher::Alone).then_some(world.local_rank))
+/// This process among those that train together.
+pub(crate) struct Team {
+    /// What they do together.
+    pub collective: Arc<dyn Collective>,
+    /// The watch over the others; none over one process alone.
+    pub watch: Option<Arc<Watch>>,
 }
 
-/// The number of this process among those that were started with it, and how many they are.
-///
-/// # Errors
-/// Variables of a launcher that are incomplete.
-pub(crate) fn place() -> Result<(usize, usize)> {
-    let world = World::detect()?;
-    Ok((world.rank, world.size))
+/// What a watch is told besides who the processes are.
+pub(crate) struct Vigil {
+    /// `parallel.timeout`, where the launcher does not say another.
+    pub timeout: Duration,
+    /// The file that a failure is added to.
+    pub log: PathBuf,
 }
 
-/// Joins the processes that were started with this one; one alone where none were.
-///
-/// # Errors
-/// Several processes that this build, or this device, has no engine for.
-pub(crate) fn join(device: &Opened) -> Result<Arc<dyn Collective>> {
-    let world = World::detect()?;
-    match device {
-        Opened::Cpu(_) if world.size > 1 => over_mpi(&world),
-        Opened::Cpu(_) => Ok(Arc::new(Single)),
-        Opened::Cuda(backend) => join_gpu(&world, backend.device()),
-        Opened::CudaBf16(backend) => join_gpu(&world, backend.device()),
-        Opened::CudaF16(backend) => join_gpu(&world, backend.device()),
+impl Team {
+    /// Joins the processes that were started with this one; one alone where none were.
+    ///
+    /// # Errors
+    /// Several processes that this build, or this device, has no engine for, or that do not find each other.
+    pub fn join(world: &World, device: &Opened, vigil: Vigil) -> Result<Self> {
+        let timeout = world.timeout.unwrap_or(vigil.timeout);
+        let (collective, rendezvous) = match device {
+            Opened::Cpu(_) if world.size == 1 => (Arc::new(Single) as Arc<dyn Collective>, None),
+            Opened::Cpu(_) => over_mpi(world, timeout)?,
+            Opened::Cuda(backend) => over_nccl(world, backend.device(), timeout)?,
+            Opened::CudaBf16(backend) => over_nccl(world, backend.device(), timeout)?,
+            Opened::CudaF16(backend) => over_nccl(world, backend.device(), timeout)?,
+        };
+        let Some(rendezvous) = rendezvous else { return Ok(Team { collective, watch: None }) };
+        let aborted = Arc::clone(&collective);
+        let options = WatchOptions {
+            log: Some(vigil.log),
+            on_failure: Box::new(move |_| aborted.abort()),
+            ..WatchOptions::new(timeout)
+        };
+        let watch = Arc::new(Watch::start(rendezvous, &world.host, options)?);
+        let collective = Arc::new(Watched::new(collective, Arc::clone(&watch)));
+        Ok(Team { collective, watch: Some(watch) })
+    }
+
+    /// Ends the work of this process well, or after an error that all processes know of.
+    pub fn goodbye(self) {
+        let Team { collective, watch } = self;
+        drop(collective);
+        if let Some(watch) = watch {
+            watch.goodbye();
+        }
+    }
+
+    /// Ends it after an error of its own, which stops all others too. Gives back whether the error is still to be printed.
+    pub fn fail(self, text: &str) -> bool {
+        let Team { collective, watch } = self;
+        // Its end would wait for processes that are being stopped.
+        std::mem::forget(collective);
+        match watch {
+            Some(watch) => watch.fail(text) == Told::Nobody,
+            None => true,
+        }
     }
 }
 
-/// Joins a GPU with the others; one alone too, where a launcher says that it is one of one.
-fn join_gpu(world: &World, device: &Arc<Device>) -> Result<Arc<dyn Collective>> {
-    if world.how == Launcher::Alone {
-        return Ok(Arc::new(Single));
+/// An engine, and where its processes met.
+type Joined = (Arc<dyn Collective>, Option<Rendezvous>);
+
+/// GPUs; one alone too, where a launcher says that it is one of one.
+fn over_nccl(world: &World, device: &Arc<Device>, timeout: Duration) -> Result<Joined> {
+    if world.size == 1 && (world.how == Launcher::Alone || !Library::Nccl.is_present()) {
+        return Ok((Arc::new(Single), None));
     }
-    let mpi = cfg!(feature = "mpi") && matches!(world.how, Launcher::OpenMpi | Launcher::Mpich);
-    if mpi && !Library::Nccl.is_present() {
-        eprintln!("NCCL was not found: GPUs exchange gradients by MPI, through the host; `warpstep doctor` tells more");
-        return over_mpi(world);
+    let by_mpi = matches!(world.how, Launcher::OpenMpi | Launcher::Mpich);
+    if cfg!(feature = "mpi") && by_mpi && !Library::Nccl.is_present() {
+        if world.rank == 0 {
+            eprintln!(
+                "NCCL was not found: GPUs exchange gradients by MPI, through the host; `warpstep doctor` tells more"
+            );
+        }
+        return over_mpi(world, timeout);
     }
     let mut id = if world.rank == 0 { Nccl::unique_id()?.to_vec() } else { Vec::new() };
+    let mut rendezvous = None;
     if world.size > 1 {
         let at = world.rendezvous.as_ref().ok_or_else(|| {
-            Error::Network(format!(
-                "{} processes were started by {}, which does not tell where rank 0 is: set WARPSTEP_ADDRESS and WARPSTEP_PORT to \
-                 an address of its machine and a free port there",
-                world.size, world.how
-            ))
+            Error::config(
+                "environment variable MASTER_ADDR",
+                format!("is not set, but {} started several processes; expected the address of rank 0", world.how),
+            )
         })?;
-        Rendezvous::join(world, at, world.timeout.unwrap_or(TIMEOUT))?.broadcast(&mut id)?;
+        rendezvous.insert(Rendezvous::join(world, at, timeout)?).broadcast(&mut id)?;
     }
-    let id: [u8; ID_BYTES] = id.try_into().map_err(|id: Vec<u8>| {
-        Error::Network(format!("rank 0 sent {} bytes; expected an id of NCCL, {ID_BYTES} bytes", id.len()))
-    })?;
-    Ok(Arc::new(Nccl::join(device, &id, world.rank, world.size)?))
+    let id: [u8; ID_BYTES] = id
+        .try_into()
+        .map_err(|id: Vec<u8>| Error::Network(format!("NCCL's id has {} bytes, expected {ID_BYTES}", id.len())))?;
+    Ok((Arc::new(Nccl::join(device, &id, world.rank, world.size)?), rendezvous))
 }
 
 #[cfg(feature = "mpi")]
-fn over_mpi(world: &World) -> Result<Arc<dyn Collective>> {
+fn over_mpi(world: &World, timeout: Duration) -> Result<Joined> {
+    if !matches!(world.how, Launcher::OpenMpi | Launcher::Mpich | Launcher::Slurm) {
+        return Err(Error::config(
+            "run.device",
+            format!(
+                "{} started {} processes on CPUs, which speak MPI; expected mpirun, `warpstep launch --cpus {}`, or srun --mpi=pmix",
+                world.how, world.size, world.size
+            ),
+        ));
+    }
     let mpi = crate::parallel::Mpi::join()?;
     if mpi.world() != world.size {
         return Err(Error::Device(format!(
-            "{} processes were started by {}, of which MPI knows {}: start processes on CPUs by mpirun, or by what else starts \
-             programs of this MPI",
-            world.size,
+            "{} started {} processes, and MPI joined {} of them: is this the mpirun of the MPI that Warpstep was built with?",
             world.how,
+            world.size,
             mpi.world()
         )));
     }
-    Ok(Arc::new(mpi))
+    let rendezvous = match &world.rendezvous {
+        Some(at) => Rendezvous::join(world, at, timeout)?,
+        None => met_over_mpi(world, &mpi, timeout)?,
+    };
+    Ok((Arc::new(mpi), Some(rendezvous)))
+}
+
+/// Where only MPI knows the others, it tells them where rank 0 listens.
+#[cfg(feature = "mpi")]
+fn met_over_mpi(world: &World, mpi: &crate::parallel::Mpi, timeout: Duration) -> Result<Rendezvous> {
+    let listener = if world.rank == 0 { Some(Listener::open(&Endpoint::new("0.0.0.0", 0))?) } else { None };
+    let mut place = match &listener {
+        Some(listener) => format!("{}:{}", world.host, listener.port()?).into_bytes(),
+        None => Vec::new(),
+    };
+    broadcast(mpi, 0, &mut place)?;
+    if let Some(listener) = listener {
+        return Rendezvous::host(world, listener, timeout);
+    }
+    let place: Endpoint = String::from_utf8_lossy(&place).parse()?;
+    let host = if place.host == world.host { "127.0.0.1" } else { &place.host };
+    Rendezvous::join(world, &Endpoint::new(host, place.port), timeout)
 }
 
 #[cfg(not(feature = "mpi"))]
-fn over_mpi(world: &World) -> Result<Arc<dyn Collective>> {
+fn over_mpi(world: &World, _: Duration) -> Result<Joined> {
     Err(Error::Device(format!(
-        "{} processes were started, but this Warpstep was built without MPI, by which processes on CPUs speak: build it with \
+        "{} started {} processes, but this Warpstep was built without MPI, by which processes on CPUs speak: build it with \
          `cargo build --release --features mpi` where Open MPI or MPICH is installed",
-        world.size
+        world.how, world.size
     )))
 }

@@ -4,7 +4,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -12,7 +13,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use super::RunFileArgs;
 use super::assemble::{Opened, build_model, open_data, open_device};
 use super::dry_run::dry_run;
-use super::team;
+use super::team::{Team, Vigil};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
 use crate::backend::profile::Profiled;
@@ -21,13 +22,15 @@ use crate::data::OpenedData;
 use crate::data::source::Lookup;
 use crate::error::{Error, Result};
 use crate::optim::NormClip;
+use crate::parallel::watch::Watch;
+use crate::parallel::world::World;
 use crate::parallel::{Collective, agree};
 use crate::train::files::write_whole;
 use crate::train::looping::train;
 use crate::train::profile::{Profile, Table};
 use crate::train::progress::{Progress, Show};
 use crate::train::report::Report;
-use crate::train::run::{End, Observer, Run, Start};
+use crate::train::run::{End, Event, Observer, Run, Start};
 use crate::train::tensorboard::TensorBoard;
 
 /// Options of `train`.
@@ -70,28 +73,60 @@ pub(crate) struct Options {
 
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let mut arguments = options.run;
-    arguments.set.extend(options.shadow.map(|every| format!("run.shadow_every_steps={every}")));
-    let run_file = arguments.read()?;
+    let mut options = options;
+    options.run.set.extend(options.shadow.map(|every| format!("run.shadow_every_steps={every}")));
+    let run_file = options.run.read()?;
+    let world = World::detect()?;
     // Before anything is read: an emulated device starts the program again.
-    let device = open_device(&run_file, !options.no_graph);
+    let device = open_device(&run_file, &world, !options.no_graph);
     if options.dry_run {
-        let text = dry_run(&run_file, device)?;
+        let text = dry_run(&run_file, &world, device)?;
         // One process speaks for all.
-        if team::place()?.0 == 0 {
+        if world.rank == 0 {
             print!("{text}");
         }
         return Ok(ExitCode::SUCCESS);
     }
     let device = device?;
-    let collective = team::join(&device)?;
-    let data = agree(&*collective, open_data(&run_file))?;
+    let folder = options.out.clone().unwrap_or_else(|| run_file.out.clone());
+    let vigil = Vigil {
+        timeout: Duration::from_secs_f64(run_file.parallel.timeout),
+        log: folder.join("logs").join(format!("rank-{}.log", world.rank)),
+    };
+    let team = Team::join(&world, &device, vigil)?;
+    let started = Arc::new(AtomicBool::new(false));
+    let trained = train_in_team(&options, &run_file, &folder, device, &team, &started);
+    let Err(error) = trained else {
+        team.goodbye();
+        return trained;
+    };
+    // Before the first step all processes know of an error, and one says it; after that it is one process's own.
+    let own = started.load(Ordering::Relaxed) && !matches!(error.downcast_ref(), Some(Error::Peer { .. }));
+    if !own {
+        team.goodbye();
+    } else if !team.fail(&format!("{error:#}")) {
+        let exit_code = error.downcast_ref().map_or(1, Error::exit_code);
+        return Err(Error::Peer { rank: 0, problem: String::new(), exit_code }.into());
+    }
+    Err(error)
+}
+
+/// Trains as one of a team.
+fn train_in_team(
+    options: &Options,
+    run_file: &RunFile,
+    folder: &Path,
+    device: Opened,
+    team: &Team,
+    started: &Arc<AtomicBool>,
+) -> anyhow::Result<ExitCode> {
+    let collective = Arc::clone(&team.collective);
+    let data = agree(&*collective, open_data(run_file))?;
     let start = match (options.resume, options.overwrite) {
         (true, _) => Start::Resume,
         (false, true) => Start::Overwrite,
         (false, false) => Start::New,
     };
-    let folder = options.out.clone().unwrap_or_else(|| run_file.out.clone());
     let show = match (options.json, options.quiet) {
         // One process speaks for all.
         _ if collective.rank() > 0 => Show::Log(collective.rank()),
@@ -99,8 +134,8 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         (false, true) => Show::Quiet,
         (false, false) => Show::Auto,
     };
-    let go =
-        Go { collective, run_file: &run_file, data: &data, folder: &folder, start, show, profile: options.profile };
+    let (watch, started, profile) = (team.watch.clone(), Arc::clone(started), options.profile);
+    let go = Go { collective, watch, started, run_file, data: &data, folder, start, show, profile };
     match device {
         Opened::Cpu(backend) => go.train(backend),
         Opened::Cuda(backend) => go.train(backend),
@@ -112,6 +147,9 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
 /// A run that only wants its device.
 struct Go<'a> {
     collective: Arc<dyn Collective>,
+    watch: Option<Arc<Watch>>,
+    /// Set when the first step is about to be taken.
+    started: Arc<AtomicBool>,
     run_file: &'a RunFile,
     data: &'a OpenedData,
     folder: &'a Path,
@@ -122,20 +160,25 @@ struct Go<'a> {
 
 impl Go<'_> {
     fn train<B: Backend<Real = f32> + Update + Profiled>(self, backend: B) -> anyhow::Result<ExitCode> {
-        let Go { collective, run_file, data, folder, start, show, profile } = self;
+        let Go { collective, watch, started, run_file, data, folder, start, show, profile } = self;
         let mut run = make_run(backend, Arc::clone(&collective), run_file, data, folder, start)?;
         let profile =
             profile.map(|count| Profile::new(&run.backend, &mut run.model, &run.optimizer, count)).transpose()?;
         let profile = profile.map(|profile| profile.accumulating(run_file.train.accumulate));
         run.interrupt = signals()?;
+        run.watch = watch;
+        let mut begun = Begun(started);
         let clip = match run_file.optimizer.clip.norm {
             NormClip::Global { max_norm } => Some(max_norm),
             NormClip::Off | NormClip::Tensor { .. } | NormClip::Adaptive { .. } => None,
         };
         // The report reads what the run wrote, so it comes before the progress says that all is done.
         let (mut board, mut report, mut progress) = (TensorBoard::new(), Report::new(clip), Progress::new(show));
-        let observers: &mut [&mut dyn Observer] =
-            if collective.rank() == 0 { &mut [&mut board, &mut report, &mut progress] } else { &mut [&mut progress] };
+        let observers: &mut [&mut dyn Observer] = if collective.rank() == 0 {
+            &mut [&mut begun, &mut board, &mut report, &mut progress]
+        } else {
+            &mut [&mut begun, &mut progress]
+        };
         let outcome = train(run, observers);
         // Its live line goes before anything else is said.
         drop(progress);
@@ -152,6 +195,18 @@ impl Go<'_> {
             }
             End::Completed | End::StoppedEarly | End::Abandoned => Ok(ExitCode::SUCCESS),
         }
+    }
+}
+
+/// Says that the first step is about to be taken.
+struct Begun(Arc<AtomicBool>);
+
+impl Observer for Begun {
+    fn event(&mut self, event: &Event<'_>) -> Result<()> {
+        if let Event::Started(_) = event {
+            self.0.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
@@ -189,6 +244,7 @@ pub(crate) fn make_run<B: Backend>(
         drop_last: data.drop_last,
         prefetch: data.prefetch,
         collective,
+        watch: None,
         parallel: run.parallel.clone(),
         folder: folder.to_owned(),
         config: run.resolved.clone(),

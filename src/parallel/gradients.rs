@@ -10,7 +10,6 @@ use std::sync::Arc;
 use super::buckets::Bucket;
 use super::collective::Collective;
 use super::kept::KeptTensors;
-use super::queued::Queued;
 use super::ranks::Ranks;
 use super::reducer::{Job, Reducer};
 use super::sharding::Sharding;
@@ -49,9 +48,7 @@ pub struct Gradients<B: Backend> {
     /// The gradients' sums of left halves, by the level of the tree.
     left: Vec<B::Buffer<f32>>,
     kept: KeptTensors<B>,
-    /// Sums on the device, where the collective takes them.
-    queued: Option<Queued<B>>,
-    reducer: Reducer,
+    reducer: Reducer<B>,
     /// Memory for values on their way.
     spare: Vec<Vec<f32>>,
 }
@@ -77,16 +74,21 @@ impl<B: Backend<Real = f32>> Gradients<B> {
     fn with(options: GradientsOptions, ranks: Ranks, buckets: Vec<Bucket>) -> Result<Self> {
         let reducer = Reducer::new(&options, Arc::clone(&ranks.collective))?;
         Ok(Gradients {
+            options,
+            ranks,
             buckets,
             next: 0,
             left: Vec::new(),
             kept: KeptTensors::default(),
-            queued: Queued::new(&options, &ranks.collective),
             reducer,
-            options,
-            ranks,
             spare: Vec::new(),
         })
+    }
+
+    /// Whether gradients go through the collective: with one process alone where that is one of a device, so that what is recorded
+    /// is the same at any number.
+    fn reduces(&self) -> bool {
+        self.ranks.world() > 1 || self.ranks.collective.is_queued()
     }
 
     /// Takes up the buckets that are complete after an operation.
@@ -96,8 +98,8 @@ impl<B: Backend<Real = f32>> Gradients<B> {
             for left in &self.left[..levels(self.options.share.count)] {
                 backend.add_to(&mut arena.gradients, left, elements.clone())?;
             }
-            if let Some(queued) = &mut self.queued {
-                queued.sum(backend, &mut arena.gradients, elements, self.options.wire)?;
+            if let Reducer::Queued(queue) = &mut self.reducer {
+                queue.sum(backend, &mut arena.gradients, elements, self.options.wire)?;
             } else if self.ranks.world() > 1 {
                 let mut values = self.spare.pop().unwrap_or_default();
                 values.resize(elements.len(), 0.0);
@@ -110,9 +112,9 @@ impl<B: Backend<Real = f32>> Gradients<B> {
         Ok(())
     }
 
-    /// Writes back the buckets that were summed.
+    /// Writes back the buckets that the host summed.
     fn collect(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-        if self.ranks.world() > 1 && self.queued.is_none() {
+        if self.ranks.world() > 1 && !self.ranks.collective.is_queued() {
             for _ in 0..self.buckets.len() {
                 let Job { bucket, values, .. } = self.reducer.give()?;
                 let elements = &self.buckets[bucket].elements;
@@ -150,9 +152,8 @@ pub(super) fn fold<B: Backend<Real = f32>>(
 }
 
 impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
-    /// One process alone has nothing to wait for either.
     fn is_queued(&self) -> bool {
-        self.queued.is_some() || self.ranks.world() == 1
+        !self.reduces() || self.ranks.collective.is_queued()
     }
 
     fn place(&self) -> (usize, usize) {
@@ -160,29 +161,25 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
     }
 
     fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
-        if let Some(queued) = &mut self.queued {
+        // Room on the device is made before anything is recorded.
+        if let Reducer::Queued(queue) = &mut self.reducer {
             let largest = self.buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
-            queued.make_room(backend, (largest, self.options.wire), arena.state_layout.padded_len())?;
+            queue.make_room(backend, largest, self.options.wire, arena.state_layout.padded_len())?;
         }
         self.kept.begin(backend, arena, pass)
     }
 
     fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
-        // Without overlap the host's sums wait for nobody either way: each is taken at once.
-        if self.queued.is_some() && !self.options.overlap { Ok(()) } else { self.take_up(backend, arena, op) }
+        if self.options.overlap { self.take_up(backend, arena, op) } else { Ok(()) }
     }
 
     fn end(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
         if pass.ends_step {
             self.take_up(backend, arena, usize::MAX)?;
-            self.collect(backend, arena)?;
             self.next = 0;
+            self.collect(backend, arena)?;
             self.kept.add_left(backend, arena, self.options.share.count)?;
-            match &mut self.queued {
-                Some(queued) => self.kept.queue_sum(backend, arena, queued)?,
-                None if self.ranks.world() > 1 => self.kept.sum(backend, arena, &mut self.reducer)?,
-                None => {}
-            }
+            self.kept.sum(backend, arena, &mut self.reducer)?;
             self.ranks.collective.join()?;
             return self.kept.divide(backend, arena, self.options.share.of);
         }
@@ -200,7 +197,7 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
     }
 
     fn gather(&mut self, values: Slice<'_>) -> Result<()> {
-        self.ranks.fill_in(values)
+        self.ranks.gather_slice(values)
     }
 
     fn join(&mut self) -> Result<()> {

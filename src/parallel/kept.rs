@@ -1,10 +1,9 @@
 //! Tensors that are kept but not trained, such as running means, over the parts of a batch.
 //!
 //! Each part moves them from the same place; what a step leaves is the mean of what its parts made of them, summed in the order of
-//! the gradients. They are sent in f32 whatever gradients are sent as: small steps of what is kept would be rounded away for good.
+//! the gradients.
 
 use super::gradients::{Wire, fold, levels};
-use super::queued::Queued;
 use super::reducer::Reducer;
 use crate::backend::{Arena, Backend, PassOfStep};
 use crate::error::Result;
@@ -56,24 +55,20 @@ impl<B: Backend<Real = f32>> KeptTensors<B> {
         }
     }
 
-    /// Sums over processes on the host, while nothing else is on its way.
-    pub fn sum(&self, backend: &B, arena: &mut Arena<B>, reducer: &mut Reducer) -> Result<()> {
+    /// Sums over processes, while nothing else is on its way, in f32 whatever gradients are sent as: they are kept, and small steps of
+    /// theirs would be rounded away for good.
+    pub fn sum(&self, backend: &B, arena: &mut Arena<B>, reducer: &mut Reducer<B>) -> Result<()> {
         let len = arena.state_layout.padded_len();
         if len == 0 {
             return Ok(());
+        }
+        if let Reducer::Queued(queue) = reducer {
+            return queue.sum(backend, &mut arena.state, 0..len, Wire::F32);
         }
         let mut values = vec![0f32; len];
         backend.download(&arena.state, 0, &mut values)?;
         reducer.sum(&mut values)?;
         backend.upload(&mut arena.state, 0, &values)
-    }
-
-    /// Queues the sum over processes.
-    pub fn queue_sum(&self, backend: &B, arena: &mut Arena<B>, queued: &mut Queued<B>) -> Result<()> {
-        match arena.state_layout.padded_len() {
-            0 => Ok(()),
-            len => queued.sum(backend, &mut arena.state, 0..len, Wire::F32),
-        }
     }
 
     /// Makes the mean of so many parts of their sum.

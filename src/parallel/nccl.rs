@@ -56,7 +56,7 @@ fn check(action: &str, status: sys::ncclResult_t) -> Result<()> {
     let name = name.unwrap_or_else(|| format!("status {}", status as u32));
     let last =
         last.filter(|last| !last.trim().is_empty()).map_or_else(String::new, |last| format!(" ({})", last.trim()));
-    Err(Error::Network(format!("NCCL cannot {action}: {name}{last}")))
+    Err(Error::Collective(format!("NCCL cannot {action}: {name}{last}")))
 }
 
 /// The library's name for a type.
@@ -71,7 +71,7 @@ fn type_of(number: Number) -> sys::ncclDataType_t {
 }
 
 fn aborted() -> Error {
-    Error::Network("NCCL: the exchange with other processes was given up".into())
+    Error::Collective("NCCL: the exchange with other processes was given up".into())
 }
 
 /// Makes the library loadable.

@@ -36,6 +36,20 @@ impl Ranks {
         self.collective.world()
     }
 
+    /// The number of this process, and how many there are.
+    pub fn place(&self) -> (usize, usize) {
+        (self.collective.rank(), self.collective.world())
+    }
+
+    /// Fills in the shares of the other processes, all as long.
+    pub fn gather_slice(&self, values: Slice<'_>) -> Result<()> {
+        let world = self.world();
+        let each = values.len() / world;
+        let shards: Vec<Range<usize>> = (0..world).map(|rank| rank * each..(rank + 1) * each).collect();
+        self.collective.fork()?;
+        self.collective.all_gather(values, &shards)
+    }
+
     /// The elements of this process; all, where each has all.
     pub fn own(&self) -> Range<usize> {
         self.shards.get(self.collective.rank()).cloned().unwrap_or(0..usize::MAX)
@@ -53,20 +67,6 @@ impl Ranks {
     /// Numbers of every process, in the order of ranks.
     pub fn gather(&self, of_this: &[f64]) -> Result<Vec<f64>> {
         self.gather_lens(of_this, &vec![of_this.len(); self.world()])
-    }
-
-    /// Fills in the shares of the other processes, of which `values` has one each, all as long; queued where the values are a
-    /// device's.
-    pub fn fill_in(&self, values: Slice<'_>) -> Result<()> {
-        let each = values.len() / self.world();
-        let shards: Vec<Range<usize>> = (0..self.world()).map(|rank| rank * each..(rank + 1) * each).collect();
-        self.collective.fork()?;
-        self.collective.all_gather(values, &shards)
-    }
-
-    /// The number of this process, and how many there are.
-    pub fn place(&self) -> (usize, usize) {
-        (self.collective.rank(), self.collective.world())
     }
 
     /// A number for each piece of the update, out of those of this process's.

@@ -1,4 +1,4 @@
-//! Buckets of gradients, summed over processes by the caller, or by a thread while the caller goes on.
+//! Buckets of gradients, summed over processes by the caller, by a thread while the caller goes on, or by the device.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,19 +10,24 @@ use half::bf16;
 use super::collective::Collective;
 use super::gradients::{GradientsOptions, Wire};
 use super::tree::{room_of_tree, tree_reduce_scatter, tree_sum};
-use crate::backend::Slice;
+use crate::backend::{Backend, Slice};
 use crate::error::{Error, Result};
 
 /// A sum over processes.
 pub(super) struct Sum {
-    pub collective: Arc<dyn Collective>,
-    /// Whether it is taken in the order of a tree.
-    pub tree: bool,
+    collective: Arc<dyn Collective>,
+    tree: bool,
+}
+
+/// Memory for what is on its way: other processes' values, and values rounded to bf16.
+struct Room<W, N> {
+    wide: W,
+    narrow: N,
 }
 
 impl Sum {
-    /// Elements of room in f32 and in bf16 that a sum of so many values needs.
-    pub fn room(&self, len: usize, wire: Wire) -> [usize; 2] {
+    /// Elements of room in f32 and in bf16 for a sum of so many values.
+    fn room(&self, len: usize, wire: Wire) -> [usize; 2] {
         match wire {
             Wire::F32 if self.tree => [room_of_tree(len), 0],
             Wire::F32 => [0, 0],
@@ -30,19 +35,20 @@ impl Sum {
         }
     }
 
-    /// Sums of all values to all, or, without the order of a tree, of each shard to its process.
-    pub fn over_processes(
+    /// Sums of all values to all, or of each shard to its process.
+    fn over_processes(
         &self,
         mut values: Slice<'_>,
         shards: &[Range<usize>],
         wire: Wire,
-        [wide, mut narrow]: [Slice<'_>; 2],
+        room: Room<Slice<'_>, Slice<'_>>,
     ) -> Result<()> {
-        let (collective, len) = (&*self.collective, values.len());
+        let (len, collective) = (values.len(), &*self.collective);
         let sum = |values: Slice<'_>| match shards {
             [] => collective.all_reduce_sum(values),
             shards => collective.reduce_scatter_sum(values, shards),
         };
+        let Room { wide, mut narrow } = room;
         match wire {
             Wire::F32 if self.tree => tree_sum(collective, values, wide),
             Wire::F32 => sum(values),
@@ -55,16 +61,21 @@ impl Sum {
     }
 
     /// Sums values of the host.
-    fn on_host(&self, job: &mut Job, wide: &mut Vec<f32>, narrow: &mut Vec<bf16>) -> Result<()> {
-        let Job { values, shards, wire, .. } = job;
-        if self.tree && !shards.is_empty() {
-            return tree_reduce_scatter(&*self.collective, values, shards, wide);
+    fn on_host(&self, job: &mut Job, room: &mut Room<Vec<f32>, Vec<bf16>>) -> Result<()> {
+        if self.tree && !job.shards.is_empty() {
+            return tree_reduce_scatter(&*self.collective, &mut job.values, &job.shards, &mut room.wide);
         }
-        let [w, n] = self.room(values.len(), *wire);
-        wide.resize(w.max(wide.len()), 0.0);
-        narrow.resize(n.max(narrow.len()), bf16::ZERO);
-        let room = [wide.as_mut_slice().into(), narrow.as_mut_slice().into()];
-        self.over_processes(values.as_mut_slice().into(), shards, *wire, room)
+        let [wide, narrow] = self.room(job.values.len(), job.wire);
+        room.wide.resize(wide.max(room.wide.len()), 0.0);
+        room.narrow.resize(narrow.max(room.narrow.len()), bf16::ZERO);
+        let room = Room { wide: room.wide.as_mut_slice().into(), narrow: room.narrow.as_mut_slice().into() };
+        self.over_processes(job.values.as_mut_slice().into(), &job.shards, job.wire, room)
+    }
+}
+
+impl Room<Vec<f32>, Vec<bf16>> {
+    fn none() -> Self {
+        Room { wide: Vec::new(), narrow: Vec::new() }
     }
 }
 
@@ -74,46 +85,85 @@ pub(super) struct Job {
     pub values: Vec<f32>,
     /// The part of each process, where each wants its own alone; else empty.
     pub shards: Vec<Range<usize>>,
+    /// What the values are sent as.
     pub wire: Wire,
 }
 
+/// Sums that a device queues behind what it has queued, in its own memory.
+pub(super) struct Queue<B: Backend> {
+    sum: Sum,
+    room: Option<Room<B::Buffer<f32>, B::Buffer<bf16>>>,
+}
+
+impl<B: Backend<Real = f32>> Queue<B> {
+    /// Makes room for sums of at most `largest` values sent as `wire`, and of `state` values in f32.
+    pub fn make_room(&mut self, backend: &B, largest: usize, wire: Wire, state: usize) -> Result<()> {
+        if self.room.is_none() {
+            let [of_state, _] = self.sum.room(state, Wire::F32);
+            let [wide, narrow] = self.sum.room(largest, wire);
+            let (wide, narrow) = (backend.allocate(wide.max(of_state))?, backend.allocate(narrow)?);
+            self.room = Some(Room { wide, narrow });
+        }
+        Ok(())
+    }
+
+    /// Queues the sum of some elements of a buffer.
+    pub fn sum(&mut self, backend: &B, values: &mut B::Buffer<f32>, elements: Range<usize>, wire: Wire) -> Result<()> {
+        let [w, n] = self.sum.room(elements.len(), wire);
+        let Some(Room { wide, narrow }) = &mut self.room else {
+            return Err(Error::Training("gradients are summed in a pass that has not begun".into()));
+        };
+        self.sum.collective.fork()?;
+        let room = Room { wide: backend.slice(wide, 0..w)?, narrow: backend.slice(narrow, 0..n)? };
+        self.sum.over_processes(backend.slice(values, elements)?, &[], wire, room)
+    }
+}
+
 /// Who sums buckets over processes.
-pub(super) enum Reducer {
+pub(super) enum Reducer<B: Backend> {
     /// The caller, at once.
     Here(Sum, Vec<Job>),
     /// A thread, while the caller goes on.
     Thread(Worker),
+    /// The device.
+    Queued(Queue<B>),
 }
 
-impl Reducer {
+impl<B: Backend> Reducer<B> {
     /// One that sums as the options say.
     pub fn new(options: &GradientsOptions, collective: Arc<dyn Collective>) -> Result<Self> {
-        let overlap = options.overlap && collective.world() > 1;
+        let (queued, overlap) = (collective.is_queued(), options.overlap && collective.world() > 1);
         let sum = Sum { collective, tree: options.share.reproducible };
-        Ok(if overlap { Reducer::Thread(Worker::start(sum)?) } else { Reducer::Here(sum, Vec::new()) })
+        Ok(match (queued, overlap) {
+            (true, _) => Reducer::Queued(Queue { sum, room: None }),
+            (false, true) => Reducer::Thread(Worker::start(sum)?),
+            (false, false) => Reducer::Here(sum, Vec::new()),
+        })
     }
 
-    /// Begins the sum of a bucket.
+    /// Begins the sum of a bucket of the host.
     pub fn take(&mut self, mut job: Job) -> Result<()> {
         match self {
             Reducer::Here(sum, done) => {
-                sum.on_host(&mut job, &mut Vec::new(), &mut Vec::new())?;
+                sum.on_host(&mut job, &mut Room::none())?;
                 done.push(job);
                 Ok(())
             }
             Reducer::Thread(worker) => worker.send(job),
+            Reducer::Queued(_) => Err(gone()),
         }
     }
 
-    /// A bucket that was summed.
+    /// A bucket of the host that was summed.
     pub fn give(&mut self) -> Result<Job> {
         match self {
             Reducer::Here(_, done) => done.pop().ok_or_else(gone),
             Reducer::Thread(worker) => worker.done.recv().map_err(|_| gone())?,
+            Reducer::Queued(_) => Err(gone()),
         }
     }
 
-    /// Sums values in f32, while nothing else is on its way.
+    /// Sums values of the host in f32, while nothing else is on its way.
     pub fn sum(&mut self, values: &mut [f32]) -> Result<()> {
         self.take(Job { bucket: 0, values: values.to_vec(), shards: Vec::new(), wire: Wire::F32 })?;
         values.copy_from_slice(&self.give()?.values);
@@ -140,9 +190,9 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name("gradients".into())
             .spawn(move || {
-                let (mut wide, mut narrow) = (Vec::new(), Vec::new());
+                let mut room = Room::none();
                 for mut job in work {
-                    let result = sum.on_host(&mut job, &mut wide, &mut narrow).map(|()| job);
+                    let result = sum.on_host(&mut job, &mut room).map(|()| job);
                     let failed = result.is_err();
                     if finished.send(result).is_err() || failed {
                         return;

@@ -47,12 +47,6 @@ pub fn tree_sum(collective: &dyn Collective, mut values: Slice<'_>, mut room: Sl
     Ok(())
 }
 
-/// Elements that [`tree_sum`] of so many needs besides.
-pub fn room_of_tree(len: usize) -> usize {
-    let middle = middle(&(0..len));
-    middle.max(len - middle)
-}
-
 /// As [`tree_sum`], but only of `values[shards[rank]]`; what becomes of the other elements is open. A shard a rank.
 ///
 /// At distance 1 each process gives its neighbour what those ranks will keep whose last bit is the neighbour's, at distance 2 what
@@ -92,6 +86,12 @@ pub fn tree_reduce_scatter(
         distance *= 2;
     }
     Ok(())
+}
+
+/// Elements that [`tree_sum`] of so many needs besides.
+pub fn room_of_tree(len: usize) -> usize {
+    let middle = middle(&(0..len));
+    middle.max(len - middle)
 }
 
 /// Where a range is cut in two.

@@ -22,7 +22,7 @@ mod thread;
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -71,7 +71,7 @@ pub struct Watch {
     shared: Arc<Shared>,
     /// A byte on it wakes the thread.
     bell: UnixStream,
-    thread: Option<JoinHandle<Told>>,
+    thread: Mutex<Option<JoinHandle<Told>>>,
 }
 
 impl Watch {
@@ -93,7 +93,7 @@ impl Watch {
             thread::Watcher::new(rank, size, hosts, links, Arc::clone(&shared), hear, options).map_err(refused)?;
         let thread =
             std::thread::Builder::new().name("warpstep-watch".into()).spawn(move || watcher.run()).map_err(refused)?;
-        Ok(Watch { shared, bell, thread: Some(thread) })
+        Ok(Watch { shared, bell, thread: Mutex::new(Some(thread)) })
     }
 
     /// This many steps are done.
@@ -123,22 +123,26 @@ impl Watch {
     }
 
     /// A clean end: the others go on. On rank 0 it returns when all others have ended too, for they are watched till then.
-    pub fn goodbye(self) {
+    pub fn goodbye(&self) {
         self.leave(beat::Order::Goodbye);
     }
 
     /// This rank's own failure: the others stop, and print its text as the cause. The caller then ends the process with its own exit
     /// code. It does not return where another rank's failure came first, of which this one may be the result: the process ends as
     /// the others do.
-    pub fn fail(self, text: &str) -> Told {
+    pub fn fail(&self, text: &str) -> Told {
         self.leave(beat::Order::Fail(text.to_owned()))
     }
 
-    fn leave(mut self, order: beat::Order) -> Told {
+    fn leave(&self, order: beat::Order) -> Told {
         self.shared.order(order);
         self.ring();
         // A thread that panicked has told nobody.
-        self.thread.take().map_or(Told::Nobody, |thread| thread.join().unwrap_or(Told::Nobody))
+        self.take_thread().map_or(Told::Nobody, |thread| thread.join().unwrap_or(Told::Nobody))
+    }
+
+    fn take_thread(&self) -> Option<JoinHandle<Told>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn ring(&self) {
@@ -149,7 +153,7 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.take_thread() {
             self.shared.order(beat::Order::Abandon);
             self.ring();
             let _ = thread.join();

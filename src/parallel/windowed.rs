@@ -35,7 +35,7 @@ pub struct Windowed<B: Backend> {
     /// The sums of left halves of this process's elements, by the level of the tree.
     left: Vec<B::Buffer<f32>>,
     kept: KeptTensors<B>,
-    reducer: Reducer,
+    reducer: Reducer<B>,
     /// Memory for values on their way.
     spare: Vec<Vec<f32>>,
 }
@@ -202,7 +202,7 @@ impl<B: Backend<Real = f32>> Exchange<B> for Windowed<B> {
     }
 
     fn gather(&mut self, values: Slice<'_>) -> Result<()> {
-        self.ranks.fill_in(values)
+        self.ranks.gather_slice(values)
     }
 
     fn join(&mut self) -> Result<()> {

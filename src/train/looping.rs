@@ -23,6 +23,7 @@ use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions,
 use crate::error::{Error, Result};
 use crate::model::Input;
 use crate::optim::{NormClip, Schedule};
+use crate::parallel::watch::Watch;
 use crate::parallel::{
     Collective, Gradients, GradientsOptions, Shard, Sharding, Windowed, agree, broadcast, buckets, gather,
 };
@@ -122,6 +123,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let seconds_before = state.seconds;
         Ok(Loop {
             collective,
+            watch: run.watch,
             compare_every: run.parallel.check_every_steps,
             trainer,
             loader,
@@ -278,6 +280,8 @@ struct LastStep {
 struct Loop<B: Backend + Update> {
     /// The processes that train.
     collective: Arc<dyn Collective>,
+    /// The watch over the others.
+    watch: Option<Arc<Watch>>,
     /// Steps between two comparisons of their parameters.
     compare_every: u64,
     trainer: Trainer<B>,
@@ -417,6 +421,9 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
         let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
         self.trainer.queue(&batch, rate)?;
+        if let Some(watch) = &self.watch {
+            watch.progress();
+        }
         self.loader.recycle(batch);
         Ok(true)
     }
@@ -467,6 +474,9 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
         let rate = self.schedule.at(self.state.step, self.steps, self.peak);
         self.state.set_counters(self.trainer.counters());
+        if let Some(watch) = &self.watch {
+            watch.step(self.state.step);
+        }
         let interval = &mut self.interval;
         interval.losses += loss;
         interval.sums.add(sums);

@@ -13,6 +13,7 @@ use crate::data::{Prefetch, Splits};
 use crate::error::Result;
 use crate::model::Model;
 use crate::optim::{OptimizerOptions, Schedule};
+use crate::parallel::watch::Watch;
 use crate::parallel::{Collective, ParallelOptions};
 
 /// Everything that a run needs, typed and checked.
@@ -37,6 +38,8 @@ pub struct Run<B: Backend> {
     pub prefetch: Prefetch,
     /// The processes that train, and how: in each of them everything here is the same, but for the device.
     pub collective: Arc<dyn Collective>,
+    /// The watch over the others, which is told of the run's progress; none over one process alone.
+    pub watch: Option<Arc<Watch>>,
     /// How the run is spread over them.
     pub parallel: ParallelOptions,
     /// The run folder, which every process can read.

@@ -389,13 +389,8 @@ impl<B: Backend + Update> Trainer<B> {
         }
         self.found.flag = self.flag;
         self.found.samples += batch.samples as u64;
-        let found = Some(&mut self.found);
-        let turn = self.exchange.as_deref_mut().map(|exchange| backend_step::Turn {
-            exchange,
-            pass: Some(pass),
-            window: window.as_ref(),
-            found,
-        });
+        let (found, window) = (&mut self.found, window.as_ref());
+        let turn = self.exchange.as_deref_mut().map(|exchange| backend_step::Turn { exchange, pass, window, found });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(work), turn, update })?;
         self.samples.push_back(batch.samples);
         self.passes = if ends_step { 0 } else { self.passes + 1 };
@@ -454,7 +449,8 @@ impl<B: Backend + Update> Trainer<B> {
             // As many passes as a process makes of parts that lie side by side.
             let turns = if self.share.stride > 1 { self.share.count } else { 1 };
             let each = passes.len() / turns;
-            let of_turn = |turn: usize| processes.iter().flat_map(move |of| &of.metrics[turn * each..][..each]);
+            let of_turn =
+                |turn: usize| processes.iter().flat_map(move |process| &process.metrics[turn * each..][..each]);
             (
                 (0..turns).flat_map(of_turn).map(|&metrics| LossSums::new(Some(metrics))).collect(),
                 processes.iter().map(|process| process.samples).sum(),
@@ -499,14 +495,11 @@ impl<B: Backend + Update> Trainer<B> {
         let (mut planned, step) =
             (self.evaluation(batch.samples)?, StepContext { seed: self.seed, ..Default::default() });
         let Planned { program, activations, window } = &mut planned;
-        let mut turn = match (&mut self.exchange, &*window) {
-            (Some(exchange), Some(_)) => {
-                Some(backend_step::Turn { exchange: &mut **exchange, pass: None, window: window.as_ref(), found: None })
-            }
-            _ => None,
-        };
-        let metrics = pass(program, activations, batch, step)
-            .and_then(|pass| pass.run_in_turn(&self.backend, &mut self.arena, turn.as_mut()));
+        let (backend, arena) = (&self.backend, &mut self.arena);
+        let metrics = pass(program, activations, batch, step).and_then(|pass| match (&mut self.exchange, &*window) {
+            (Some(exchange), Some(window)) => pass.run_through(backend, arena, &mut **exchange, window),
+            _ => pass.run(backend, arena),
+        });
         self.evaluations.insert(batch.samples, planned);
         Ok(LossSums::new(metrics?))
     }

@@ -17,7 +17,7 @@ use super::team::{Team, Told};
 use super::update::{EarlyNorm, Outcome};
 use super::{Cuda, Storage, recording};
 use crate::backend::ops::METRICS;
-use crate::backend::step::{Fill, Finished, Found, LossScale, Pass, Turn, UpdateWork, Work, check_len};
+use crate::backend::step::{Fill, Finished, LossScale, Pass, Turn, UpdateWork, Work, check_len};
 use crate::backend::{Arena, Memory, PassOfStep};
 use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, UpdatePlan};
@@ -282,10 +282,10 @@ fn around_the_host<S: Storage>(
     mut turn: Turn<'_, Cuda<S>>,
 ) -> Result<()> {
     let Work { arena, pass, update, .. } = work;
-    turn.begin(backend, arena)?;
+    turn.exchange.begin(backend, arena, turn.pass)?;
     let backward = Work { arena: &mut *arena, pass, turn: None, update: None };
     let metrics = submit_and_wait(backend, queue, backward)?.metrics;
-    turn.end(backend, arena)?;
+    turn.exchange.end(backend, arena, turn.pass)?;
     let mut finished = Finished { metrics, processes: turn.finish(metrics)?, ..Finished::default() };
     if update.is_some() {
         let found = submit_and_wait(backend, queue, Work { arena, pass: None, turn: None, update })?;
@@ -329,16 +329,16 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
         prepared.expect_applied((known && queue.applied != Some(params.step - 1)).then_some(params.step - 1))?;
         queue.applied = None;
     }
-    if let Some(Turn { exchange, pass: Some(pass), found: Some(found), .. }) = &turn {
-        prepare_team(device, queue, at, (exchange.place(), pass.passes), found)?;
+    if let Some(turn) = &turn {
+        prepare_team(device, queue, at, turn)?;
     }
     let slot = &mut queue.slots[at];
     slot.scalars.bytes_mut()[..size_of::<Scalars>()].copy_from_slice(bytemuck::bytes_of(&scalars));
-    let tells = turn.as_ref().is_some_and(Turn::ends_step);
+    let tells = turn.as_ref().is_some_and(|turn| turn.pass.ends_step);
     slot.leaves = [pass.as_ref().is_some_and(|pass| pass.metrics.is_some()), update.is_some(), tells];
     let key = Key {
         program: pass.as_ref().map(|pass| recording::Key::new(pass.ops, arena, pass.activations, &pass.context)),
-        turn: turn.as_ref().and_then(|turn| turn.pass),
+        turn: turn.as_ref().map(|turn| turn.pass),
         update: update.as_ref().map(|UpdateWork { plan, average, .. }| {
             let tables = arena.prepared.as_ref().map_or(0, |prepared| prepared.outcome_address());
             let (decay, average) = average.as_ref().map_or((0, 0), |(d, a)| (d.to_bits(), a.address_of(0)));
@@ -373,13 +373,13 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
 }
 
 /// Makes room for what processes tell each other, and writes what this one does.
-fn prepare_team(
+fn prepare_team<S: Storage>(
     device: &Arc<Device>,
     queue: &mut Queue,
     at: usize,
-    (place, passes): ((usize, usize), usize),
-    found: &Found,
+    turn: &Turn<'_, Cuda<S>>,
 ) -> Result<()> {
+    let (place, passes) = (turn.exchange.place(), turn.pass.passes);
     let team = match &mut queue.team {
         Some(team) if team.is_for(place, passes) => team,
         // Recordings name the room that was there.
@@ -393,7 +393,7 @@ fn prepare_team(
         queue.recorded.clear();
         slot.team = Some(Pinned::new(device, team.bytes())?);
     }
-    let told = Told::new(found);
+    let told = Told::new(turn.found);
     slot.told.bytes_mut()[..size_of::<Told>()].copy_from_slice(bytemuck::bytes_of(&told));
     Ok(())
 }
@@ -435,18 +435,18 @@ impl<S: Storage> Parts<'_, '_, S> {
         }
         if let (Some(turn), Some(team)) = (self.turn.as_mut(), team) {
             team.take(device, left.metrics, turn.pass)?;
-            turn.end(backend, arena)?;
-            if turn.ends_step() {
+            turn.exchange.end(backend, arena, turn.pass)?;
+            if turn.pass.ends_step {
                 turn.exchange.gather(team.tell(device, slot.told.bytes())?)?;
             }
         }
         if let Some(update) = self.update {
             queue_update(backend, arena, update, early.is_some(), &mut left)?;
         }
-        if let (Some(turn), Some(team), Some(told)) = (self.turn, team, &slot.team)
-            && turn.ends_step()
+        if let (Some(Turn { exchange, pass: PassOfStep { ends_step: true, .. }, .. }), Some(team), Some(told)) =
+            (self.turn, team, &slot.team)
         {
-            turn.exchange.join()?;
+            exchange.join()?;
             copy_out(device, told, 0, team.address(), team.bytes())?;
         }
         let Left { metrics, outcome, squares } = left;
@@ -478,13 +478,14 @@ fn queue_pass<S: Storage>(
 ) -> Result<Option<u64>> {
     let params = backend.device().step_state() + UPDATE_PARAMS;
     if let Some(turn) = &mut turn {
-        turn.begin(backend, arena)?;
+        turn.exchange.begin(backend, arena, turn.pass)?;
     }
     let mut memory = Memory { arena, activations: &mut *pass.activations };
     for (index, op) in pass.ops.iter().enumerate() {
         recording::one(backend, op.as_ref(), &mut memory, &pass.context)?;
-        if let Some(turn) = &mut turn {
-            turn.after_op(backend, memory.arena, index)?;
+        match &mut turn {
+            Some(turn) if turn.pass.ends_step => turn.exchange.after_op(backend, memory.arena, index)?,
+            _ => {}
         }
         if let Some((plan, early)) = early
             && let Some(tensors) = early.tensors_after(index)

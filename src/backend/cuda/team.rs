@@ -61,8 +61,8 @@ impl Team {
     }
 
     /// Queues the copy of a pass's metrics into this process's share.
-    pub fn take(&self, device: &Device, metrics: Option<u64>, pass: Option<PassOfStep>) -> Result<()> {
-        let (Some(metrics), Some(pass)) = (metrics, pass) else { return Ok(()) };
+    pub fn take(&self, device: &Device, metrics: Option<u64>, pass: PassOfStep) -> Result<()> {
+        let Some(metrics) = metrics else { return Ok(()) };
         device.copy(self.own() + (size_of::<Told>() + pass.number * EACH) as u64, metrics, EACH)
     }
 
