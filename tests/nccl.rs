@@ -131,7 +131,7 @@ impl Place {
                 ("RANK", rank.clone()),
                 ("LOCAL_RANK", rank),
                 ("MASTER_ADDR", "127.0.0.1".into()),
-                ("MASTER_PORT", port.clone()),
+                ("WARPSTEP_PORT", port.clone()),
                 ("WARPSTEP_EMULATOR_DEVICES", world.to_string()),
             ];
             let mut command = self.command(name, set);
@@ -273,8 +273,26 @@ fn a_process_that_is_killed_ends_the_others_with_a_sentence() {
         let told = common::stderr(&other);
         assert_eq!(other.status.code(), Some(1), "{told}");
         let last = told.lines().last().unwrap_or_default();
-        assert!(last.starts_with("error: NCCL cannot"), "{told}");
+        assert!(last.starts_with(&format!("error: rank {killed} on host")) && last.contains("died"), "{told}");
     }
+}
+
+#[test]
+fn a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint() {
+    if !is_there() {
+        return;
+    }
+    let place = Place::new(MLP);
+    let never = ["run.steps=100000", "evaluate.every_steps=100000", "checkpoint.every_steps=100000"];
+    let processes = place.start("told", 2, &never, &[]);
+    wait_for_steps(&place.out("told"), 5);
+    // SAFETY: a signal to a process that this test started and has not waited for.
+    unsafe { libc::kill(processes[1].id() as i32, libc::SIGTERM) };
+    for process in processes {
+        let ended = process.wait_with_output().unwrap();
+        assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{}", common::stderr(&ended));
+    }
+    assert!(!common::tensor_hashes(&place.out("told")).is_empty());
 }
 
 #[test]

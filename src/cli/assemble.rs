@@ -1,6 +1,7 @@
 //! From a run file to typed parts: data, model, run.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use half::{bf16, f16};
 
@@ -57,6 +58,18 @@ pub enum Opened {
     CudaBf16(Cuda<bf16>),
     /// A CUDA device that stores activations in f16.
     CudaF16(Cuda<f16>),
+}
+
+impl Opened {
+    /// The GPU; none where it is the CPU.
+    pub fn gpu(&self) -> Option<&Arc<Device>> {
+        match self {
+            Opened::Cpu(_) => None,
+            Opened::Cuda(backend) => Some(backend.device()),
+            Opened::CudaBf16(backend) => Some(backend.device()),
+            Opened::CudaF16(backend) => Some(backend.device()),
+        }
+    }
 }
 
 /// Opens the run's device; `graphs`: whether a GPU replays steps as graphs. `auto` is a GPU where one works, else the CPU; where

@@ -8,10 +8,14 @@ use super::assemble::Opened;
 use crate::backend::cuda::Device;
 use crate::backend::cuda::libraries::Library;
 use crate::error::{Error, Result};
-use crate::parallel::rendezvous::{Endpoint, Listener, Rendezvous};
+#[cfg(feature = "mpi")]
+use crate::parallel::broadcast;
+use crate::parallel::rendezvous::Rendezvous;
+#[cfg(feature = "mpi")]
+use crate::parallel::rendezvous::{Endpoint, Listener};
 use crate::parallel::watch::{Told, Watch, WatchOptions};
 use crate::parallel::world::{Launcher, World};
-use crate::parallel::{Collective, ID_BYTES, Nccl, Single, Watched, broadcast};
+use crate::parallel::{Collective, ID_BYTES, Nccl, Single, Watched};
 
 /// This process among those that train together.
 pub(crate) struct Team {
@@ -51,6 +55,15 @@ impl Team {
             ..WatchOptions::new(timeout)
         };
         let watch = Arc::new(Watch::start(rendezvous, &world.host, options)?);
+        if let Some(device) = device.gpu() {
+            // Sums stand within the device's work: a process that waits for its device waits for others.
+            let told = Arc::downgrade(&watch);
+            device.around_waits(move |wait| {
+                let watch = told.upgrade();
+                let _waits = watch.as_ref().map(|watch| watch.communicating());
+                wait()
+            });
+        }
         let collective = Arc::new(Watched::new(collective, Arc::clone(&watch)));
         Ok(Team { collective, watch: Some(watch) })
     }

@@ -81,12 +81,16 @@ pub struct Device {
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
     watch: Mutex<Option<Watch>>,
+    around_waits: Mutex<Option<Around>>,
     /// Tables of log-mel pictures: the transform, where its bands are, where the rest is.
     pub(super) mel_tables: Mutex<Vec<super::mel::KeptTables>>,
 }
 
 /// Tells why what the device waits for will not come, where it does not.
 type Watch = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// Does a wait for the device, and tells whom it concerns.
+type Around = Arc<dyn Fn(&mut dyn FnMut() -> Result<()>) -> Result<()> + Send + Sync>;
 
 /// Modules by file, functions by file and name.
 #[derive(Default)]
@@ -191,6 +195,7 @@ impl Device {
             step_state: 0,
             scratch: Mutex::default(),
             watch: Mutex::default(),
+            around_waits: Mutex::default(),
             mel_tables: Mutex::default(),
         };
         device.step_state = device.allocate(size_of::<StepState>())?;
@@ -438,6 +443,12 @@ impl Device {
         *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(watch));
     }
 
+    /// Lets `around` do the host's waits for the device from now on: what it is given is the wait.
+    pub fn around_waits(&self, around: impl Fn(&mut dyn FnMut() -> Result<()>) -> Result<()> + Send + Sync + 'static) {
+        // As above.
+        *self.around_waits.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(around));
+    }
+
     fn watched(&self) -> Option<Watch> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -454,6 +465,14 @@ impl Device {
     /// A device that failed, or what watches it.
     pub(super) fn wait_for(&self, event: &CudaEvent, what: &str) -> Result<()> {
         self.bind()?;
+        let around = self.around_waits.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match around {
+            Some(around) => around(&mut || self.wait_watched(event, what)),
+            None => self.wait_watched(event, what),
+        }
+    }
+
+    fn wait_watched(&self, event: &CudaEvent, what: &str) -> Result<()> {
         let Some(watch) = self.watched() else {
             return event.synchronize().map_err(|error| driver_error(what, error));
         };

@@ -5,22 +5,26 @@
 //! figures out) is recorded once for each place and replayed in turn. What it found is copied into page-locked memory behind
 //! it, and read by the host when its event has passed.
 
+mod pinned;
+mod work;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaEvent, CudaGraph, result};
 
+use self::pinned::Pinned;
+use self::work::Parts;
 use super::context::{Device, driver_error};
-use super::launch::{Grid, args};
 use super::team::{Team, Told};
-use super::update::{EarlyNorm, Outcome};
+use super::update::Outcome;
 use super::{Cuda, Storage, recording};
+use crate::backend::PassOfStep;
 use crate::backend::ops::METRICS;
 use crate::backend::step::{Fill, Finished, LossScale, Pass, Turn, UpdateWork, Work, check_len};
-use crate::backend::{Arena, Memory, PassOfStep};
 use crate::error::{Error, Result};
-use crate::optim::{StepOutcome, UpdatePlan};
+use crate::optim::StepOutcome;
 
 const FILE: &str = "loss_scale";
 
@@ -59,53 +63,6 @@ const _: () = {
     assert!(size_of::<Scalars>() == 32 && size_of::<StepState>() == 40);
     assert!(size_of::<Report>() == 4 * METRICS + size_of::<Outcome>());
 };
-
-/// Page-locked host memory, which the device copies from and to without the host's help.
-#[derive(Debug)]
-struct Pinned {
-    at: *mut u8,
-    bytes: usize,
-    device: Arc<Device>,
-}
-
-// SAFETY: the memory is reached through `&mut Pinned`, or by the device while its owner knows not to.
-unsafe impl Send for Pinned {}
-
-impl Pinned {
-    /// So many zero bytes, 256-byte aligned.
-    fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
-        device.bind()?;
-        let bytes = bytes.max(1);
-        // SAFETY: the context is bound; the address is freed once, by `drop`.
-        let at = unsafe { result::malloc_host(bytes, 0) }
-            .map_err(|error| driver_error(&format!("lock {bytes} bytes of host memory"), error))?
-            .cast::<u8>();
-        // SAFETY: `bytes` bytes were allocated there.
-        unsafe { at.write_bytes(0, bytes) };
-        Ok(Pinned { at, bytes, device: device.clone() })
-    }
-
-    /// The bytes. The caller knows that the device does not write them now.
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: allocated, and set, by `new`.
-        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
-    }
-
-    /// The bytes. The caller knows that the device does not read or write them now.
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: allocated, and set, by `new`.
-        unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // A copy may be in flight. What fails here was or will be reported where work is waited for.
-        let _ = self.device.synchronize();
-        // SAFETY: allocated by `new`, freed once, and no work of the device names it any more.
-        self.device.record(unsafe { result::free_host(self.at.cast()) });
-    }
-}
 
 /// A batch's place, and what the host shares with the device about it.
 #[derive(Debug)]
@@ -396,156 +353,6 @@ fn prepare_team<S: Storage>(
     let told = Told::new(turn.found);
     slot.told.bytes_mut()[..size_of::<Told>()].copy_from_slice(bytemuck::bytes_of(&told));
     Ok(())
-}
-
-/// What one recording holds.
-struct Parts<'p, 'w, S: Storage> {
-    pass: &'p mut Option<Pass<'w, Cuda<S>>>,
-    turn: &'p mut Option<Turn<'w, Cuda<S>>>,
-    update: &'p mut Option<UpdateWork<'w, Cuda<S>>>,
-}
-
-/// Where what work found stands on the device, and how much of it.
-#[derive(Default)]
-struct Left {
-    metrics: Option<u64>,
-    outcome: Option<u64>,
-    squares: (u64, usize),
-}
-
-impl<S: Storage> Parts<'_, '_, S> {
-    /// Queues everything of the work that is the same each time.
-    fn queue(self, backend: &Cuda<S>, slot: &Slot, team: Option<&Team>, arena: &mut Arena<Cuda<S>>) -> Result<()> {
-        let device = backend.device();
-        device.write(device.step_state(), &slot.scalars.bytes()[..size_of::<Scalars>()])?;
-        if self.update.is_some() && backend.scales_losses() {
-            // SAFETY: the state of the step.
-            unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state()])? };
-        }
-        // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
-        let early = match (&self.pass, &self.turn, &self.update) {
-            (Some(pass), None, Some(UpdateWork { plan, .. })) if backend.gathers_early(arena, plan)? => {
-                Some((*plan, EarlyNorm::new(pass.ops, &arena.ranges, plan, backend.early_elements()?)?))
-            }
-            _ => None,
-        };
-        let mut left = Left::default();
-        if let Some(pass) = self.pass {
-            left.metrics = queue_pass(backend, arena, pass, self.turn.as_mut(), early.as_ref())?;
-        }
-        if let (Some(turn), Some(team)) = (self.turn.as_mut(), team) {
-            team.take(device, left.metrics, turn.pass)?;
-            turn.exchange.end(backend, arena, turn.pass)?;
-            if turn.pass.ends_step {
-                turn.exchange.gather(team.tell(device, slot.told.bytes())?)?;
-            }
-        }
-        if let Some(update) = self.update {
-            queue_update(backend, arena, update, early.is_some(), &mut left)?;
-        }
-        if let (Some(Turn { exchange, pass: PassOfStep { ends_step: true, .. }, .. }), Some(team), Some(told)) =
-            (self.turn, team, &slot.team)
-        {
-            exchange.join()?;
-            copy_out(device, told, 0, team.address(), team.bytes())?;
-        }
-        let Left { metrics, outcome, squares } = left;
-        if let Some(metrics) = metrics {
-            copy_out(
-                device,
-                &slot.report,
-                std::mem::offset_of!(Report, metrics),
-                metrics,
-                size_of::<[f32; METRICS]>(),
-            )?;
-        }
-        if let Some(outcome) = outcome {
-            copy_out(device, &slot.report, std::mem::offset_of!(Report, outcome), outcome, size_of::<Outcome>())?;
-            // The plan has as many tensors as the arena.
-            copy_out(device, &slot.report, size_of::<Report>(), squares.0, squares.1)?;
-        }
-        Ok(())
-    }
-}
-
-/// Queues forward and backward, and tells the exchange of it. Gives where the metrics are left.
-fn queue_pass<S: Storage>(
-    backend: &Cuda<S>,
-    arena: &mut Arena<Cuda<S>>,
-    pass: &mut Pass<'_, Cuda<S>>,
-    mut turn: Option<&mut Turn<'_, Cuda<S>>>,
-    early: Option<&(&UpdatePlan, EarlyNorm)>,
-) -> Result<Option<u64>> {
-    let params = backend.device().step_state() + UPDATE_PARAMS;
-    if let Some(turn) = &mut turn {
-        turn.exchange.begin(backend, arena, turn.pass)?;
-    }
-    let mut memory = Memory { arena, activations: &mut *pass.activations };
-    for (index, op) in pass.ops.iter().enumerate() {
-        recording::one(backend, op.as_ref(), &mut memory, &pass.context)?;
-        match &mut turn {
-            Some(turn) if turn.pass.ends_step => turn.exchange.after_op(backend, memory.arena, index)?,
-            _ => {}
-        }
-        if let Some((plan, early)) = early
-            && let Some(tensors) = early.tensors_after(index)
-        {
-            let (prepared, arrays) = backend.arrays(memory.arena, plan)?;
-            prepared.queue_norm_range(&arrays, prepared.pieces_of(&tensors), params)?;
-        }
-    }
-    Ok(pass.metrics.map(|act| pass.activations.values.address_of(pass.activations.range(act).start)))
-}
-
-/// Queues the update and what follows it; `gathered`: whether its norm is.
-fn queue_update<S: Storage>(
-    backend: &Cuda<S>,
-    arena: &mut Arena<Cuda<S>>,
-    update: &mut UpdateWork<'_, Cuda<S>>,
-    gathered: bool,
-    left: &mut Left,
-) -> Result<()> {
-    let device = backend.device();
-    let UpdateWork { plan, params, average } = update;
-    let address = device.step_state() + UPDATE_PARAMS;
-    let (prepared, arrays) = backend.arrays(arena, plan)?;
-    if gathered {
-        prepared.queue_gathered(&arrays, params.zero_gradients, address)?;
-    } else {
-        prepared.queue(&arrays, params.zero_gradients, address)?;
-    }
-    let outcome = prepared.outcome_address();
-    let (first, tensors) = prepared.tensor_squares();
-    if let Some((decay, average)) = average {
-        backend.queue_average(average, &arena.parameters, *decay, outcome)?;
-    }
-    if backend.scales_losses() {
-        let skipped = outcome + std::mem::offset_of!(Outcome, skipped) as u64;
-        // SAFETY: the state of the step, and a flag of the outcome.
-        unsafe { device.launch(FILE, "adapt_loss_scale", Grid::new(1, 1), args![device.step_state(), skipped])? };
-    }
-    (left.outcome, left.squares) = (Some(outcome), (first, tensors * size_of::<f64>()));
-    Ok(())
-}
-
-/// Queues a copy of what the device found to page-locked memory, which nobody reads before `done` has passed.
-fn copy_out(device: &Device, to: &Pinned, offset: usize, from: u64, bytes: usize) -> Result<()> {
-    if bytes == 0 {
-        return Ok(());
-    }
-    if offset + bytes > to.bytes {
-        return Err(Error::shape(
-            "copy",
-            format!("{} bytes of a report", to.bytes),
-            format!("{bytes} from {offset} on"),
-        ));
-    }
-    // SAFETY: the page-locked memory holds as many bytes there, which the device alone writes until `done` has passed.
-    unsafe {
-        let to = std::slice::from_raw_parts_mut(to.at.add(offset), bytes);
-        result::memcpy_dtoh_async(to, from, device.stream().cu_stream())
-    }
-    .map_err(|error| driver_error("copy what a step found", error))
 }
 
 impl<S: Storage> Cuda<S> {

@@ -1,0 +1,143 @@
+//! What the recording of a step holds, queued in its order.
+
+use super::super::launch::{Grid, args};
+use super::super::team::Team;
+use super::super::update::{EarlyNorm, Outcome};
+use super::super::{Cuda, Storage, recording};
+use super::pinned::copy_out;
+use super::{FILE, Report, Scalars, Slot, UPDATE_PARAMS};
+use crate::backend::ops::METRICS;
+use crate::backend::step::{Pass, Turn, UpdateWork};
+use crate::backend::{Arena, Memory, PassOfStep};
+use crate::error::Result;
+use crate::optim::UpdatePlan;
+
+/// What one recording holds.
+pub(super) struct Parts<'p, 'w, S: Storage> {
+    pub pass: &'p mut Option<Pass<'w, Cuda<S>>>,
+    pub turn: &'p mut Option<Turn<'w, Cuda<S>>>,
+    pub update: &'p mut Option<UpdateWork<'w, Cuda<S>>>,
+}
+
+/// Where what work found stands on the device, and how much of it.
+#[derive(Default)]
+struct Left {
+    metrics: Option<u64>,
+    outcome: Option<u64>,
+    squares: (u64, usize),
+}
+
+impl<S: Storage> Parts<'_, '_, S> {
+    /// Queues everything of the work that is the same each time.
+    pub fn queue(self, backend: &Cuda<S>, slot: &Slot, team: Option<&Team>, arena: &mut Arena<Cuda<S>>) -> Result<()> {
+        let device = backend.device();
+        device.write(device.step_state(), &slot.scalars.bytes()[..size_of::<Scalars>()])?;
+        if self.update.is_some() && backend.scales_losses() {
+            // SAFETY: the state of the step.
+            unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state()])? };
+        }
+        // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
+        let early = match (&self.pass, &self.turn, &self.update) {
+            (Some(pass), None, Some(UpdateWork { plan, .. })) if backend.gathers_early(arena, plan)? => {
+                Some((*plan, EarlyNorm::new(pass.ops, &arena.ranges, plan, backend.early_elements()?)?))
+            }
+            _ => None,
+        };
+        let mut left = Left::default();
+        if let Some(pass) = self.pass {
+            left.metrics = queue_pass(backend, arena, pass, self.turn.as_mut(), early.as_ref())?;
+        }
+        if let (Some(turn), Some(team)) = (self.turn.as_mut(), team) {
+            team.take(device, left.metrics, turn.pass)?;
+            turn.exchange.end(backend, arena, turn.pass)?;
+            if turn.pass.ends_step {
+                turn.exchange.gather(team.tell(device, slot.told.bytes())?)?;
+            }
+        }
+        if let Some(update) = self.update {
+            queue_update(backend, arena, update, early.is_some(), &mut left)?;
+        }
+        if let (Some(Turn { exchange, pass: PassOfStep { ends_step: true, .. }, .. }), Some(team), Some(told)) =
+            (self.turn, team, &slot.team)
+        {
+            exchange.join()?;
+            copy_out(device, told, 0, team.address(), team.bytes())?;
+        }
+        let Left { metrics, outcome, squares } = left;
+        if let Some(metrics) = metrics {
+            copy_out(
+                device,
+                &slot.report,
+                std::mem::offset_of!(Report, metrics),
+                metrics,
+                size_of::<[f32; METRICS]>(),
+            )?;
+        }
+        if let Some(outcome) = outcome {
+            copy_out(device, &slot.report, std::mem::offset_of!(Report, outcome), outcome, size_of::<Outcome>())?;
+            // The plan has as many tensors as the arena.
+            copy_out(device, &slot.report, size_of::<Report>(), squares.0, squares.1)?;
+        }
+        Ok(())
+    }
+}
+
+/// Queues forward and backward, and tells the exchange of it. Gives where the metrics are left.
+fn queue_pass<S: Storage>(
+    backend: &Cuda<S>,
+    arena: &mut Arena<Cuda<S>>,
+    pass: &mut Pass<'_, Cuda<S>>,
+    mut turn: Option<&mut Turn<'_, Cuda<S>>>,
+    early: Option<&(&UpdatePlan, EarlyNorm)>,
+) -> Result<Option<u64>> {
+    let params = backend.device().step_state() + UPDATE_PARAMS;
+    if let Some(turn) = &mut turn {
+        turn.exchange.begin(backend, arena, turn.pass)?;
+    }
+    let mut memory = Memory { arena, activations: &mut *pass.activations };
+    for (index, op) in pass.ops.iter().enumerate() {
+        recording::one(backend, op.as_ref(), &mut memory, &pass.context)?;
+        match &mut turn {
+            Some(turn) if turn.pass.ends_step => turn.exchange.after_op(backend, memory.arena, index)?,
+            _ => {}
+        }
+        if let Some((plan, early)) = early
+            && let Some(tensors) = early.tensors_after(index)
+        {
+            let (prepared, arrays) = backend.arrays(memory.arena, plan)?;
+            prepared.queue_norm_range(&arrays, prepared.pieces_of(&tensors), params)?;
+        }
+    }
+    Ok(pass.metrics.map(|act| pass.activations.values.address_of(pass.activations.range(act).start)))
+}
+
+/// Queues the update and what follows it; `gathered`: whether its norm is.
+fn queue_update<S: Storage>(
+    backend: &Cuda<S>,
+    arena: &mut Arena<Cuda<S>>,
+    update: &mut UpdateWork<'_, Cuda<S>>,
+    gathered: bool,
+    left: &mut Left,
+) -> Result<()> {
+    let device = backend.device();
+    let UpdateWork { plan, params, average } = update;
+    let address = device.step_state() + UPDATE_PARAMS;
+    let (prepared, arrays) = backend.arrays(arena, plan)?;
+    if gathered {
+        prepared.queue_gathered(&arrays, params.zero_gradients, address)?;
+    } else {
+        prepared.queue(&arrays, params.zero_gradients, address)?;
+    }
+    let outcome = prepared.outcome_address();
+    let (first, tensors) = prepared.tensor_squares();
+    if let Some((decay, average)) = average {
+        backend.queue_average(average, &arena.parameters, *decay, outcome)?;
+    }
+    if backend.scales_losses() {
+        let skipped = outcome + std::mem::offset_of!(Outcome, skipped) as u64;
+        // SAFETY: the state of the step, and a flag of the outcome.
+        unsafe { device.launch(FILE, "adapt_loss_scale", Grid::new(1, 1), args![device.step_state(), skipped])? };
+    }
+    (left.outcome, left.squares) = (Some(outcome), (first, tensors * size_of::<f64>()));
+    Ok(())
+}

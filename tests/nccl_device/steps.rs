@@ -1,0 +1,187 @@
+//! Whole steps of several devices: one graph launch a pass, sums beside the backward.
+
+use std::ops::Range;
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
+
+use half::bf16;
+use warpstep::backend::Slice;
+use warpstep::backend::cuda::{Cuda, Device, Storage};
+use warpstep::data::{Batch, Inputs, Targets};
+use warpstep::model::Input;
+use warpstep::model::presets::{Fit, Goal, GptOptions, ModelOptions, Preset};
+use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule};
+use warpstep::parallel::{Collective, Gradients, GradientsOptions, Nccl, Wire, buckets};
+use warpstep::plan::Share;
+use warpstep::train::step::{StepReport, Trainer, TrainerParts};
+
+use crate::emulator::Emulator;
+use crate::{ALONE, device, is_there, together};
+
+const TOKENS: usize = 11;
+const TIME: usize = 8;
+const PART: usize = 2;
+
+/// A part of a batch.
+fn batch(step: usize, part: usize) -> Batch {
+    let token = |i: usize| ((i * 7 + step * 3 + part * 5 + i * i) % TOKENS) as i32;
+    let tokens = |shift: usize| (0..PART * TIME).map(|i| token(i + shift)).collect();
+    Batch { inputs: Inputs::Tokens(tokens(0)), targets: Targets::Index(tokens(1)), samples: PART }
+}
+
+/// A small GPT with dropout, of one of several processes.
+pub fn trainer<S: Storage>(
+    device: &Arc<Device>,
+    collective: Arc<dyn Collective>,
+    share: Share,
+    wire: Wire,
+) -> Trainer<Cuda<S>> {
+    let options = GptOptions { layers: 1, heads: 2, width: 16, dropout: 0.1, ..GptOptions::default() };
+    let fit =
+        Fit { vocabulary: Some(TOKENS), context: Some(TIME), goal: Goal::NextToken, padding: None, outputs: TOKENS };
+    let model = ModelOptions { preset: Preset::Gpt(options), loss: None, label_smoothing: 0.0 };
+    let optimizer = OptimizerOptions {
+        clip: Clip { value: None, norm: NormClip::Global { max_norm: 1.0 } },
+        ..OptimizerOptions::new(Rule::Adam { betas: [0.9, 0.99], epsilon: 1e-8 }, 0.01)
+    };
+    let parts = TrainerParts {
+        backend: Cuda::<S>::new(device.clone()),
+        model: model.build(&fit).unwrap(),
+        input: Input::Tokens(TIME),
+        batch_size: PART,
+        accumulate: 1,
+        optimizer: &optimizer,
+        ema: None,
+        seed: 5,
+    };
+    let trainer = Trainer::new(parts).unwrap();
+    let arena = trainer.arena();
+    let buckets = buckets(&trainer.program().ops, &arena.ranges, &arena.layout, 1000).unwrap();
+    assert!(buckets.len() > 2, "{buckets:?}");
+    let options = GradientsOptions { share, wire, overlap: true };
+    let gradients = Gradients::new(options, collective, buckets).unwrap();
+    trainer.sharing(share, Box::new(gradients))
+}
+
+/// Takes so many steps with two in flight, and gives what they found as it comes.
+pub fn pipelined<S: Storage>(trainer: &mut Trainer<Cuda<S>>, share: Share, steps: Range<usize>) -> Vec<StepReport> {
+    let mut reports = Vec::new();
+    for step in steps {
+        for part in share.first..share.first + share.count {
+            let last = part + 1 == share.first + share.count;
+            trainer.queue(&batch(step, part), last.then_some(0.01)).unwrap();
+        }
+        reports.extend(trainer.finished(false).unwrap());
+    }
+    while let Some(report) = trainer.finished(true).unwrap() {
+        reports.push(report);
+    }
+    reports
+}
+
+#[test]
+fn a_step_of_several_processes_is_one_graph_launch_a_pass_without_waiting_or_allocating() {
+    if !is_there() {
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(emulator) = Emulator::find() else { return };
+    let (world, warm, steps) = (2, 4, 5);
+    for (reproducible, wire) in [(false, Wire::F32), (false, Wire::Bf16), (true, Wire::F32)] {
+        let met = Barrier::new(world);
+        let shares = |rank| {
+            if reproducible { Share::reproducible(rank, world, 4).unwrap() } else { Share::of_rank(rank, world) }
+        };
+        together(world, |nccl, device| {
+            let share = shares(nccl.rank());
+            let first = nccl.rank() == 0;
+            let mut trainer = trainer::<bf16>(&device, Arc::new(nccl), share, wire);
+            // Both slots of each pass: once as they are, then recorded.
+            pipelined(&mut trainer, share, 0..warm);
+            met.wait();
+            if first {
+                emulator.reset();
+            }
+            met.wait();
+            let found = pipelined(&mut trainer, share, warm..warm + steps);
+            assert!(found.len() == steps && found.iter().all(|report| report.samples == (share.of * PART) as u64));
+            met.wait();
+            if first {
+                let host = emulator.host();
+                let launches = (world * steps * share.count) as u64;
+                assert_eq!((host.graph_launches, host.launches), (launches, 0), "{host:?}");
+                assert_eq!((host.allocations, host.frees, host.host_allocations), (0, 0, 0), "{host:?}");
+                assert_eq!(host.synchronizations, 0, "{host:?}");
+            }
+            met.wait();
+        });
+    }
+}
+
+/// A collective that notes how many kernels have run when it is asked for something.
+struct Observed {
+    nccl: Nccl,
+    kernels: Box<dyn Fn() -> u64 + Send + Sync>,
+    sums: Mutex<Vec<u64>>,
+    joins: Mutex<Vec<u64>>,
+}
+
+impl Collective for Observed {
+    fn name(&self) -> &'static str {
+        self.nccl.name()
+    }
+    fn rank(&self) -> usize {
+        self.nccl.rank()
+    }
+    fn world(&self) -> usize {
+        self.nccl.world()
+    }
+    fn is_queued(&self) -> bool {
+        true
+    }
+    fn all_reduce_sum(&self, values: Slice<'_>) -> warpstep::Result<()> {
+        self.sums.lock().unwrap().push((self.kernels)());
+        self.nccl.all_reduce_sum(values)
+    }
+    fn reduce_scatter_sum(&self, values: Slice<'_>, shards: &[Range<usize>]) -> warpstep::Result<()> {
+        self.nccl.reduce_scatter_sum(values, shards)
+    }
+    fn all_gather(&self, values: Slice<'_>, shards: &[Range<usize>]) -> warpstep::Result<()> {
+        self.nccl.all_gather(values, shards)
+    }
+    fn broadcast(&self, values: Slice<'_>, root: usize) -> warpstep::Result<()> {
+        self.nccl.broadcast(values, root)
+    }
+    fn swap(&self, partner: usize, send: Slice<'_>, receive: Slice<'_>) -> warpstep::Result<()> {
+        self.nccl.swap(partner, send, receive)
+    }
+    fn barrier(&self) -> warpstep::Result<()> {
+        self.nccl.barrier()
+    }
+    fn fork(&self) -> warpstep::Result<()> {
+        self.nccl.fork()
+    }
+    fn join(&self) -> warpstep::Result<()> {
+        self.joins.lock().unwrap().push((self.kernels)());
+        self.nccl.join()
+    }
+}
+
+#[test]
+fn buckets_are_summed_while_the_backward_goes_on() {
+    if !is_there() {
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(emulator) = Emulator::find() else { return };
+    let device = device(0);
+    let nccl = Nccl::join(&device, &Nccl::unique_id().unwrap(), 0, 1).unwrap();
+    let kernels = Box::new(move || emulator.kernels().iter().map(|(_, counts)| counts.launches).sum());
+    let observed = Arc::new(Observed { nccl, kernels, sums: Mutex::default(), joins: Mutex::default() });
+    let share = Share::default();
+    let mut trainer = trainer::<f32>(&device, observed.clone(), share, Wire::F32);
+    // Not recorded yet, so that what is queued runs, and is counted, in the order in which it is queued.
+    trainer.step(&[batch(0, 0)], 0.01).unwrap();
+    let (sums, joins) = (observed.sums.lock().unwrap(), observed.joins.lock().unwrap());
+    assert!(sums.len() > 2 && sums.is_sorted(), "{sums:?}");
+    assert!(sums[0] + 5 < joins[0] && sums[1] < joins[0], "sums at {sums:?}, joined at {joins:?} kernels");
+}
