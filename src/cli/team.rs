@@ -17,6 +17,9 @@ use crate::parallel::watch::{Told, Watch, WatchOptions};
 use crate::parallel::world::{Launcher, World};
 use crate::parallel::{Collective, ID_BYTES, Nccl, Single, Watched};
 
+/// How long the cause of a failed exchange is waited for.
+const CAUSE: Duration = Duration::from_secs(5);
+
 /// This process among those that train together.
 pub(crate) struct Team {
     /// What they do together.
@@ -74,6 +77,13 @@ impl Team {
         drop(collective);
         if let Some(watch) = watch {
             watch.goodbye();
+        }
+    }
+
+    /// After an exchange that failed: gives the watch time to see whether another process is at fault, which it may hear of later.
+    pub fn await_cause(&self) {
+        if let Some(watch) = &self.watch {
+            watch.failed_within(CAUSE);
         }
     }
 

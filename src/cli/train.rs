@@ -102,6 +102,9 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     };
     // Before the first step all processes know of an error, and one says it; after that it is one process's own.
     let own = started.load(Ordering::Relaxed) && !matches!(error.downcast_ref(), Some(Error::Peer { .. }));
+    if let Some(Error::Collective(_)) = error.downcast_ref() {
+        team.await_cause();
+    }
     if !own {
         team.goodbye();
     } else if !team.fail(&format!("{error:#}")) {
