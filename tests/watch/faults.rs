@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::common::fresh_seed;
+use super::common::{fresh_seed, warpstep};
 use super::rank::STEP;
 use super::team::{End, Team, free_port};
 use warpstep::parallel::world::host_name;
@@ -145,6 +145,23 @@ fn ranks_may_end_at_other_times_and_one_that_moves_is_left_alone() {
     }
 }
 
+/// The lines of one try under a launcher, each rank's death of which it hears by itself as well.
+fn under(launcher: &[&str], victim: usize) -> (Option<i32>, Vec<String>) {
+    let team = Team::new("killed", victim);
+    let mut command = team.command(launcher);
+    let output = command.current_dir(team.folder.path()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    (output.status.code(), stderr.lines().map(str::to_owned).collect())
+}
+
+fn has_mpirun() -> bool {
+    let has = Command::new("mpirun").arg("--version").output().is_ok_and(|output| output.status.success());
+    if !has {
+        println!("skipped: no mpirun here");
+    }
+    has
+}
+
 #[test]
 fn under_mpirun_the_sentence_is_out_before_its_signals_and_they_are_not_the_user_s() {
     let open_mpi = Command::new("mpirun")
@@ -158,16 +175,36 @@ fn under_mpirun_the_sentence_is_out_before_its_signals_and_they_are_not_the_user
     let draw = Philox::new(fresh_seed(), Purpose::Sampling, 1);
     for number in 0..5 {
         let victim = draw.below(number, SIZE as u64) as usize;
-        let team = Team::new("killed", victim);
-        let count = SIZE.to_string();
-        let root = ["--allow-run-as-root", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-q", "-np", &count];
-        let output = team.command(&[&["mpirun"][..], &root[..]].concat()).output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
+        let options =
+            ["mpirun", "--allow-run-as-root", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-np", "4"];
+        let (code, lines) = under(&options, victim);
+        let errors: Vec<&String> = lines.iter().filter(|line| line.starts_with("error:")).collect();
         let sentence =
             format!("error: rank {victim} on host {} died after step {STEP}; 3 other ranks stopped", host_name());
-        let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error:")).collect();
-        assert!(matches!(lines.as_slice(), [line] if line.starts_with(&sentence)), "{stderr}");
-        assert!(!output.status.success());
-        std::thread::sleep(Duration::from_millis(10));
+        assert!(matches!(errors.as_slice(), [line] if line.starts_with(&sentence)), "{lines:#?}");
+        assert_eq!(code, Some(137));
+    }
+}
+
+#[test]
+fn under_launch_the_sentence_comes_first_and_then_the_signal_that_ended_the_rank() {
+    let warpstep = warpstep().get_program().to_str().unwrap().to_owned();
+    for (number, kind) in ["--gpus", "--cpus"].into_iter().enumerate() {
+        if kind == "--cpus" && !has_mpirun() {
+            continue;
+        }
+        for victim in [0, 2, 3] {
+            let (code, lines) = under(&[&warpstep, "launch", kind, "4", "--program"], victim);
+            let sentence =
+                format!("rank {victim} on host {} died after step {STEP}; 3 other ranks stopped", host_name());
+            let mut lines = lines.iter();
+            // Rank 0 speaks here; where it is the one, the next speaks into its file, which the launcher then shows.
+            if victim > 0 {
+                assert!(lines.next().is_some_and(|line| line.starts_with(&format!("error: {sentence}"))), "{lines:?}");
+            }
+            let ended = ["was ended by SIGKILL", "exited with code 137"][number];
+            assert!(lines.any(|line| line.contains(ended)), "{lines:?}");
+            assert_eq!(code, Some(137), "{kind}, rank {victim}");
+        }
     }
 }
