@@ -1,5 +1,6 @@
 //! `warpstep launch`: several processes on this machine, that train together.
 
+mod control;
 mod job;
 mod mpirun;
 mod outputs;
@@ -7,7 +8,7 @@ mod rank;
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command as Process, ExitCode, ExitStatus, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -17,6 +18,7 @@ use signal_hook::iterator::Signals;
 
 use super::{Cli, Command};
 use crate::error::{Error, Result};
+use control::Control;
 use job::{End, Job};
 use outputs::Outputs;
 pub(crate) use rank::{Options as RankOptions, run as run_rank};
@@ -139,10 +141,11 @@ impl Launch {
         };
         match &self.mpirun {
             Some(mpirun) => {
-                let folder = self.outputs.folder();
-                let mut command = mpirun.command(self.size, folder, &self.program, arguments)?;
+                let control = Control::new(&run, self.size)?;
+                let folders = [self.outputs.folder(), control.folder()];
+                let mut command = mpirun.command(self.size, folders, &self.program, arguments)?;
                 prepare(&mut command);
-                Job::through_mpirun(command, folder)
+                Job::through_mpirun(command, control)
             }
             None => Job::of_ranks(self.size, |rank| {
                 let mut command = Process::new(&self.program);
@@ -152,7 +155,7 @@ impl Launch {
                 command.env("WARPSTEP_LOCAL_RANK", rank.to_string());
                 command.env("WARPSTEP_LOCAL_WORLD_SIZE", self.size.to_string());
                 if rank > 0 {
-                    let [out, err] = self.outputs.open(rank)?;
+                    let [out, err] = outputs::open(self.outputs.folder(), rank)?;
                     command.stdout(out).stderr(err);
                 }
                 Ok(command)
@@ -205,9 +208,4 @@ fn exit_code(status: ExitStatus) -> u8 {
     use std::os::unix::process::ExitStatusExt;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
-}
-
-/// Where the process of a rank writes its number.
-fn pid_file(folder: &Path, rank: usize) -> PathBuf {
-    folder.join(format!(".rank-{rank}.pid"))
 }

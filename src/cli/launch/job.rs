@@ -1,15 +1,15 @@
 //! The processes of one attempt: none outlives the launcher, and the first failure ends all.
 
+use std::mem::MaybeUninit;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGKILL, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::control::Control;
 use super::outputs::Attempt;
-use super::pid_file;
 use crate::error::{Error, Result};
 
 /// Between two looks.
@@ -34,8 +34,17 @@ pub(super) enum End {
 /// Processes, each in a group of its own with all that it starts.
 pub(super) struct Job {
     children: Vec<Member>,
-    /// Where the ranks that mpirun started write their numbers; none where the children are the ranks.
-    pids: Option<PathBuf>,
+    /// What the ranks that mpirun started tell; none where the children are the ranks.
+    control: Option<Control>,
+}
+
+/// A signal of the user's.
+struct Interrupt {
+    signal: i32,
+    /// How many there were.
+    times: u32,
+    /// The processes that it was passed on to.
+    told: Vec<i32>,
 }
 
 struct Member {
@@ -46,7 +55,7 @@ struct Member {
 impl Job {
     /// A process a rank.
     pub fn of_ranks(size: usize, mut command: impl FnMut(usize) -> Result<Command>) -> Result<Self> {
-        let mut job = Job { children: Vec::with_capacity(size), pids: None };
+        let mut job = Job { children: Vec::with_capacity(size), control: None };
         for rank in 0..size {
             // Those that started are ended where one cannot be.
             job.start(command(rank)?, SIGKILL)?;
@@ -55,8 +64,8 @@ impl Job {
     }
 
     /// mpirun, which starts the ranks. It hears of the launcher's end in time to end them.
-    pub fn through_mpirun(command: Command, folder: &Path) -> Result<Self> {
-        let mut job = Job { children: Vec::new(), pids: Some(folder.to_owned()) };
+    pub fn through_mpirun(command: Command, control: Control) -> Result<Self> {
+        let mut job = Job { children: Vec::new(), control: Some(control) };
         job.start(command, SIGTERM)?;
         Ok(job)
     }
@@ -76,14 +85,17 @@ impl Job {
     pub fn wait(mut self, signals: &mut Signals, outputs: &Attempt<'_>) -> Result<End> {
         let mut failed: Option<Instant> = None;
         let mut sent = None;
-        let mut interrupted: Option<(i32, u32)> = None;
+        let mut interrupted: Option<Interrupt> = None;
         while self.look()? {
             for signal in signals.pending() {
-                let times = interrupted.map_or(1, |(_, times)| times + 1);
-                interrupted = Some((signal, times));
-                self.signal(if times >= LAST_SIGNAL { SIGKILL } else { signal });
+                let times = interrupted.as_ref().map_or(1, |interrupt| interrupt.times + 1);
+                interrupted = Some(Interrupt { signal, times, told: Vec::new() });
             }
-            let failure = self.ended().any(|(_, status)| !status.success());
+            if let Some(interrupt) = &mut interrupted {
+                self.pass_on(interrupt);
+            }
+            // mpirun ends the others itself.
+            let failure = self.control.is_none() && self.ended().iter().any(|(_, status)| !status.success());
             if failure && interrupted.is_none() {
                 let since = failed.get_or_insert_with(Instant::now).elapsed();
                 if since > SETTLE + GRACE && sent != Some(SIGKILL) {
@@ -96,7 +108,7 @@ impl Job {
             }
             std::thread::sleep(GLANCE);
         }
-        let interrupted = interrupted.map(|(signal, _)| signal).or_else(|| signals.pending().next());
+        let interrupted = interrupted.map(|interrupt| interrupt.signal).or_else(|| signals.pending().next());
         if let Some(signal) = interrupted {
             return Ok(End::Interrupted(signal));
         }
@@ -107,7 +119,9 @@ impl Job {
     fn look(&mut self) -> Result<bool> {
         let mut running = false;
         for member in &mut self.children {
-            if member.status.is_none() {
+            if member.status.is_none() && has_ended(&member.child) {
+                // What it started and left goes with it. Until it is waited for, the number is its own.
+                send(-(member.child.id() as i32), SIGKILL);
                 member.status = member.child.try_wait().map_err(|e| Error::io("wait for", "a rank", e))?;
             }
             running |= member.status.is_none();
@@ -115,54 +129,77 @@ impl Job {
         Ok(running)
     }
 
-    fn ended(&self) -> impl Iterator<Item = (usize, ExitStatus)> {
-        self.children.iter().enumerate().filter_map(|(at, member)| Some((at, member.status?)))
+    /// The ranks that have ended, in order where that is known.
+    fn ended(&self) -> Vec<(usize, ExitStatus)> {
+        match &self.control {
+            Some(control) => control.ended(),
+            None => {
+                self.children.iter().enumerate().filter_map(|(rank, member)| Some((rank, member.status?))).collect()
+            }
+        }
     }
 
-    /// Whose failure it was: one that a signal ended (but for those that we ended so), one with another code than those that stop
-    /// for others have, one that printed an error, rank 0, which every user sees, or any.
+    /// Whose failure it was: one that a signal ended, one with another code than those that stop for others have, one that
+    /// printed an error, rank 0, which every user sees, or any; of each kind none before the others that was ended for another's sake.
     fn culprit(&self, outputs: &Attempt<'_>, ended_by_us: bool) -> End {
-        let failed: Vec<(usize, ExitStatus)> = self.ended().filter(|(_, status)| !status.success()).collect();
-        let Some(&(_, first)) = failed.first() else { return End::Done };
-        if self.pids.is_some() {
-            return End::Failed { rank: outputs.ranks().find(|&rank| outputs.has_error(rank)), status: first };
-        }
-        let ours = |status: ExitStatus| ended_by_us && matches!(status.signal(), Some(SIGTERM | SIGKILL));
+        let failed: Vec<_> = self.ended().into_iter().filter(|(_, status)| !status.success()).collect();
+        let for_others = |status: ExitStatus| {
+            let signal = status.signal().or_else(|| status.code().map(|code| code - 128));
+            match signal {
+                Some(SIGTERM) => ended_by_us || self.control.is_some(),
+                Some(SIGKILL) => ended_by_us,
+                _ => false,
+            }
+        };
         let rank_of = |wanted: &dyn Fn(usize, ExitStatus) -> bool| {
-            failed.iter().find(|(rank, status)| !ours(*status) && wanted(*rank, *status))
+            failed.iter().find(|(rank, status)| !for_others(*status) && wanted(*rank, *status))
         };
         let found = rank_of(&|_, status| status.signal().is_some())
-            .or_else(|| rank_of(&|_, status| !matches!(status.code(), Some(1 | 143))))
+            .or_else(|| rank_of(&|_, status| status.code() != Some(1)))
             .or_else(|| rank_of(&|rank, _| rank > 0 && outputs.has_error(rank)))
+            .or_else(|| rank_of(&|rank, _| rank == 0))
             .or_else(|| rank_of(&|_, _| true))
             .or(failed.first());
-        found.map_or(End::Done, |&(rank, status)| End::Failed { rank: Some(rank), status })
+        if let Some(&(rank, status)) = found {
+            return End::Failed { rank: Some(rank), status };
+        }
+        // mpirun may fail by itself.
+        let status = self.children.iter().filter_map(|member| member.status).find(|status| !status.success());
+        status.map_or(End::Done, |status| End::Failed { rank: None, status })
     }
 
-    /// Passes the user's signal on. Ranks under mpirun get it from us: it would kill them a second later.
-    fn signal(&self, signal: i32) {
-        let ranks = self.pids.as_deref().map(pids).unwrap_or_default();
-        for pid in &ranks {
-            send(*pid, signal);
+    /// Passes the user's signal on. Ranks under mpirun get it from us, for mpirun would kill them a second later; one that has
+    /// just begun, as soon as it is known.
+    fn pass_on(&self, interrupt: &mut Interrupt) {
+        if interrupt.times >= LAST_SIGNAL {
+            return self.kill();
         }
-        if ranks.is_empty() || signal == SIGKILL {
-            self.send_groups(signal);
+        let running = match &self.control {
+            Some(control) => control.pids(),
+            None => self.groups().collect(),
+        };
+        for pid in running {
+            if !interrupt.told.contains(&pid) {
+                send(pid, interrupt.signal);
+                interrupt.told.push(pid);
+            }
         }
     }
 
     /// Asks all to end.
     fn end(&self) {
-        self.send_groups(SIGTERM);
+        self.groups().for_each(|group| send(group, SIGTERM));
     }
 
     fn kill(&self) {
-        self.signal(SIGKILL);
+        let ranks = self.control.as_ref().map(Control::pids).unwrap_or_default();
+        ranks.into_iter().chain(self.groups()).for_each(|pid| send(pid, SIGKILL));
     }
 
-    fn send_groups(&self, signal: i32) {
-        for member in self.children.iter().filter(|member| member.status.is_none()) {
-            send(-(member.child.id() as i32), signal);
-        }
+    /// The groups of the children that run, as `kill` takes them.
+    fn groups(&self) -> impl Iterator<Item = i32> {
+        let running = self.children.iter().filter(|member| member.status.is_none());
+        running.map(|member| -(member.child.id() as i32))
     }
 }
 
@@ -175,19 +212,19 @@ impl Drop for Job {
                 let _ = member.child.wait();
             }
         }
-        if let Some(folder) = &self.pids {
-            (0..)
-                .map(|rank| pid_file(folder, rank))
-                .take_while(|path| std::fs::remove_file(path).is_ok())
-                .for_each(drop);
-        }
     }
 }
 
-/// The ranks that have begun.
-fn pids(folder: &Path) -> Vec<i32> {
-    let read = |rank| std::fs::read_to_string(pid_file(folder, rank)).ok();
-    (0..).map_while(read).filter_map(|text| text.trim().parse().ok()).filter(|&pid| pid > 1).collect()
+/// Whether a child has ended, without waiting for it. An error is left to whoever waits.
+fn has_ended(child: &Child) -> bool {
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the system writes into room of the type that it asks for; zeros, which it leaves where the child runs, are a value of
+    // that type.
+    unsafe {
+        let status = libc::waitid(libc::P_PID, child.id(), info.as_mut_ptr(), options);
+        status != 0 || info.assume_init().si_pid() != 0
+    }
 }
 
 /// A process that is gone already is not missed.

@@ -68,21 +68,20 @@ fn kind_of(told: &str) -> Option<Kind> {
 
 impl Mpirun {
     /// What starts `size` ranks of a program, each through `warpstep launch-rank`, which keeps their outputs apart.
-    pub fn command(&self, size: usize, logs: &Path, program: &Path, arguments: &[OsString]) -> Result<Command> {
+    pub fn command(
+        &self,
+        size: usize,
+        [logs, control]: [&Path; 2],
+        program: &Path,
+        arguments: &[OsString],
+    ) -> Result<Command> {
         let own = std::env::current_exe().map_err(|e| Error::io("find", "warpstep", e))?;
         let mut command = Command::new(&self.path);
         // SAFETY: it takes nothing, and cannot fail.
         let root = unsafe { libc::geteuid() } == 0;
         command.args(self.kind.options(root)).arg("-np").arg(size.to_string());
-        command
-            .arg(own)
-            .arg("launch-rank")
-            .arg("--logs")
-            .arg(logs)
-            .arg("--program")
-            .arg(program)
-            .arg("--")
-            .args(arguments);
+        command.arg(own).arg("launch-rank").arg("--logs").arg(logs).arg("--control").arg(control);
+        command.arg("--program").arg(program).arg("--").args(arguments);
         Ok(command)
     }
 }

@@ -24,12 +24,19 @@ pub(super) struct Attempt<'a> {
 }
 
 /// The file of a rank.
-pub(super) fn file(folder: &Path, rank: usize) -> PathBuf {
+fn file(folder: &Path, rank: usize) -> PathBuf {
     folder.join(format!("rank-{rank}.log"))
 }
 
+/// The file of a rank, as its standard output and its standard error.
+pub(super) fn open(folder: &Path, rank: usize) -> Result<[File; 2]> {
+    let out = append(folder, rank)?;
+    let err = out.try_clone().map_err(|e| Error::io("open", file(folder, rank), e))?;
+    Ok([out, err])
+}
+
 /// Opens the file of a rank, at its end.
-pub(super) fn append(folder: &Path, rank: usize) -> Result<File> {
+fn append(folder: &Path, rank: usize) -> Result<File> {
     let path = file(folder, rank);
     OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io("open", path, e))
 }
@@ -44,13 +51,6 @@ impl Outputs {
 
     pub fn folder(&self) -> &Path {
         &self.folder
-    }
-
-    /// Standard output and standard error of a rank.
-    pub fn open(&self, rank: usize) -> Result<[File; 2]> {
-        let out = append(&self.folder, rank)?;
-        let err = out.try_clone().map_err(|e| Error::io("open", file(&self.folder, rank), e))?;
-        Ok([out, err])
     }
 
     /// Marks in every file where an attempt begins.
@@ -73,14 +73,9 @@ impl Attempt<'_> {
         self.tail(rank).iter().any(|line| line.starts_with("error:") || line.contains("panicked at"))
     }
 
-    /// Ranks with a file.
-    pub fn ranks(&self) -> std::ops::Range<usize> {
-        1..self.starts.len()
-    }
-
     /// What the user is told of a rank that failed, in whole lines.
     pub fn report(&self, rank: Option<usize>, how: &str) -> String {
-        let Some(rank) = rank else { return format!("error: a rank failed: mpirun {how}\n") };
+        let Some(rank) = rank else { return format!("error: mpirun {how}\n") };
         let tail = if rank == 0 { Vec::new() } else { self.tail(rank) };
         if tail.is_empty() {
             return format!("error: rank {rank} {how}\n");
