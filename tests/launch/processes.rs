@@ -168,11 +168,29 @@ fn signals_of_the_user_reach_all_and_every_rank_ends_in_its_own_time() {
 }
 
 #[test]
-fn a_killed_launcher_leaves_no_rank_behind() {
+fn the_user_s_third_signal_ends_even_those_that_hear_none() {
     for kind in three() {
         let folder = tempfile::tempdir().unwrap();
         let script = format!("{RANK} trap '' TERM INT; echo $$ > pid-$r; while :; do sleep 0.05; done");
         let mut child = start(&mut launch(folder.path(), &kind, &script));
+        wait_for("ranks that begin", || pids(folder.path()).iter().all(|pid| !pid.is_empty()));
+        for _ in 0..3 {
+            signal(&child, libc::SIGINT);
+            // Two that come together are one.
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{kind:?}");
+        assert!(pids(folder.path()).iter().all(|pid| !lives(pid)), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_killed_launcher_leaves_no_rank_behind() {
+    for kind in three() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!("{RANK} trap '' TERM INT; echo $$ > pid-$r; while :; do sleep 0.05; done");
+        // What a launcher leaves that is killed goes with the folder.
+        let mut child = start(launch(folder.path(), &kind, &script).env("TMPDIR", folder.path()));
         wait_for("ranks that begin", || pids(folder.path()).iter().all(|pid| !pid.is_empty()));
         signal(&child, libc::SIGKILL);
         child.wait().unwrap();
