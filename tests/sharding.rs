@@ -114,10 +114,13 @@ fn gives_the_bits_of_one_process(text: &str, worlds: &[usize], levels: &[&str]) 
     }
 }
 
-/// The records of a run: split, loss, gradient norm, share of steps that were clipped, and of gradients that were clamped.
-fn losses(out: &Path) -> Vec<(SplitName, f64, Option<f64>, Option<f64>, Option<f64>)> {
+/// A record: split, loss; gradient norm, share of steps that were clipped, and of gradients that were clamped.
+type Figures = (SplitName, f64, [Option<f64>; 3]);
+
+/// The records of a run.
+fn losses(out: &Path) -> Vec<Figures> {
     let records = read_metrics(&out.join("metrics.jsonl")).unwrap();
-    records.into_iter().map(|r| (r.split, r.loss, r.grad_norm, r.clipped, r.clamped)).collect()
+    records.into_iter().map(|r| (r.split, r.loss, [r.grad_norm, r.clipped, r.clamped])).collect()
 }
 
 /// A run of digits through a small network, whose matrices are several pieces of an update; buckets hold about one each.
