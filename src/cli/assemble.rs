@@ -27,6 +27,13 @@ const PADDING: i32 = 0;
 impl RunFileArgs {
     /// Reads the run file with the overrides applied, and sets the threads up.
     pub fn read(&self) -> Result<RunFile> {
+        let run = self.parse()?;
+        set_threads(&run);
+        Ok(run)
+    }
+
+    /// Reads the run file with the overrides applied.
+    pub fn parse(&self) -> Result<RunFile> {
         let mut set = self.set.clone();
         if let Some(device) = &self.device {
             set.push(format!("run.device={device:?}"));
@@ -34,9 +41,7 @@ impl RunFileArgs {
         if let Some(threads) = self.threads {
             set.push(format!("run.threads={threads}"));
         }
-        let run = RunFile::read(&self.file, &set)?;
-        set_threads(&run);
-        Ok(run)
+        RunFile::read(&self.file, &set)
     }
 }
 

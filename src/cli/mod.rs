@@ -8,6 +8,7 @@ mod doctor;
 mod dry_run;
 mod eval;
 mod generate;
+mod launch;
 mod plan;
 mod plot;
 mod predict;
@@ -52,6 +53,11 @@ enum Command {
     Plan(plan::Options),
     /// Time whole steps and the update alone
     Bench(bench::Options),
+    /// Start several processes on this machine that train one model
+    Launch(launch::Options),
+    /// What mpirun starts for `launch`
+    #[command(hide = true)]
+    LaunchRank(launch::RankOptions),
     /// Tell what of CUDA is on this machine, whether it works, and what installs the rest
     Doctor(doctor::Options),
     /// Completions for a shell
@@ -97,6 +103,8 @@ pub fn main() -> ExitCode {
         Command::VerifyResume(options) => verify::run(options),
         Command::Plan(options) => plan::run(options),
         Command::Bench(options) => bench::run(&options),
+        Command::Launch(options) => launch::run(options),
+        Command::LaunchRank(options) => launch::run_rank(&options),
         Command::Doctor(options) => doctor::run(&options),
         Command::Completions(options) => completions::run(&options),
     };

@@ -71,6 +71,14 @@ pub(crate) struct Options {
     quiet: bool,
 }
 
+impl Options {
+    /// The run folder. The run file is read, and nothing else is done.
+    pub(super) fn folder(&self) -> Result<PathBuf> {
+        let run_file = self.run.parse()?;
+        Ok(self.out.clone().unwrap_or(run_file.out))
+    }
+}
+
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let mut options = options;

@@ -252,12 +252,14 @@ fn below(rank_name: &str, rank: usize, size_name: &str, size: usize) -> Result<(
 
 /// The launcher's own name of the run.
 fn run_name(vars: &Variables<'_>, how: Launcher) -> String {
+    if let Some(name) = vars.text("WARPSTEP_RUN") {
+        return name;
+    }
     let names: &[&str] = match how {
-        Launcher::Warpstep => &["WARPSTEP_RUN"],
         Launcher::Torchrun => &["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"],
         Launcher::OpenMpi => &["PMIX_NAMESPACE"],
         Launcher::Slurm => &["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"],
-        Launcher::Alone | Launcher::Mpich | Launcher::Kubernetes => &[],
+        Launcher::Alone | Launcher::Warpstep | Launcher::Mpich | Launcher::Kubernetes => &[],
     };
     let parts: Vec<String> = names.iter().filter_map(|name| vars.text(name)).collect();
     parts.join(".")

@@ -3,6 +3,8 @@
 //! `model-00002-of-00004.safetensors` holds what the second of four processes has of the tensors: of each, at most one piece, as a
 //! vector called `NAME:FIRST`, whose elements are those of the tensor from number FIRST on. The file's metadata tells the tensors'
 //! whole shapes. So a file can be read by any reader of safetensors, and the whole by any number of processes.
+//!
+//! Hugging Face gives the files of large models the same names; theirs tell no shapes, and each holds some tensors whole.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -195,13 +197,18 @@ fn split(stem: &str) -> Option<(&str, usize, usize)> {
 /// # Errors
 /// A part that cannot be read or is damaged, or pieces that do not make up their tensors.
 pub fn read(parts: &[PathBuf]) -> Result<TensorMap> {
+    let mut whole = TensorMap::new();
     let mut pieces: BTreeMap<String, Vec<(usize, Vec<f32>)>> = BTreeMap::new();
     let mut shapes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     for path in parts {
         let (tensors, metadata) = tensors::read_file(path)?;
-        let told = metadata.get(SHAPES).and_then(|text| serde_json::from_str(text).ok());
-        let told: BTreeMap<String, Vec<usize>> = told.ok_or_else(|| {
-            Error::checkpoint(path, format!("expected the shapes of its tensors in metadata `{SHAPES}`, found none"))
+        let Some(told) = metadata.get(SHAPES) else {
+            whole.extend(tensors);
+            continue;
+        };
+        let told: BTreeMap<String, Vec<usize>> = serde_json::from_str(told).map_err(|e| {
+            let expected = format!("expected the shapes of its tensors in metadata `{SHAPES}`");
+            Error::checkpoint(path, format!("{expected}, found a damaged list ({e})"))
         })?;
         shapes.extend(told);
         for (name, tensor) in tensors {
@@ -211,7 +218,6 @@ pub fn read(parts: &[PathBuf]) -> Result<TensorMap> {
             pieces.entry(of.to_owned()).or_default().push((first, tensor.values));
         }
     }
-    let mut whole = TensorMap::new();
     for (name, mut of) in pieces {
         of.sort_by_key(|(first, _)| *first);
         let shape = shapes.remove(&name).unwrap_or_default();
@@ -243,6 +249,19 @@ mod tests {
             values: TensorMap::from([(format!("{name}:{first}"), tensor)]),
             shapes: BTreeMap::from([(name.to_owned(), shape.to_vec())]),
         }
+    }
+
+    #[test]
+    fn a_large_model_of_hugging_face_is_read_from_any_of_its_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |rank| folder.path().join(part_name("model", rank, 2));
+        let tensor = |value| HostTensor { shape: vec![1, 1], values: vec![value] };
+        for (rank, name) in ["a", "b"].into_iter().enumerate() {
+            let tensors = TensorMap::from([(name.to_owned(), tensor(rank as f32))]);
+            tensors::write(&path(rank), &tensors, HashMap::new()).unwrap();
+        }
+        let read = tensors::read(&path(1)).unwrap();
+        assert_eq!(read, TensorMap::from([("a".to_owned(), tensor(0.0)), ("b".to_owned(), tensor(1.0))]));
     }
 
     #[test]

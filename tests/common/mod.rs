@@ -57,7 +57,7 @@ pub fn tensor_hashes(run: &Path) -> Vec<(String, String)> {
     let mut hashes = Vec::new();
     for file in ["model.safetensors", "optimizer.safetensors", "ema.safetensors"] {
         let path = checkpoint.join(file);
-        if path.is_file() {
+        if tensors::exists(&path) {
             for (name, tensor) in tensors::read(&path).unwrap() {
                 hashes.push((format!("{file}: {name}"), tensors::hash(&tensor).to_hex().to_string()));
             }

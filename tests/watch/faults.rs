@@ -3,8 +3,8 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::common::fresh_seed;
-use super::rank::STEP;
+use super::common::{fresh_seed, warpstep};
+use super::rank::{HOST, STEP};
 use super::team::{End, Team, free_port};
 use warpstep::parallel::world::host_name;
 use warpstep::random::{Philox, Purpose};
@@ -29,14 +29,23 @@ fn each_try(trouble: &'static str, timeout: f64, check: impl Fn(usize, &[End]) +
     }
 }
 
-fn one_try(trouble: &str, victim: usize, timeout: f64) -> Vec<End> {
+/// A team on this machine, or as if on these.
+fn start(trouble: &str, victim: usize, timeout: f64, hosts: &[&str]) -> Team {
     let mut team = Team::new(trouble, victim);
     let port = free_port();
-    for _ in 0..SIZE {
+    for rank in 0..SIZE {
         let mut command = team.command(&[]);
         command.env("WARPSTEP_TIMEOUT", timeout.to_string());
+        if let Some(host) = hosts.get(rank) {
+            command.env(HOST, host);
+        }
         team.start(command, SIZE, "127.0.0.1", port);
     }
+    team
+}
+
+fn one_try(trouble: &str, victim: usize, timeout: f64) -> Vec<End> {
+    let team = start(trouble, victim, timeout, &[]);
     let began = Instant::now();
     let ends = team.ends();
     println!("{trouble}, rank {victim}: all ended {:?} after the last was started", began.elapsed());
@@ -84,6 +93,47 @@ fn a_stopped_rank_ends_all_within_the_timeout_ten_times_of_ten() {
         );
         others_stopped(ends, victim, &sentence);
     });
+}
+
+#[test]
+fn where_rank_0_falls_silent_a_rank_of_another_machine_speaks_and_where_it_died_the_lowest_does() {
+    let hosts = ["first", "first", "second", "second"];
+    for (trouble, timeout, speaker) in [("stopped", 1.6, 2), ("killed", 60.0, 1)] {
+        let ends = start(trouble, 0, timeout, &hosts).ends();
+        for (rank, end) in ends.iter().enumerate().skip(1) {
+            assert_eq!(
+                (end.code, end.stderr.is_empty()),
+                (Some(1), rank != speaker),
+                "{trouble} rank {rank}: {ends:#?}"
+            );
+            assert!(end.log.contains("rank 0 on host first"), "{ends:#?}");
+        }
+    }
+}
+
+#[test]
+fn a_death_is_the_cause_where_others_fail_by_it_ten_times_of_ten() {
+    each_try("killed and missed", 60.0, |victim, ends| {
+        let sentence = format!("error: rank {victim} on host {} died after step {STEP}; 3 other ranks", host_name());
+        for (rank, end) in ends.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+            // Where rank 0 is gone before it was told, each has but its own error to tell.
+            let alone = victim == 0 && (end.code, end.stderr.as_str()) == (Some(3), "error: the loss is not finite\n");
+            let spoke = end.stderr.starts_with(&sentence) && end.stderr.lines().count() == 1;
+            let told = if rank == usize::from(victim == 0) { spoke } else { end.stderr.is_empty() };
+            assert!(alone || (end.code == Some(1) && told && end.log.starts_with(&sentence)), "rank {rank}: {ends:#?}");
+        }
+    });
+}
+
+#[test]
+fn a_job_that_is_suspended_as_a_whole_goes_on() {
+    let team = start("late", 3, 1.0, &[]);
+    team.wait_until_ready();
+    team.signal(libc::SIGSTOP);
+    std::thread::sleep(Duration::from_millis(1500));
+    team.signal(libc::SIGCONT);
+    let ends = team.ends();
+    assert!(ends.iter().all(|end| end.code == Some(0) && end.stderr.is_empty()), "{ends:#?}");
 }
 
 #[test]
@@ -145,6 +195,23 @@ fn ranks_may_end_at_other_times_and_one_that_moves_is_left_alone() {
     }
 }
 
+/// The lines of one try under a launcher, each rank's death of which it hears by itself as well.
+fn under(launcher: &[&str], victim: usize) -> (Option<i32>, Vec<String>) {
+    let team = Team::new("killed", victim);
+    let mut command = team.command(launcher);
+    let output = command.current_dir(team.folder.path()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    (output.status.code(), stderr.lines().map(str::to_owned).collect())
+}
+
+fn has_mpirun() -> bool {
+    let has = Command::new("mpirun").arg("--version").output().is_ok_and(|output| output.status.success());
+    if !has {
+        println!("skipped: no mpirun here");
+    }
+    has
+}
+
 #[test]
 fn under_mpirun_the_sentence_is_out_before_its_signals_and_they_are_not_the_user_s() {
     let open_mpi = Command::new("mpirun")
@@ -158,16 +225,36 @@ fn under_mpirun_the_sentence_is_out_before_its_signals_and_they_are_not_the_user
     let draw = Philox::new(fresh_seed(), Purpose::Sampling, 1);
     for number in 0..5 {
         let victim = draw.below(number, SIZE as u64) as usize;
-        let team = Team::new("killed", victim);
-        let count = SIZE.to_string();
-        let root = ["--allow-run-as-root", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-q", "-np", &count];
-        let output = team.command(&[&["mpirun"][..], &root[..]].concat()).output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
+        let options =
+            ["mpirun", "--allow-run-as-root", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-np", "4"];
+        let (code, lines) = under(&options, victim);
+        let errors: Vec<&String> = lines.iter().filter(|line| line.starts_with("error:")).collect();
         let sentence =
             format!("error: rank {victim} on host {} died after step {STEP}; 3 other ranks stopped", host_name());
-        let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error:")).collect();
-        assert!(matches!(lines.as_slice(), [line] if line.starts_with(&sentence)), "{stderr}");
-        assert!(!output.status.success());
-        std::thread::sleep(Duration::from_millis(10));
+        assert!(matches!(errors.as_slice(), [line] if line.starts_with(&sentence)), "{lines:#?}");
+        assert_eq!(code, Some(137));
+    }
+}
+
+#[test]
+fn under_launch_the_sentence_comes_first_and_then_the_signal_that_ended_the_rank() {
+    let warpstep = warpstep().get_program().to_str().unwrap().to_owned();
+    for kind in ["--gpus", "--cpus"] {
+        if kind == "--cpus" && !has_mpirun() {
+            continue;
+        }
+        for victim in [0, 2, 3] {
+            let (code, lines) = under(&[&warpstep, "launch", kind, "4", "--program"], victim);
+            let sentence =
+                format!("rank {victim} on host {} died after step {STEP}; 3 other ranks stopped", host_name());
+            let mut lines = lines.iter();
+            // Rank 0 speaks here; where it is the one, the next speaks into its file, which the launcher then shows.
+            if victim > 0 {
+                assert!(lines.next().is_some_and(|line| line.starts_with(&format!("error: {sentence}"))), "{lines:?}");
+            }
+            let ended = format!("error: rank {victim} was ended by SIGKILL");
+            assert!(lines.any(|line| line.starts_with(&ended)), "{lines:?}");
+            assert_eq!(code, Some(137), "{kind}, rank {victim}");
+        }
     }
 }

@@ -76,7 +76,7 @@ fn run(trouble: &str) -> warpstep::Result<i32> {
         return Ok(follow(trouble, watch, &world, &term));
     }
     match trouble {
-        "killed" => signal_self(libc::SIGKILL),
+        "killed" | "killed and missed" => signal_self(libc::SIGKILL),
         "stopped" => signal_self(libc::SIGSTOP),
         "panics" => panic!("a rank's own end"),
         "stuck" => std::thread::sleep(Duration::from_secs(3600)),
@@ -106,6 +106,10 @@ fn follow(trouble: &str, watch: Watch, world: &World, term: &AtomicBool) -> i32 
         std::thread::sleep(Duration::from_millis(20 * world.rank as u64));
         watch.goodbye();
         return 0;
+    }
+    if trouble == "killed and missed" {
+        // As MPI may return an error before the watch has seen why.
+        return fail(watch);
     }
     let _waiting = watch.communicating();
     loop {

@@ -81,6 +81,23 @@ impl Team {
         self.folder.path().join(format!("stderr-{rank}"))
     }
 
+    /// Waits until every rank has done its steps.
+    pub fn wait_until_ready(&self) {
+        let began = Instant::now();
+        while !(0..self.ranks.len()).all(|rank| self.folder.path().join(format!("ready-{rank}")).exists()) {
+            assert!(began.elapsed() < PATIENCE, "ranks did not begin");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Sends all of them a signal.
+    pub fn signal(&self, signal: i32) {
+        for rank in &self.ranks {
+            // SAFETY: a child that was not waited for.
+            unsafe { libc::kill(rank.id() as i32, signal) };
+        }
+    }
+
     /// Waits for all but those that a stop keeps from ending, which are killed.
     pub fn ends(mut self) -> Vec<End> {
         let began = Instant::now();

@@ -209,7 +209,9 @@ impl Watcher {
                 }
                 self.send(from, &Message::Goodbye);
                 for rank in 1..self.links.len() {
-                    self.send(rank, &Message::Ended(from));
+                    if !self.seen[rank].ended {
+                        self.send(rank, &Message::Ended(from));
+                    }
                 }
             }
             Message::Error { text, step } => {

@@ -1,0 +1,211 @@
+//! `warpstep launch`: several processes on this machine, that train together.
+
+mod control;
+mod job;
+mod mpirun;
+mod outputs;
+mod rank;
+
+use std::ffi::OsString;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::{Command as Process, ExitCode, ExitStatus, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::{Args, Parser};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::{Cli, Command};
+use crate::error::{Error, Result};
+use control::Control;
+use job::{End, Job};
+use outputs::Outputs;
+pub(crate) use rank::{Options as RankOptions, run as run_rank};
+
+/// Options of `launch`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  warpstep launch --gpus 8 -- train run.toml
+  warpstep launch --gpus 8 --restarts 3 --timeout 120 -- train run.toml --out runs/large
+  warpstep launch --cpus 4 -- train run.toml --device cpu
+  warpstep launch --gpus 2 -- train run.toml --device emulated
+
+Rank 0 speaks here; the output of every other rank goes to LOGS/rank-N.log. The first rank that fails ends all.")]
+pub(crate) struct Options {
+    /// One process a GPU, this many
+    #[arg(long, value_name = "N", conflicts_with = "cpus", required_unless_present = "cpus")]
+    gpus: Option<NonZeroUsize>,
+    /// This many processes on the CPU, through mpirun
+    #[arg(long, value_name = "N")]
+    cpus: Option<NonZeroUsize>,
+    /// Start all again from the last checkpoint, up to R times, after a rank failed
+    #[arg(long, value_name = "R", default_value_t = 0)]
+    restarts: u32,
+    /// Seconds that a rank may be silent or stuck until the others stop (60 where not given)
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    timeout: Option<f64>,
+    /// Folder of the ranks' outputs (`logs` in the run folder where not given)
+    #[arg(long, value_name = "DIR")]
+    log_dir: Option<PathBuf>,
+    /// Start this program, such as one that uses the library, instead of Warpstep itself
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+    /// The command of every process
+    #[arg(last = true, value_name = "train RUN.toml ..", required_unless_present = "program")]
+    arguments: Vec<OsString>,
+}
+
+fn seconds(text: &str) -> std::result::Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=1e9).contains(seconds));
+    seconds.ok_or_else(|| "expected seconds, 0.1 or more".to_owned())
+}
+
+/// Runs it.
+pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
+    let (ours, logs) = match &options.program {
+        Some(_) => (false, PathBuf::from("logs")),
+        None => match Cli::try_parse_from(std::iter::once(OsString::from("warpstep")).chain(options.arguments.clone()))
+        {
+            // What every process would say is said once.
+            Ok(Cli { command: Command::Train(train) }) => (true, train.folder()?.join("logs")),
+            Ok(_) => {
+                let found = options.arguments[0].to_string_lossy().into_owned();
+                return Err(Error::config("launch", format!("found {found:?}, expected `train RUN.toml`")).into());
+            }
+            Err(error) => {
+                let code = if error.use_stderr() { 2 } else { 0 };
+                error.print()?;
+                return Ok(ExitCode::from(code));
+            }
+        },
+    };
+    let launch = Launch {
+        size: options.gpus.or(options.cpus).map_or(1, NonZeroUsize::get),
+        mpirun: options.cpus.map(|_| mpirun::find(ours)).transpose()?,
+        program: match options.program {
+            Some(program) => program,
+            None => std::env::current_exe().map_err(|e| Error::io("find", "warpstep", e))?,
+        },
+        arguments: options.arguments,
+        timeout: options.timeout,
+        outputs: Outputs::new(options.log_dir.unwrap_or(logs))?,
+    };
+    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(|e| Error::io("listen to", "signals", e))?;
+    launch.run(options.restarts, ours, signals)
+}
+
+/// What is started, every time.
+struct Launch {
+    size: usize,
+    mpirun: Option<mpirun::Mpirun>,
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    timeout: Option<f64>,
+    outputs: Outputs,
+}
+
+impl Launch {
+    fn run(&self, restarts: u32, ours: bool, mut signals: Signals) -> anyhow::Result<ExitCode> {
+        for attempt in 0..=restarts {
+            let outputs = self.outputs.begin(attempt, self.size)?;
+            let arguments = if ours && attempt > 0 { resuming(&self.arguments) } else { self.arguments.clone() };
+            let job = self.start(attempt, &arguments)?;
+            let (rank, status) = match job.wait(&mut signals, &outputs)? {
+                End::Done => return Ok(ExitCode::SUCCESS),
+                End::Interrupted(signal) => return Ok(ExitCode::from(128 + signal as u8)),
+                End::Failed { rank, status } => (rank, status),
+            };
+            eprint!("{}", outputs.report(rank, &how(status)));
+            let code = exit_code(status);
+            // Wrong input stays wrong.
+            if code == 2 || attempt == restarts {
+                return Ok(ExitCode::from(code));
+            }
+            eprintln!("restart {} of {restarts}, from the last checkpoint", attempt + 1);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn start(&self, attempt: u32, arguments: &[OsString]) -> Result<Job> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let run = format!("{}-{}-{attempt}", std::process::id(), now.as_millis());
+        let port = free_port()?;
+        let prepare = |command: &mut Process| {
+            command.env("WARPSTEP_ADDRESS", "127.0.0.1").env("WARPSTEP_PORT", port.to_string());
+            command.env("WARPSTEP_RUN", &run).env("WARPSTEP_RESTART", attempt.to_string()).stdin(Stdio::null());
+            if let Some(timeout) = self.timeout {
+                command.env("WARPSTEP_TIMEOUT", timeout.to_string());
+            }
+            share_machine(command, self.size);
+        };
+        match &self.mpirun {
+            Some(mpirun) => {
+                let control = Control::new(&run, self.size)?;
+                let folders = [self.outputs.folder(), control.folder()];
+                let mut command = mpirun.command(self.size, folders, &self.program, arguments)?;
+                prepare(&mut command);
+                Job::through_mpirun(command, control)
+            }
+            None => Job::of_ranks(self.size, |rank| {
+                let mut command = Process::new(&self.program);
+                command.args(arguments);
+                prepare(&mut command);
+                command.env("WARPSTEP_RANK", rank.to_string()).env("WARPSTEP_WORLD_SIZE", self.size.to_string());
+                command.env("WARPSTEP_LOCAL_RANK", rank.to_string());
+                command.env("WARPSTEP_LOCAL_WORLD_SIZE", self.size.to_string());
+                if rank > 0 {
+                    let [out, err] = outputs::open(self.outputs.folder(), rank)?;
+                    command.stdout(out).stderr(err);
+                }
+                Ok(command)
+            }),
+        }
+    }
+}
+
+/// The processes of a machine share its cores, and an emulated driver shows a device for each; where a user says otherwise, that
+/// stands.
+fn share_machine(command: &mut Process, size: usize) {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    for (name, value) in [("RAYON_NUM_THREADS", (cores / size).max(1)), ("WARPSTEP_EMULATOR_DEVICES", size)] {
+        if std::env::var_os(name).is_none() {
+            command.env(name, value.to_string());
+        }
+    }
+}
+
+/// A port of this machine that is free now. Who takes it before rank 0 does, makes it say so.
+fn free_port() -> Result<u16> {
+    let address = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
+    Ok(address.map_err(|e| Error::io("find a port of", "127.0.0.1", e))?.port())
+}
+
+/// The arguments of `train`, to go on with what the first attempt left, be it no checkpoint yet.
+fn resuming(arguments: &[OsString]) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = arguments.iter().filter(|one| *one != "--overwrite").cloned().collect();
+    if !arguments.iter().any(|one| one == "--resume") {
+        arguments.insert(1, "--resume".into());
+    }
+    arguments
+}
+
+/// `exited with code 2`, `was ended by SIGKILL`.
+fn how(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exited with code {code}"),
+        (None, Some(signal)) => {
+            let name = signal_hook::low_level::signal_name(signal).map_or_else(|| signal.to_string(), str::to_owned);
+            format!("was ended by {name}")
+        }
+        (None, None) => "ended".into(),
+    }
+}
+
+/// As a shell gives it.
+fn exit_code(status: ExitStatus) -> u8 {
+    use std::os::unix::process::ExitStatusExt;
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}

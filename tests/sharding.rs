@@ -1,0 +1,475 @@
+//! Processes that share a model's memory out: `parallel.shard` gives the bits of one process alone, checkpoints can be read by any
+//! number of them, and what a process takes of memory is what was planned.
+//!
+//! Real processes, which `mpirun` of Open MPI starts; where it is not there, or this build speaks no MPI, that is said.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::{fresh_seed, run, stderr, stdout, tensor_hashes, warpstep};
+use tempfile::TempDir;
+use warpstep::backend::Held;
+use warpstep::backend::cpu::Cpu;
+use warpstep::model::presets::GptOptions;
+use warpstep::model::{Input, Model};
+use warpstep::optim::{OptimizerOptions, Rule};
+use warpstep::parallel::{Shard, ShardingOptions};
+use warpstep::plan::Share;
+use warpstep::train::memory::{RunMemory, Wanted};
+use warpstep::train::metrics::{SplitName, read_metrics};
+use warpstep::train::step::{Trainer, TrainerParts};
+
+const LEVELS: [&str; 3] = ["optimizer", "gradients", "parameters"];
+
+/// Whether several processes can be started here; said, where not.
+fn mpi() -> bool {
+    if !cfg!(feature = "mpi") {
+        println!("skipped: several processes, for which this build has no MPI (cargo test --features mpi)");
+        return false;
+    }
+    let version = Command::new("mpirun").arg("--version").output();
+    let open_mpi = version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("Open MPI"));
+    if !open_mpi {
+        println!("skipped: several processes, which mpirun of Open MPI starts; it is not here");
+    }
+    open_mpi
+}
+
+/// A run file and the folders of its runs.
+struct Bed {
+    folder: TempDir,
+}
+
+impl Bed {
+    fn new(text: &str) -> Self {
+        let folder = TempDir::new().unwrap();
+        let seed = fresh_seed() % 1_000_000;
+        fs::write(folder.path().join("run.toml"), text.replace("SEED", &seed.to_string())).unwrap();
+        Bed { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn arguments(&self, out: &str, more: &[&str]) -> Vec<String> {
+        let (file, out) = (self.path("run.toml").display().to_string(), self.path(out).display().to_string());
+        let fixed = ["train", &file, "--threads", "1", "--quiet", "--out", &out].map(str::to_owned);
+        fixed.into_iter().chain(more.iter().map(|&argument| argument.to_owned())).collect()
+    }
+
+    /// Trains as one process.
+    fn alone(&self, out: &str, more: &[&str]) {
+        let output = warpstep().args(self.arguments(out, more)).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+
+    /// Trains as several processes that share out.
+    fn together(&self, world: usize, shard: &str, out: &str, more: &[&str]) {
+        let output = self.start(world, shard, out, more);
+        assert!(output.status.success(), "{world} processes, {shard}: {}", stderr(&output));
+    }
+
+    fn start(&self, world: usize, shard: &str, out: &str, more: &[&str]) -> Output {
+        let set = format!("parallel.shard=\"{shard}\"");
+        let program = warpstep().get_program().to_owned();
+        let arguments = self.arguments(out, &[&["--set", set.as_str()], more].concat());
+        mpirun().args(["-n", &world.to_string()]).arg(program).args(arguments).output().unwrap()
+    }
+
+    /// Makes the checkpoint of an earlier step the latest, as if the run had been ended there.
+    fn rewind(&self, out: &str, step: u64) {
+        let checkpoints = self.path(out).join("checkpoints");
+        fs::write(checkpoints.join("latest"), format!("step-{step:08}\n")).unwrap();
+        fs::remove_file(checkpoints.join("best")).unwrap();
+    }
+}
+
+fn mpirun() -> Command {
+    let mut command = Command::new("mpirun");
+    // As root in containers, with more processes than cores; none may outlive the test.
+    command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--timeout", "100"]);
+    command
+}
+
+/// Every sharding, at 2 and 4 processes, ends with the bits of one process.
+fn gives_the_bits_of_one_process(text: &str, worlds: &[usize], levels: &[&str]) {
+    if !mpi() {
+        return;
+    }
+    let bed = Bed::new(text);
+    bed.alone("alone", &[]);
+    let alone = tensor_hashes(&bed.path("alone"));
+    let losses = losses(&bed.path("alone"));
+    for &world in worlds {
+        for shard in levels {
+            let out = format!("{world}-{shard}");
+            bed.together(world, shard, &out, &[]);
+            assert_eq!(tensor_hashes(&bed.path(&out)), alone, "{world} processes, {shard}");
+            assert_eq!(self::losses(&bed.path(&out)), losses, "{world} processes, {shard}");
+        }
+    }
+}
+
+/// A record: split, loss; gradient norm, share of steps that were clipped, and of gradients that were clamped.
+type Figures = (SplitName, f64, [Option<f64>; 3]);
+
+/// The records of a run.
+fn losses(out: &Path) -> Vec<Figures> {
+    let records = read_metrics(&out.join("metrics.jsonl")).unwrap();
+    records.into_iter().map(|r| (r.split, r.loss, [r.grad_norm, r.clipped, r.clamped])).collect()
+}
+
+/// A run of digits through a small network, whose matrices are several pieces of an update; buckets hold about one each.
+fn digits(optimizer: &str, reproducible: bool) -> String {
+    format!(
+        r#"
+[run]
+steps = 4
+seed = SEED
+log_every_steps = 1
+reproducible = {reproducible}
+
+[data]
+format = "digits"
+batch_size = 16
+split = {{ validation = 0.05 }}
+
+[model]
+preset = "mlp"
+hidden = [260, 90]
+
+[optimizer]
+{optimizer}
+
+[parallel]
+bucket_mb = 0.05
+"#
+    )
+}
+
+#[test]
+fn adamw_with_a_global_norm_accumulation_and_an_average_has_the_bits_of_one_process() {
+    let optimizer = r#"rule = "adamw"
+learning_rate = 2e-3
+weight_decay = 0.01
+clip = { global_norm = 0.2, value = 0.01 }
+accumulate = 2
+ema = 0.9"#;
+    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+}
+
+#[test]
+fn momentum_with_an_adaptive_clip_has_the_bits_of_one_process() {
+    let optimizer = r#"rule = "momentum"
+learning_rate = 0.1
+clip = { adaptive = 0.01 }"#;
+    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+}
+
+#[test]
+fn lamb_has_the_bits_of_one_process() {
+    let optimizer = r#"rule = "lamb"
+learning_rate = 1e-2
+weight_decay = 0.01
+clip = { tensor_norm = 0.1 }"#;
+    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+}
+
+#[test]
+fn lars_has_the_bits_of_one_process() {
+    let optimizer = r#"rule = "lars"
+learning_rate = 1.0
+weight_decay = 1e-4"#;
+    gives_the_bits_of_one_process(&digits(optimizer, true), &[2], &LEVELS);
+}
+
+#[test]
+fn muon_whose_matrices_stay_whole_has_the_bits_of_one_process() {
+    let optimizer = r#"rule = "muon"
+learning_rate = 0.02"#;
+    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+}
+
+#[test]
+fn running_statistics_of_batch_norm_have_the_bits_of_one_process() {
+    let text = r#"
+[run]
+steps = 3
+seed = SEED
+log_every_steps = 1
+reproducible = true
+
+[data]
+format = "digits"
+batch_size = 16
+split = { validation = 0.05 }
+
+[model]
+preset = "cnn"
+channels = [6, 10]
+hidden = 24
+batch_norm = true
+
+[optimizer]
+rule = "momentum"
+learning_rate = 0.05
+ema = 0.5
+
+[parallel]
+bucket_mb = 0.002
+"#;
+    gives_the_bits_of_one_process(text, &[2, 4], &["gradients", "parameters"]);
+}
+
+#[test]
+fn a_small_gpt_with_dropout_and_a_shared_table_has_the_bits_of_one_process() {
+    let text = r#"
+[run]
+steps = 3
+seed = SEED
+log_every_steps = 1
+reproducible = true
+
+[data]
+format = "inline"
+text = """
+The processes that train one model share its memory out, and each of them keeps a part of it; what a process does not have,
+others send before it is used. Whatever the number of processes, the sums are taken in one order, and the bits are the same.
+"""
+batch_size = 8
+context = 16
+split = { validation = 0.3 }
+
+[model]
+preset = "gpt"
+layers = 2
+heads = 2
+width = 32
+dropout = 0.2
+
+[optimizer]
+rule = "adamw"
+learning_rate = 1e-3
+clip = { global_norm = 1.0 }
+
+[parallel]
+bucket_mb = 0.01
+"#;
+    if !mpi() {
+        return;
+    }
+    let bed = Bed::new("");
+    let (head, rest) = text.split_once("format = \"inline\"\n").unwrap();
+    let (_, rest) = rest.split_once("\"\"\"\n").unwrap();
+    let (prose, rest) = rest.split_once("\"\"\"\n").unwrap();
+    fs::write(bed.path("prose.txt"), prose.repeat(4)).unwrap();
+    let text = format!("{head}format = \"text\"\npath = \"{}\"\n{rest}", bed.path("prose.txt").display());
+    gives_the_bits_of_one_process(&text, &[2, 4], &["gradients", "parameters"]);
+}
+
+#[test]
+fn without_an_order_of_sums_the_curves_stay_within_a_millionth() {
+    if !mpi() {
+        return;
+    }
+    let optimizer = r#"rule = "adamw"
+learning_rate = 1e-3
+clip = { global_norm = 0.5 }
+accumulate = 3"#;
+    let bed = Bed::new(&digits(optimizer, false).replace("batch_size = 16", "batch_size = 24"));
+    bed.alone("alone", &[]);
+    let alone = losses(&bed.path("alone"));
+    for (world, shard) in [(2, "optimizer"), (2, "gradients"), (2, "parameters"), (3, "parameters"), (4, "gradients")] {
+        let out = format!("{world}-{shard}");
+        bed.together(world, shard, &out, &[]);
+        let found = losses(&bed.path(&out));
+        assert_eq!(found.len(), alone.len());
+        for (found, alone) in found.iter().zip(&alone) {
+            assert!(
+                (found.1 - alone.1).abs() <= 1e-6 * alone.1,
+                "{world} processes, {shard}: {found:?}, not {alone:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_run_moved_from_4_processes_to_2_and_to_1_ends_with_the_bits_of_one_never_moved() {
+    if !mpi() {
+        return;
+    }
+    let optimizer = r#"rule = "adamw"
+learning_rate = 2e-3
+clip = { global_norm = 0.2 }
+ema = 0.9"#;
+    let text =
+        digits(optimizer, true).replace("steps = 4", "steps = 7") + "\n[checkpoint]\nevery_steps = 2\nkeep = 9\n";
+    let bed = Bed::new(&text);
+    bed.alone("alone", &[]);
+    bed.together(4, "parameters", "moved", &[]);
+    let parts = fs::read_dir(bed.path("moved/checkpoints/step-00000002")).unwrap();
+    let mut names: Vec<String> = parts.map(|part| part.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    let of = |stem: &str| (1..=4).map(|n| format!("{stem}-{n:05}-of-00004.safetensors")).collect::<Vec<_>>();
+    assert_eq!(names, [of("ema"), of("model"), of("optimizer"), vec!["state.json".into()]].concat());
+    bed.rewind("moved", 2);
+    bed.together(2, "gradients", "moved", &["--resume"]);
+    bed.rewind("moved", 4);
+    bed.together(2, "optimizer", "moved", &["--resume"]);
+    bed.rewind("moved", 6);
+    bed.alone("moved", &["--resume"]);
+    assert_eq!(tensor_hashes(&bed.path("moved")), tensor_hashes(&bed.path("alone")));
+    assert_eq!(losses(&bed.path("moved")), losses(&bed.path("alone")));
+}
+
+#[test]
+fn a_model_in_parts_is_evaluated_as_one_in_a_single_file() {
+    if !mpi() {
+        return;
+    }
+    let bed = Bed::new(&digits("rule = \"adamw\"\nlearning_rate = 2e-3\nema = 0.8", true));
+    bed.alone("alone", &[]);
+    bed.together(2, "parameters", "parts", &[]);
+    let evaluated = |out: &str| {
+        let output = run(&["eval", &bed.path(out).display().to_string(), "--checkpoint", "latest", "--json"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let mut value: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+        value.as_object_mut().unwrap().remove("checkpoint");
+        value
+    };
+    assert_eq!(evaluated("parts"), evaluated("alone"));
+    let part = bed.path("parts/checkpoints/step-00000004/ema-00002-of-00002.safetensors");
+    fs::remove_file(&part).unwrap();
+    let output = run(&["eval", &bed.path("parts").display().to_string(), "--checkpoint", "latest"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        stderr(&output).contains("expected ema-00001-of-00002.safetensors, .. ema-00002-of-00002"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written() {
+    if !mpi() {
+        return;
+    }
+    let text =
+        digits("rule = \"adamw\"\nlearning_rate = 2e-3", false).replace("hidden = [260, 90]", "hidden = [1400, 1400]");
+    let bed = Bed::new(&text.replace("steps = 4", "steps = 1"));
+    // The second process may write files of 6 MiB at most; its part of the optimizer's slots takes 8.
+    let program = warpstep().get_program().to_owned();
+    let arguments = bed.arguments("out", &["--set", "parallel.shard=\"gradients\""]);
+    let limited = "trap '' XFSZ; ulimit -f 6144; exec \"$@\"";
+    let output = mpirun()
+        .args(["-n", "1"])
+        .arg(&program)
+        .args(&arguments)
+        .args([":", "-n", "1", "bash", "-c", limited, "bash"])
+        .arg(&program)
+        .args(&arguments)
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let said = stderr(&output);
+    assert!(said.contains("optimizer-00002-of-00002.safetensors"), "{said}");
+    let left = fs::read_dir(bed.path("out/checkpoints")).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.is_empty(), "{left:?}");
+    bed.together(2, "gradients", "out", &["--resume"]);
+    assert!(bed.path("out/checkpoints/step-00000001/optimizer-00002-of-00002.safetensors").is_file());
+}
+
+#[test]
+fn what_cannot_be_combined_is_said() {
+    let bed = Bed::new(&digits("rule = \"sgd\"\nlearning_rate = 0.1", false));
+    let file = bed.path("run.toml").display().to_string();
+    let output = run(&["train", &file, "--dry-run", "--set", "parallel.shard=\"weights\""]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("parallel.shard"), "{}", stderr(&output));
+    let set = ["--set", "parallel.shard=\"optimizer\"", "--set", "run.device=\"cuda\""];
+    let output = run(&[&["train", &file, "--dry-run"], set.as_slice()].concat());
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("is for CPUs so far"), "{}", stderr(&output));
+    if mpi() {
+        let output = bed.start(2, "gradients", "out", &["--shadow", "2"]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains("run.shadow_every_steps: looks at all gradients"), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn memory_falls_from_level_to_level_and_is_what_was_planned() {
+    let options = GptOptions { layers: 6, heads: 2, width: 64, bias: true, ..GptOptions::default() };
+    let make = || -> (Model<Cpu<f32>>, Input) { (options.clone().build(97, 16).unwrap(), Input::Tokens(16)) };
+    let optimizer = OptimizerOptions::new(Rule::Adam { betas: [0.9, 0.95], epsilon: 1e-8 }, 1e-3);
+    let world = 4;
+    let mut totals = Vec::new();
+    for shard in [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters] {
+        let mut updated = 0;
+        let mut most = 0;
+        for rank in 0..world {
+            let sharding = ShardingOptions { shard, rank, world, bucket: 20_000, adds_up: false };
+            let (mut model, input) = make();
+            let share = Share::of_rank(rank, world);
+            let wanted = Wanted {
+                input: input.clone(),
+                batch_size: 2,
+                evaluations: vec![8],
+                optimizer: &optimizer,
+                average: true,
+                share: Some((share, sharding)),
+            };
+            let (_, memory) = RunMemory::plan(&mut model, &wanted).unwrap();
+            let parts = TrainerParts {
+                backend: Cpu::new(),
+                model: make().0,
+                input,
+                batch_size: 2,
+                accumulate: 1,
+                optimizer: &optimizer,
+                ema: Some(0.9),
+                seed: 1,
+            };
+            let trainer = Trainer::sharded(parts, (shard != Shard::None).then_some(sharding)).unwrap();
+            let arena = trainer.arena();
+            let planned = |name: &str| memory.parts.iter().find(|part| part.name == name).map_or(0, |part| part.bytes);
+            let (own, windows) = match &arena.held {
+                None => ([arena.parameters.len(), arena.gradients.len()], [0, 0]),
+                Some(Held { parameters, gradients, .. }) => {
+                    let of = |own: &Option<Vec<f32>>, seen: &Vec<f32>| match own {
+                        Some(own) => (own.len(), seen.len()),
+                        None => (seen.len(), 0),
+                    };
+                    let (parameters, gradients) = (of(parameters, &arena.parameters), of(gradients, &arena.gradients));
+                    ([parameters.0, gradients.0], [parameters.1, gradients.1])
+                }
+            };
+            let slots: usize = arena.slots.iter().map(Vec::len).sum();
+            let average = trainer.average().unwrap().len();
+            let taken = [own[0], windows[0], own[1], windows[1], slots, average].map(|elements| 4 * elements);
+            let names = ["parameters", "window of parameters", "gradients", "window of gradients", "optimizer slots"];
+            let told = [names.map(planned).as_slice(), &[planned("average of weights")]].concat();
+            assert_eq!(told, taken, "{shard:?}, rank {rank}");
+            updated += average;
+            most = most.max(taken.iter().sum::<usize>());
+        }
+        let len = make_len(&make);
+        assert_eq!(updated, if shard == Shard::None { world * len } else { len });
+        totals.push(most);
+    }
+    // Without: parameters, gradients, two slots and an average, 5 of each element; then 2 and 3/4, 1 and 4/4, 5/4, and the windows.
+    println!("bytes by level: {totals:?}");
+    assert!(totals.is_sorted_by(|more, less| less < more), "{totals:?}");
+    assert!(2 * totals[3] < totals[0], "{totals:?}");
+}
+
+fn make_len(make: &dyn Fn() -> (Model<Cpu<f32>>, Input)) -> usize {
+    let (mut model, input) = make();
+    model.plan(&input, 2, warpstep::model::Mode::Training).unwrap();
+    model.parameters().layout().unwrap().0.padded_len()
+}
