@@ -51,7 +51,7 @@ fn ip(arguments: &[&str]) -> bool {
 fn one_try(number: u32) -> Option<()> {
     let network = Network::new(number)?;
     // Both sides see the same, so that nothing below asks which it was.
-    let cut = [network.far.clone(), network.near.clone()][number as usize % 2].clone();
+    let cut = if number.is_multiple_of(2) { &network.far } else { &network.near };
     let mut team = Team::new("cut", 2);
     for rank in 0..4 {
         let (space, host) = if rank == 2 { (&network.far, "far") } else { (&network.near, "near") };
@@ -60,7 +60,7 @@ fn one_try(number: u32) -> Option<()> {
         team.start(command, 4, "10.77.0.1", 29_501);
     }
     team.wait_until_ready();
-    network.cut(&cut);
+    network.cut(cut);
     let ends = team.ends();
     let silent = |rank: usize, host: &str, others: &str| {
         format!(

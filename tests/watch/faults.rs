@@ -116,11 +116,9 @@ fn a_death_is_the_cause_where_others_fail_by_it_ten_times_of_ten() {
     each_try("killed and missed", 60.0, |victim, ends| {
         let sentence = format!("error: rank {victim} on host {} died after step {STEP}; 3 other ranks", host_name());
         for (rank, end) in ends.iter().enumerate().filter(|(rank, _)| *rank != victim) {
-            // Where rank 0 is gone before it was told, each has but its own error to tell.
-            let alone = victim == 0 && (end.code, end.stderr.as_str()) == (Some(3), "error: the loss is not finite\n");
             let spoke = end.stderr.starts_with(&sentence) && end.stderr.lines().count() == 1;
             let told = if rank == usize::from(victim == 0) { spoke } else { end.stderr.is_empty() };
-            assert!(alone || (end.code == Some(1) && told && end.log.starts_with(&sentence)), "rank {rank}: {ends:#?}");
+            assert!(end.code == Some(1) && told && end.log.starts_with(&sentence), "rank {rank}: {ends:#?}");
         }
     });
 }
@@ -232,7 +230,7 @@ fn under_mpirun_the_sentence_is_out_before_its_signals_and_they_are_not_the_user
         let sentence =
             format!("error: rank {victim} on host {} died after step {STEP}; 3 other ranks stopped", host_name());
         assert!(matches!(errors.as_slice(), [line] if line.starts_with(&sentence)), "{lines:#?}");
-        assert_eq!(code, Some(137));
+        assert_ne!(code, Some(0));
     }
 }
 

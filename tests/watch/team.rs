@@ -1,6 +1,6 @@
 //! Several processes of this program, and what is left of them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -85,7 +85,7 @@ impl Team {
     pub fn wait_until_ready(&self) {
         let began = Instant::now();
         while !(0..self.ranks.len()).all(|rank| self.folder.path().join(format!("ready-{rank}")).exists()) {
-            assert!(began.elapsed() < PATIENCE, "ranks did not begin");
+            assert!(began.elapsed() < PATIENCE, "ranks did not begin; {}", words(self.folder.path()));
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -108,7 +108,8 @@ impl Team {
                 match child.try_wait().unwrap() {
                     Some(status) => break status.code(),
                     None if stopped(rank) => break None,
-                    None => assert!(began.elapsed() < PATIENCE, "rank {rank} of {:?} lives on", self.trouble),
+                    None if began.elapsed() < PATIENCE => {}
+                    None => panic!("rank {rank} lives on; {}", words(self.folder.path())),
                 }
                 std::thread::sleep(Duration::from_millis(5));
             };
@@ -119,6 +120,12 @@ impl Team {
         }
         ends
     }
+}
+
+/// Every file that the ranks have written.
+fn words(folder: &Path) -> String {
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    files.map(|path| format!("{}: {:?}; ", path.display(), std::fs::read_to_string(&path))).collect()
 }
 
 impl Drop for Team {

@@ -52,6 +52,11 @@ fn call(handler: Handler, failure: &Failure) {
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| handler(failure)));
 }
 
+/// A watch that panics has said so, and closed its connections, which the others see. Its process goes on no more than theirs.
+pub(super) fn or_exit<T>(watch: impl FnOnce() -> T) -> T {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(watch)).unwrap_or_else(|_| exit())
+}
+
 /// Ends the process without what libraries do at its end: they may wait for the rank that failed.
 pub(super) fn exit() -> ! {
     // SAFETY: it takes any number, and does not come back.

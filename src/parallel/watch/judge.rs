@@ -58,9 +58,13 @@ pub(super) fn silent<'a>(ranks: impl Iterator<Item = (usize, &'a Seen)>, limits:
     ranks.filter(|(_, seen)| !seen.ended && now - seen.heard >= limits.silent).map(|(rank, _)| rank).collect()
 }
 
-/// Ranks that others have waited for too long; all, where all wait for each other.
+/// Ranks that others have waited for too long; all, where all wait for each other. None while a rank is so quiet that it may be
+/// found silent: that would tell more.
 pub(super) fn stuck(ranks: &[(usize, &Seen)], limits: Limits, now: Instant) -> Option<(Vec<usize>, Cause)> {
     let running: Vec<_> = ranks.iter().filter(|(_, seen)| !seen.ended).collect();
+    if running.iter().any(|(_, seen)| now - seen.heard >= limits.silent / 3) {
+        return None;
+    }
     let unmoved = |seen: &Seen| now - seen.unmoved >= limits.stuck;
     let waits = running.iter().any(|(_, seen)| seen.beat.communicating && unmoved(seen));
     if !waits {
@@ -110,6 +114,7 @@ mod tests {
         assert_eq!(verdict(&[(true, 1, 60), (true, 1, 70)]), (vec![], deadlock));
         assert_eq!(verdict(&[(true, 1, 60), (true, 1, 7)]), (vec![], None), "one has come just now");
         assert_eq!(verdict(&[(true, 1, 7), (false, 45, 50), (false, 44, 50)]).0, vec![1]);
+        assert_eq!(verdict(&[(true, 1, 99), (true, 15, 99), (true, 14, 99)]), (vec![], None), "it may be silence");
     }
 
     #[test]
@@ -122,7 +127,7 @@ mod tests {
         assert_eq!(silent([(4, &seen)].into_iter(), LIMITS, later), Vec::<usize>::new());
         let mut ended = Seen::new(now);
         ended.ended = true;
-        let waiting = Seen { beat: Beat { communicating: true, ..Beat::default() }, ..Seen::new(now) };
+        let waiting = Seen { beat: Beat { communicating: true, ..Beat::default() }, heard: later, ..Seen::new(now) };
         assert_eq!(silent([(4, &ended)].into_iter(), LIMITS, later), Vec::<usize>::new());
         assert_eq!(stuck(&[(0, &waiting), (1, &ended)], LIMITS, later), None);
     }

@@ -184,8 +184,8 @@ impl Watcher {
         if dead.is_empty() && cut.is_empty() {
             return None;
         }
-        if self.leaving.is_some() && self.rank > 0 {
-            // It is done, and has nobody to tell.
+        if self.rank > 0 && matches!(self.leaving, Some(Leaving::Goodbye(_))) {
+            // It is done, and has nobody to tell. One that failed would have heard from a rank 0 that lives: it failed by this death.
             return Some(Verdict::Leave);
         }
         let (ranks, cause) =
