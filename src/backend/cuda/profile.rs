@@ -5,8 +5,8 @@ use std::sync::PoisonError;
 use cudarc::driver::{CudaEvent, sys};
 
 use super::context::{Device, driver_error};
-use super::{Buffer, Cuda, Storage, emulated};
-use crate::backend::profile::{KernelTime, Profiled};
+use super::{Buffer, Cuda, Storage, emulated, probe};
+use crate::backend::profile::{KernelTime, Kind, Probe, Profiled, Traffic};
 use crate::error::{Error, Result};
 
 /// A kernel or a library's call that was queued between two events.
@@ -122,6 +122,47 @@ impl<S: Storage> Profiled for Cuda<S> {
             return Err(Error::shape("copy", format!("{} elements", to.len()), from.len().to_string()));
         }
         self.device().copy(to.address_of(0), from.address_of(0), to.len() * size_of::<f32>())
+    }
+
+    fn kind(&self) -> Kind {
+        if emulated::is_active() { Kind::Emulated } else { Kind::Gpu }
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.device().synchronize()
+    }
+
+    fn cache_bytes(&self) -> usize {
+        // The emulated device has no caches, and no time for work that passes by them.
+        if emulated::is_active() { 1 << 12 } else { self.device().cache_bytes().unwrap_or(0) }
+    }
+
+    fn inner_caches(&self) -> Vec<(String, usize)> {
+        // What is near to a multiprocessor is not coherent, and its size is not told.
+        Vec::new()
+    }
+
+    fn free_bytes(&self) -> usize {
+        self.device().memory().map_or(0, |(free, _)| free)
+    }
+
+    fn parts(&self) -> usize {
+        self.device().traffic_blocks()
+    }
+
+    fn traffic(
+        &self,
+        traffic: Traffic,
+        to: &mut Buffer<f32>,
+        from: &Buffer<f32>,
+        len: usize,
+        rounds: usize,
+    ) -> Result<()> {
+        self.device().traffic(traffic, to, from, len, rounds)
+    }
+
+    fn probes(&self) -> Result<Vec<Probe<'_>>> {
+        probe::all(self.device())
     }
 
     /// Two buffers of 1 GiB, or a quarter of what is free.

@@ -13,6 +13,7 @@ use cudarc::driver::{CudaEvent, CudaGraph, result};
 
 use super::context::{Device, driver_error};
 use super::launch::{Grid, args};
+use super::pinned::Pinned;
 use super::update::{EarlyNorm, Outcome};
 use super::{Cuda, Storage, recording};
 use crate::backend::ops::METRICS;
@@ -57,53 +58,6 @@ const _: () = {
     assert!(size_of::<Scalars>() == 24 && size_of::<StepState>() == 32);
     assert!(size_of::<Report>() == 4 * METRICS + size_of::<Outcome>());
 };
-
-/// Page-locked host memory, which the device copies from and to without the host's help.
-#[derive(Debug)]
-struct Pinned {
-    at: *mut u8,
-    bytes: usize,
-    device: Arc<Device>,
-}
-
-// SAFETY: the memory is reached through `&mut Pinned`, or by the device while its owner knows not to.
-unsafe impl Send for Pinned {}
-
-impl Pinned {
-    /// So many zero bytes, 256-byte aligned.
-    fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
-        device.bind()?;
-        let bytes = bytes.max(1);
-        // SAFETY: the context is bound; the address is freed once, by `drop`.
-        let at = unsafe { result::malloc_host(bytes, 0) }
-            .map_err(|error| driver_error(&format!("lock {bytes} bytes of host memory"), error))?
-            .cast::<u8>();
-        // SAFETY: `bytes` bytes were allocated there.
-        unsafe { at.write_bytes(0, bytes) };
-        Ok(Pinned { at, bytes, device: device.clone() })
-    }
-
-    /// The bytes. The caller knows that the device does not write them now.
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: allocated, and set, by `new`.
-        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
-    }
-
-    /// The bytes. The caller knows that the device does not read or write them now.
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: allocated, and set, by `new`.
-        unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // A copy may be in flight. What fails here was or will be reported where work is waited for.
-        let _ = self.device.synchronize();
-        // SAFETY: allocated by `new`, freed once, and no work of the device names it any more.
-        self.device.record(unsafe { result::free_host(self.at.cast()) });
-    }
-}
 
 /// A batch's place, and what the host shares with the device about it.
 #[derive(Debug)]
@@ -155,7 +109,7 @@ impl Slot {
             bytes = (start + len * each).next_multiple_of(16);
             places.push((address, start..start + len * each));
         }
-        if self.batch.bytes < bytes {
+        if self.batch.len() < bytes {
             self.batch = Pinned::new(device, bytes)?;
         }
         for (fill, (_, range)) in pass.fills.iter().zip(&places) {
@@ -368,7 +322,7 @@ fn queue_work<S: Storage>(
         }
         outcome = Some(address);
     }
-    let report = slot.report.at;
+    let report = slot.report.address();
     let parts = [
         (metrics, std::mem::offset_of!(Report, metrics), size_of::<[f32; METRICS]>()),
         (outcome, std::mem::offset_of!(Report, outcome), size_of::<Outcome>()),

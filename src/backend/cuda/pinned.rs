@@ -1,0 +1,65 @@
+//! Page-locked host memory.
+
+use std::sync::Arc;
+
+use cudarc::driver::result;
+
+use super::context::{Device, driver_error};
+use crate::error::Result;
+
+/// Page-locked host memory, which the device copies from and to without the host's help.
+#[derive(Debug)]
+pub(super) struct Pinned {
+    at: *mut u8,
+    bytes: usize,
+    device: Arc<Device>,
+}
+
+// SAFETY: the memory is reached through `&mut Pinned`, or by the device while its owner knows not to.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// So many zero bytes, 256-byte aligned.
+    pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
+        device.bind()?;
+        let bytes = bytes.max(1);
+        // SAFETY: the context is bound; the address is freed once, by `drop`.
+        let at = unsafe { result::malloc_host(bytes, 0) }
+            .map_err(|error| driver_error(&format!("lock {bytes} bytes of host memory"), error))?
+            .cast::<u8>();
+        // SAFETY: `bytes` bytes were allocated there.
+        unsafe { at.write_bytes(0, bytes) };
+        Ok(Pinned { at, bytes, device: device.clone() })
+    }
+
+    /// Where they lie, for the device to write to.
+    pub fn address(&self) -> *mut u8 {
+        self.at
+    }
+
+    /// How many bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// The bytes. The caller knows that the device does not write them now.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: allocated, and set, by `new`.
+        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
+    }
+
+    /// The bytes. The caller knows that the device does not read or write them now.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: allocated, and set, by `new`.
+        unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // A copy may be in flight. What fails here was or will be reported where work is waited for.
+        let _ = self.device.synchronize();
+        // SAFETY: allocated by `new`, freed once, and no work of the device names it any more.
+        self.device.record(unsafe { result::free_host(self.at.cast()) });
+    }
+}

@@ -1,0 +1,15 @@
+//! The benchmark: what the device can do, what an update, an operation, a training step and the reading of data get out of it,
+//! and what the limits are.
+//!
+//! [`measure`] is the harness: nothing else takes a time. Each suite has a file of its own; [`unit()`](unit::unit) gives the works
+//! that others do too, to be run in turn with theirs.
+
+pub mod device;
+pub mod measure;
+pub mod place;
+pub mod results;
+pub mod speeds;
+pub mod step;
+pub mod unit;
+pub mod update;
+pub mod works;
