@@ -51,20 +51,24 @@ def missing(reason):
     sys.exit(0)
 
 
-def arguments(forms):
+def arguments(forms, binary=False):
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", required=True, choices=list(UPDATES))
     parser.add_argument("--form", default=forms[0], choices=forms)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "bf16"])
+    parser.add_argument("--precision", default="f32")
     parser.add_argument("--update", help="rule and clip, as adamw+global_norm")
     parser.add_argument("--batch", type=int, help="samples of a batch")
     parser.add_argument("--context", type=int, help="tokens of a sample")
     parser.add_argument("--parameters", type=int, default=50_000_000, help="of the work `update`")
+    if binary:
+        parser.add_argument("--binary", required=True, help="the program that does the work")
     found = parser.parse_args()
     found.update = found.update or UPDATES[found.work]
     found.rule, _, clip = found.update.partition("+")
+    if found.precision not in ("f32", "tf32", "bf16"):
+        missing(f"it does not compute in {found.precision} here")
     if found.rule not in ("momentum", "adamw") or clip != "global_norm":
         missing(f"it does no {found.update} here")
     if found.work == "update" and found.precision == "bf16":
@@ -80,18 +84,24 @@ def pieces(parameters):
     return [parameters // count + (i < parameters % count) for i in range(count)]
 
 
+def requests():
+    """The seconds of each `run SECONDS`."""
+    for line in sys.stdin:
+        words = line.split()
+        if len(words) != 2 or words[0] != "run":
+            sys.exit(f"found the line {line.strip()!r}, expected `run SECONDS`")
+        yield float(words[1])
+
+
 def serve(peer, version, work, step, wait=None):
     """Declares `work`, then answers each `run SECONDS` with times of `step`. Where `step` only queues its work, `wait` returns
     once all of it is done; it stands within every timed span."""
     say({"peer": peer, "version": version, "work": work})
     wait = wait or (lambda: None)
     cold = True
-    for line in sys.stdin:
-        words = line.split()
-        if len(words) != 2 or words[0] != "run":
-            sys.exit(f"found the line {line.strip()!r}, expected `run SECONDS`")
+    for seconds in requests():
         # Compilers and allocators settle within the first repetitions; later turns warm the caches alone.
-        say({"times": turn(step, wait, float(words[1]), 5 if cold else 1, LEAST_SPAN if work["threads"] == 0 else 0.0)})
+        say({"times": turn(step, wait, seconds, 5 if cold else 1, LEAST_SPAN if work["threads"] == 0 else 0.0)})
         cold = False
 
 

@@ -6,6 +6,7 @@
 
 pub mod device;
 pub mod measure;
+pub mod peers;
 pub mod place;
 pub mod results;
 pub mod speeds;

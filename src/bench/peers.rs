@@ -22,8 +22,7 @@ use process::{Declared, Process};
 pub use scripts::Scripts;
 
 /// The names that `--peer` takes.
-pub const NAMES: [&str; 7] =
-    ["pytorch-eager", "pytorch-compiled", "pytorch-graphed", "jax", "candle", "burn", "llm.c"];
+pub const NAMES: [&str; 7] = ["pytorch-eager", "pytorch-compiled", "pytorch-graphed", "jax", "candle", "burn", "llm.c"];
 
 /// How peers are run.
 #[derive(Clone, Debug, PartialEq)]

@@ -81,7 +81,8 @@ impl Process {
         }
         let answer = self.hear(patience + Duration::from_secs_f64(seconds))?;
         let wall = began.elapsed().as_secs_f64();
-        let Answer { times } = serde_json::from_value(answer).map_err(|e| format!("it does not answer with times: {e}"))?;
+        let Answer { times } =
+            serde_json::from_value(answer).map_err(|e| format!("it does not answer with times: {e}"))?;
         check_times(&times, wall)?;
         Ok(times)
     }
@@ -101,7 +102,8 @@ impl Process {
     /// Why it is no longer there, in its own last words.
     fn died(&mut self) -> String {
         self.input = None;
-        let status = self.wait(GOODBYE).map_or_else(|| "it fell silent".to_owned(), |status| format!("it died ({status})"));
+        let status =
+            self.wait(GOODBYE).map_or_else(|| "it fell silent".to_owned(), |status| format!("it died ({status})"));
         self.end();
         match self.last_words.recv_timeout(Duration::from_secs(1)) {
             Ok(words) if !words.is_empty() => format!("{status}: {}", shortened(words.trim())),
