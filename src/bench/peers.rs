@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use super::compare::seconds_text;
 use super::measure::{spread, width};
-use super::results::{PeerFigure, Work};
+use super::results::{PeerFigure, Spread, Work};
 use super::unit::Unit;
 use crate::error::{Error, Result};
 use crate::text::grouped;
@@ -174,19 +175,19 @@ fn arguments_for(work: &Work) -> Vec<String> {
     arguments.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect()
 }
 
-/// Which field of a peer's work is not as ours, in a sentence; nothing where both do the same.
-pub fn difference(ours: &Work, theirs: &Work) -> Option<String> {
-    let Work { name, parameters, inputs, precision, update, threads } = theirs;
+/// Which field of two works differs, in words; nothing where both are the same. `sides` says whose the two are.
+pub fn difference(one: &Work, other: &Work, sides: [&str; 2]) -> Option<String> {
+    let Work { name, parameters, inputs, precision, update, threads } = other;
     let fields = [
-        ("work", ours.name.clone(), name.clone()),
-        ("number of parameters", grouped(ours.parameters), grouped(parameters)),
-        ("shape of the inputs", format!("{:?}", ours.inputs), format!("{inputs:?}")),
-        ("precision", ours.precision.clone(), precision.clone()),
-        ("update", ours.update.clone(), update.clone()),
-        ("number of threads", ours.threads.to_string(), threads.to_string()),
+        ("work", one.name.clone(), name.clone()),
+        ("number of parameters", grouped(one.parameters), grouped(parameters)),
+        ("shape of the inputs", format!("{:?}", one.inputs), format!("{inputs:?}")),
+        ("precision", one.precision.clone(), precision.clone()),
+        ("update", one.update.clone(), update.clone()),
+        ("number of threads", one.threads.to_string(), threads.to_string()),
     ];
-    let (field, ours, theirs) = fields.into_iter().find(|(_, ours, theirs)| ours != theirs)?;
-    Some(format!("another {field}: ours {ours}, its {theirs}; times of different work tell nothing"))
+    let (field, one, other) = fields.into_iter().find(|(_, one, other)| one != other)?;
+    Some(format!("another {field}: {one} {}, {other} {}", sides[0], sides[1]))
 }
 
 /// Runs a peer in turn with our own work. A peer that is missing, fails or does other work gives a figure that says so.
@@ -206,7 +207,8 @@ pub fn run(peer: &Peer, unit: &mut dyn Unit, settings: &Settings) -> Result<Peer
     };
     let Declared { version, work, .. } = declared;
     let known = PeerFigure { version, work, ..nothing };
-    if let Some(refused) = difference(&ours, &known.work) {
+    if let Some(refused) = difference(&ours, &known.work, ["here", "there"]) {
+        let refused = format!("{refused}; times of different work tell nothing");
         return Ok(PeerFigure { refused: Some(refused), ..known });
     }
     turns(&mut process, unit, settings, known)
@@ -264,4 +266,22 @@ fn turns(process: &mut Process, unit: &mut dyn Unit, settings: &Settings, known:
         )
     });
     Ok(PeerFigure { theirs: spread(&theirs), ours: spread(&ours), ratio, refused, ..known })
+}
+
+/// The heading over [`line`].
+pub fn heading() -> String {
+    format!("{:<8}  {:<17} {:>9} {:>9}  times as fast (quartiles)", "work", "peer", "theirs", "ours")
+}
+
+/// A figure as a line of a table.
+pub fn line(figure: &PeerFigure) -> String {
+    let PeerFigure { peer, work, theirs, ours, ratio, refused, .. } = figure;
+    let head = format!("{:<8}  {peer:<17}", work.name);
+    if ratio.count == 0 {
+        return format!("{head} not compared: {}", refused.as_deref().unwrap_or("no turn was taken"));
+    }
+    let (theirs, ours) = (seconds_text(theirs.median), seconds_text(ours.median));
+    let Spread { lower_quartile, median, upper_quartile, .. } = ratio;
+    let doubt = refused.as_ref().map_or_else(String::new, |why| format!("  not to be quoted: {why}"));
+    format!("{head} {theirs:>9} {ours:>9}  {median:.2} ({lower_quartile:.2} to {upper_quartile:.2}){doubt}")
 }

@@ -3,18 +3,37 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 
+use crate::bench::place::{Place, Precision};
 use crate::error::Error;
 use crate::train::bench::{NAMES, bench};
 
+mod compare;
+mod peers;
+
+use peers::Peers;
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What got faster or slower between two results
+    Compare(compare::Options),
+}
+
 /// Options of `bench`.
 #[derive(Debug, Args)]
-#[command(after_help = "Names:
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Names:
   gpt_cpu  nanoGPT's configuration for CPUs, a whole step
   mlp      784-256-128-10, batch 128, a whole step
-  update   global-norm clip and momentum over 50M parameters, beside the copy bandwidth")]
+  update   global-norm clip and momentum over 50M parameters, beside the copy bandwidth"
+)]
 pub(crate) struct Options {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    peers: Peers,
     /// What to time; all where not given
     #[arg(value_name = "NAME")]
     names: Vec<String>,
@@ -31,6 +50,9 @@ pub(crate) struct Options {
 
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    if let Some(Command::Compare(options)) = &options.command {
+        return compare::run(options);
+    }
     if !(options.seconds > 0.0 && options.seconds.is_finite()) {
         return Err(Error::config("--seconds", format!("found {}, expected a number above 0", options.seconds)).into());
     }
@@ -40,6 +62,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let names: Vec<&str> =
         if options.names.is_empty() { NAMES.to_vec() } else { options.names.iter().map(String::as_str).collect() };
     let mut out = std::io::stdout().lock();
+    if options.peers.asked() {
+        let works = Peers::works(&names);
+        options.peers.run(&works, Place::Cpu, Precision::F32, options.seconds, &mut out)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     for name in names {
         let found = bench(name, options.seconds)?;
         if options.json {
