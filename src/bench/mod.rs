@@ -9,6 +9,7 @@ pub mod device;
 pub mod measure;
 pub mod peers;
 pub mod place;
+pub mod report;
 pub mod results;
 pub mod speeds;
 pub mod step;
