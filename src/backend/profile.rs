@@ -25,6 +25,19 @@ pub enum Traffic {
     Write,
 }
 
+/// What a device tells of itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Told {
+    /// Facts by name, which do not change.
+    pub facts: Vec<(&'static str, String)>,
+    /// MHz now; none where it does not tell.
+    pub clock_mhz: Option<u32>,
+    /// More of the moment, in words.
+    pub now: String,
+    /// What holds the clocks back now.
+    pub held_back: Vec<&'static str>,
+}
+
 /// A small thing that a device does all the time, ready to be timed.
 pub struct Probe<'a> {
     /// What: `launch`, `fork_join`, `host_to_device/pinned`.
@@ -96,6 +109,11 @@ pub trait Profiled: Backend + Clone {
 
     /// Bytes of its memory that are free.
     fn free_bytes(&self) -> usize;
+
+    /// Facts about it, by name, and what its clocks are now, in words, where it tells: `1980 MHz`, and what holds them back.
+    fn told(&self) -> Told {
+        Told::default()
+    }
 
     /// Parts that are gone through side by side, each by one thread or one block.
     fn parts(&self) -> usize;

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::peers::difference;
 use super::results::{FORMAT, Figure, Machine, PeerFigure, Results, Spread};
+use super::table::seconds;
 use crate::error::{Error, Result};
 
 /// A change that is smaller is never told: two processes on the same machine differ as much.
@@ -258,28 +259,10 @@ impl Change {
         let value = |spread: &Spread| match self.name.starts_with("peers/") {
             _ if spread.count == 0 => "–".to_owned(),
             true => format!("{:.2}x", spread.median),
-            false => seconds_text(spread.median),
+            false => seconds(spread.median),
         };
         let change =
             if self.verdict == Verdict::Unlike { String::new() } else { format!("{:+.1} %", 100.0 * self.change) };
         [verdict.to_owned(), self.name.clone(), value(&self.before), value(&self.after), change]
     }
-}
-
-/// A time as people read it: `12.5 ms`.
-pub(super) fn seconds_text(seconds: f64) -> String {
-    let (value, unit) = match seconds {
-        s if s >= 1.0 => (s, "s"),
-        s if s >= 1e-3 => (s * 1e3, "ms"),
-        s if s >= 1e-6 => (s * 1e6, "us"),
-        s => (s * 1e9, "ns"),
-    };
-    let decimals = if value >= 100.0 {
-        0
-    } else if value >= 10.0 {
-        1
-    } else {
-        2
-    };
-    format!("{value:.decimals$} {unit}")
 }

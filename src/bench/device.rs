@@ -311,7 +311,7 @@ pub fn figures<B: Bed>(
     settings: &Settings,
     speeds: &Speeds,
     wanted: &dyn Fn(&str) -> bool,
-    told: &mut dyn FnMut(Figure),
+    told: &mut dyn FnMut(Figure) -> Result<()>,
 ) -> Result<()> {
     let figure = |name: String, amount: (f64, &str)| Figure {
         suite: "device".to_owned(),
@@ -331,7 +331,7 @@ pub fn figures<B: Bed>(
             };
             let moved = task.bytes();
             let figure = Figure { bytes: Some(moved), ..figure(name, (moved, "byte")) };
-            told(measure(ground, settings, &mut task, None, Asked { figure, limit: &|_| None })?);
+            told(measure(ground, settings, &mut task, None, Asked { figure, limit: &|_| None })?)?;
         }
     }
     let precision = speeds.precision.name();
@@ -350,7 +350,7 @@ pub fn figures<B: Bed>(
         };
         let figure =
             Figure { flops: Some(flops), bytes: Some(task.round_bytes() as f64), ..figure(name, (flops, "flop")) };
-        told(measure(ground, settings, &mut task, None, Asked { figure, limit: &limit })?);
+        told(measure(ground, settings, &mut task, None, Asked { figure, limit: &limit })?)?;
     }
     for probe in backend.probes()? {
         if !wanted(&probe.name) {
@@ -359,7 +359,7 @@ pub fn figures<B: Bed>(
         let amount = probe.bytes.map_or((1.0, "time"), |bytes| (bytes as f64, "byte"));
         let figure = Figure { bytes: probe.bytes.map(|bytes| bytes as f64), ..figure(probe.name.clone(), amount) };
         let mut task = ProbeTask { probe, expected: 0 };
-        told(measure(ground, settings, &mut task, None, Asked { figure, limit: &|_| None })?);
+        told(measure(ground, settings, &mut task, None, Asked { figure, limit: &|_| None })?)?;
     }
     Ok(())
 }

@@ -5,14 +5,20 @@
 //! that others do too, to be run in turn with theirs.
 
 pub mod compare;
+pub mod data;
 pub mod device;
+pub mod kernel;
+pub mod layers;
+pub mod machine;
 pub mod measure;
 pub mod peers;
 pub mod place;
 pub mod report;
 pub mod results;
+pub mod run;
 pub mod speeds;
 pub mod step;
+pub mod table;
 pub mod unit;
 pub mod update;
 pub mod works;

@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use super::compare::seconds_text;
 use super::measure::{spread, width};
 use super::results::{PeerFigure, Spread, Work};
+use super::table;
 use super::unit::Unit;
 use crate::error::{Error, Result};
 use crate::text::grouped;
@@ -270,18 +270,23 @@ fn turns(process: &mut Process, unit: &mut dyn Unit, settings: &Settings, known:
 
 /// The heading over [`line`].
 pub fn heading() -> String {
-    format!("{:<8}  {:<17} {:>9} {:>9}  times as fast (quartiles)", "work", "peer", "theirs", "ours")
+    let told = "peers: the same work by others, in turn with ours; times as fast, with its quartiles";
+    format!("\n{told}\n{:<12} {:<17} {:>9} {:>9}  times as fast\n", "work", "peer", "theirs", "ours")
 }
 
 /// A figure as a line of a table.
 pub fn line(figure: &PeerFigure) -> String {
     let PeerFigure { peer, work, theirs, ours, ratio, refused, .. } = figure;
-    let head = format!("{:<8}  {peer:<17}", work.name);
+    let name = match work.precision.as_str() {
+        "" | "f32" => work.name.clone(),
+        precision => format!("{}/{precision}", work.name),
+    };
+    let head = format!("{name:<12} {peer:<17}");
     if ratio.count == 0 {
-        return format!("{head} not compared: {}", refused.as_deref().unwrap_or("no turn was taken"));
+        return format!("{head} not compared: {}\n", refused.as_deref().unwrap_or("no turn was taken"));
     }
-    let (theirs, ours) = (seconds_text(theirs.median), seconds_text(ours.median));
+    let (theirs, ours) = (table::seconds(theirs.median), table::seconds(ours.median));
     let Spread { lower_quartile, median, upper_quartile, .. } = ratio;
-    let doubt = refused.as_ref().map_or_else(String::new, |why| format!("  not to be quoted: {why}"));
-    format!("{head} {theirs:>9} {ours:>9}  {median:.2} ({lower_quartile:.2} to {upper_quartile:.2}){doubt}")
+    let doubt = refused.as_ref().map_or_else(String::new, |why| format!("    not to be quoted: {why}\n"));
+    format!("{head} {theirs:>9} {ours:>9}  {median:.2} ({lower_quartile:.2} to {upper_quartile:.2})\n{doubt}")
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::compare::seconds_text;
 use super::results::{Figure, PeerFigure, Results};
+use super::table as text;
 use crate::error::Result;
 use crate::text::grouped;
 use crate::train::files::write_whole;
@@ -97,7 +97,7 @@ fn peer_table(peers: &[PeerFigure]) -> String {
         .map(|figure| {
             let PeerFigure { peer, version, work, theirs, ours, ratio, refused } = figure;
             let done = ratio.count > 0;
-            let time = |seconds: f64| if done { seconds_text(seconds) } else { String::new() };
+            let time = |seconds: f64| if done { text::seconds(seconds) } else { String::new() };
             let ratios = format!("{:.2} ({:.2} to {:.2})", ratio.median, ratio.lower_quartile, ratio.upper_quartile);
             let shapes = if work.parameters > 0 {
                 format!(
@@ -161,8 +161,8 @@ fn figure_row(figure: &Figure) -> String {
         unit => si(amount.0 / seconds.median, &format!("{unit}s/s")),
     };
     let cells = [
-        seconds_text(seconds.median),
-        format!("{} to {}", seconds_text(seconds.lower_quartile), seconds_text(seconds.upper_quartile)),
+        text::seconds(seconds.median),
+        format!("{} to {}", text::seconds(seconds.lower_quartile), text::seconds(seconds.upper_quartile)),
         seconds.count.to_string(),
         rate,
         a_second(bytes, "B/s"),

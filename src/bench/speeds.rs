@@ -35,6 +35,12 @@ fn shapes<B: Bed>(backend: &B) -> Vec<[usize; 3]> {
 const UNTRIED: f64 = 1.25;
 
 impl Speeds {
+    /// Where nothing is timed.
+    pub(super) fn unknown(precision: Precision) -> Self {
+        let none = f64::NAN;
+        Speeds { precision, copy: none, fastest_memory: none, product: none, fastest_product: none }
+    }
+
     /// Measures them. The median counts for the copy, the fastest of all for limits.
     ///
     /// # Errors

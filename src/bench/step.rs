@@ -197,7 +197,7 @@ pub fn figures<B: Bed>(
     settings: &Settings,
     speeds: &Speeds,
     wanted: &dyn Fn(&str) -> bool,
-    told: &mut dyn FnMut(Figure),
+    told: &mut dyn FnMut(Figure) -> Result<()>,
 ) -> Result<()> {
     let precision = speeds.precision.name();
     for model in MODELS {
@@ -228,7 +228,7 @@ pub fn figures<B: Bed>(
         let mut figure = measure(ground, settings, &mut task, None, asked)?;
         drop(task);
         figure.parts = Pieces::new(backend, &work)?.shares(ground, settings.seconds / 4.0)?;
-        told(figure);
+        told(figure)?;
     }
     Ok(())
 }

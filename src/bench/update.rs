@@ -350,7 +350,7 @@ pub fn figures<B: Bed>(
     settings: &Settings,
     speeds: &Speeds,
     wanted: &dyn Fn(&str) -> bool,
-    told: &mut dyn FnMut(Figure),
+    told: &mut dyn FnMut(Figure) -> Result<()>,
 ) -> Result<()> {
     let precision = speeds.precision.name();
     let mut copy = None;
@@ -361,7 +361,7 @@ pub fn figures<B: Bed>(
         // Parameters, gradients, two slots, what is looked at.
         if 20 * work.parameters > backend.free_bytes() {
             let refused = format!("not enough memory: {:.1} GB", 20.0 * work.parameters as f64 / 1e9);
-            told(Figure { suite: "update".to_owned(), name, refused: Some(refused), ..Figure::default() });
+            told(Figure { suite: "update".to_owned(), name, refused: Some(refused), ..Figure::default() })?;
             continue;
         }
         let mut task = UpdateTask::new(backend, &work)?;
@@ -398,7 +398,7 @@ pub fn figures<B: Bed>(
             },
             limit: &limit,
         };
-        told(measure(ground, settings, &mut task, Some(copy), asked)?);
+        told(measure(ground, settings, &mut task, Some(copy), asked)?)?;
     }
     Ok(())
 }

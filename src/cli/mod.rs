@@ -46,7 +46,7 @@ enum Command {
     Data(data::Options),
     /// Prove on your own run that stopping and resuming changes no bit
     VerifyResume(verify::Options),
-    /// Time whole steps and the update alone
+    /// What this machine can do, what training gets out of it, and what the limits are
     Bench(bench::Options),
     /// Tell what of CUDA is on this machine, whether it works, and what installs the rest
     Doctor(doctor::Options),

@@ -28,6 +28,7 @@ mod linear;
 mod loss;
 mod mel;
 mod module;
+mod nvml;
 mod pinned;
 mod pool;
 mod probe;
@@ -44,6 +45,7 @@ pub use buffer::Buffer;
 pub use context::{Device, DeviceOptions, Fusion, LESS_MEMORY};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
+pub use nvml::Clocks;
 pub use recording::Recording;
 pub use step::Queue;
 

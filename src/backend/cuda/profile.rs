@@ -6,7 +6,7 @@ use cudarc::driver::{CudaEvent, sys};
 
 use super::context::{Device, driver_error};
 use super::{Buffer, Cuda, Storage, emulated, probe};
-use crate::backend::profile::{KernelTime, Kind, Probe, Profiled, Traffic};
+use crate::backend::profile::{KernelTime, Kind, Probe, Profiled, Told, Traffic};
 use crate::error::{Error, Result};
 
 /// A kernel or a library's call that was queued between two events.
@@ -144,6 +144,24 @@ impl<S: Storage> Profiled for Cuda<S> {
 
     fn free_bytes(&self) -> usize {
         self.device().memory().map_or(0, |(free, _)| free)
+    }
+
+    fn told(&self) -> Told {
+        let facts = self.device().facts();
+        let Some(clocks) = self.device().clocks() else {
+            let why =
+                if emulated::is_active() { "an emulated device has no clocks" } else { "NVML does not tell clocks" };
+            return Told { facts, now: why.to_owned(), ..Told::default() };
+        };
+        let number = |value: Option<u32>, unit: &str| value.map_or("?".to_owned(), |value| format!("{value} {unit}"));
+        let now = format!(
+            "multiprocessors {}, memory {}, {}, {}",
+            number(clocks.multiprocessor_mhz, "MHz"),
+            number(clocks.memory_mhz, "MHz"),
+            number(clocks.temperature, "C"),
+            number(clocks.power_mw.map(|power| power / 1000), "W")
+        );
+        Told { facts, clock_mhz: clocks.multiprocessor_mhz, now, held_back: clocks.held_back }
     }
 
     fn parts(&self) -> usize {

@@ -3,8 +3,8 @@
 use plotters::prelude::*;
 use plotters::style::text_anchor::HPos;
 
-use super::super::compare::seconds_text;
 use super::super::results::{Figure, PeerFigure};
+use super::super::table;
 use super::canvas::{Area, UNIT, WIDTH, bar, color, line, pale, shortened, words};
 use crate::error::Result;
 use crate::train::plot::axis::Axis;
@@ -54,8 +54,8 @@ pub(super) fn against_floor(figures: &[Figure]) -> Result<Option<String>> {
             remark: format!(
                 "{:.0} %: {} of {}{doubt}",
                 share[1],
-                seconds_text(floor.seconds),
-                seconds_text(times.median)
+                table::seconds(floor.seconds),
+                table::seconds(times.median)
             ),
             color: color(suite),
             hollow: figure.refused.is_some(),
@@ -78,7 +78,7 @@ pub(super) fn against_peers(peers: &[PeerFigure]) -> Result<Option<String>> {
             Row::Without(peer.peer.clone(), peer.refused.clone().unwrap_or_else(|| "no turn was taken".to_owned()))
         } else {
             let doubt = if peer.refused.is_some() { ", refused" } else { "" };
-            let (theirs, ours) = (seconds_text(peer.theirs.median), seconds_text(peer.ours.median));
+            let (theirs, ours) = (table::seconds(peer.theirs.median), table::seconds(peer.ours.median));
             let spread = format!("{:.2} to {:.2}", ratio.lower_quartile, ratio.upper_quartile);
             Row::Bar {
                 name: peer.peer.clone(),

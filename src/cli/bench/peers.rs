@@ -1,14 +1,17 @@
 //! `warpstep bench --peers`.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::bench::peers::{NAMES, Places, Scripts, Settings, run};
-use crate::bench::place::{Place, Precision};
+use crate::bench::peers::{NAMES, Places, Scripts, Settings, heading, line, run};
 use crate::bench::results::PeerFigure;
-use crate::bench::{peers, unit};
+use crate::bench::run::Request;
+use crate::bench::unit;
+use crate::error::Result;
+
+/// Seconds of each side, for a work and a peer.
+const USUAL_SECONDS: f64 = 5.0;
 
 /// Options about peers.
 #[derive(Debug, Args)]
@@ -26,44 +29,29 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    /// Whether peers are to be run.
-    pub(crate) fn asked(&self) -> bool {
-        self.peers || !self.only.is_empty() || self.llm_c.is_some()
-    }
-
-    /// Which of these works, of those that peers do: all of them where none is named.
-    pub(crate) fn works<'a>(named: &[&'a str]) -> Vec<&'a str> {
-        let common = |name: &&str| unit::NAMES.contains(name);
-        if named.is_empty() { unit::NAMES.to_vec() } else { named.iter().copied().filter(common).collect() }
-    }
-
-    /// Runs each peer in turn with our own work, and writes each ratio as it is found. `seconds` count for each side.
+    /// Runs each peer, where any is asked for, in turn with our own work, and tells each ratio as it is found.
     ///
     /// # Errors
     /// What our own work reports, or what the operating system refuses.
-    pub(crate) fn run(
-        &self,
-        works: &[&str],
-        place: Place,
-        precision: Precision,
-        seconds: f64,
-        out: &mut dyn Write,
-    ) -> anyhow::Result<Vec<PeerFigure>> {
+    pub(crate) fn run(&self, request: &Request, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Vec<PeerFigure>> {
+        let works = request.works();
+        if works.is_empty() || !(self.peers || !self.only.is_empty() || self.llm_c.is_some()) {
+            return Ok(Vec::new());
+        }
         let scripts = Scripts::write()?;
         let places = Places::find(self.llm_c.clone());
-        let settings = Settings::new(seconds);
+        let settings = Settings::new(request.seconds.unwrap_or(USUAL_SECONDS));
         let mut found = Vec::new();
-        for (i, work) in works.iter().enumerate() {
-            let mut ours = unit::unit(work, place, precision)?;
-            for name in self.names(work) {
-                let peer = places.peer(name, &ours.work(), &scripts)?;
-                let figure = run(&peer, ours.as_mut(), &settings)?;
-                if i == 0 && found.is_empty() {
-                    writeln!(out, "{}", peers::heading())?;
+        tell(&heading())?;
+        for precision in request.precisions() {
+            for &work in &works {
+                let mut ours = unit::unit(work, request.place, precision)?;
+                for name in self.names(work) {
+                    let peer = places.peer(name, &ours.work(), &scripts)?;
+                    let figure = run(&peer, ours.as_mut(), &settings)?;
+                    tell(&line(&figure))?;
+                    found.push(figure);
                 }
-                writeln!(out, "{}", peers::line(&figure))?;
-                out.flush()?;
-                found.push(figure);
             }
         }
         Ok(found)
