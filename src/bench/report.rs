@@ -144,7 +144,17 @@ fn figure_tables(figures: &[Figure]) -> String {
     }
     let of_suite = |suite: &str| -> String {
         let rows: String = figures.iter().filter(|figure| figure.suite == suite).map(figure_row).collect();
-        let head = ["figure", "median", "quartiles", "runs", "rate", "memory", "arithmetic", "of the floor", "takes"];
+        let head = [
+            "figure",
+            "median",
+            "quartiles",
+            "runs",
+            "rate",
+            "memory speed",
+            "arithmetic",
+            "of the floor",
+            "memory taken",
+        ];
         format!("<h3>{}</h3>\n{}", escaped(suite), table(&head, &rows))
     };
     suites.into_iter().map(of_suite).collect()

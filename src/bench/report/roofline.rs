@@ -90,6 +90,8 @@ struct Field {
     y: Axis,
     /// Least and greatest intensity.
     range: (f64, f64),
+    /// Least operations a second.
+    low: f64,
     /// Operations a second that a value of the vertical axis counts.
     each: f64,
 }
@@ -105,7 +107,7 @@ impl Field {
         let (low, high) = (least(&mut speeds()) / 3.0, greatest(&mut speeds()) * 2.0);
         let each = unit(high).0;
         let axis = |low, high| Axis::new(low, high, true, false, 6);
-        Field { x: axis(range.0, range.1), y: axis(low / each, high / each), range, each }
+        Field { x: axis(range.0, range.1), y: axis(low / each, high / each), range, low, each }
     }
 
     fn at(&self, intensity: f64, speed: f64) -> (i32, i32) {
@@ -118,6 +120,7 @@ fn draw(area: &Area<'_, '_>, points: &[Point<'_>], roofs: &Roofs) -> Result<()> 
     let field = Field::new(points, roofs);
     frame(area, &field)?;
     roof(area, &field, roofs)?;
+    legend(area, points)?;
     let places: Vec<(i32, i32)> = points.iter().map(|p| field.at(p.intensity, p.speed)).collect();
     let mut taken: Vec<(i32, i32)> = places.clone();
     for (i, (point, &place)) in points.iter().zip(&places).enumerate() {
@@ -170,20 +173,27 @@ fn roof(area: &Area<'_, '_>, field: &Field, roofs: &Roofs) -> Result<()> {
         words(area, &told, (to.0 - 6, to.1 - 12), HPos::Right)?;
     }
     if let Some(memory) = roofs.memory {
-        // The slope leaves the field at its foot where it does not meet it before.
-        let last = ridge.unwrap_or(last);
-        let foot = field.y.ticks.first().map_or(0.0, |(value, _)| value * each / 10.0);
-        let steps = 64;
-        let slope = (0..=steps).map(|i| first * (last / first).powf(f64::from(i) / f64::from(steps)));
-        let points: Vec<(i32, i32)> =
-            slope.map(|x| (x, memory * x)).filter(|(_, y)| *y > foot).map(|(x, y)| field.at(x, y)).collect();
-        let above: Vec<(i32, i32)> = points.iter().copied().filter(|(_, y)| *y < BOTTOM).collect();
-        line(area, &above, style)?;
-        if let Some(&middle) = above.get(above.len() / 3) {
-            let told = format!("copy, {:.1} GB/s", memory / 1e9);
-            let place = ((middle.0 - 8) * UNIT, (middle.1 - 8) * UNIT);
-            area.draw_text(&told, &text(12, HPos::Right, VPos::Bottom), place).map_err(failed)?;
-        }
+        // From where the slope enters the field, at its side or at its foot.
+        let from = first.max(field.low / memory);
+        let to = ridge.unwrap_or(last).max(from);
+        line(area, &[field.at(from, memory * from), field.at(to, memory * to)], style)?;
+        let middle = from * (to / from).powf(0.4);
+        let middle = field.at(middle, memory * middle);
+        let told = format!("copy, {:.1} GB/s", memory / 1e9);
+        let place = ((middle.0 - 8) * UNIT, (middle.1 - 8) * UNIT);
+        area.draw_text(&told, &text(12, HPos::Right, VPos::Bottom), place).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Which colour is which suite.
+fn legend(area: &Area<'_, '_>, points: &[Point<'_>]) -> Result<()> {
+    let mut suites: Vec<&str> = points.iter().map(|point| point.figure.suite.as_str()).collect();
+    suites.dedup();
+    for (i, suite) in suites.iter().enumerate() {
+        let at = (LEFT + 20 + 90 * i as i32, TOP - 20);
+        area.draw(&Circle::new((at.0 * UNIT, at.1 * UNIT), DOT * UNIT, color(suite).filled())).map_err(failed)?;
+        words(area, suite, (at.0 + 10, at.1), HPos::Left)?;
     }
     Ok(())
 }
