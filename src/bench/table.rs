@@ -77,15 +77,8 @@ pub fn suite(name: &str) -> String {
         "step" => "whole training steps: forward, loss, backward, clip, update",
         _ => "reading and preparing batches",
     };
-    format!(
-        "\n{:<WHAT$} {:>9} {:>7} {:>16} {:>9} {:>8}\n",
-        format!("{name}: {about}").chars().take(WHAT + 40).collect::<String>(),
-        "time",
-        "+-",
-        "speed",
-        "floor",
-        "of floor"
-    )
+    let columns = format!("{:<WHAT$} {:>9} {:>7} {:>16} {:>9} {:>8}", "", "time", "+-", "speed", "floor", "of floor");
+    format!("\n{name}: {about}\n{columns}\n")
 }
 
 /// A figure's line, and a second one with what a step is made of, or why it is not to be quoted.
