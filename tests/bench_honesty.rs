@@ -247,12 +247,9 @@ fn traffic_and_products_notice_that_nothing_was_done() {
 fn updates_notice_that_nothing_was_done() {
     let cpu = Cpu::<f32>::new();
     for (rule, clip) in [
-        ("sgd", "none"),
         ("momentum", "global_norm"),
-        ("nesterov", "value"),
         ("adamw", "tensor_norm"),
         ("lamb", "global_norm"),
-        ("lars", "none"),
         ("lion", "adaptive"),
         ("muon", "none"),
     ] {
