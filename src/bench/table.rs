@@ -34,8 +34,7 @@ fn scaled(value: f64, unit: &str) -> String {
 /// A figure's speed in its natural unit.
 pub fn speed(figure: &Figure) -> String {
     let median = figure.seconds.median;
-    // Written so that a median which is no number has no speed.
-    if !(median > 0.0) {
+    if median.is_nan() || median <= 0.0 {
         return String::new();
     }
     let (amount, of) = &figure.amount;
