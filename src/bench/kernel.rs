@@ -24,8 +24,10 @@ const MOST_SETS: usize = 256;
 
 /// Which way through a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub enum Way {
+    /// Forward.
     Forward,
+    /// Backward, of a forward that was run before.
     Backward,
 }
 
@@ -39,11 +41,13 @@ enum Left {
 }
 
 /// A layer with several sets of memory.
-struct KernelTask<B: Bed> {
+pub struct KernelTask<B: Bed> {
     backend: B,
     alone: Alone<B>,
     sets: Vec<(Arena<B>, Activations<B>)>,
     next: usize,
+    /// The set that is looked at.
+    looked: usize,
     way: Way,
     /// What forward and backward should leave, by the twin; none where that would take too long.
     expected: Option<[Vec<Vec<f64>>; 2]>,
@@ -88,7 +92,11 @@ impl Given<'_> {
 }
 
 impl<B: Bed> KernelTask<B> {
-    fn new(backend: &B, case: &Case) -> Result<Self> {
+    /// Takes the memory, fills it, and runs the layer once in each set.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    pub fn new(backend: &B, case: &Case) -> Result<Self> {
         let mut layer = case.layer::<B>()?;
         let alone = Alone::plan(&mut *layer, &case.input, case.batch, case.mode)?;
         let given = Given { case, stream: Philox::new(1, Purpose::Sampling, 3) };
@@ -110,6 +118,7 @@ impl<B: Bed> KernelTask<B> {
             alone,
             sets,
             next: 0,
+            looked: 0,
             way: Way::Forward,
             expected: None,
             round_bytes: count * bytes,
@@ -118,6 +127,12 @@ impl<B: Bed> KernelTask<B> {
             task.expected = Some(task.twin(&given)?);
         }
         Ok(task)
+    }
+
+    /// From now on repetitions go this way: false where the layer has no operations that way.
+    pub fn go(&mut self, way: Way) -> bool {
+        self.way = way;
+        !self.ops().is_empty()
     }
 
     /// What the layer leaves in f64, from the same values.
@@ -193,6 +208,7 @@ impl<B: Bed> Task for KernelTask<B> {
     }
 
     fn prepare(&mut self) -> Result<()> {
+        self.looked = self.next;
         let (arena, activations) = &mut self.sets[self.next];
         for left in left(&self.alone, arena, self.way) {
             match left {
@@ -211,7 +227,7 @@ impl<B: Bed> Task for KernelTask<B> {
     }
 
     fn verify(&mut self) -> Result<Option<String>> {
-        let (arena, activations) = &self.sets[(self.next + self.sets.len() - 1) % self.sets.len()];
+        let (arena, activations) = &self.sets[self.looked];
         for (number, left) in left(&self.alone, arena, self.way).into_iter().enumerate() {
             let found: Vec<f64> = match left {
                 Left::Activation(act) => {
@@ -271,8 +287,7 @@ pub fn figures<B: Bed>(
         let mut task = KernelTask::new(backend, &case)?;
         let costs = task.alone.program.costs(&task.alone.parameters)?;
         for (name, way) in names.into_iter().zip([Way::Forward, Way::Backward]) {
-            task.way = way;
-            if task.ops().is_empty() || !wanted(&name) {
+            if !task.go(way) || !wanted(&name) {
                 continue;
             }
             let costs = &costs[task.ops()];

@@ -161,16 +161,11 @@ pub fn cases(kind: Kind) -> Vec<Case> {
     if kind != Kind::Emulated {
         add("linear", What::Linear(256), 128, &[784]);
         add("linear", What::Linear(384), 768, &[128]);
+        add("conv", What::Conv(64, 3), 128, &[32, 14, 14]);
     }
     let (rows, width) = (pick(512, 16_384, 4), pick(768, 768, 16));
     add("linear", What::Linear(3 * width), rows, &[width]);
     add("linear_gelu", What::LinearGelu(4 * width), rows, &[width]);
-    add(
-        "conv",
-        What::Conv(pick(64, 64, 2), 3),
-        pick(128, 128, 1),
-        &[pick(32, 32, 2), pick(14, 14, 4), pick(14, 14, 4)],
-    );
     let side = pick(56, 56, 4);
     let picture = [pick(64, 64, 2), side, side];
     let pictures = pick(8, 256, 1);

@@ -150,6 +150,9 @@ const NOISE: f64 = 0.1;
 /// The share of the wall's time that may be missing from the sum of single times.
 const MISSING: f64 = 0.2;
 
+/// Seconds of it that may be missing besides: somebody else may have had the processor between two spans.
+const MISSING_SECONDS: f64 = 0.02;
+
 /// A limit that a figure is held to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limit {
@@ -240,6 +243,13 @@ pub fn measure(
     mut beside: Option<&mut (dyn Task + '_)>,
     asked: Asked<'_>,
 ) -> Result<Figure> {
+    // A first look, while nothing else is queued, so that no time is spent on what is wrong.
+    let began = ground.now();
+    task.prepare()?;
+    let first = span(ground, task, 1)?;
+    if let Some(refused) = outcome(ground, task, began)? {
+        return Ok(Figure { seconds: spread(&[first]), refused: Some(refused), ..asked.figure });
+    }
     warm_up(ground, settings, task)?;
     if let Some(beside) = beside.as_deref_mut() {
         warm_up(ground, settings, beside)?;
@@ -259,8 +269,8 @@ pub fn measure(
     let Some(Taken { times, beside, refused }) = best else { return Ok(asked.figure) };
     let limit = (asked.limit)(beside.as_ref());
     let refused = refused
-        .or_else(|| limit.as_ref().and_then(|limit| impossible(ground, task, &times, limit)))
         .or_else(|| ground.refusal())
+        .or_else(|| limit.as_ref().and_then(|limit| impossible(ground, task, &times, limit)))
         .or_else(|| too_wide(&times, settings));
     Ok(Figure { seconds: times, floor: limit.map(|limit| limit.floor), refused, ..asked.figure })
 }
@@ -310,28 +320,33 @@ fn take(
     Ok(Taken { times: spread(&times), beside: beside.map(|_| spread(&others)), refused })
 }
 
+/// Why the outcome of the repetition that was prepared is not what it should be.
+fn outcome(ground: &dyn Ground, task: &mut dyn Task, began: f64) -> Result<Option<String>> {
+    let Some(wrong) = task.verify()? else { return Ok(None) };
+    // Work that is only late is there after as long again.
+    ground.pause((ground.now() - began).clamp(0.01, 1.0));
+    Ok(Some(match task.verify()? {
+        None => "time without synchronization: the work was not done when its time was over".to_owned(),
+        Some(_) => format!("wrong outcome, as if work were skipped: {wrong}"),
+    }))
+}
+
 /// Looks at the outcome of one more repetition, and whether all work was done when its time was told to be over: why the
 /// figure is refused, if it is.
 fn look(ground: &dyn Ground, task: &mut dyn Task, began: f64, told: f64) -> Result<Option<String>> {
     task.prepare()?;
     let told = told + span(ground, task, 1)?;
-    let wrong = task.verify()?;
-    let seen = ground.now();
-    if let Some(wrong) = wrong {
-        // Work that is only late is there after as long again.
-        ground.pause((seen - began).clamp(0.01, 1.0));
-        return Ok(Some(match task.verify()? {
-            None => "time without synchronization: the work was not done when its time was over".to_owned(),
-            Some(_) => format!("wrong outcome, as if work were skipped: {wrong}"),
-        }));
+    if let Some(refused) = outcome(ground, task, began)? {
+        return Ok(Some(refused));
     }
+    let seen = ground.now();
     // What looking takes where nothing has to be waited for.
     task.verify()?;
     task.prepare()?;
     let idle = ground.now() - seen;
     let wall = seen - began;
     let missing = wall - told - idle;
-    if missing > MISSING * (told + idle) + idle + 1e-3 {
+    if missing > MISSING * (told + idle) + idle + MISSING_SECONDS {
         return Ok(Some(format!(
             "time without synchronization: the single times add up to {told:.3} s, but their outcome took {:.3} s",
             wall - idle

@@ -25,7 +25,7 @@ pub struct Speeds {
 /// Shapes of products of which the fastest counts: rows, inputs, outputs.
 fn shapes<B: Bed>(backend: &B) -> Vec<[usize; 3]> {
     match backend.kind() {
-        Kind::Host => vec![[2048; 3], [256, 768, 3072], [128, 784, 256]],
+        Kind::Host => vec![[1024; 3], [256, 768, 3072], [128, 784, 256]],
         Kind::Gpu => vec![[8192; 3], [8192, 4096, 4096], [4096; 3]],
         Kind::Emulated => vec![[32; 3]],
     }

@@ -34,8 +34,7 @@ fn scaled(value: f64, unit: &str) -> String {
 /// A figure's speed in its natural unit.
 pub fn speed(figure: &Figure) -> String {
     let median = figure.seconds.median;
-    // Written so that a median which is no number has no speed.
-    if !(median > 0.0) {
+    if median.is_nan() || median <= 0.0 {
         return String::new();
     }
     let (amount, of) = &figure.amount;
@@ -77,15 +76,8 @@ pub fn suite(name: &str) -> String {
         "step" => "whole training steps: forward, loss, backward, clip, update",
         _ => "reading and preparing batches",
     };
-    format!(
-        "\n{:<WHAT$} {:>9} {:>7} {:>16} {:>9} {:>8}\n",
-        format!("{name}: {about}").chars().take(WHAT + 40).collect::<String>(),
-        "time",
-        "+-",
-        "speed",
-        "floor",
-        "of floor"
-    )
+    let columns = format!("{:<WHAT$} {:>9} {:>7} {:>16} {:>9} {:>8}", "", "time", "+-", "speed", "floor", "of floor");
+    format!("\n{name}: {about}\n{columns}\n")
 }
 
 /// A figure's line, and a second one with what a step is made of, or why it is not to be quoted.

@@ -61,13 +61,7 @@ impl<B: Bed> UpdateTask<B> {
     /// # Errors
     /// Not enough memory.
     pub fn new(backend: &B, work: &Updating) -> Result<Self> {
-        let specs: Vec<ParamSpec> = work
-            .shapes()
-            .into_iter()
-            .enumerate()
-            .map(|(number, shape)| ParamSpec { name: format!("{number}.weight"), shape })
-            .collect();
-        let layout = ParamLayout::new(&specs)?;
+        let layout = layout(work)?;
         let plan = UpdatePlan::new(&work.optimizer, &layout)?;
         let plan = Box::new(UpdatePlan { rounding: work.alone.then_some(1), ..plan });
         let bytes = layout.padded_len() * size_of::<f32>() * (2 + plan.slots.len());
@@ -80,7 +74,7 @@ impl<B: Bed> UpdateTask<B> {
             next: 0,
             plan,
             work: work.clone(),
-            shapes: specs.into_iter().map(|spec| spec.shape).collect(),
+            shapes: work.shapes(),
             norm: (filler.squares / count as f64).sqrt(),
             looked: None,
             looks: 0,
@@ -89,24 +83,15 @@ impl<B: Bed> UpdateTask<B> {
 
     /// Bytes that an update has to move, and its floating-point operations where it multiplies matrices.
     pub fn cost(&self) -> (f64, f64) {
-        let Updating { parameters, alone, .. } = self.work;
-        let (real, storage) = (size_of::<f32>(), size_of::<B::Storage>());
-        let copy = if storage < real && !alone { storage } else { 0 };
-        let mut bytes = update_bytes(&self.plan, parameters, copy);
-        if alone {
-            bytes -= (2 * (real - storage) * parameters) as u64;
-        }
-        let again = match self.work.optimizer.rule {
-            // The norms of weights and gradients come before the update, that of Adam's direction after its moments.
-            Rule::Lars { .. } => 2 * real,
-            Rule::Lamb { .. } => 3 * real,
-            _ => 0,
-        };
-        let flops = match self.work.optimizer.rule {
-            Rule::Muon { steps, .. } => self.shapes.iter().map(|shape| f64::from(steps) * iteration(shape)).sum(),
-            _ => 0.0,
-        };
-        ((bytes + (again * parameters) as u64) as f64, flops)
+        cost::<B>(&self.work, &self.plan)
+    }
+
+    /// The same, without the memory.
+    ///
+    /// # Errors
+    /// Options that do not validate.
+    pub fn cost_of(work: &Updating) -> Result<(f64, f64)> {
+        Ok(cost::<B>(work, &UpdatePlan::new(&work.optimizer, &layout(work)?)?))
     }
 
     fn take(&mut self, wait: bool) -> Result<()> {
@@ -162,6 +147,34 @@ impl<B: Bed> UpdateTask<B> {
         theta.truncate(before.len());
         Ok(theta)
     }
+}
+
+/// The layout of an update's tensors.
+fn layout(work: &Updating) -> Result<ParamLayout> {
+    let named = |(number, shape)| ParamSpec { name: format!("{number}.weight"), shape };
+    ParamLayout::new(&work.shapes().into_iter().enumerate().map(named).collect::<Vec<_>>())
+}
+
+/// Bytes that an update has to move, and the operations of its products.
+fn cost<B: Bed>(work: &Updating, plan: &UpdatePlan) -> (f64, f64) {
+    let Updating { parameters, alone, .. } = *work;
+    let (real, storage) = (size_of::<f32>(), size_of::<B::Storage>());
+    let copy = if storage < real && !alone { storage } else { 0 };
+    let mut bytes = update_bytes(plan, parameters, copy);
+    if alone {
+        bytes -= (2 * (real - storage) * parameters) as u64;
+    }
+    let again = match work.optimizer.rule {
+        // The norms of weights and gradients come before the update, that of Adam's direction after its moments.
+        Rule::Lars { .. } => 2 * real,
+        Rule::Lamb { .. } => 3 * real,
+        _ => 0,
+    };
+    let flops = match work.optimizer.rule {
+        Rule::Muon { steps, .. } => work.shapes().iter().map(|shape| f64::from(steps) * iteration(shape)).sum(),
+        _ => 0.0,
+    };
+    ((bytes + (again * parameters) as u64) as f64, flops)
 }
 
 /// Operations of an iteration of Newton and Schulz for a matrix: three products along its smaller side.

@@ -171,9 +171,7 @@ impl<R: Real> Profiled for Cpu<R> {
         let done = Arc::new(AtomicU64::new(0));
         let (count, threads) = (Arc::clone(&done), self.parts());
         let work = move || {
-            (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
-                count.fetch_add(1, Ordering::Relaxed);
-            });
+            rayon::broadcast(|_| count.fetch_add(1, Ordering::Relaxed));
             Ok(())
         };
         let done = move || Ok(done.load(Ordering::Relaxed) / threads as u64);

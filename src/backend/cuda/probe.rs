@@ -150,7 +150,7 @@ struct HostCopy {
 }
 
 impl HostCopy {
-    fn to_device(&mut self, device: &Device) -> Result<()> {
+    fn send(&mut self, device: &Device) -> Result<()> {
         self.count += 1;
         let bytes = self.host.bytes_mut();
         bytes[..8].copy_from_slice(&self.count.to_ne_bytes());
@@ -159,7 +159,7 @@ impl HostCopy {
         device.synchronize()
     }
 
-    fn to_host(&mut self, device: &Device) -> Result<()> {
+    fn fetch(&mut self, device: &Device) -> Result<()> {
         device.count_up(&self.buffer)?;
         device.read(self.buffer.address_of(0), self.host.bytes_mut())?;
         let mut word = [0; 8];
@@ -179,7 +179,7 @@ fn host_copy(device: &Arc<Device>, name: String, to_device: bool, pinned: bool) 
     let work = move || {
         // What a thread left that panicked within a copy is a count that no longer fits, which is seen.
         let mut copy = copy.lock().unwrap_or_else(PoisonError::into_inner);
-        if to_device { copy.to_device(device) } else { copy.to_host(device) }
+        if to_device { copy.send(device) } else { copy.fetch(device) }
     };
     let done = move || {
         let copy = seen.lock().unwrap_or_else(PoisonError::into_inner);

@@ -185,7 +185,7 @@ impl<S: Storage> Profiled for Cuda<S> {
 
     /// Two buffers of 1 GiB, or a quarter of what is free.
     fn copy_len(&self) -> usize {
-        let most = if emulated::is_active() { 1 << 22 } else { 1 << 28 };
+        let most = if emulated::is_active() { 1 << 16 } else { 1 << 28 };
         self.device().memory().map_or(1 << 22, |(free, _)| (free / 16).min(most))
     }
 
