@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use warpstep::Result;
 use warpstep::bench::peers::{NAMES, Peer, Places, Scripts, Settings, Start, difference, run};
+use warpstep::bench::place::Place;
 use warpstep::bench::results::{PeerFigure, Work};
+use warpstep::bench::run::{Pattern, Request};
 use warpstep::bench::unit::Unit;
 
 /// Our side: repetitions of a microsecond, as it says.
@@ -264,4 +266,59 @@ fn peers_are_asked_for_exactly_our_work() {
     for name in ["pytorch-graphed", "candle", "burn", "llm.c"] {
         assert!(matches!(places.peer(name, &work(), &scripts).unwrap().start, Start::Missing(_)), "{name}");
     }
+}
+
+#[test]
+fn the_patterns_choose_the_works_that_peers_do() {
+    let works = |patterns: &[&str], place| {
+        let patterns = patterns.iter().map(|text| Pattern::parse(text).unwrap()).collect();
+        Request { patterns, place, precisions: Vec::new(), seconds: None, command: String::new() }.works()
+    };
+    assert_eq!(works(&[], Place::Cpu), ["mlp", "cnn", "gpt_cpu", "update"]);
+    assert_eq!(works(&["step/mlp"], Place::Cpu), ["mlp"]);
+    assert_eq!(works(&["step/mlp/bf16", "step/gpt2"], Place::Cuda(0)), ["mlp", "gpt2"]);
+    assert_eq!(works(&["step"], Place::Cpu), ["mlp", "cnn", "gpt_cpu", "gpt2"]);
+    assert_eq!(works(&["update/momentum+global_norm"], Place::Cpu), ["update"]);
+    assert_eq!(works(&["update/adamw", "data", "device/copy"], Place::Cpu), Vec::<&str>::new());
+}
+
+#[cfg(unix)]
+#[test]
+fn the_command_tells_table_json_and_page_why_a_peer_was_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let [python, json, html] = ["python", "out.json", "out.html"].map(|name| folder.path().join(name));
+    let theirs = Work { inputs: vec![64, 784], ..work() };
+    std::fs::write(&python, format!("#!/bin/sh\n{}{}\n", declaring(&theirs), answering("[1e-6]"))).unwrap();
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+        .args([
+            "bench",
+            "--device",
+            "cpu",
+            "--threads",
+            "2",
+            "--seconds",
+            "0.01",
+            "--peer",
+            "pytorch-eager",
+            "--peer",
+            "candle",
+        ])
+        .args(["step/mlp", "--json", json.to_str().unwrap(), "--html", html.to_str().unwrap()])
+        .env("WARPSTEP_PYTHON", &python)
+        .env_remove("WARPSTEP_RUST_PEERS")
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let reason = "another shape of the inputs: [128, 784] here, [64, 784] there; times of different work tell nothing";
+    let page = std::fs::read_to_string(&html).unwrap();
+    let results = warpstep::bench::compare::read(&json).unwrap();
+    assert!(text.contains(&format!("not compared: {reason}")), "{text}");
+    assert!(text.contains("candle            not compared: not built: run benches/peers/build-rust"), "{text}");
+    assert!(page.contains(&format!("refused: {reason}")));
+    assert_eq!(results.peers.iter().map(|p| p.peer.as_str()).collect::<Vec<_>>(), ["PyTorch eager", "candle"]);
+    assert_eq!(results.peers[0].refused.as_deref(), Some(reason));
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::bench::peers::{NAMES, Places, Scripts, Settings, heading, line, run};
+use crate::bench::place::{Place, Precision};
 use crate::bench::results::PeerFigure;
 use crate::bench::run::Request;
 use crate::bench::unit;
@@ -43,8 +44,8 @@ impl Peers {
         let settings = Settings::new(request.seconds.unwrap_or(USUAL_SECONDS));
         let mut found = Vec::new();
         tell(&heading())?;
-        for precision in request.precisions() {
-            for &work in &works {
+        for work in works {
+            for precision in precisions(request, work) {
                 let mut ours = unit::unit(work, request.place, precision)?;
                 for name in self.names(work) {
                     let peer = places.peer(name, &ours.work(), &scripts)?;
@@ -63,5 +64,15 @@ impl Peers {
             return self.only.iter().map(String::as_str).collect();
         }
         NAMES.into_iter().filter(|name| *name != "llm.c" || work == "gpt2").collect()
+    }
+}
+
+/// The precisions that a work is compared in: those that are asked for, or the one that it is trained in.
+fn precisions(request: &Request, work: &str) -> Vec<Precision> {
+    match request.place {
+        _ if !request.precisions.is_empty() => request.precisions.clone(),
+        Place::Cpu => vec![Precision::F32],
+        Place::Cuda(_) if work == "gpt2" => vec![Precision::Bf16],
+        Place::Cuda(_) => vec![Precision::Tf32],
     }
 }
