@@ -49,7 +49,7 @@ impl Settings {
             seconds: seconds / turns as f64,
             widest: 0.2,
             start: Duration::from_secs(300),
-            patience: Duration::from_secs(60),
+            patience: Duration::from_secs(120),
         }
     }
 }
