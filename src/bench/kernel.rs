@@ -254,6 +254,7 @@ impl<B: Bed> Task for KernelTask<B> {
                     (off / norm.max(1e-12 * expected.len() as f64)).sqrt()
                 }
                 None if found.iter().all(|&value| value == 0.0) => 1.0,
+                // No number, where any of them is none.
                 None => found.iter().sum::<f64>() * 0.0,
             };
             // Written so that a value which is no number is wrong.

@@ -252,6 +252,12 @@ pub fn measure(
     }
     warm_up(ground, settings, task)?;
     if let Some(beside) = beside.as_deref_mut() {
+        beside.prepare()?;
+        span(ground, beside, 1)?;
+        if let Some(wrong) = beside.verify()? {
+            let refused = Some(format!("what it is measured against is wrong: {wrong}"));
+            return Ok(Figure { seconds: spread(&[first]), refused, ..asked.figure });
+        }
         warm_up(ground, settings, beside)?;
     }
     let mut best: Option<Taken> = None;

@@ -22,6 +22,9 @@ use crate::train::step::{StepReport, Trainer, TrainerParts};
 const BATCHES: u32 = 4;
 /// Floating-point operations of a step that its twin in f64 does too; a longer one is looked at without.
 const TWIN_FLOPS: u64 = 20_000_000_000;
+/// The learning rate: so small that thousands of steps on the same few batches do not learn them by heart, which would leave
+/// gradients of nothing but rounding.
+const LEARNING_RATE: f64 = 1e-4;
 /// Parameters that are looked at, where there is no twin.
 const SAMPLE: usize = 1 << 12;
 
@@ -29,7 +32,6 @@ const SAMPLE: usize = 1 << 12;
 pub struct StepTask<B: Bed> {
     trainer: Trainer<B>,
     batches: Vec<Batch>,
-    learning_rate: f64,
     queued: u64,
     done: u64,
     skipped: u64,
@@ -60,7 +62,6 @@ impl<B: Bed> StepTask<B> {
         Ok(StepTask {
             trainer,
             batches: (0..BATCHES).map(|number| work.random_batch(number)).collect(),
-            learning_rate: work.optimizer.learning_rate,
             queued: 0,
             done: 0,
             skipped: 0,
@@ -116,7 +117,7 @@ fn trainer_of_twin(work: &Training) -> Result<Trainer<Cpu<f64>>> {
 impl<B: Bed> Task for StepTask<B> {
     fn run(&mut self) -> Result<()> {
         let batch = &self.batches[(self.queued % u64::from(BATCHES)) as usize];
-        self.trainer.queue(batch, Some(self.learning_rate))?;
+        self.trainer.queue(batch, Some(LEARNING_RATE))?;
         self.queued += 1;
         self.take(false)
     }
@@ -145,7 +146,7 @@ impl<B: Bed> Task for StepTask<B> {
         let now = self.parameters_now(usize::MAX)?;
         twin.arena_mut().parameters.iter_mut().zip(now).for_each(|(to, from)| *to = f64::from(from));
         twin.set_counters(self.trainer.counters());
-        let report = twin.step(std::slice::from_ref(self.batch()), self.learning_rate)?;
+        let report = twin.step(std::slice::from_ref(self.batch()), LEARNING_RATE)?;
         self.expected.values = Some([report.loss, report.outcome.grad_norm]);
         self.twin = Some(twin);
         Ok(())
