@@ -1,47 +1,125 @@
-"""What the peers share: arguments, timing, and the line of JSON that `warpstep bench --json` prints too."""
+"""The protocol that every peer speaks with `warpstep bench --peers`, one line of JSON at a time.
+
+A peer is a process. It first declares what it does, or says what is missing:
+
+    {"peer": "PyTorch eager", "version": "2.15.0", "work": {"name": "mlp", "parameters": 235146, "inputs": [128, 784],
+     "precision": "f32", "update": "momentum+global_norm", "threads": 2}}
+    {"missing": "torch is not installed: pip install torch"}
+
+Then it reads lines `run SECONDS` and answers each with the seconds of every repetition, `{"times": [..]}`; it ends at the end of
+its input. What it declares it counts from its own tensors: Warpstep refuses a peer that does other work than its own.
+"""
 
 import argparse
 import json
-import statistics
+import math
+import os
+import sys
 import time
 
-import torch
+# nanoGPT's configuration for CPUs, and GPT-2 124M with its vocabulary padded to a multiple of 64.
+GPT = {
+    "gpt_cpu": {"vocabulary": 65, "layers": 4, "heads": 4, "width": 128, "bias": False},
+    "gpt2": {"vocabulary": 50304, "layers": 12, "heads": 12, "width": 768, "bias": True},
+}
+# The update of each work where none is asked for, in the words of `results::Work`.
+UPDATES = {
+    "mlp": "momentum+global_norm",
+    "cnn": "momentum+global_norm",
+    "gpt_cpu": "adamw+global_norm",
+    "gpt2": "adamw+global_norm",
+    "update": "momentum+global_norm",
+}
+MAX_NORM, MOMENTUM, BETAS, DECAY = 1.0, 0.9, (0.9, 0.99), 0.1
+# Samples of a batch and tokens of a sample, where none are asked for.
+SHAPES = {"gpt_cpu": (12, 64), "gpt2": (64, 1024)}
+# Seconds that a span between two waits has at least on a GPU: a wait takes long beside the smallest steps. So Warpstep's own.
+LEAST_SPAN = 2e-3
+
+# Lines of the protocol alone go to standard output: libraries that print are sent to standard error.
+_out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 
 
-def setup():
+def say(message):
+    print(json.dumps(message), file=_out, flush=True)
+
+
+def missing(reason):
+    """Names what is not there, and ends: a peer that cannot run is no failure."""
+    say({"missing": reason})
+    sys.exit(0)
+
+
+def arguments(forms, binary=False):
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    return arguments
+    parser.add_argument("--work", required=True, choices=list(UPDATES))
+    parser.add_argument("--form", default=forms[0], choices=forms)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="f32")
+    parser.add_argument("--update", help="rule and clip, as adamw+global_norm")
+    parser.add_argument("--batch", type=int, help="samples of a batch")
+    parser.add_argument("--context", type=int, help="tokens of a sample")
+    parser.add_argument("--parameters", type=int, default=50_000_000, help="of the work `update`")
+    if binary:
+        parser.add_argument("--binary", required=True, help="the program that does the work")
+    found = parser.parse_args()
+    found.update = found.update or UPDATES[found.work]
+    found.rule, _, clip = found.update.partition("+")
+    if found.precision not in ("f32", "tf32", "bf16"):
+        missing(f"it does not compute in {found.precision} here")
+    if found.rule not in ("momentum", "adamw") or clip != "global_norm":
+        missing(f"it does no {found.update} here")
+    if found.work == "update" and found.precision == "bf16":
+        missing("its optimizers keep no f32 master beside parameters in bf16")
+    batch, context = SHAPES.get(found.work, (128, 0))
+    found.batch, found.context = found.batch or batch, found.context or context
+    return found
 
 
-def measure(step, seconds):
-    """Seconds of each repetition, for about `seconds` after a warm-up of a tenth of it (20 repetitions at least)."""
-    began = time.perf_counter()
-    warm = 0
-    while warm < 20 and (warm < 3 or time.perf_counter() - began < max(seconds / 10, 0.5)):
-        step()
-        warm += 1
-    times = []
-    began = time.perf_counter()
+def pieces(parameters):
+    """Sizes of the tensors of the work `update`: as many as a model of that size would have, of about a million values."""
+    count = max(1, round(parameters / 1_000_000))
+    return [parameters // count + (i < parameters % count) for i in range(count)]
+
+
+def requests():
+    """The seconds of each `run SECONDS`."""
+    for line in sys.stdin:
+        words = line.split()
+        if len(words) != 2 or words[0] != "run":
+            sys.exit(f"found the line {line.strip()!r}, expected `run SECONDS`")
+        yield float(words[1])
+
+
+def serve(peer, version, work, step, wait=None):
+    """Declares `work`, then answers each `run SECONDS` with times of `step`. Where `step` only queues its work, `wait` returns
+    once all of it is done; it stands within every timed span."""
+    say({"peer": peer, "version": version, "work": work})
+    wait = wait or (lambda: None)
+    cold = True
+    for seconds in requests():
+        # Compilers and allocators settle within the first repetitions; later turns warm the caches alone.
+        say({"times": turn(step, wait, seconds, 5 if cold else 1, LEAST_SPAN if work["threads"] == 0 else 0.0)})
+        cold = False
+
+
+def turn(step, wait, seconds, warm_up, least_span):
+    """Seconds a repetition, of spans that end with a wait each, for about `seconds` after a warm-up of a tenth of it."""
+
+    def span(count):
+        began = time.perf_counter()
+        for _ in range(count):
+            step()
+        wait()
+        return (time.perf_counter() - began) / count
+
+    one, done, began = span(1), 1, time.perf_counter()
+    while done < warm_up or time.perf_counter() - began < seconds / 10:
+        one, done = span(1), done + 1
+    count = max(1, math.ceil(least_span / one))
+    times, began = [], time.perf_counter()
     while time.perf_counter() - began < seconds or len(times) < 5:
-        one = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - one)
+        times.append(span(count))
     return times
-
-
-def report(name, times):
-    print(
-        json.dumps(
-            {
-                "name": name,
-                "device": f"PyTorch {torch.__version__} eager, CPU, {torch.get_num_threads()} threads",
-                "count": len(times),
-                "median_ms": statistics.median(times) * 1e3,
-                "min_ms": min(times) * 1e3,
-            }
-        )
-    )

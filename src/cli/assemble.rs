@@ -107,21 +107,7 @@ pub fn open_device(run: &RunFile, world: &World, graphs: bool) -> Result<Opened>
             ordinal.map_or_else(|| own_device(world).unwrap_or(0), |ordinal| ordinal as usize)
         }
         DeviceChoice::Emulated => {
-            if !is_embedded() {
-                // NVRTC takes the emulated driver for a real one, and does not survive it.
-                return Err(Error::Device(
-                    "device = \"emulated\": this Warpstep was built without nvcc, and the emulated device executes embedded \
-                     kernels alone: build it where nvcc is on the path, or as `NVCC=$(scripts/nvcc) cargo build --workspace`"
-                        .into(),
-                ));
-            }
-            if !emulated::is_active() {
-                eprintln!(
-                    "device = \"emulated\": no GPU is used. A CUDA device in software runs every kernel, instruction by \
-                     instruction: right, and thousands of times slower than a GPU"
-                );
-                return Err(emulated::start_again());
-            }
+            enter_emulated()?;
             own_device(world).unwrap_or(0)
         }
     };
@@ -139,6 +125,43 @@ pub fn open_device(run: &RunFile, world: &World, graphs: bool) -> Result<Opened>
 /// The device of this process, where several of a machine were started: each its own, but where each sees no other.
 fn own_device(world: &World) -> Option<usize> {
     (world.size > 1 && device_count() > 1).then_some(world.local_rank)
+}
+
+/// Makes sure that this process runs on the emulated device: it starts again where it does not, and does not come back.
+///
+/// # Errors
+/// No emulator, or no kernels in this build.
+pub fn enter_emulated() -> Result<()> {
+    if !is_embedded() {
+        // NVRTC takes the emulated driver for a real one, and does not survive it.
+        return Err(Error::Device(
+            "device = \"emulated\": this Warpstep was built without nvcc, and the emulated device executes embedded kernels alone: \
+             build it where nvcc is on the path, or as `NVCC=$(scripts/nvcc) cargo build --workspace`"
+                .into(),
+        ));
+    }
+    if emulated::is_active() {
+        return Ok(());
+    }
+    eprintln!(
+        "device = \"emulated\": no GPU is used. A CUDA device in software runs every kernel, instruction by instruction: right, \
+         and thousands of times slower than a GPU"
+    );
+    Err(emulated::start_again())
+}
+
+/// The number of the GPU that `auto` takes for all that there is; none for the CPU. Where there are signs of a GPU that does not
+/// work, it says why.
+pub fn choose_auto() -> Option<usize> {
+    match choose(&Machine::look(), true) {
+        Choice::Cuda(ordinal) => Some(ordinal),
+        Choice::Cpu(reason) => {
+            if let Some(reason) = reason {
+                eprintln!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more");
+            }
+            None
+        }
+    }
 }
 
 /// Opens the data of a run file.

@@ -1,64 +1,184 @@
 //! `warpstep bench`.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 
-use crate::error::Error;
-use crate::train::bench::{NAMES, bench};
+use super::assemble::{choose_auto, enter_emulated};
+use crate::bench::place::{Place, Precision};
+use crate::bench::results::{Figure, Machine, Results};
+use crate::bench::run::{Observer, Pattern, Request, names, run as take};
+use crate::bench::speeds::Speeds;
+use crate::bench::{report, table};
+use crate::error::{Error, Result};
+
+mod compare;
+mod peers;
+
+use peers::Peers;
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What got faster or slower between two results
+    Compare(compare::Options),
+}
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
-#[command(after_help = "Names:
-  gpt_cpu  nanoGPT's configuration for CPUs, a whole step
-  mlp      784-256-128-10, batch 128, a whole step
-  update   global-norm clip and momentum over 50M parameters, beside the copy bandwidth")]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Without a suite, a tour of all of them in under two minutes. Suites:
+  device  copies, reads and writes by size; products of matrices; latencies; copies from and to the host
+  update  every rule, clip and precision by number of parameters, against the bytes that have to move
+  kernel  each operation against its floor
+  step    whole training steps: mlp, cnn, gpt_cpu, audio_cnn, resnet18, gpt2
+  data    decoding files, feeding batches
+
+A pattern is the beginning of figures' names, with * for anything: step/mlp, update/adamw*124M, kernel/*backward."
+)]
 pub(crate) struct Options {
-    /// What to time; all where not given
-    #[arg(value_name = "NAME")]
-    names: Vec<String>,
-    /// Seconds for each
-    #[arg(long, default_value_t = 5.0)]
-    seconds: f64,
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Which figures; the tour where not given
+    #[arg(value_name = "SUITE[/PATTERN]")]
+    patterns: Vec<String>,
+    /// Device: auto, cpu, cuda, cuda:N or emulated
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+    /// Precisions of a GPU: f32, tf32, bf16, f16 (may be given several times; all where not given, tf32 and bf16 for the tour)
+    #[arg(long, value_name = "PRECISION")]
+    precision: Vec<String>,
+    /// Seconds a figure (default 3; for the tour 0.6)
+    #[arg(long, value_name = "S")]
+    seconds: Option<f64>,
     /// Threads of the CPU backend
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Print a JSON object for each
+    /// Write everything that was found to this file, or, with -, to the standard output in the place of the table
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write a page with a roofline, bars and tables to this file
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    #[command(flatten)]
+    peers: Peers,
+    /// Name the figures and take none
     #[arg(long)]
-    json: bool,
+    list: bool,
+}
+
+/// Prints the table while it grows.
+struct Printer {
+    suite: String,
+    silent: bool,
+}
+
+impl Printer {
+    fn print(&self, text: &str) -> Result<()> {
+        if self.silent {
+            return Ok(());
+        }
+        let mut out = std::io::stdout().lock();
+        let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        written.map_err(|error| Error::io("write to", "the standard output", error))
+    }
+}
+
+impl Observer for Printer {
+    fn begins(&mut self, machine: &Machine, speeds: &Speeds) -> Result<()> {
+        self.suite.clear();
+        self.print(&table::head(machine, speeds))
+    }
+
+    fn figure(&mut self, figure: &Figure) -> Result<()> {
+        if self.suite != figure.suite {
+            self.suite.clone_from(&figure.suite);
+            self.print(&table::suite(&figure.suite))?;
+        }
+        self.print(&table::line(figure))
+    }
 }
 
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    if !(options.seconds > 0.0 && options.seconds.is_finite()) {
-        return Err(Error::config("--seconds", format!("found {}, expected a number above 0", options.seconds)).into());
+    if let Some(Command::Compare(options)) = &options.command {
+        return compare::run(options);
     }
+    if let Some(seconds) = options.seconds.filter(|&seconds| !(seconds > 0.0 && seconds.is_finite())) {
+        return Err(Error::config("--seconds", format!("found {seconds}, expected a number above 0")).into());
+    }
+    let request = request(options)?;
     if let Some(threads) = options.threads {
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        let set = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        set.map_err(|error| Error::config("--threads", format!("found {threads}: {error}")))?;
     }
-    let names: Vec<&str> =
-        if options.names.is_empty() { NAMES.to_vec() } else { options.names.iter().map(String::as_str).collect() };
-    let mut out = std::io::stdout().lock();
-    for name in names {
-        let found = bench(name, options.seconds)?;
-        if options.json {
-            writeln!(out, "{}", serde_json::to_string(&found)?)?;
-            continue;
+    if options.list {
+        let mut out = std::io::stdout().lock();
+        for name in names(&request)? {
+            writeln!(out, "{name}")?;
         }
-        let speed = if found.flops > 0 {
-            format!("  {:.0} GFLOP/s", found.flops as f64 / found.median_ms / 1e6)
-        } else {
-            format!("  {:.1} GB/s", found.bytes as f64 / found.median_ms / 1e6)
-        };
-        let floor = found
-            .floor_ms
-            .map_or_else(String::new, |f| format!("  floor {f:.2} ms ({:.0} % of it)", 100.0 * f / found.median_ms));
-        writeln!(
-            out,
-            "{name:<8} median {:.3} ms  min {:.3} ms  {} runs{speed}{floor}  {}",
-            found.median_ms, found.min_ms, found.count, found.device
-        )?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let to_stdout = options.json.as_deref().is_some_and(|path| path == Path::new("-"));
+    for path in options.json.as_deref().filter(|_| !to_stdout).into_iter().chain(options.html.as_deref()) {
+        // Before minutes are spent: can it be written?
+        std::fs::write(path, "").map_err(|error| Error::io("write", path, error))?;
+    }
+    let mut printer = Printer { suite: String::new(), silent: to_stdout };
+    let mut results = take(&request, &mut printer)?;
+    results.peers = options.peers.run(&request, &mut |text| printer.print(text))?;
+    printer.print(&table::foot(&results))?;
+    write_json(&results, options.json.as_deref(), to_stdout)?;
+    if let Some(path) = &options.html {
+        report::write(&results, path)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn request(options: &Options) -> Result<Request> {
+    let patterns = options.patterns.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>>>()?;
+    let mut precisions = Vec::new();
+    for name in &options.precision {
+        let known = Precision::ALL.into_iter().find(|precision| precision.name() == name);
+        precisions.push(
+            known.ok_or_else(|| {
+                Error::config("--precision", format!("found {name:?}, expected f32, tf32, bf16 or f16"))
+            })?,
+        );
+    }
+    Ok(Request {
+        patterns,
+        place: place(&options.device)?,
+        precisions,
+        seconds: options.seconds,
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+    })
+}
+
+/// The device of this name; an emulated one starts the program again and does not come back.
+fn place(device: &str) -> Result<Place> {
+    Ok(match device {
+        "auto" => choose_auto().map_or(Place::Cpu, Place::Cuda),
+        "cpu" => Place::Cpu,
+        "cuda" => Place::Cuda(0),
+        "emulated" => {
+            enter_emulated()?;
+            Place::Cuda(0)
+        }
+        other => Place::Cuda(other.strip_prefix("cuda:").and_then(|number| number.parse().ok()).ok_or_else(|| {
+            Error::config("--device", format!("found {other:?}, expected auto, cpu, cuda, cuda:N or emulated"))
+        })?),
+    })
+}
+
+fn write_json(results: &Results, path: Option<&Path>, to_stdout: bool) -> anyhow::Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string_pretty(results)? + "\n";
+    if to_stdout {
+        std::io::stdout().lock().write_all(text.as_bytes())?;
+        return Ok(());
+    }
+    Ok(std::fs::write(path, text).map_err(|error| Error::io("write", path, error))?)
 }

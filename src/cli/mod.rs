@@ -51,7 +51,7 @@ enum Command {
     VerifyResume(verify::Options),
     /// What a run would take on many GPUs: memory, communication, time, scaling
     Plan(plan::Options),
-    /// Time whole steps and the update alone
+    /// What this machine can do, what training gets out of it, and what the limits are
     Bench(bench::Options),
     /// Start several processes on this machine that train one model
     Launch(launch::Options),

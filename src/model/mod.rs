@@ -17,7 +17,7 @@ mod program;
 pub use layer::{Layer, Tensor, Value};
 pub use parameters::{Init, ParamTable};
 pub use planner::{Planner, Row};
-pub use probe::{GradientCheck, Probe};
+pub use probe::{Alone, GradientCheck, Probe};
 pub use program::{ActivationBytes, OpCost, Program};
 
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, METRICS, MeanSquaredError};

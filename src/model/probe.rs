@@ -24,6 +24,48 @@ pub struct Probe<R: Real> {
     step: StepContext,
 }
 
+/// A layer planned alone, on any backend.
+pub struct Alone<B: Backend> {
+    /// Forward, and backward where it was planned for training.
+    pub program: Program<B>,
+    /// Its parameters.
+    pub parameters: ParamTable,
+    /// The gradient of its output, which the backward reads. Of the output's shape.
+    pub dy: Act,
+    /// The gradient of its input; none where there is no backward, or the input is tokens.
+    pub dx: Option<Act>,
+}
+
+impl<B: Backend> Alone<B> {
+    /// Plans `layer` for batches of `batch` samples.
+    ///
+    /// # Errors
+    /// A shape that does not fit.
+    pub fn plan(layer: &mut dyn Layer<B>, input: &Input, batch: usize, mode: Mode) -> Result<Self> {
+        let mut parameters = ParamTable::default();
+        let mut planner = Planner::new(&mut parameters, mode);
+        let mut x = planner.input(input, batch);
+        x.needs_gradient = matches!(x.value, Value::Real(_)) && mode == Mode::Training;
+        let value = x.value;
+        let y = layer.forward(&mut planner, x)?;
+        let (output, shape) = (y.real("probe")?, y.shape.clone());
+        planner.keep(output);
+        let (dy, gradient) = planner.tensor(&shape, true);
+        planner.keep(dy);
+        let mut dx = None;
+        if mode == Mode::Training {
+            planner.start_backward();
+            if let Some(tensor) = layer.backward(&mut planner, gradient)? {
+                let act = tensor.real("probe")?;
+                planner.keep(act);
+                dx = Some(act);
+            }
+        }
+        let program = planner.finish(value, None, None, output, shape)?;
+        Ok(Alone { program, parameters, dy, dx })
+    }
+}
+
 /// What [`Probe::check_gradients`] found.
 #[derive(Clone, Debug)]
 pub struct GradientCheck {
@@ -47,27 +89,8 @@ impl<R: Real> Probe<R> {
     /// A shape that does not fit.
     pub fn new(mut layer: impl Layer<Cpu<R>>, input: &Input, batch: usize, mode: Mode, seed: u64) -> Result<Self> {
         let backend = Cpu::<R>::new();
-        let mut table = ParamTable::default();
-        let mut planner = Planner::new(&mut table, mode);
-        let mut x = planner.input(input, batch);
-        x.needs_gradient = matches!(x.value, Value::Real(_));
-        let value = x.value;
-        let y = layer.forward(&mut planner, x)?;
-        let (output, shape) = (y.real("probe")?, y.shape.clone());
-        planner.keep(output);
-        let (dy, gradient) = planner.tensor(&shape, true);
-        planner.keep(dy);
-        let mut dx = None;
-        if mode == Mode::Training {
-            planner.start_backward();
-            if let Some(tensor) = layer.backward(&mut planner, gradient)? {
-                let act = tensor.real("probe")?;
-                planner.keep(act);
-                dx = Some(act);
-            }
-        }
-        let program = planner.finish(value, None, None, output, shape)?;
-        let arena = table.arena(&backend, seed, 0)?;
+        let Alone { program, parameters, dy, dx } = Alone::plan(&mut layer, input, batch, mode)?;
+        let arena = parameters.arena(&backend, seed, 0)?;
         let activations = program.activations(&backend)?;
         Ok(Probe { program, arena, activations, dy, dx, step: StepContext { seed, ..StepContext::default() } })
     }

@@ -1,6 +1,5 @@
 //! Training: the step, the loop around it, checkpoints, metrics, and what a run leaves behind.
 
-pub mod bench;
 pub mod checkpoint;
 pub mod files;
 pub mod forensics;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::files::write_whole;
@@ -9,9 +10,11 @@ use super::forensics::LAYERS;
 use super::metrics::{Record, SplitName};
 use crate::error::{Error, Result};
 
-mod axis;
-mod draw;
+pub(crate) mod axis;
+pub(crate) mod draw;
 mod points;
+
+use draw::failed;
 
 /// A curve.
 #[derive(Clone, Debug, PartialEq)]
@@ -197,13 +200,22 @@ pub fn schedule_chart(name: &str, rates: &[f64]) -> Chart {
 /// # Errors
 /// What the drawing library reports.
 pub fn svg(charts: &[Chart], themed: bool) -> Result<String> {
+    picture(draw::page_size(charts.len()), themed, |area| draw::page(area, charts))
+}
+
+/// What `draw` draws as an SVG picture of so many pixels.
+pub(crate) fn picture(
+    (width, height): (u32, u32),
+    themed: bool,
+    draw: impl FnOnce(&DrawingArea<SVGBackend<'_>, Shift>) -> Result<()>,
+) -> Result<String> {
+    draw::fonts();
     let mut text = String::new();
-    let (width, height) = draw::page_size(charts.len());
     let area = SVGBackend::with_string(&mut text, (width, height)).into_drawing_area();
     if !themed {
         area.fill(&WHITE).map_err(failed)?;
     }
-    draw::page(&area, charts)?;
+    draw(&area)?;
     area.present().map_err(failed)?;
     drop(area);
     let drawn = format!("width=\"{width}\" height=\"{height}\"");
@@ -248,10 +260,6 @@ pub fn write(charts: &[Chart], path: &Path) -> Result<()> {
     }
     let bytes = if ending == "svg" { svg(charts, false)?.into_bytes() } else { png(charts)? };
     write_whole(path, &bytes)
-}
-
-fn failed(e: impl std::fmt::Display) -> Error {
-    Error::Training(format!("cannot draw a plot: {e}"))
 }
 
 #[cfg(test)]

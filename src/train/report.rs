@@ -54,7 +54,7 @@ pub fn write(folder: &Path, clip: Option<f64>) -> Result<()> {
 }
 
 /// Text as it must stand in HTML.
-fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
@@ -133,7 +133,8 @@ fn page(name: &str, summary: &Summary, records: &[Record], config: &str, clip: O
     ))
 }
 
-const STYLE: &str = "
+/// How our pages look, in light and in dark.
+pub(crate) const STYLE: &str = "
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0; }
 main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 64px; }

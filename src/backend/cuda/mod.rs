@@ -29,7 +29,10 @@ mod linear;
 mod loss;
 mod mel;
 mod module;
+mod nvml;
+mod pinned;
 mod pool;
+mod probe;
 mod product;
 mod profile;
 mod recording;
@@ -45,6 +48,7 @@ pub use communication::Communication;
 pub use context::{Device, DeviceOptions, Fusion, LESS_MEMORY};
 pub use context::{device_count, is_driver_present};
 pub use module::is_embedded;
+pub use nvml::Clocks;
 pub use recording::Recording;
 pub use step::Queue;
 

@@ -5,8 +5,8 @@ use std::sync::PoisonError;
 use cudarc::driver::{CudaEvent, sys};
 
 use super::context::{Device, driver_error};
-use super::{Buffer, Cuda, Storage, emulated};
-use crate::backend::profile::{KernelTime, Profiled};
+use super::{Buffer, Cuda, Storage, emulated, probe};
+use crate::backend::profile::{KernelTime, Kind, Probe, Profiled, Told, Traffic};
 use crate::error::{Error, Result};
 
 /// A kernel or a library's call that was queued between two events.
@@ -124,9 +124,68 @@ impl<S: Storage> Profiled for Cuda<S> {
         self.device().copy(to.address_of(0), from.address_of(0), to.len() * size_of::<f32>())
     }
 
+    fn kind(&self) -> Kind {
+        if emulated::is_active() { Kind::Emulated } else { Kind::Gpu }
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.device().synchronize()
+    }
+
+    fn cache_bytes(&self) -> usize {
+        // The emulated device has no caches, and no time for work that passes by them.
+        if emulated::is_active() { 1 << 12 } else { self.device().cache_bytes().unwrap_or(0) }
+    }
+
+    fn inner_caches(&self) -> Vec<(String, usize)> {
+        // What is near to a multiprocessor is not coherent, and its size is not told.
+        Vec::new()
+    }
+
+    fn free_bytes(&self) -> usize {
+        self.device().memory().map_or(0, |(free, _)| free)
+    }
+
+    fn told(&self) -> Told {
+        let facts = self.device().facts();
+        let Some(clocks) = self.device().clocks() else {
+            let why =
+                if emulated::is_active() { "an emulated device has no clocks" } else { "NVML does not tell clocks" };
+            return Told { facts, now: why.to_owned(), ..Told::default() };
+        };
+        let number = |value: Option<u32>, unit: &str| value.map_or("?".to_owned(), |value| format!("{value} {unit}"));
+        let now = format!(
+            "multiprocessors {}, memory {}, {}, {}",
+            number(clocks.multiprocessor_mhz, "MHz"),
+            number(clocks.memory_mhz, "MHz"),
+            number(clocks.temperature, "C"),
+            number(clocks.power_mw.map(|power| power / 1000), "W")
+        );
+        Told { facts, clock_mhz: clocks.multiprocessor_mhz, now, held_back: clocks.held_back }
+    }
+
+    fn parts(&self) -> usize {
+        self.device().traffic_blocks()
+    }
+
+    fn traffic(
+        &self,
+        traffic: Traffic,
+        to: &mut Buffer<f32>,
+        from: &Buffer<f32>,
+        len: usize,
+        rounds: usize,
+    ) -> Result<()> {
+        self.device().traffic(traffic, to, from, len, rounds)
+    }
+
+    fn probes(&self) -> Result<Vec<Probe<'_>>> {
+        probe::all(self.device())
+    }
+
     /// Two buffers of 1 GiB, or a quarter of what is free.
     fn copy_len(&self) -> usize {
-        let most = if emulated::is_active() { 1 << 22 } else { 1 << 28 };
+        let most = if emulated::is_active() { 1 << 16 } else { 1 << 28 };
         self.device().memory().map_or(1 << 22, |(free, _)| (free / 16).min(most))
     }
 

@@ -5,7 +5,6 @@
 //! figures out) is recorded once for each place and replayed in turn. What it found is copied into page-locked memory behind
 //! it, and read by the host when its event has passed.
 
-mod pinned;
 mod work;
 
 use std::collections::VecDeque;
@@ -14,9 +13,9 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaEvent, CudaGraph, result};
 
-use self::pinned::Pinned;
 use self::work::Parts;
 use super::context::{Device, driver_error};
+use super::pinned::Pinned;
 use super::team::{Team, Told};
 use super::update::Outcome;
 use super::{Cuda, Storage, recording};
@@ -120,7 +119,7 @@ impl Slot {
             bytes = (start + len * each).next_multiple_of(16);
             places.push((address, start..start + len * each));
         }
-        if self.batch.bytes < bytes {
+        if self.batch.len() < bytes {
             self.batch = Pinned::new(device, bytes)?;
         }
         for (fill, (_, range)) in pass.fills.iter().zip(&places) {
@@ -187,7 +186,7 @@ impl Queue {
     fn take(&mut self, wait: bool) -> Result<bool> {
         let Some(&at) = self.pending.front() else { return Ok(false) };
         let slot = &self.slots[at];
-        let device = &slot.report.device;
+        let device = slot.report.device();
         let done = slot.done.try_is_complete().map_err(|error| device.failure("finish a step", error))?;
         if !done {
             if !wait {
@@ -346,7 +345,7 @@ fn prepare_team<S: Storage>(
         }
     };
     let slot = &mut queue.slots[at];
-    if slot.team.as_ref().is_none_or(|told| told.bytes != team.bytes()) {
+    if slot.team.as_ref().is_none_or(|told| told.len() != team.bytes()) {
         queue.recorded.clear();
         slot.team = Some(Pinned::new(device, team.bytes())?);
     }

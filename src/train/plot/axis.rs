@@ -5,7 +5,7 @@ const DECADES: i32 = 6;
 
 /// A range of values over a range of pixels.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Axis {
+pub(crate) struct Axis {
     low: f64,
     high: f64,
     logarithmic: bool,

@@ -13,9 +13,9 @@ use super::{Chart, Stroke};
 use crate::error::{Error, Result};
 
 /// Pixels a unit: an SVG gets positions to half a unit, a PNG twice the resolution.
-pub(super) const SCALE: u32 = 2;
+pub(crate) const SCALE: u32 = 2;
 /// Colours that people with any colour vision tell apart (Okabe and Ito 2008).
-pub(super) const COLORS: [RGBColor; 7] = [
+pub(crate) const COLORS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -24,7 +24,7 @@ pub(super) const COLORS: [RGBColor; 7] = [
     RGBColor(230, 159, 0),
     RGBColor(120, 120, 120),
 ];
-const GREY: RGBColor = RGBColor(128, 128, 128);
+pub(crate) const GREY: RGBColor = RGBColor(128, 128, 128);
 /// Of what marks trouble.
 const MARK: RGBColor = RGBColor(200, 30, 60);
 const FONT: &str = "sans-serif";
@@ -44,7 +44,7 @@ const LETTERS: usize = 40;
 /// Vertical marks drawn at most.
 const MARKS: usize = 200;
 
-fn failed(e: impl std::fmt::Display) -> Error {
+pub(crate) fn failed(e: impl std::fmt::Display) -> Error {
     Error::Training(format!("cannot draw a plot: {e}"))
 }
 
@@ -54,13 +54,18 @@ pub(super) fn page_size(charts: usize) -> (u32, u32) {
     (CHART.0 * columns * SCALE, CHART.1 * (charts as u32).div_ceil(columns).max(1) * SCALE)
 }
 
-/// Draws charts, two side by side.
-pub(super) fn page<B: DrawingBackend>(area: &DrawingArea<B, Shift>, charts: &[Chart]) -> Result<()> {
+/// Makes the font known that text is measured in.
+pub(super) fn fonts() {
     static FONTS: Once = Once::new();
     FONTS.call_once(|| {
         // A font that cannot be registered shows as an error of the first text drawn.
         let _ = register_font(FONT, FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
     });
+}
+
+/// Draws charts, two side by side.
+pub(super) fn page<B: DrawingBackend>(area: &DrawingArea<B, Shift>, charts: &[Chart]) -> Result<()> {
+    fonts();
     let (width, height) = (CHART.0 * SCALE, CHART.1 * SCALE);
     for (i, chart) in charts.iter().enumerate() {
         let alone = i + 1 == charts.len() && i % 2 == 0 && i > 0;
@@ -71,12 +76,13 @@ pub(super) fn page<B: DrawingBackend>(area: &DrawingArea<B, Shift>, charts: &[Ch
     Ok(())
 }
 
-fn text(size: u32, horizontal: HPos, vertical: VPos) -> TextStyle<'static> {
+/// Text of so many units, and where it stands about its point.
+pub(crate) fn text(size: u32, horizontal: HPos, vertical: VPos) -> TextStyle<'static> {
     (FONT, size * SCALE).into_font().color(&BLACK).pos(Pos::new(horizontal, vertical))
 }
 
 /// A name as it is drawn: of one line, and not too long.
-fn fitting(name: &str) -> String {
+pub(crate) fn fitting(name: &str) -> String {
     let mut letters: Vec<char> = name.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if letters.len() > LETTERS {
         letters.truncate(LETTERS - 1);

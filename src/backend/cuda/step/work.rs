@@ -1,10 +1,10 @@
 //! What the recording of a step holds, queued in its order.
 
 use super::super::launch::{Grid, args};
+use super::super::pinned::copy_out;
 use super::super::team::Team;
 use super::super::update::{EarlyNorm, Outcome};
 use super::super::{Cuda, Storage, recording};
-use super::pinned::copy_out;
 use super::{FILE, Report, Scalars, Slot, UPDATE_PARAMS};
 use crate::backend::ops::METRICS;
 use crate::backend::step::{Pass, Turn, UpdateWork};

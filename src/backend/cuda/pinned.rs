@@ -1,18 +1,18 @@
-//! Host memory that the device reaches by itself.
+//! Page-locked host memory.
 
 use std::sync::Arc;
 
 use cudarc::driver::result;
 
-use super::super::context::{Device, driver_error};
+use super::context::{Device, driver_error};
 use crate::error::{Error, Result};
 
 /// Page-locked host memory, which the device copies from and to without the host's help.
 #[derive(Debug)]
 pub(super) struct Pinned {
-    pub at: *mut u8,
-    pub bytes: usize,
-    pub device: Arc<Device>,
+    at: *mut u8,
+    bytes: usize,
+    device: Arc<Device>,
 }
 
 // SAFETY: the memory is reached through `&mut Pinned`, or by the device while its owner knows not to.
@@ -30,6 +30,16 @@ impl Pinned {
         // SAFETY: `bytes` bytes were allocated there.
         unsafe { at.write_bytes(0, bytes) };
         Ok(Pinned { at, bytes, device: device.clone() })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// How many bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
     }
 
     /// The bytes. The caller knows that the device does not write them now.

@@ -1,0 +1,222 @@
+"""The works in JAX with optax: one jitted function a step, its buffers donated."""
+
+import os
+
+import common
+from common import BETAS, DECAY, GPT, MAX_NORM, MOMENTUM
+
+ASKED = common.arguments(["jitted"])
+if ASKED.device == "cpu":
+    # XLA takes as many threads as it finds cores, so it is given those cores alone.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ASKED.threads])
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError:
+    common.missing("jax is not installed: pip install jax optax")
+try:
+    import optax
+except ImportError:
+    common.missing("optax is not installed: pip install optax")
+
+LEARNING_RATE = 1e-4
+
+
+def threads():
+    if ASKED.device != "cpu":
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def half(value):
+    """A product's operand: in bf16 where that is asked for."""
+    return value.astype(jnp.bfloat16) if ASKED.precision == "bf16" else value
+
+
+class Keys:
+    """Keys of random numbers, one after the other."""
+
+    def __init__(self):
+        self.key = jax.random.key(1)
+
+    def next(self):
+        self.key, one = jax.random.split(self.key)
+        return one
+
+    def normal(self, *shape, scale=0.02):
+        return scale * jax.random.normal(self.next(), shape, jnp.float32)
+
+
+def linear(keys, inputs, outputs, bias=True):
+    layer = {"weight": keys.normal(inputs, outputs)}
+    return layer | ({"bias": jnp.zeros(outputs)} if bias else {})
+
+
+def apply_linear(layer, x):
+    out = half(x) @ half(layer["weight"])
+    return out + half(layer["bias"]) if "bias" in layer else out
+
+
+def mlp(keys):
+    sizes = [784, 256, 128, 10]
+    parameters = [linear(keys, a, b) for a, b in zip(sizes, sizes[1:])]
+
+    def forward(parameters, x):
+        for layer in parameters[:-1]:
+            x = jax.nn.relu(apply_linear(layer, x))
+        return apply_linear(parameters[-1], x)
+
+    return parameters, forward
+
+
+def cnn(keys):
+    parameters, inputs = {"stages": [], "hidden": linear(keys, 64 * 49, 128), "out": linear(keys, 128, 10)}, 1
+    for channels in (32, 64):
+        parameters["stages"].append({"kernel": keys.normal(3, 3, inputs, channels, scale=0.1), "bias": jnp.zeros(channels)})
+        inputs = channels
+
+    def forward(parameters, x):
+        x = x.transpose(0, 2, 3, 1)
+        for stage in parameters["stages"]:
+            layout = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(half(x), half(stage["kernel"]), (1, 1), "SAME", dimension_numbers=layout)
+            x = jax.nn.relu(x + half(stage["bias"]))
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        x = jax.nn.relu(apply_linear(parameters["hidden"], x.reshape(x.shape[0], -1)))
+        return apply_linear(parameters["out"], x)
+
+    return parameters, forward
+
+
+def gpt(keys, context, vocabulary, layers, heads, width, bias):
+    def norm():
+        return {"scale": jnp.ones(width)} | ({"shift": jnp.zeros(width)} if bias else {})
+
+    def block():
+        parts = {"packed": (width, 3 * width), "projection": (width, width)}
+        parts |= {"up": (width, 4 * width), "down": (4 * width, width)}
+        return {name: linear(keys, *sizes, bias) for name, sizes in parts.items()} | {"norm_1": norm(), "norm_2": norm()}
+
+    parameters = {
+        "tokens": keys.normal(vocabulary, width),
+        "positions": keys.normal(context, width),
+        "blocks": [block() for _ in range(layers)],
+        "norm": norm(),
+    }
+
+    def normed(layer, x):
+        x = x.astype(jnp.float32)
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        out = (x - mean) * jax.lax.rsqrt(variance + 1e-5) * layer["scale"]
+        return out + layer["shift"] if "shift" in layer else out
+
+    def forward(parameters, x):
+        hidden = parameters["tokens"][x] + parameters["positions"][: x.shape[1]]
+        for layer in parameters["blocks"]:
+            packed = apply_linear(layer["packed"], normed(layer["norm_1"], hidden))
+            heads_of = [p.reshape(*p.shape[:2], heads, -1) for p in jnp.split(packed, 3, axis=-1)]
+            implementation = "cudnn" if ASKED.device == "cuda" and ASKED.precision == "bf16" else "xla"
+            mixed = jax.nn.dot_product_attention(*heads_of, is_causal=True, implementation=implementation)
+            hidden = hidden + apply_linear(layer["projection"], mixed.reshape(hidden.shape))
+            up = jax.nn.gelu(apply_linear(layer["up"], normed(layer["norm_2"], hidden)), approximate=True)
+            hidden = hidden + apply_linear(layer["down"], up)
+        return half(normed(parameters["norm"], hidden)) @ half(parameters["tokens"]).T
+
+    return parameters, forward
+
+
+def optimizer():
+    clip = optax.clip_by_global_norm(MAX_NORM)
+    if ASKED.rule == "momentum":
+        return optax.chain(clip, optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
+    matrices = lambda parameters: jax.tree.map(lambda p: p.ndim >= 2, parameters)
+    return optax.chain(clip, optax.adamw(LEARNING_RATE, *BETAS, weight_decay=DECAY, mask=matrices))
+
+
+def model_and_batch(keys):
+    if ASKED.work in GPT:
+        sizes = GPT[ASKED.work]
+        shape = (ASKED.batch, ASKED.context)
+        x, y = (jax.random.randint(keys.next(), shape, 0, sizes["vocabulary"]) for _ in range(2))
+        return *gpt(keys, ASKED.context, **sizes), x, y
+    parameters, forward = (mlp if ASKED.work == "mlp" else cnn)(keys)
+    shape = (ASKED.batch, 784) if ASKED.work == "mlp" else (ASKED.batch, 1, 28, 28)
+    return parameters, forward, jax.random.uniform(keys.next(), shape), jax.random.randint(keys.next(), shape[:1], 0, 10)
+
+
+def whole_step(keys):
+    """Forward, loss, backward, clip, update: the step, its state, what it is given each time, shape of the batch's inputs."""
+    parameters, forward, x, y = model_and_batch(keys)
+    update = optimizer()
+
+    def step(state, x, y):
+        parameters, slots = state
+
+        def loss_of(parameters):
+            logits = forward(parameters, x).astype(jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(parameters)
+        changes, slots = update.update(gradients, slots, parameters)
+        return (optax.apply_updates(parameters, changes), slots), loss
+
+    return step, (parameters, update.init(parameters)), (x, y), list(x.shape)
+
+
+def update_alone(keys):
+    """Clip and update over given gradients."""
+    sizes = common.pieces(ASKED.parameters)
+    parameters, gradients = ([keys.normal(n, scale=1.0) for n in sizes] for _ in range(2))
+    update = optimizer()
+
+    def step(state, gradients):
+        parameters, slots = state
+        changes, slots = update.update(gradients, slots, parameters)
+        return (optax.apply_updates(parameters, changes), slots), optax.global_norm(gradients)
+
+    return step, (parameters, update.init(parameters)), (gradients,), [sum(sizes)]
+
+
+def precision_of(parameters):
+    """What the arrays and switches say, not what was asked for."""
+    if ASKED.work != "update" and ASKED.precision == "bf16":
+        return "bf16"
+    if ASKED.device == "cuda" and jax.config.jax_default_matmul_precision == "tensorfloat32":
+        return "tf32"
+    return str(parameters[0].dtype).replace("float", "f")
+
+
+def main():
+    if ASKED.device == "cuda":
+        try:
+            jax.devices("cuda")
+        except RuntimeError:
+            common.missing("this jax finds no CUDA device: pip install 'jax[cuda13]'")
+        # XLA takes tf32 for products in f32 unless it is told not to.
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if ASKED.precision == "tf32" else "highest")
+    step, state, given, inputs = (update_alone if ASKED.work == "update" else whole_step)(Keys())
+    parameters = jax.tree.leaves(state[0])
+    work = {
+        "name": ASKED.work,
+        "parameters": sum(parameter.size for parameter in parameters),
+        "inputs": inputs,
+        "precision": precision_of(parameters),
+        "update": ASKED.update,
+        "threads": threads(),
+    }
+    jitted = jax.jit(step, donate_argnums=0)
+    queued = [(state, None)]
+
+    def once():
+        queued[0] = jitted(queued[0][0], *given)
+
+    def wait():
+        jax.block_until_ready(queued[0])
+
+    common.serve("JAX", f"{jax.__version__}, optax {optax.__version__}", work, once, wait)
+
+
+main()

@@ -1,0 +1,69 @@
+"""llm.c's own binary (train_gpt2cu) behind the protocol: started anew each turn on random tokens, its printed times taken.
+
+The first two steps of each start are left out. What it does is read from the table that it prints.
+"""
+
+import math
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+
+import common
+
+# The first 256 integers of a file of tokens: a mark, the version, the number of tokens.
+MARK, VERSION, HEADER = 20240520, 1, 256
+LEFT_OUT = 2
+STEP = re.compile(r"^step\s+\d+/\d+ \|.*?\|\s*([0-9.]+) ms \|")
+ROW = re.compile(r"^\| ([^|]+?)\s+\| (.*?)\s*\|$")
+
+
+def write_tokens(path, count, vocabulary):
+    tokens = [random.randrange(vocabulary) for _ in range(count)]
+    with open(path, "wb") as file:
+        file.write(struct.pack(f"<{HEADER}i", MARK, VERSION, count, *[0] * (HEADER - 3)))
+        file.write(struct.pack(f"<{count}H", *tokens))
+
+
+def run(asked, data, steps):
+    """The table that a run prints, and the seconds of its steps."""
+    fixed = "-v 1000000 -m 0 -s 0 -h 0 -c 0.1 -r 0 -e d12"
+    given = f"-i {data} -j {data} -b {asked.batch} -t {asked.context} -x {steps + LEFT_OUT}"
+    output = subprocess.run([asked.binary, *fixed.split(), *given.split()], capture_output=True, text=True)
+    if output.returncode != 0:
+        sys.exit(f"{asked.binary} ended with {output.returncode}: {(output.stderr or output.stdout).strip()[-200:]}")
+    lines = output.stdout.splitlines()
+    table = dict(row.groups() for row in map(ROW.match, lines) if row)
+    times = [float(step.group(1)) / 1e3 for step in map(STEP.match, lines) if step]
+    return table, times[LEFT_OUT:]
+
+
+def main():
+    asked = common.arguments(["built"], binary=True)
+    if not os.access(asked.binary, os.X_OK):
+        common.missing(f"{asked.binary} is no program: give llm.c's train_gpt2cu")
+    with tempfile.TemporaryDirectory() as folder:
+        data = os.path.join(folder, "tokens.bin")
+        write_tokens(data, 20 * asked.batch * asked.context + 1, 50257)
+        table, times = run(asked, data, 3)
+        shape = [int(table["micro batch size B"]), int(table["sequence length T"])]
+        work = {
+            "name": "gpt2",
+            "parameters": int(table["num_parameters"]),
+            "inputs": shape,
+            "precision": table["precision"].lower().replace("fp", "f"),
+            # Its rule and its clip cannot be chosen.
+            "update": "adamw+global_norm",
+            "threads": 0,
+        }
+        common.say({"peer": "llm.c", "version": "as given", "work": work})
+        for seconds in common.requests():
+            steps = max(5, math.ceil(seconds / times[-1]))
+            times = run(asked, data, steps)[1]
+            common.say({"times": times})
+
+
+main()

@@ -1,0 +1,183 @@
+"""The works in PyTorch: fused optimizers, clipping by foreach, scaled_dot_product_attention; eager, compiled or graphed.
+
+`eager` is what people write. `compiled` puts model and loss (or the whole update) through torch.compile. `graphed` captures the
+whole compiled step as one CUDA graph.
+"""
+
+import common
+from common import BETAS, DECAY, GPT, MAX_NORM, MOMENTUM
+
+try:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+except ImportError:
+    common.missing("torch is not installed: pip install torch")
+
+LEARNING_RATE = 1e-4
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, bias):
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=bias), nn.LayerNorm(width, bias=bias)
+        self.packed, self.projection = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
+        self.up, self.down = nn.Linear(width, 4 * width, bias), nn.Linear(4 * width, width, bias)
+
+    def forward(self, x):
+        batch, time, width = x.shape
+        heads = [
+            part.view(batch, time, self.heads, width // self.heads).transpose(1, 2)
+            for part in self.packed(self.norm_1(x)).split(width, dim=2)
+        ]
+        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.projection(mixed.transpose(1, 2).reshape(batch, time, width))
+        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
+
+
+class Gpt(nn.Module):
+    def __init__(self, context, vocabulary, layers, heads, width, bias):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, bias) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=bias)
+
+    def forward(self, x):
+        hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
+        return F.linear(self.norm(self.blocks(hidden)), self.tokens.weight)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def cnn():
+    stages, inputs = [], 1
+    for channels in (32, 64):
+        stages += [nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        inputs = channels
+    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def model_and_batch(asked):
+    if asked.work in GPT:
+        sizes = GPT[asked.work]
+        shape = (asked.batch, asked.context)
+        x, y = (torch.randint(sizes["vocabulary"], shape, device=asked.device) for _ in range(2))
+        return Gpt(asked.context, **sizes).to(asked.device), x, y
+    model, shape = (mlp(), (784,)) if asked.work == "mlp" else (cnn(), (1, 28, 28))
+    x, y = torch.rand(asked.batch, *shape), torch.randint(10, (asked.batch,))
+    if asked.device == "cuda" and len(shape) == 3:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    return model.to(asked.device), x.to(asked.device), y.to(asked.device)
+
+
+def optimizer(asked, parameters):
+    # A step that is captured must find its count on the device.
+    capturable = asked.form == "graphed"
+    if asked.rule == "momentum":
+        return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM, fused=True)
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True, capturable=capturable)
+
+
+def whole_step(asked):
+    """Forward, loss, backward, clip, update: the function that does it, the parameters, the batch's inputs."""
+    model, x, y = model_and_batch(asked)
+    parameters = list(model.parameters())
+    update = optimizer(asked, parameters)
+
+    def loss_of(x, y):
+        with torch.autocast(asked.device, torch.bfloat16, enabled=asked.precision == "bf16"):
+            logits = model(x)
+            return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
+
+    if asked.form != "eager":
+        loss_of = torch.compile(loss_of)
+
+    def step():
+        loss = loss_of(x, y)
+        update.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
+        update.step()
+        return loss.detach()
+
+    return step, parameters, list(x.shape)
+
+
+def update_alone(asked):
+    """Clip and update over given gradients."""
+    sizes = common.pieces(asked.parameters)
+    parameters = [nn.Parameter(torch.randn(n, device=asked.device)) for n in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    update = optimizer(asked, parameters)
+
+    def step():
+        norm = nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
+        update.step()
+        return norm
+
+    if asked.form != "eager":
+        # The first step makes the optimizer's state, which the compiler should find there.
+        step()
+        step = torch.compile(step)
+    return step, parameters, [sum(sizes)]
+
+
+def captured(step):
+    """`step` as one CUDA graph."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(5):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def precision_of(asked, parameters):
+    """What the tensors and switches say, not what was asked for."""
+    if asked.precision == "bf16":
+        return "bf16"
+    if asked.device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(parameters[0].dtype).replace("torch.float", "f")
+
+
+def main():
+    asked = common.arguments(["eager", "compiled", "graphed"])
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        common.missing("this torch finds no CUDA device: install a torch built for the driver's CUDA")
+    if asked.form == "graphed" and asked.device != "cuda":
+        common.missing("CUDA graphs need a GPU")
+    if asked.device == "cpu":
+        torch.set_num_threads(asked.threads)
+    torch.manual_seed(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    step, parameters, inputs = (update_alone if asked.work == "update" else whole_step)(asked)
+    work = {
+        "name": asked.work,
+        "parameters": sum(p.numel() for p in parameters),
+        "inputs": inputs,
+        "precision": precision_of(asked, parameters),
+        "update": asked.update,
+        "threads": torch.get_num_threads() if asked.device == "cpu" else 0,
+    }
+    if asked.form == "graphed":
+        step = captured(step)
+
+    wait = torch.cuda.synchronize if asked.device == "cuda" else None
+    common.serve(f"PyTorch {asked.form}", torch.__version__, work, step, wait)
+
+
+main()

@@ -1,0 +1,58 @@
+// What tells the speed of a device's memory, and the latency of a launch. Nothing of a training step runs here.
+// CPU twins: src/backend/cpu/profile.rs.
+#include "common.cuh"
+
+// Accesses of 16 bytes that the compiler may neither leave out nor hoist, past the caches of the multiprocessor.
+__device__ __forceinline__ float4 fetch(const float4* p) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p) : "memory");
+    return x;
+}
+__device__ __forceinline__ void put(float4* p, float4 x) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
+// Each block goes through its own part of `part` accesses, `rounds` times. 256 threads.
+
+// to = from. 32 bytes an access.
+extern "C" __global__ void traffic_copy(float4* to, const float4* from, i64 part, i64 rounds) {
+    const i64 first = blockIdx.x * part;
+    for (i64 round = 0; round < rounds; ++round)
+#pragma unroll 4
+        for (i64 i = threadIdx.x; i < part; i += 256) put(to + first + i, fetch(from + first + i));
+}
+
+// to = 1. 16 bytes an access.
+extern "C" __global__ void traffic_write(float4* to, i64 part, i64 rounds) {
+    const i64 first = blockIdx.x * part;
+    const float4 one = {1.0f, 1.0f, 1.0f, 1.0f};
+    for (i64 round = 0; round < rounds; ++round)
+#pragma unroll 4
+        for (i64 i = threadIdx.x; i < part; i += 256) put(to + first + i, one);
+}
+
+// sums[block] = the sum of the block's part. 16 bytes an access.
+extern "C" __global__ void traffic_read(float* sums, const float4* from, i64 part, i64 rounds) {
+    __shared__ float warps[8];
+    const i64 first = blockIdx.x * part;
+    float sum = 0.0f;
+    for (i64 round = 0; round < rounds; ++round) {
+        sum = 0.0f;
+#pragma unroll 4
+        for (i64 i = threadIdx.x; i < part; i += 256) {
+            const float4 x = fetch(from + first + i);
+            sum += (x.x + x.y) + (x.z + x.w);
+        }
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float all = 0.0f;
+        for (int warp = 0; warp < 8; ++warp) all += warps[warp];
+        sums[blockIdx.x] = all;
+    }
+}
+
+// *count += 1: the least that a launch can do and be seen to have done. One thread.
+extern "C" __global__ void count_up(u64* count) { *count += 1; }

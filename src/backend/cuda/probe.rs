@@ -1,0 +1,189 @@
+//! What a benchmark asks of a device besides its operations: traffic through its memory, latencies, copies to and from the host.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys;
+
+use super::Buffer;
+use super::context::{Device, driver_error};
+use super::launch::{Grid, args};
+use super::pinned::Pinned;
+use crate::backend::profile::{Probe, Traffic};
+use crate::error::{Error, Result};
+
+const FILE: &str = "bandwidth";
+/// Values of an access.
+const ACCESS: usize = 4;
+/// Launches in a graph, whose replay is timed.
+const LAUNCHES: u64 = 64;
+/// Bytes of a copy between host and device.
+const HOST_BYTES: usize = 64 << 20;
+/// The same on the emulated device.
+const HOST_BYTES_EMULATED: usize = 1 << 12;
+
+impl Device {
+    /// Blocks that go through memory side by side.
+    pub(super) fn traffic_blocks(&self) -> usize {
+        if super::emulated::is_active() { 2 } else { self.multiprocessors() * 8 }
+    }
+
+    /// [`crate::backend::profile::Profiled::traffic`] on a device.
+    pub(super) fn traffic(
+        &self,
+        traffic: Traffic,
+        to: &mut Buffer<f32>,
+        from: &Buffer<f32>,
+        len: usize,
+        rounds: usize,
+    ) -> Result<()> {
+        let blocks = self.traffic_blocks();
+        if len == 0 || !len.is_multiple_of(ACCESS * blocks) || from.len() < len || to.len() < len {
+            let found = format!("{len} of {} and {} elements", from.len(), to.len());
+            let expected = format!("a multiple of {} elements of both", ACCESS * blocks);
+            return Err(Error::shape("traffic", expected, found));
+        }
+        let (part, grid) = (len / ACCESS / blocks, Grid::new(blocks, 256));
+        let (kernel, list): (&str, &mut [_]) = match traffic {
+            Traffic::Copy => ("traffic_copy", args![to.address_of(0), from.address_of(0), part, rounds]),
+            Traffic::Write => ("traffic_write", args![to.address_of(0), part, rounds]),
+            Traffic::Read => ("traffic_read", args![to.address_of(0), from.address_of(0), part, rounds]),
+        };
+        // SAFETY: both buffers hold `len` values, a part for each block, and `to` more values than there are blocks.
+        unsafe { self.launch(FILE, kernel, grid, list) }
+    }
+
+    /// Queues a kernel that counts.
+    fn count_up(&self, count: &Buffer<u64>) -> Result<()> {
+        // SAFETY: a count of 64 bits.
+        unsafe { self.launch(FILE, "count_up", Grid::new(1, 1), args![count.address_of(0)]) }
+    }
+}
+
+/// Latencies and copies.
+pub(super) fn all(device: &Arc<Device>) -> Result<Vec<Probe<'_>>> {
+    let mut probes = vec![launch(device)?, replay(device)?];
+    for (name, pinned) in [("pinned", true), ("pageable", false)] {
+        probes.push(host_copy(device, format!("host_to_device/{name}"), true, pinned)?);
+        probes.push(host_copy(device, format!("device_to_host/{name}"), false, pinned)?);
+    }
+    Ok(probes)
+}
+
+fn counted(device: &Arc<Device>) -> Result<Arc<Buffer<u64>>> {
+    let count = Buffer::zeros(device, 1)?;
+    device.synchronize()?;
+    Ok(Arc::new(count))
+}
+
+fn read(count: &Buffer<u64>) -> Result<u64> {
+    let mut value = [0];
+    count.read(0, &mut value)?;
+    Ok(value[0])
+}
+
+/// A launch of a kernel that does next to nothing.
+fn launch(device: &Arc<Device>) -> Result<Probe<'_>> {
+    let count = counted(device)?;
+    let seen = Arc::clone(&count);
+    Ok(Probe {
+        name: "launch".to_owned(),
+        bytes: None,
+        work: Box::new(move || device.count_up(&count)),
+        done: Box::new(move || read(&seen)),
+    })
+}
+
+/// A replay of a graph of such launches: what each node takes.
+fn replay(device: &Arc<Device>) -> Result<Probe<'_>> {
+    let count = counted(device)?;
+    // Loads the kernel, which a recording cannot.
+    device.count_up(&count)?;
+    device.synchronize()?;
+    let stream = device.stream();
+    let fail = |error| driver_error("record launches", error);
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    stream.begin_capture(mode).map_err(fail)?;
+    let queued = (0..LAUNCHES).try_for_each(|_| device.count_up(&count));
+    // A capture must be ended, whatever happened in it.
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+    queued?;
+    let graph = graph.map_err(fail)?.ok_or_else(|| Error::Device("CUDA: a recording of launches is empty".into()))?;
+    let graph = Replayed(graph);
+    let seen = Arc::clone(&count);
+    Ok(Probe {
+        name: format!("graph_replay/{LAUNCHES}_launches"),
+        bytes: None,
+        work: Box::new(move || {
+            let graph = &graph;
+            graph.0.launch().map_err(|error| driver_error("replay launches", error))
+        }),
+        done: Box::new(move || Ok((read(&seen)? - 1) / LAUNCHES)),
+    })
+}
+
+/// A graph that is used by one thread at a time.
+struct Replayed(cudarc::driver::CudaGraph);
+
+// SAFETY: a graph may be used from any thread, by one at a time: the probe that owns it is borrowed uniquely when it runs.
+unsafe impl Send for Replayed {}
+
+/// Host memory of either kind.
+enum Host {
+    Pinned(Pinned),
+    Pageable(Vec<u8>),
+}
+
+impl Host {
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Host::Pinned(pinned) => pinned.bytes_mut(),
+            Host::Pageable(bytes) => bytes,
+        }
+    }
+}
+
+/// A copy between host and device, whose first word says how many there have been.
+struct HostCopy {
+    host: Host,
+    buffer: Buffer<u64>,
+    count: u64,
+}
+
+impl HostCopy {
+    fn send(&mut self, device: &Device) -> Result<()> {
+        self.count += 1;
+        let bytes = self.host.bytes_mut();
+        bytes[..8].copy_from_slice(&self.count.to_ne_bytes());
+        device.write(self.buffer.address_of(0), bytes)?;
+        // Host memory may be written again only when the copy is over.
+        device.synchronize()
+    }
+
+    fn fetch(&mut self, device: &Device) -> Result<()> {
+        device.count_up(&self.buffer)?;
+        device.read(self.buffer.address_of(0), self.host.bytes_mut())?;
+        let mut word = [0; 8];
+        word.copy_from_slice(&self.host.bytes_mut()[..8]);
+        self.count = u64::from_ne_bytes(word);
+        Ok(())
+    }
+}
+
+fn host_copy(device: &Arc<Device>, name: String, to_device: bool, pinned: bool) -> Result<Probe<'_>> {
+    let bytes = if super::emulated::is_active() { HOST_BYTES_EMULATED } else { HOST_BYTES };
+    let host = if pinned { Host::Pinned(Pinned::new(device, bytes)?) } else { Host::Pageable(vec![0; bytes]) };
+    let buffer = Buffer::zeros(device, bytes / size_of::<u64>())?;
+    device.synchronize()?;
+    let copy = Arc::new(Mutex::new(HostCopy { host, buffer, count: 0 }));
+    let seen = Arc::clone(&copy);
+    let work = move || {
+        // What a thread left that panicked within a copy is a count that no longer fits, which is seen.
+        let mut copy = copy.lock().unwrap_or_else(PoisonError::into_inner);
+        if to_device { copy.send(device) } else { copy.fetch(device) }
+    };
+    let done = move || {
+        let copy = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if to_device { read(&copy.buffer) } else { Ok(copy.count) }
+    };
+    Ok(Probe { name, bytes: Some(bytes), work: Box::new(work), done: Box::new(done) })
+}

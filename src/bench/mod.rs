@@ -1,0 +1,24 @@
+//! The benchmark: what the device can do, what an update, an operation, a training step and the reading of data get out of it,
+//! and what the limits are.
+//!
+//! [`measure`] is the harness: nothing else takes a time. Each suite has a file of its own; [`unit()`](unit::unit) gives the works
+//! that others do too, to be run in turn with theirs.
+
+pub mod compare;
+pub mod data;
+pub mod device;
+pub mod kernel;
+pub mod layers;
+pub mod machine;
+pub mod measure;
+pub mod peers;
+pub mod place;
+pub mod report;
+pub mod results;
+pub mod run;
+pub mod speeds;
+pub mod step;
+pub mod table;
+pub mod unit;
+pub mod update;
+pub mod works;

@@ -1,0 +1,378 @@
+//! A run of the benchmark: which figures, in which order, for how long.
+
+use std::cell::Cell;
+use std::time::Instant;
+
+use super::machine::{Watch, date};
+use super::measure::{Ground, Here, Settings};
+use super::place::{Bed, OnBed, Place, Precision};
+use super::results::{FORMAT, Figure, Machine, Results};
+use super::speeds::Speeds;
+use super::{data, device, kernel, step, unit, update};
+use crate::backend::profile::Kind;
+use crate::error::{Error, Result};
+
+/// The suites, in the order in which they run.
+pub const SUITES: [&str; 5] = ["device", "update", "kernel", "step", "data"];
+
+/// The tour on a CPU: what a newcomer wants to see, in under two minutes. On a GPU the same names stand behind its precisions.
+const TOUR: [&str; 31] = [
+    "device/copy/*memory",
+    "device/read/*memory",
+    "device/write/memory",
+    "device/copy/*L2",
+    "device/product/128x784x256",
+    "device/product/1024x1024x1024",
+    "device/product/4096x4096x4096",
+    "device/fork_join",
+    "device/launch",
+    "device/graph_replay",
+    "device/host_to_device/pinned",
+    "update/sgd/",
+    "update/momentum+global_norm/50M",
+    "update/adamw+global_norm/50M",
+    "update/momentum+global_norm/124M",
+    "update/adamw+global_norm/124M",
+    "kernel/linear_gelu",
+    "kernel/conv",
+    "kernel/layer_norm",
+    "kernel/attention/12x64",
+    "kernel/cross_entropy",
+    "kernel/dropout",
+    "kernel/gelu",
+    "step/mlp",
+    "step/cnn",
+    "step/gpt_cpu",
+    "step/audio_cnn",
+    "step/gpt2/bf16",
+    "data/feed/idx/1_thread",
+    "data/feed/images/1_thread",
+    "data/feed/tokens/1_thread",
+];
+/// Seconds of a figure of the tour.
+const TOUR_SECONDS: f64 = 0.6;
+/// Seconds of a figure that was asked for.
+const USUAL_SECONDS: f64 = 3.0;
+/// Seconds after which figures of the tour are taken once, whatever their spread.
+const TOUR_IMPATIENT: f64 = 60.0;
+/// Seconds after which nothing more of the tour is begun.
+const TOUR_END: f64 = 105.0;
+/// Seconds of a figure that tells the device's speed.
+const SPEED_SECONDS: f64 = 0.5;
+
+/// Which figures: a suite, and the beginning of names within it, where `*` stands for anything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pattern {
+    suite: String,
+    name: String,
+}
+
+impl Pattern {
+    /// `update`, `update/adamw`, `kernel/*backward`.
+    ///
+    /// # Errors
+    /// No such suite.
+    pub fn parse(text: &str) -> Result<Self> {
+        let (suite, name) = text.split_once('/').unwrap_or((text, ""));
+        if !SUITES.contains(&suite) {
+            let known = SUITES.join(", ");
+            let found = format!("found the suite {suite:?}, expected {known}, each alone or as SUITE/PATTERN");
+            return Err(Error::config("bench", found));
+        }
+        Ok(Pattern { suite: suite.to_owned(), name: name.to_owned() })
+    }
+
+    /// Whether it means a figure.
+    pub fn means(&self, suite: &str, name: &str) -> bool {
+        let mut parts = self.name.split('*');
+        let first = parts.next().unwrap_or("");
+        let Some(mut rest) = name.strip_prefix(first) else { return false };
+        for part in parts {
+            let Some(at) = rest.find(part) else { return false };
+            rest = &rest[at + part.len()..];
+        }
+        self.suite == suite
+    }
+
+    /// Whether it goes on behind this beginning of a name: `step/mlp/bf16` behind `mlp`.
+    fn is_within(&self, suite: &str, name: &str) -> bool {
+        self.suite == suite && self.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('/'))
+    }
+}
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which figures; the tour where there are none.
+    pub patterns: Vec<Pattern>,
+    /// The device.
+    pub place: Place,
+    /// The precisions; those that suit the request where there are none.
+    pub precisions: Vec<Precision>,
+    /// Seconds of a figure.
+    pub seconds: Option<f64>,
+    /// The arguments, for the results.
+    pub command: String,
+}
+
+/// Somebody who is told what is found while it is.
+pub trait Observer {
+    /// The machine, and the precision of what follows.
+    ///
+    /// # Errors
+    /// What the observer cannot write.
+    fn begins(&mut self, machine: &Machine, speeds: &Speeds) -> Result<()>;
+
+    /// A figure.
+    ///
+    /// # Errors
+    /// What the observer cannot write.
+    fn figure(&mut self, figure: &Figure) -> Result<()>;
+}
+
+impl Request {
+    fn is_tour(&self) -> bool {
+        self.patterns.is_empty()
+    }
+
+    fn patterns(&self) -> Vec<Pattern> {
+        if !self.is_tour() {
+            return self.patterns.clone();
+        }
+        let parts = TOUR.iter().filter_map(|text| text.split_once('/'));
+        parts.map(|(suite, name)| Pattern { suite: suite.to_owned(), name: name.to_owned() }).collect()
+    }
+
+    /// The works that peers do too, of those that are asked for.
+    pub fn works(&self) -> Vec<&'static str> {
+        let is_cpu = self.place == Place::Cpu;
+        let asked = |name: &str| match name {
+            // Minutes on a CPU, and nobody's measure there.
+            "gpt2" if is_cpu => !self.is_tour() && self.means("step", name),
+            "update" => {
+                self.means("update", if is_cpu { "momentum+global_norm/50M" } else { "momentum+global_norm/124M" })
+            }
+            _ => self.means("step", name),
+        };
+        unit::NAMES.into_iter().filter(|name| asked(name)).collect()
+    }
+
+    /// Whether a pattern means a figure whose name begins so.
+    fn means(&self, suite: &str, name: &str) -> bool {
+        self.patterns().iter().any(|pattern| pattern.means(suite, name) || pattern.is_within(suite, name))
+    }
+
+    /// The precisions that figures are taken in.
+    pub fn precisions(&self) -> Vec<Precision> {
+        match self.place {
+            _ if !self.precisions.is_empty() => self.precisions.clone(),
+            Place::Cuda(_) if self.is_tour() => vec![Precision::Tf32, Precision::Bf16],
+            place => place.precisions().to_vec(),
+        }
+    }
+
+    fn settings(&self) -> Settings {
+        let usual = if self.is_tour() { TOUR_SECONDS } else { USUAL_SECONDS };
+        Settings::new(self.seconds.unwrap_or(usual))
+    }
+}
+
+/// The names of the figures that are asked for, as `suite/name`.
+///
+/// # Errors
+/// No such device, or patterns that mean nothing.
+pub fn names(request: &Request) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for (number, precision) in request.precisions().into_iter().enumerate() {
+        all.extend(request.place.open(precision, Listing { request, precision, first: number == 0 })?);
+    }
+    let patterns = request.patterns();
+    let unmet = |pattern: &&Pattern| {
+        !all.iter().any(|name: &String| name.split_once('/').is_some_and(|(suite, name)| pattern.means(suite, name)))
+    };
+    // The tour names what devices of either kind have.
+    if let Some(pattern) = patterns.iter().find(unmet).filter(|_| !request.is_tour()) {
+        let found = format!(
+            "found {}/{}, which means no figure; `warpstep bench --list` names them",
+            pattern.suite, pattern.name
+        );
+        return Err(Error::config("bench", found));
+    }
+    let meant = |name: &String| {
+        let (suite, name) = name.split_once('/').unwrap_or((name, ""));
+        patterns.iter().any(|pattern| pattern.means(suite, name))
+    };
+    Ok(all.into_iter().filter(meant).collect())
+}
+
+struct Listing<'a> {
+    request: &'a Request,
+    precision: Precision,
+    first: bool,
+}
+
+impl OnBed for Listing<'_> {
+    type Given = Vec<String>;
+
+    fn on<B: Bed>(self, backend: &B) -> Result<Vec<String>> {
+        let found = std::cell::RefCell::new(Vec::new());
+        for suite in SUITES {
+            let note = |name: &str| {
+                if self.first || is_of(name, self.precision) {
+                    found.borrow_mut().push(format!("{suite}/{name}"));
+                }
+                false
+            };
+            // Nothing is timed, so no speed is looked at.
+            let speeds = Speeds::unknown(self.precision);
+            let ground = Here::new(backend);
+            figures(suite, backend, &ground, &self.request.settings(), &speeds, &note, &mut |_| Ok(()))?;
+        }
+        Ok(found.into_inner())
+    }
+}
+
+/// Whether a figure is one of this precision, rather than of the device whichever it is.
+fn is_of(name: &str, precision: Precision) -> bool {
+    name.split('/')
+        .any(|part| part.strip_prefix(precision.name()).is_some_and(|rest| rest.is_empty() || rest == "_alone"))
+}
+
+/// The figures of a suite that are wanted.
+fn figures<B: Bed>(
+    suite: &str,
+    backend: &B,
+    ground: &dyn Ground,
+    settings: &Settings,
+    speeds: &Speeds,
+    wanted: &dyn Fn(&str) -> bool,
+    told: &mut dyn FnMut(Figure) -> Result<()>,
+) -> Result<()> {
+    let share = if backend.kind() == Kind::Emulated { 0.0 } else { 1.0 };
+    match suite {
+        "device" => device::figures(backend, ground, settings, speeds, wanted, told),
+        "update" => update::figures(backend, ground, settings, speeds, wanted, told),
+        "kernel" => kernel::figures(backend, ground, settings, speeds, wanted, told),
+        "step" => step::figures(backend, ground, settings, speeds, wanted, told),
+        _ => data::figures(ground, settings, share, wanted, told),
+    }
+}
+
+/// Takes the figures that are asked for.
+///
+/// # Errors
+/// No such device, or one that failed; patterns that mean nothing; what the observer reports.
+pub fn run(request: &Request, observer: &mut (dyn Observer + Send)) -> Result<Results> {
+    if !request.is_tour() {
+        // Patterns that mean nothing are refused before minutes are spent.
+        names(request)?;
+    }
+    let mut results = Results {
+        format: FORMAT,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: request.command.clone(),
+        date: date(),
+        machine: Machine::default(),
+        figures: Vec::new(),
+        peers: Vec::new(),
+    };
+    let began = Instant::now();
+    for (number, precision) in request.precisions().into_iter().enumerate() {
+        let part = Running { request, precision, first: number == 0, began, observer: &mut *observer };
+        let (machine, figures) = request.place.open(precision, part)?;
+        results.figures.extend(figures);
+        if number == 0 {
+            results.machine = machine;
+            continue;
+        }
+        for note in machine.notes {
+            if !results.machine.notes.contains(&note) {
+                results.machine.notes.push(note);
+            }
+        }
+    }
+    Ok(results)
+}
+
+/// The figures of one precision.
+struct Running<'a> {
+    request: &'a Request,
+    precision: Precision,
+    first: bool,
+    began: Instant,
+    observer: &'a mut (dyn Observer + Send),
+}
+
+impl OnBed for Running<'_> {
+    type Given = (Machine, Vec<Figure>);
+
+    fn on<B: Bed>(self, backend: &B) -> Result<Self::Given> {
+        // Within the pool, as the trainer runs its steps: no thread has to be woken to begin.
+        rayon::scope(|_| self.take(backend))
+    }
+}
+
+impl Running<'_> {
+    fn take<B: Bed>(self, backend: &B) -> Result<(Machine, Vec<Figure>)> {
+        let Running { request, precision, first, began, observer } = self;
+        let watch = Watch::begin(backend);
+        let ground = Here::since(backend, began);
+        let mut settings = request.settings();
+        if request.is_tour() {
+            settings.impatient_after = Some(TOUR_IMPATIENT);
+        }
+        let seconds = settings.seconds.min(SPEED_SECONDS);
+        let speeds = Speeds::measure(backend, &ground, &Settings { seconds, tries: 1, ..settings }, precision)?;
+        observer.begins(watch.so_far(), &speeds)?;
+        let patterns = request.patterns();
+        let mut found = Vec::new();
+        let left_out = Cell::new(0);
+        for suite in SUITES {
+            let wanted = |name: &str| {
+                let meant =
+                    (first || is_of(name, precision)) && patterns.iter().any(|pattern| pattern.means(suite, name));
+                let late = request.is_tour() && ground.now() > TOUR_END;
+                left_out.set(left_out.get() + u32::from(meant && late));
+                meant && !late
+            };
+            let mut told = |figure: Figure| {
+                observer.figure(&figure)?;
+                found.push(figure);
+                Ok(())
+            };
+            figures(suite, backend, &ground, &settings, &speeds, &wanted, &mut told)?;
+        }
+        let mut machine = watch.end(backend);
+        if left_out.get() > 0 {
+            machine.notes.push(format!(
+                "{TOUR_END} s were over before the tour was: figures were left out; `warpstep bench SUITE` takes all of a suite"
+            ));
+        }
+        Ok((machine, found))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pattern_is_the_beginning_of_a_name_and_a_star_is_anything() {
+        let means = |pattern: &str, suite: &str, name: &str| Pattern::parse(pattern).unwrap().means(suite, name);
+        assert!(means("step", "step", "audio_cnn"));
+        assert!(means("step/cnn", "step", "cnn/bf16") && !means("step/cnn", "step", "audio_cnn"));
+        assert!(means("kernel/*backward", "kernel", "linear/128x784x256/backward/f32"));
+        assert!(means("update/adamw*124M", "update", "adamw+global_norm/124M/f32"));
+        assert!(!means("update/adamw*124M", "update", "adamw+global_norm/50M/f32"));
+        assert!(!means("update/adamw", "kernel", "adamw"));
+        assert!(Pattern::parse("stop/mlp").is_err());
+    }
+
+    #[test]
+    fn the_tour_names_figures_of_every_suite() {
+        for suite in SUITES {
+            assert!(TOUR.iter().any(|name| name.starts_with(suite)), "{suite}");
+        }
+        assert!(TOUR.iter().all(|name| Pattern::parse(name).is_ok()));
+    }
+}

@@ -1,0 +1,98 @@
+//! Works that others do too, ready to be run in turn with theirs.
+
+use super::measure::{Ground, Here, Task, spans};
+use super::place::{Bed, OnBed, Place, Precision};
+use super::results::Work;
+use super::step::StepTask;
+use super::update::UpdateTask;
+use super::works;
+use crate::error::{Error, Result};
+
+/// The works that [`unit`] knows by name.
+pub const NAMES: [&str; 5] = ["mlp", "cnn", "gpt_cpu", "gpt2", "update"];
+
+/// A work that can be run for a while at a time.
+pub trait Unit: Send {
+    /// What exactly it does.
+    fn work(&self) -> Work;
+
+    /// Seconds of each repetition, for about so long and once at least; all of it is done when this returns. Repetitions that
+    /// are shorter than a wait for the device is long are queued several together, and count by their mean.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn run_for(&mut self, seconds: f64) -> Result<Vec<f64>>;
+
+    /// What is wrong with what the last repetition left, looked at by its twin in f64; nothing where it is as it should be.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn verify(&mut self) -> Result<Option<String>>;
+}
+
+/// A work by its name, with all its memory taken and its first repetitions done.
+///
+/// # Errors
+/// Another name than [`NAMES`], no such device, or not enough memory.
+pub fn unit(name: &str, place: Place, precision: Precision) -> Result<Box<dyn Unit>> {
+    if !NAMES.contains(&name) {
+        return Err(Error::config("bench", format!("found {name:?}, expected one of {}", NAMES.join(", "))));
+    }
+    place.open(precision, Opening { name, precision })
+}
+
+struct Opening<'a> {
+    name: &'a str,
+    precision: Precision,
+}
+
+impl OnBed for Opening<'_> {
+    type Given = Box<dyn Unit>;
+
+    fn on<B: Bed>(self, backend: &B) -> Result<Box<dyn Unit>> {
+        let precision = self.precision.name();
+        let mut unit: Box<dyn Unit> = if self.name == "update" {
+            let work = works::update(backend);
+            let task = UpdateTask::new(backend, &work)?;
+            Box::new(Alone { backend: backend.clone(), work: work.work(precision, works::threads(backend)), task })
+        } else {
+            let work = works::training(backend, self.name)?;
+            let task = StepTask::new(backend, &work)?;
+            let told = work.work(task.parameters(), precision, works::threads(backend));
+            Box::new(Alone { backend: backend.clone(), work: told, task })
+        };
+        for _ in 0..3 {
+            unit.run_for(0.0)?;
+        }
+        Ok(unit)
+    }
+}
+
+/// A task on its device.
+struct Alone<B, T> {
+    backend: B,
+    work: Work,
+    task: T,
+}
+
+impl<B: Bed, T: Task + Send> Unit for Alone<B, T> {
+    fn work(&self) -> Work {
+        self.work.clone()
+    }
+
+    fn run_for(&mut self, seconds: f64) -> Result<Vec<f64>> {
+        let ground = Here::new(&self.backend);
+        let (ground, task) = (&ground, &mut self.task);
+        // Within the pool, as the trainer runs its steps: no thread has to be woken to begin.
+        rayon::scope(|_| spans(ground, task, seconds))
+    }
+
+    fn verify(&mut self) -> Result<Option<String>> {
+        let ground = Here::new(&self.backend);
+        self.task.prepare()?;
+        self.task.run()?;
+        self.task.finish()?;
+        ground.wait()?;
+        self.task.verify()
+    }
+}

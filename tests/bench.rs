@@ -1,0 +1,160 @@
+//! `warpstep bench`: figures, the table, the JSON; on the CPU, and on the emulated device, whose figures are never to be quoted.
+
+mod common;
+
+use common::{run, stderr, stdout};
+use tempfile::TempDir;
+use warpstep::backend::cuda::{emulated, is_embedded};
+use warpstep::bench::results::{FORMAT, Figure, Results};
+
+/// Calls `bench` and reads what it found.
+fn bench(arguments: &[&str]) -> Results {
+    let mut all = vec!["bench"];
+    all.extend(arguments);
+    all.extend(["--json", "-"]);
+    let ran = run(&all);
+    assert!(ran.status.success(), "{}", stderr(&ran));
+    serde_json::from_str(&stdout(&ran)).unwrap_or_else(|error| panic!("{error} in {}", stdout(&ran)))
+}
+
+fn figure<'a>(results: &'a Results, name: &str) -> &'a Figure {
+    let found = results.figures.iter().find(|figure| format!("{}/{}", figure.suite, figure.name) == name);
+    found.unwrap_or_else(|| panic!("no {name} in {:?}", results.figures))
+}
+
+#[test]
+fn every_suite_names_its_figures_and_what_means_none_is_refused() {
+    let listed = run(&["bench", "--list", "--device", "cpu", "device", "update", "kernel", "step", "data"]);
+    assert!(listed.status.success(), "{}", stderr(&listed));
+    let text = stdout(&listed);
+    for name in [
+        "device/copy/memory",
+        "device/product/128x784x256/f32",
+        "device/fork_join",
+        "update/momentum+global_norm/50M/f32",
+        "update/lamb+adaptive/50M/f32",
+        "update/adamw+global_norm/1558M/f32",
+        "kernel/attention/12x64x384_4of4_heads/backward/f32",
+        "kernel/log_mel/128x8000/forward/f32",
+        "step/mlp",
+        "step/resnet18",
+        "step/gpt2",
+        "data/open/images",
+        "data/feed/tokens/2_threads",
+    ] {
+        assert!(text.lines().any(|line| line == name), "{name} in {text}");
+    }
+    let mut names: Vec<&str> = text.lines().collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), text.lines().count(), "a name stands twice");
+    for (arguments, expected) in [
+        (vec!["stop"], "expected device, update, kernel, step, data"),
+        (vec!["step/nothing"], "step/nothing, which means no figure"),
+        (vec!["--device", "tpu"], "found \"tpu\", expected auto, cpu, cuda, cuda:N or emulated"),
+        (vec!["--precision", "f8"], "found \"f8\", expected f32, tf32, bf16 or f16"),
+        (vec!["--device", "cpu", "--precision", "bf16"], "the CPU computes in f32"),
+        (vec!["--seconds", "0"], "--seconds: found 0, expected a number above 0"),
+        (vec!["--json", "/nowhere/at/all.json", "step/mlp"], "/nowhere/at/all.json"),
+    ] {
+        let refused = run(&[&["bench"][..], &arguments].concat());
+        assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {}", stderr(&refused));
+        assert!(stderr(&refused).contains(expected), "{arguments:?}: {}", stderr(&refused));
+        assert_eq!(stderr(&refused).lines().count(), 1, "{}", stderr(&refused));
+    }
+}
+
+#[test]
+fn figures_of_the_cpu_tell_what_was_done_on_what_and_against_which_floor() {
+    let results = bench(&["--device", "cpu", "--seconds", "0.02", "step/mlp", "kernel/dropout", "data/feed/tokens"]);
+    assert_eq!((results.format, results.version.as_str()), (FORMAT, env!("CARGO_PKG_VERSION")));
+    assert!(results.command.ends_with("data/feed/tokens --json -") && results.date.ends_with('Z'));
+    assert!(results.machine.device.starts_with("CPU, ") && results.machine.facts.contains_key("caches"));
+    assert_eq!(results.figures.len(), 5);
+    let step = figure(&results, "step/mlp");
+    let work = step.work.as_ref().unwrap();
+    assert_eq!((work.parameters, work.inputs.as_slice()), (235_146, &[128, 784][..]));
+    assert_eq!((work.precision.as_str(), work.update.as_str()), ("f32", "momentum+global_norm"));
+    assert!(work.threads > 0 && step.amount == (128.0, "sample".to_owned()));
+    let shares: f64 = step.parts.values().sum();
+    assert!(step.parts.len() == 4 && (shares - 1.0).abs() < 1e-9, "{:?}", step.parts);
+    assert!(step.memory_bytes.is_some_and(|bytes| bytes > 3 * 4 * 235_146));
+    // Forward, and backward without the input's gradient: two products of the first layer, three of the others.
+    let products = 2 * 128 * (2 * 784 * 256 + 3 * (256 * 128 + 128 * 10));
+    let flops = step.flops.unwrap();
+    assert!(flops >= f64::from(products) && flops < 1.05 * f64::from(products), "{flops}");
+    let dropout = figure(&results, "kernel/dropout/4096x768/forward/f32");
+    assert_eq!(dropout.bytes, Some(f64::from(2 * 4 * 4096 * 768)));
+    assert!(dropout.floor.as_ref().is_some_and(|floor| floor.seconds > 0.0 && floor.what.contains("copy")));
+    for figure in &results.figures {
+        let spread = &figure.seconds;
+        let ordered = [spread.min, spread.lower_quartile, spread.median, spread.upper_quartile];
+        assert!(ordered.is_sorted() && spread.min > 0.0, "{figure:?}");
+        // Whatever else runs here, the outcomes are right.
+        let wrong = figure.refused.as_deref().is_some_and(|why| why.starts_with("wrong outcome"));
+        assert!(!wrong, "{figure:?}");
+    }
+}
+
+#[test]
+fn the_table_explains_itself_and_the_file_holds_what_it_shows() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("found.json");
+    let ran = run(&[
+        "bench",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0.02",
+        "device/fork_join",
+        "device/product/128x784x256",
+        "--json",
+        file.to_str().unwrap(),
+    ]);
+    assert!(ran.status.success(), "{}", stderr(&ran));
+    let text = stdout(&ran);
+    for part in
+        ["CPU, ", "This run's limits in f32: a copy", "device: what the device can do", "of floor", "How to read this:"]
+    {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    let results: Results = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    for figure in &results.figures {
+        assert!(text.lines().any(|line| line.starts_with(&figure.name)), "{} in {text}", figure.name);
+    }
+}
+
+#[test]
+fn on_the_emulated_device_everything_runs_and_nothing_is_to_be_quoted() {
+    if !is_embedded() || emulated::find_library().is_none() {
+        println!("skipped: no emulated device: it needs nvcc when Warpstep is built, and the emulator beside it");
+        return;
+    }
+    let patterns = [
+        "device/*L2",
+        "device/launch",
+        "device/graph",
+        "device/*pinned",
+        "device/product/32",
+        "update/momentum+global_norm",
+        "kernel/linear_gelu",
+        "kernel/layer_norm",
+        "kernel/cross_entropy",
+        "step/mlp",
+        "step/cnn",
+    ];
+    let options = ["--device", "emulated", "--precision", "tf32", "--precision", "bf16", "--seconds", "0.001"];
+    let results = bench(&[&options[..], &patterns].concat());
+    assert!(results.machine.notes.iter().any(|note| note.contains("emulated device")));
+    assert!(results.machine.facts["device before"].contains("no clocks"));
+    for figure in &results.figures {
+        let why = figure.refused.as_deref().unwrap_or_default();
+        assert!(why.starts_with("emulated device"), "{}/{}: {why}", figure.suite, figure.name);
+    }
+    for name in ["step/mlp/bf16", "step/cnn/tf32", "update/momentum+global_norm/0.004096M/bf16_alone"] {
+        assert!(figure(&results, name).work.is_some());
+    }
+    // What does not depend on the precision is taken once.
+    let launches = results.figures.iter().filter(|figure| figure.name == "launch").count();
+    assert_eq!(launches, 1);
+}

@@ -1,0 +1,324 @@
+//! Peers of the benchmark are held to our own work: what is not the same, not there, or not true is refused.
+
+use std::ffi::OsString;
+use std::process::Command;
+use std::time::Duration;
+
+use warpstep::Result;
+use warpstep::bench::peers::{NAMES, Peer, Places, Scripts, Settings, Start, difference, run};
+use warpstep::bench::place::Place;
+use warpstep::bench::results::{PeerFigure, Work};
+use warpstep::bench::run::{Pattern, Request};
+use warpstep::bench::unit::Unit;
+
+/// Our side: repetitions of a microsecond, as it says.
+struct Ours {
+    work: Work,
+    turns: usize,
+}
+
+impl Unit for Ours {
+    fn work(&self) -> Work {
+        self.work.clone()
+    }
+
+    fn run_for(&mut self, _: f64) -> Result<Vec<f64>> {
+        self.turns += 1;
+        Ok(vec![1e-6; 4])
+    }
+
+    fn verify(&mut self) -> Result<Option<String>> {
+        Ok(None)
+    }
+}
+
+fn work() -> Work {
+    Work {
+        name: "mlp".into(),
+        parameters: 235_146,
+        inputs: vec![128, 784],
+        precision: "f32".into(),
+        update: "momentum+global_norm".into(),
+        threads: 2,
+    }
+}
+
+fn settings() -> Settings {
+    Settings {
+        turns: 3,
+        seconds: 0.0,
+        start: Duration::from_secs(20),
+        patience: Duration::from_secs(20),
+        ..Settings::new(1.0)
+    }
+}
+
+/// A peer that a shell plays.
+fn shell(script: &str) -> Peer {
+    let arguments = vec![OsString::from("-c"), OsString::from(script)];
+    Peer { label: "fake".into(), start: Start::Command("sh".into(), arguments) }
+}
+
+/// A line that prints what a peer declares.
+fn declaring(work: &Work) -> String {
+    let declared = serde_json::json!({"peer": "fake", "version": "1.2", "work": work});
+    format!("printf '%s\\n' '{declared}'\n")
+}
+
+fn answering(times: &str) -> String {
+    format!("while read -r line; do printf '%s\\n' '{{\"times\": {times}}}'; done")
+}
+
+fn against(peer: &Peer, settings: &Settings) -> (PeerFigure, usize) {
+    let mut ours = Ours { work: work(), turns: 0 };
+    let figure = run(peer, &mut ours, settings).expect("our own side cannot fail");
+    (figure, ours.turns)
+}
+
+fn refusal(script: &str) -> String {
+    let (figure, _) = against(&shell(script), &settings());
+    assert_eq!(figure.ratio.count, 0, "{figure:?}");
+    figure.refused.expect("to be refused")
+}
+
+#[test]
+fn a_peer_on_the_same_work_is_timed_turn_by_turn() {
+    let (figure, turns) = against(&shell(&(declaring(&work()) + &answering("[2e-6, 3e-6, 9e-6]"))), &settings());
+    assert_eq!(figure.refused, None);
+    assert_eq!((figure.version.as_str(), &figure.work, turns), ("1.2", &work(), 3));
+    assert_eq!((figure.ours.count, figure.theirs.count, figure.ratio.count), (12, 9, 3));
+    assert!((figure.ratio.median - 3.0).abs() < 1e-9, "{:?}", figure.ratio);
+}
+
+#[test]
+fn a_peer_on_other_work_is_refused_by_the_field_that_differs_before_any_turn() {
+    let planted = [
+        ("work", Work { name: "cnn".into(), ..work() }, "cnn"),
+        ("number of parameters", Work { parameters: 235_145, ..work() }, "235,145"),
+        ("shape of the inputs", Work { inputs: vec![64, 784], ..work() }, "[64, 784]"),
+        ("precision", Work { precision: "bf16".into(), ..work() }, "bf16"),
+        ("update", Work { update: "momentum".into(), ..work() }, "momentum"),
+        ("number of threads", Work { threads: 1, ..work() }, "1"),
+    ];
+    for (field, theirs, value) in planted {
+        let (figure, turns) = against(&shell(&(declaring(&theirs) + &answering("[1e-6]"))), &settings());
+        let refused = figure.refused.expect(field);
+        assert!(refused.starts_with(&format!("another {field}: ")), "{refused}");
+        assert!(refused.contains(&format!(" here, {value} there;")), "{refused}");
+        assert_eq!((turns, figure.ratio.count), (0, 0), "{field}");
+    }
+    assert_eq!(difference(&work(), &work(), ["here", "there"]), None);
+}
+
+#[test]
+fn a_peer_that_is_not_there_is_named_as_missing() {
+    assert_eq!(
+        refusal(r#"printf '%s\n' '{"missing": "x is not installed: pip install x"}'"#),
+        "x is not installed: pip install x"
+    );
+    let nobody = Peer { label: "fake".into(), start: Start::Command("warpstep-no-such-program".into(), Vec::new()) };
+    let (figure, _) = against(&nobody, &settings());
+    assert_eq!((figure.peer.as_str(), figure.work.name.as_str()), ("fake", "mlp"));
+    assert_eq!(figure.refused.as_deref(), Some("warpstep-no-such-program was not found"));
+}
+
+#[test]
+fn a_peer_that_dies_gives_its_last_words() {
+    for script in [
+        "echo warning >&2; echo 'no more memory' >&2; exit 3".to_owned(),
+        declaring(&work()) + "read -r line; echo 'no more memory' >&2; exit 3",
+    ] {
+        let refused = refusal(&script);
+        assert!(refused.contains("exit status: 3") && refused.ends_with(": no more memory"), "{refused}");
+    }
+}
+
+#[test]
+fn times_that_cannot_be_are_refused() {
+    for (times, why) in [
+        ("[]", "not all numbers above 0"),
+        ("[1e-6, 0.0]", "not all numbers above 0"),
+        ("[-1e-6]", "not all numbers above 0"),
+        ("[1000.0]", "add up to 1000.000 s"),
+        ("[NaN]", "expected a line of JSON"),
+        ("\"fast\"", "does not answer with times"),
+    ] {
+        let refused = refusal(&(declaring(&work()) + &answering(times)));
+        assert!(refused.contains(why), "{times}: {refused}");
+    }
+    let refused = refusal("echo hello; cat");
+    assert!(refused.contains("\"hello\"") && refused.contains("expected a line of JSON"), "{refused}");
+    let refused = refusal("echo '{\"peer\": \"fake\", \"version\": \"1\", \"work\": {\"name\": \"mlp\"}}'");
+    assert!(refused.contains("missing field `parameters`"), "{refused}");
+}
+
+#[test]
+fn a_ratio_that_wanders_is_not_quoted() {
+    let script =
+        declaring(&work()) + "n=1; while read -r line; do printf '{\"times\": [%se-6]}\\n' $n; n=$((n * 3)); done";
+    let (figure, _) = against(&shell(&script), &settings());
+    assert_eq!(figure.ratio.count, 3);
+    assert!(figure.refused.as_deref().is_some_and(|r| r.starts_with("spread too wide")), "{figure:?}");
+}
+
+/// Whether a process of this number still runs.
+#[cfg(target_os = "linux")]
+fn runs(process: &str) -> bool {
+    // A process that has ended and that nobody has asked for yet is in state Z.
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.trim().is_empty() && !rest.trim().starts_with('Z'))
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_peer_that_hangs_is_ended_with_all_that_it_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let note = folder.path().join("processes");
+    let hanging = format!("sleep 1000 & echo $$ $! > {}; ", note.display());
+    let silent = Settings { start: Duration::from_millis(600), patience: Duration::from_millis(600), ..settings() };
+    for script in [hanging.clone() + "wait", declaring(&work()) + &hanging + "wait"] {
+        let (figure, _) = against(&shell(&script), &silent);
+        assert!(
+            figure.refused.as_deref().is_some_and(|r| r.starts_with("it was ended: no answer within")),
+            "{figure:?}"
+        );
+        let noted = std::fs::read_to_string(&note).unwrap();
+        let processes: Vec<&str> = noted.split_whitespace().collect();
+        assert_eq!(processes.len(), 2);
+        // Ending is asked for at once; the system may take a moment.
+        for _ in 0..100 {
+            if !processes.iter().any(|process| runs(process)) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!processes.iter().any(|process| runs(process)), "{noted}");
+    }
+}
+
+fn python() -> Option<String> {
+    let python = std::env::var("WARPSTEP_PYTHON").unwrap_or_else(|_| "python3".into());
+    let there = Command::new(&python).arg("--version").output().is_ok_and(|out| out.status.success());
+    if !there {
+        println!("skipped: needs Python");
+    }
+    there.then_some(python)
+}
+
+#[test]
+fn the_scripts_speak_the_protocol() {
+    let Some(python) = python() else { return };
+    let scripts = Scripts::write().unwrap();
+    let fake = scripts.path("fake.py");
+    std::fs::write(
+        &fake,
+        "import sys, time, common\n\
+         asked = common.arguments(['eager'])\n\
+         print('noise of a library')\n\
+         work = dict(name=asked.work, parameters=235146, inputs=[asked.batch, 784], precision=asked.precision,\n\
+         \x20           update=asked.update, threads=asked.threads)\n\
+         common.serve('fake', '1', work, lambda: time.sleep(1e-3))\n",
+    )
+    .unwrap();
+    let arguments = [fake.as_os_str().to_owned(), "--work".into(), "mlp".into(), "--threads".into(), "2".into()];
+    let peer = Peer { label: "fake".into(), start: Start::Command(python.into(), arguments.to_vec()) };
+    let (figure, turns) = against(&peer, &settings());
+    assert_eq!((figure.refused.as_deref().filter(|r| !r.starts_with("spread too wide")), turns), (None, 3));
+    assert!(figure.theirs.min >= 1e-3 && figure.theirs.count >= 15, "{figure:?}");
+    let folder = scripts.folder().to_owned();
+    drop(scripts);
+    assert!(!folder.exists());
+}
+
+#[test]
+fn packages_that_are_not_installed_are_named() {
+    let Some(python) = python() else { return };
+    let scripts = Scripts::write().unwrap();
+    for (script, named) in [("pytorch.py", "torch is not installed"), ("jax_optax.py", "jax is not installed")] {
+        // -S leaves installed packages out, -E a path to them.
+        let arguments =
+            ["-S".into(), "-E".into(), scripts.path(script).into_os_string(), "--work".into(), "mlp".into()];
+        let peer = Peer { label: script.into(), start: Start::Command(python.clone().into(), arguments.to_vec()) };
+        let (figure, _) = against(&peer, &settings());
+        assert!(figure.refused.as_deref().is_some_and(|r| r.starts_with(named)), "{figure:?}");
+    }
+}
+
+#[test]
+fn peers_are_asked_for_exactly_our_work() {
+    let scripts = Scripts::write().unwrap();
+    let places = Places { python: "python3".into(), rust: None, llm_c: None };
+    let asked = |work: &Work| match places.peer("pytorch-eager", work, &scripts).unwrap().start {
+        Start::Command(_, arguments) => arguments[1..].join(OsString::from(" ").as_os_str()).into_string().unwrap(),
+        Start::Missing(reason) => reason,
+    };
+    let common = "--threads 2 --precision f32 --update momentum+global_norm";
+    assert_eq!(asked(&work()), format!("--form eager --work mlp --device cpu {common} --batch 128"));
+    let update = Work { name: "update".into(), inputs: vec![50_000_000], ..work() };
+    assert_eq!(asked(&update), format!("--form eager --work update --device cpu {common} --parameters 50000000"));
+    let gpt = Work { name: "gpt_cpu".into(), inputs: vec![12, 64], ..work() };
+    assert_eq!(asked(&gpt), format!("--form eager --work gpt_cpu --device cpu {common} --batch 12 --context 64"));
+    for name in NAMES {
+        places.peer(name, &work(), &scripts).unwrap();
+    }
+    let wrong = places.peer("torch", &work(), &scripts).unwrap_err().to_string();
+    assert!(wrong.contains("\"torch\"") && wrong.contains("pytorch-eager"), "{wrong}");
+    for name in ["pytorch-graphed", "candle", "burn", "llm.c"] {
+        assert!(matches!(places.peer(name, &work(), &scripts).unwrap().start, Start::Missing(_)), "{name}");
+    }
+}
+
+#[test]
+fn the_patterns_choose_the_works_that_peers_do() {
+    let works = |patterns: &[&str], place| {
+        let patterns = patterns.iter().map(|text| Pattern::parse(text).unwrap()).collect();
+        Request { patterns, place, precisions: Vec::new(), seconds: None, command: String::new() }.works()
+    };
+    assert_eq!(works(&[], Place::Cpu), ["mlp", "cnn", "gpt_cpu", "update"]);
+    assert_eq!(works(&["step/mlp"], Place::Cpu), ["mlp"]);
+    assert_eq!(works(&["step/mlp/bf16", "step/gpt2"], Place::Cuda(0)), ["mlp", "gpt2"]);
+    assert_eq!(works(&["step"], Place::Cpu), ["mlp", "cnn", "gpt_cpu", "gpt2"]);
+    assert_eq!(works(&["update/momentum+global_norm"], Place::Cpu), ["update"]);
+    assert_eq!(works(&["update/adamw", "data", "device/copy"], Place::Cpu), Vec::<&str>::new());
+}
+
+#[cfg(unix)]
+#[test]
+fn the_command_tells_table_json_and_page_why_a_peer_was_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let [python, json, html] = ["python", "out.json", "out.html"].map(|name| folder.path().join(name));
+    let theirs = Work { inputs: vec![64, 784], ..work() };
+    std::fs::write(&python, format!("#!/bin/sh\n{}{}\n", declaring(&theirs), answering("[1e-6]"))).unwrap();
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+        .args([
+            "bench",
+            "--device",
+            "cpu",
+            "--threads",
+            "2",
+            "--seconds",
+            "0.01",
+            "--peer",
+            "pytorch-eager",
+            "--peer",
+            "candle",
+        ])
+        .args(["step/mlp", "--json", json.to_str().unwrap(), "--html", html.to_str().unwrap()])
+        .env("WARPSTEP_PYTHON", &python)
+        .env_remove("WARPSTEP_RUST_PEERS")
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let reason = "another shape of the inputs: [128, 784] here, [64, 784] there; times of different work tell nothing";
+    let page = std::fs::read_to_string(&html).unwrap();
+    let results = warpstep::bench::compare::read(&json).unwrap();
+    assert!(text.contains(&format!("not compared: {reason}")), "{text}");
+    assert!(text.contains("candle            not compared: not built: run benches/peers/build-rust"), "{text}");
+    assert!(page.contains(&format!("refused: {reason}")));
+    assert_eq!(results.peers.iter().map(|p| p.peer.as_str()).collect::<Vec<_>>(), ["PyTorch eager", "candle"]);
+    assert_eq!(results.peers[0].refused.as_deref(), Some(reason));
+}
