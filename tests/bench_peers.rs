@@ -322,3 +322,42 @@ fn the_command_tells_table_json_and_page_why_a_peer_was_refused() {
     assert_eq!(results.peers.iter().map(|p| p.peer.as_str()).collect::<Vec<_>>(), ["PyTorch eager", "candle"]);
     assert_eq!(results.peers[0].refused.as_deref(), Some(reason));
 }
+
+#[cfg(unix)]
+#[test]
+fn the_binary_of_llm_c_is_held_to_what_it_prints() {
+    use std::os::unix::fs::PermissionsExt;
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let binary = folder.path().join("train_gpt2cu");
+    let script = "#!/bin/sh\n\
+        while [ $# -gt 0 ]; do case $1 in -i) data=$2;; -b) batch=$2;; -t) context=$2;; -x) steps=$2;; esac; shift 2; done\n\
+        [ $(wc -c < $data) -eq $((1024 + 2 * (20 * batch * context + 1))) ] || { echo 'bad tokens' >&2; exit 1; }\n\
+        printf '| %-21s | %-50s |\\n' 'micro batch size B' $batch 'sequence length T' $context precision BF16 num_parameters 124475904\n\
+        for i in $(seq $steps); do echo \"step $i/$steps | loss 4.1 (+nanz)| norm 1.0 (+nanz)| lr 3.00e-04 | 0.0$i ms | 1.0% bf16 MFU | 9 tok/s\"; done\n";
+    std::fs::write(&binary, script).unwrap();
+    std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let scripts = Scripts::write().unwrap();
+    let places = Places { python: python.into(), rust: None, llm_c: Some(binary) };
+    let gpt2 = Work {
+        name: "gpt2".into(),
+        parameters: 124_475_904,
+        inputs: vec![2, 16],
+        precision: "bf16".into(),
+        update: "adamw+global_norm".into(),
+        threads: 0,
+    };
+    let peer = places.peer("llm.c", &gpt2, &scripts).unwrap();
+    let figure = run(&peer, &mut Ours { work: gpt2.clone(), turns: 0 }, &settings()).unwrap();
+    assert_eq!((figure.refused, figure.work), (None, gpt2.clone()));
+    // Five steps a turn behind the two that are left out: 0.03 ms to 0.07 ms.
+    assert_eq!(figure.theirs.count, 15);
+    assert!((figure.theirs.min - 0.03e-3).abs() < 1e-12, "{:?}", figure.theirs);
+    let smaller = Work { parameters: 124_439_808, ..gpt2 };
+    let figure = run(&peer, &mut Ours { work: smaller, turns: 0 }, &settings()).unwrap();
+    assert!(
+        figure
+            .refused
+            .is_some_and(|r| r.starts_with("another number of parameters: 124,439,808 here, 124,475,904 there"))
+    );
+}
