@@ -195,6 +195,26 @@ learning_rate = 0.02"#;
 }
 
 #[test]
+fn steps_whose_gradients_are_not_finite_are_skipped_by_all_alike() {
+    if !mpi() {
+        return;
+    }
+    // The first update throws the parameters so far that nothing after it is finite.
+    let bed = Bed::new(&digits("rule = \"momentum\"\nlearning_rate = 1e37", true));
+    let skipped = |out: &str| {
+        let records = read_metrics(&bed.path(out).join("metrics.jsonl")).unwrap();
+        records.iter().map(|record| record.skipped).max().unwrap()
+    };
+    bed.alone("alone", &[]);
+    assert_eq!(skipped("alone"), 3);
+    for shard in LEVELS {
+        bed.together(2, shard, shard, &[]);
+        assert_eq!(tensor_hashes(&bed.path(shard)), tensor_hashes(&bed.path("alone")), "{shard}");
+        assert_eq!(skipped(shard), 3, "{shard}");
+    }
+}
+
+#[test]
 fn running_statistics_of_batch_norm_have_the_bits_of_one_process() {
     let text = r#"
 [run]

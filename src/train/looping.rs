@@ -15,18 +15,17 @@ use super::parts;
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
-use super::step::{LossSums, StepReport, Trainer, TrainerParts, Turn, can_be_shared_out};
+use super::sharing::{check_sharding, exchange};
+use super::step::{Evaluation, LossSums, StepReport, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
+use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::backend::{Backend, Exchange};
 use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Input;
 use crate::optim::{NormClip, Schedule};
 use crate::parallel::watch::Watch;
-use crate::parallel::{
-    Collective, Gradients, GradientsOptions, Shard, Sharding, Windowed, agree, broadcast, buckets, gather,
-};
+use crate::parallel::{Collective, GradientsOptions, Shard, Sharding, agree, broadcast, gather};
 
 /// What a model's input is for samples of this kind.
 pub fn model_input(spec: &InputSpec) -> Input {
@@ -167,42 +166,6 @@ fn the_same_latest(
     broadcast(collective, 0, &mut bytes)?;
     let name = String::from_utf8_lossy(&bytes).into_owned();
     Ok((!name.is_empty()).then(|| checkpoints.join(name)))
-}
-
-/// Fails where something that is asked for does not go with what is shared out.
-fn check_sharding<B: Backend + Update>(run: &Run<B>) -> Result<()> {
-    if run.parallel.shard == Shard::None {
-        return Ok(());
-    }
-    if run.options.shadow_every_steps.is_some() && run.collective.world() > 1 {
-        return Err(Error::config(
-            "run.shadow_every_steps",
-            "looks at all gradients and slots, of which parallel.shard leaves each process a part; expected parallel.shard = \"none\" \
-             with it",
-        ));
-    }
-    can_be_shared_out::<B>(&run.optimizer)
-}
-
-/// What makes the gradients of a trainer's parts those of the whole batch.
-fn exchange<B: Backend<Real = f32> + Update>(
-    trainer: &Trainer<B>,
-    options: GradientsOptions,
-    collective: &Arc<dyn Collective>,
-    bucket: usize,
-) -> Result<Box<dyn Exchange<B>>> {
-    let collective = Arc::clone(collective);
-    Ok(match trainer.sharding() {
-        None => {
-            let arena = trainer.arena();
-            let buckets = buckets(&trainer.program().ops, &arena.ranges, &arena.layout, bucket)?;
-            Box::new(Gradients::new(options, collective, buckets)?)
-        }
-        Some(sharding) if sharding.options.shard < Shard::Gradients => {
-            Box::new(Gradients::sharded(options, collective, sharding)?)
-        }
-        Some(sharding) => Box::new(Windowed::new(options, collective, sharding)?),
-    })
 }
 
 /// Makes or checks the run folder; returns the checkpoint to go on from.
@@ -591,7 +554,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
                 let collective = Arc::clone(&self.collective);
                 let turns = (0..turns).map(|_| {
                     let batch = agree(&*collective, loader.next().transpose())?;
-                    Ok(batch.map_or(Turn::PassOn { samples: size }, Turn::Batch))
+                    Ok(batch.map_or(Evaluation::PassOn { samples: size }, Evaluation::Batch))
                 });
                 self.trainer.evaluate_together(turns)
             }

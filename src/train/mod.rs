@@ -16,6 +16,7 @@ pub mod report;
 pub mod run;
 mod same;
 pub mod shadow;
+mod sharing;
 pub mod step;
 pub mod summary;
 pub mod tensorboard;

@@ -1,11 +1,14 @@
 //! The training step: micro-batches through the program, then one update.
 
+mod evaluate;
+
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
+pub use self::evaluate::Evaluation;
 use crate::backend::ops::{METRICS, Update};
-use crate::backend::step::{self as backend_step, Fill, Finished, Found, LossScale, Pass, UpdateWork, Work};
-use crate::backend::{Activations, Arena, Backend, Exchange, Held, PassOfStep, StepContext};
+use crate::backend::step::{Fill, Finished, Found, LossScale, Pass, Turn, UpdateWork, Work};
+use crate::backend::{Activations, Arena, Backend, Exchange, PassOfStep, StepContext};
 use crate::data::{Batch, Inputs, Targets};
 use crate::error::{Error, Result};
 use crate::model::{Input, Mode, Model, Program, Value};
@@ -390,7 +393,7 @@ impl<B: Backend + Update> Trainer<B> {
         self.found.flag = self.flag;
         self.found.samples += batch.samples as u64;
         let (found, window) = (&mut self.found, window.as_ref());
-        let turn = self.exchange.as_deref_mut().map(|exchange| backend_step::Turn { exchange, pass, window, found });
+        let turn = self.exchange.as_deref_mut().map(|exchange| Turn { exchange, pass, window, found });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(work), turn, update })?;
         self.samples.push_back(batch.samples);
         self.passes = if ends_step { 0 } else { self.passes + 1 };
@@ -464,111 +467,6 @@ impl<B: Backend + Update> Trainer<B> {
         }
         report
     }
-
-    /// Loss and right predictions of each batch, by the average of weights where there is one.
-    ///
-    /// # Errors
-    /// As [`Trainer::queue`], and what the batches' source reports.
-    pub fn evaluate(&mut self, batches: impl Iterator<Item = Result<Batch>>) -> Result<Vec<LossSums>> {
-        self.evaluate_together(batches.map(|batch| batch.map(Turn::Batch)))
-    }
-
-    /// As [`Trainer::evaluate`], in turns that all processes take at the same time, since parameters pass between them. A process
-    /// that has no batch in a turn passes on what the others need.
-    ///
-    /// # Errors
-    /// As [`Trainer::evaluate`].
-    pub fn evaluate_together(&mut self, turns: impl Iterator<Item = Result<Turn>>) -> Result<Vec<LossSums>> {
-        self.with_average(|trainer| {
-            let mut sums = Vec::new();
-            for turn in turns {
-                match turn? {
-                    Turn::Batch(batch) => sums.push(trainer.evaluate_batch(&batch)?),
-                    Turn::PassOn { samples } => trainer.pass_on(samples)?,
-                }
-            }
-            Ok(sums)
-        })
-    }
-
-    fn evaluate_batch(&mut self, batch: &Batch) -> Result<LossSums> {
-        let (mut planned, step) =
-            (self.evaluation(batch.samples)?, StepContext { seed: self.seed, ..Default::default() });
-        let Planned { program, activations, window } = &mut planned;
-        let (backend, arena) = (&self.backend, &mut self.arena);
-        let metrics = pass(program, activations, batch, step).and_then(|pass| match (&mut self.exchange, &*window) {
-            (Some(exchange), Some(window)) => pass.run_through(backend, arena, &mut **exchange, window),
-            _ => pass.run(backend, arena),
-        });
-        self.evaluations.insert(batch.samples, planned);
-        Ok(LossSums::new(metrics?))
-    }
-
-    /// Gives others the parameters that they need for a batch of so many samples.
-    fn pass_on(&mut self, samples: usize) -> Result<()> {
-        let planned = self.evaluation(samples)?;
-        if let (Some(exchange), Some(window)) = (&mut self.exchange, &planned.window) {
-            for gather in &window.gathers {
-                exchange.bring(&self.backend, &mut self.arena, window, gather.before)?;
-            }
-        }
-        self.evaluations.insert(samples, planned);
-        Ok(())
-    }
-
-    /// The program for batches of so many samples, taken out or planned, and room in the arena's window for what it needs.
-    fn evaluation(&mut self, samples: usize) -> Result<Planned<B>> {
-        if let Some(planned) = self.evaluations.remove(&samples) {
-            return Ok(planned);
-        }
-        let program = self.model.plan(&self.input, samples, Mode::Evaluation)?;
-        let activations = program.activations(&self.backend)?;
-        let window = self.sharding.as_ref().and_then(|sharding| sharding.window(&program.ops));
-        let needed = window.as_ref().map_or(0, |window| window.len);
-        let has = self.training.window.iter().chain(self.evaluations.values().filter_map(|p| p.window.as_ref()));
-        if needed > has.map(|window| window.len).max().unwrap_or(0) {
-            self.arena.parameters = self.backend.allocate(needed)?;
-        }
-        Ok(Planned { program, activations, window })
-    }
-
-    /// Runs `f` with the average of weights, where there is one, in the place of the parameters.
-    fn with_average<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        self.swap_average()?;
-        let result = f(self);
-        self.swap_average()?;
-        result
-    }
-
-    fn swap_average(&mut self) -> Result<()> {
-        let Some((_, average)) = &mut self.average else { return Ok(()) };
-        match &mut self.arena.held {
-            None => std::mem::swap(average, &mut self.arena.parameters),
-            Some(Held { parameters: Some(parameters), .. }) => std::mem::swap(average, parameters),
-            Some(Held { elements, .. }) => {
-                let mut values = [(); 2].map(|()| vec![B::Real::default(); elements.len()]);
-                self.backend.download(average, 0, &mut values[0])?;
-                self.backend.download(&self.arena.parameters, elements.start, &mut values[1])?;
-                self.backend.upload(&mut self.arena.parameters, elements.start, &values[0])?;
-                self.backend.upload(average, 0, &values[1])?;
-                if let Some(exchange) = &mut self.exchange {
-                    exchange.spread(&self.backend, &mut self.arena)?;
-                }
-            }
-        }
-        self.backend.parameters_changed(&mut self.arena)
-    }
-}
-
-/// What a process does while others evaluate.
-pub enum Turn {
-    /// It evaluates too.
-    Batch(Batch),
-    /// It passes parameters on, for batches of so many samples.
-    PassOn {
-        /// Samples of the others' batches.
-        samples: usize,
-    },
 }
 
 /// Fails where a device, or what is asked of the optimizer, leaves nothing to share out.

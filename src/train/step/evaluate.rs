@@ -1,0 +1,117 @@
+//! Evaluation by a trainer: by the average of weights where there is one, and in turns with others where parameters pass between
+//! processes.
+
+use super::{LossSums, Planned, Trainer, pass};
+use crate::backend::ops::Update;
+use crate::backend::step::Pass;
+use crate::backend::{Backend, Held, StepContext};
+use crate::data::Batch;
+use crate::error::Result;
+use crate::model::Mode;
+
+/// What a process does while others evaluate.
+pub enum Evaluation {
+    /// It evaluates too.
+    Batch(Batch),
+    /// It passes parameters on, for batches of so many samples.
+    PassOn {
+        /// Samples of the others' batches.
+        samples: usize,
+    },
+}
+
+impl<B: Backend + Update> Trainer<B> {
+    /// Loss and right predictions of each batch, by the average of weights where there is one.
+    ///
+    /// # Errors
+    /// As [`Trainer::queue`], and what the batches' source reports.
+    pub fn evaluate(&mut self, batches: impl Iterator<Item = Result<Batch>>) -> Result<Vec<LossSums>> {
+        self.evaluate_together(batches.map(|batch| batch.map(Evaluation::Batch)))
+    }
+
+    /// As [`Trainer::evaluate`], in turns that all processes take at the same time, since parameters pass between them. A process
+    /// that has no batch in a turn passes on what the others need.
+    ///
+    /// # Errors
+    /// As [`Trainer::evaluate`].
+    pub fn evaluate_together(&mut self, turns: impl Iterator<Item = Result<Evaluation>>) -> Result<Vec<LossSums>> {
+        self.with_average(|trainer| {
+            let mut sums = Vec::new();
+            for turn in turns {
+                match turn? {
+                    Evaluation::Batch(batch) => sums.push(trainer.evaluate_batch(&batch)?),
+                    Evaluation::PassOn { samples } => trainer.pass_on(samples)?,
+                }
+            }
+            Ok(sums)
+        })
+    }
+
+    fn evaluate_batch(&mut self, batch: &Batch) -> Result<LossSums> {
+        let (mut planned, step) =
+            (self.evaluation(batch.samples)?, StepContext { seed: self.seed, ..Default::default() });
+        let Planned { program, activations, window } = &mut planned;
+        let run = |pass: Pass<'_, B>| match (&mut self.exchange, window) {
+            (Some(exchange), Some(window)) => pass.run_through(&self.backend, &mut self.arena, &mut **exchange, window),
+            _ => pass.run(&self.backend, &mut self.arena),
+        };
+        let metrics = pass(program, activations, batch, step).and_then(run);
+        self.evaluations.insert(batch.samples, planned);
+        Ok(LossSums::new(metrics?))
+    }
+
+    /// Gives others the parameters that they need for a batch of so many samples.
+    fn pass_on(&mut self, samples: usize) -> Result<()> {
+        let planned = self.evaluation(samples)?;
+        if let (Some(exchange), Some(window)) = (&mut self.exchange, &planned.window) {
+            for gather in &window.gathers {
+                exchange.bring(&self.backend, &mut self.arena, window, gather.before)?;
+            }
+        }
+        self.evaluations.insert(samples, planned);
+        Ok(())
+    }
+
+    /// The program for batches of so many samples, taken out or planned, and room in the arena's window for what it needs.
+    fn evaluation(&mut self, samples: usize) -> Result<Planned<B>> {
+        if let Some(planned) = self.evaluations.remove(&samples) {
+            return Ok(planned);
+        }
+        let program = self.model.plan(&self.input, samples, Mode::Evaluation)?;
+        let activations = program.activations(&self.backend)?;
+        let window = self.sharding.as_ref().and_then(|sharding| sharding.window(&program.ops));
+        let needed = window.as_ref().map_or(0, |window| window.len);
+        let has = self.training.window.iter().chain(self.evaluations.values().filter_map(|p| p.window.as_ref()));
+        if needed > has.map(|window| window.len).max().unwrap_or(0) {
+            self.arena.parameters = self.backend.allocate(needed)?;
+        }
+        Ok(Planned { program, activations, window })
+    }
+
+    /// Runs `f` with the average of weights, where there is one, in the place of the parameters.
+    fn with_average<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.swap_average()?;
+        let result = f(self);
+        self.swap_average()?;
+        result
+    }
+
+    fn swap_average(&mut self) -> Result<()> {
+        let Some((_, average)) = &mut self.average else { return Ok(()) };
+        match &mut self.arena.held {
+            None => std::mem::swap(average, &mut self.arena.parameters),
+            Some(Held { parameters: Some(parameters), .. }) => std::mem::swap(average, parameters),
+            Some(Held { elements, .. }) => {
+                let mut values = [(); 2].map(|()| vec![B::Real::default(); elements.len()]);
+                self.backend.download(average, 0, &mut values[0])?;
+                self.backend.download(&self.arena.parameters, elements.start, &mut values[1])?;
+                self.backend.upload(&mut self.arena.parameters, elements.start, &values[0])?;
+                self.backend.upload(average, 0, &values[1])?;
+                if let Some(exchange) = &mut self.exchange {
+                    exchange.spread(&self.backend, &mut self.arena)?;
+                }
+            }
+        }
+        self.backend.parameters_changed(&mut self.arena)
+    }
+}
