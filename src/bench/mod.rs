@@ -4,6 +4,7 @@
 //! [`measure`] is the harness: nothing else takes a time. Each suite has a file of its own; [`unit()`](unit::unit) gives the works
 //! that others do too, to be run in turn with theirs.
 
+pub mod all_reduce;
 pub mod compare;
 pub mod data;
 pub mod device;

@@ -74,6 +74,7 @@ pub fn suite(name: &str) -> String {
         "update" => "the optimizer's step alone, against the bytes that it has to move",
         "kernel" => "single operations, their data out of memory",
         "step" => "whole training steps: forward, loss, backward, clip, update",
+        "all_reduce" => "sums over all processes; the speed is the bus bandwidth, by what a ring sends",
         _ => "reading and preparing batches",
     };
     let columns = format!("{:<WHAT$} {:>9} {:>7} {:>16} {:>9} {:>8}", "", "time", "+-", "speed", "floor", "of floor");

@@ -13,9 +13,11 @@ use crate::bench::run::{Observer, Pattern, Request, names, run as take};
 use crate::bench::speeds::Speeds;
 use crate::bench::{report, table};
 use crate::error::{Error, Result};
+use crate::parallel::world::World;
 
 mod compare;
 mod peers;
+mod together;
 
 use peers::Peers;
 
@@ -35,6 +37,8 @@ enum Command {
   kernel  each operation against its floor
   step    whole training steps: mlp, cnn, gpt_cpu, audio_cnn, resnet18, gpt2
   data    decoding files, feeding batches
+
+Started as several processes (mpirun -n 2 warpstep bench, torchrun), it takes their sums by size: all_reduce.
 
 A pattern is the beginning of figures' names, with * for anything: step/mlp, update/adamw*124M, kernel/*backward."
 )]
@@ -108,6 +112,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     }
     if let Some(seconds) = options.seconds.filter(|&seconds| !(seconds > 0.0 && seconds.is_finite())) {
         return Err(Error::config("--seconds", format!("found {seconds}, expected a number above 0")).into());
+    }
+    let world = World::detect()?;
+    if world.size > 1 {
+        return together::run(options, &world);
     }
     let request = request(options)?;
     if let Some(threads) = options.threads {

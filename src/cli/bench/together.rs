@@ -1,0 +1,89 @@
+//! `warpstep bench`, started as several processes: their sums by size.
+
+use std::process::ExitCode;
+
+use super::{Options, place, write_json};
+use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{Cuda, Device, DeviceOptions};
+use crate::bench::all_reduce::all_reduce;
+use crate::bench::machine::{Watch, date};
+use crate::bench::place::{Bed, Place};
+use crate::bench::results::{FORMAT, Figure, Results};
+use crate::bench::table;
+use crate::cli::assemble::Opened;
+use crate::cli::team::{Team, Vigil};
+use crate::error::Result;
+use crate::parallel::watch::TIMEOUT;
+use crate::parallel::world::World;
+use crate::parallel::{Collective, agree};
+
+/// Seconds of a figure where not given.
+const SECONDS: f64 = 1.0;
+
+/// Runs it in one of the processes. The first prints.
+pub(super) fn run(options: &Options, world: &World) -> anyhow::Result<ExitCode> {
+    let device = match place(&options.device)? {
+        Place::Cpu => Opened::Cpu(Cpu::new()),
+        Place::Cuda(ordinal) => {
+            let ordinal = if options.device == "cuda" || options.device == "auto" { world.local_rank } else { ordinal };
+            Opened::Cuda(Cuda::new(Device::open(DeviceOptions { ordinal, ..DeviceOptions::default() })?))
+        }
+    };
+    let log = std::env::temp_dir().join(format!("warpstep-bench-rank-{}.log", world.rank));
+    let team = Team::join(world, &device, Vigil { timeout: TIMEOUT, log })?;
+    let collective = &*team.collective;
+    let found = match &device {
+        Opened::Cpu(backend) => figures(backend, collective, options),
+        Opened::Cuda(backend) => figures(backend, collective, options),
+        Opened::CudaBf16(backend) => figures(backend, collective, options),
+        Opened::CudaF16(backend) => figures(backend, collective, options),
+    };
+    let results = agree(collective, found);
+    team.goodbye();
+    let results = results?;
+    if world.rank == 0 {
+        let to_stdout = options.json.as_deref().is_some_and(|path| path == std::path::Path::new("-"));
+        if !to_stdout {
+            print!("{}", table::foot(&results));
+        }
+        write_json(&results, options.json.as_deref(), to_stdout)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn figures<B: Bed>(backend: &B, collective: &dyn Collective, options: &Options) -> Result<Results> {
+    let silent = collective.rank() > 0 || options.json.as_deref().is_some_and(|path| path == std::path::Path::new("-"));
+    let watch = Watch::begin(backend);
+    if !silent {
+        println!(
+            "{} processes over {}, each on {}\n\n{}",
+            collective.world(),
+            collective.name(),
+            Backend::description(backend),
+            table::suite("all_reduce")
+        );
+    }
+    let mut taken = Vec::new();
+    let wanted = |name: &str| {
+        let asked =
+            |pattern: &String| format!("all_reduce/{name}").starts_with(pattern.as_str()) || pattern == "all_reduce";
+        options.patterns.is_empty() || options.patterns.iter().any(asked)
+    };
+    all_reduce(backend, collective, options.seconds.unwrap_or(SECONDS), &wanted, &mut |figure: Figure| {
+        if !silent {
+            print!("{}", table::line(&figure));
+        }
+        taken.push(figure);
+        Ok(())
+    })?;
+    Ok(Results {
+        format: FORMAT,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        date: date(),
+        machine: watch.end(backend),
+        figures: taken,
+        peers: Vec::new(),
+    })
+}
