@@ -91,8 +91,10 @@ impl Watch {
         let links = rendezvous.into_links();
         let watcher =
             thread::Watcher::new(rank, size, hosts, links, Arc::clone(&shared), hear, options).map_err(refused)?;
-        let thread =
-            std::thread::Builder::new().name("warpstep-watch".into()).spawn(move || watcher.run()).map_err(refused)?;
+        let thread = std::thread::Builder::new()
+            .name("warpstep-watch".into())
+            .spawn(move || ending::or_exit(|| watcher.run()))
+            .map_err(refused)?;
         Ok(Watch { shared, bell, thread: Some(thread) })
     }
 
