@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::team::free_port;
 use warpstep::parallel::rendezvous::{Endpoint, Listener, Rendezvous};
-use warpstep::parallel::world::{Launcher, World};
+use warpstep::parallel::world::{Launcher, World, host_name};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -66,6 +66,22 @@ fn four_ranks_meet_in_any_order_and_exchange_bytes_over_ipv4_ipv6_and_by_name() 
             assert_eq!(bytes, (0..128).collect::<Vec<u8>>(), "rank {rank}");
         }
     }
+}
+
+#[test]
+fn rank_0_may_listen_at_any_port_of_its_machine_and_tell_the_others_which() {
+    let host = host_name();
+    if std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), 0)).is_err() {
+        println!("skipped: the name of this machine has no address");
+        return;
+    }
+    let listener = Listener::open(&Endpoint::new(&host, 0)).unwrap();
+    // As MPI would carry it.
+    let told = Endpoint::new(&host, listener.port().unwrap()).to_string();
+    let rank_one =
+        thread::spawn(move || exchange(Rendezvous::join(&world(1, 2), &told.parse().unwrap(), LONG).unwrap()));
+    exchange(Rendezvous::host(&world(0, 2), listener, LONG).unwrap());
+    assert_eq!(rank_one.join().unwrap().1.len(), 128);
 }
 
 /// Rank 0 of a world of 2, at a port of its own; and rank 1 of it, to let it go on.
