@@ -47,7 +47,7 @@ fn check(action: &str, status: c_int) -> Result<()> {
     } else {
         format!("status {status}")
     };
-    Err(Error::Device(format!("MPI cannot {action}: {text}")))
+    Err(Error::Collective(format!("MPI cannot {action}: {text}")))
 }
 
 /// `inout += in`, element by element, of numbers that MPI moves as 16 bits.

@@ -283,6 +283,13 @@ fn tell(observers: &mut [&mut dyn Observer], event: &Event<'_>) -> Result<()> {
     observers.iter_mut().try_for_each(|observer| observer.event(event))
 }
 
+/// Tells the other processes that this one goes on, though no step is done.
+fn alive(watch: Option<&Watch>) {
+    if let Some(watch) = watch {
+        watch.progress();
+    }
+}
+
 /// Whether predictions of these targets can be right.
 fn has_accuracy(dataset: &dyn Dataset) -> bool {
     !matches!(dataset.target(), TargetSpec::Real { .. })
@@ -384,9 +391,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
         let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
         self.trainer.queue(&batch, rate)?;
-        if let Some(watch) = &self.watch {
-            watch.progress();
-        }
+        alive(self.watch.as_deref());
         self.loader.recycle(batch);
         Ok(true)
     }
@@ -558,7 +563,10 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
                 });
                 self.trainer.evaluate_together(turns)
             }
-            _ => loader.and_then(|loader| self.trainer.evaluate(loader)),
+            _ => loader.and_then(|loader| {
+                let watch = self.watch.clone();
+                self.trainer.evaluate(loader.inspect(|_| alive(watch.as_deref())))
+            }),
         };
         let own = agree(&*self.collective, found)?;
         let numbers: Vec<f64> = own.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]).collect();
@@ -604,6 +612,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
 
     /// Writes a checkpoint, which is there for every process when this returns.
     fn write_checkpoint(&mut self, best: bool, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        alive(self.watch.as_deref());
         if self.trainer.sharding().is_some() {
             parts::save(&self.checkpoints, &self.trainer, &self.state, &*self.collective)?;
         }
