@@ -130,9 +130,17 @@ impl<B: Bed> KernelTask<B> {
     }
 
     /// From now on repetitions go this way: false where the layer has no operations that way.
-    pub fn go(&mut self, way: Way) -> bool {
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn go(&mut self, way: Way) -> Result<bool> {
         self.way = way;
-        !self.ops().is_empty()
+        // What was looked at may have been left wrong, and a backward reads what the forward left.
+        for (arena, activations) in &mut self.sets {
+            let mut memory = Memory { arena, activations };
+            self.backend.run(&self.alone.program.ops, &mut memory, &StepContext::default())?;
+        }
+        Ok(!self.ops().is_empty())
     }
 
     /// What the layer leaves in f64, from the same values.
@@ -288,7 +296,7 @@ pub fn figures<B: Bed>(
         let mut task = KernelTask::new(backend, &case)?;
         let costs = task.alone.program.costs(&task.alone.parameters)?;
         for (name, way) in names.into_iter().zip([Way::Forward, Way::Backward]) {
-            if !task.go(way) || !wanted(&name) {
+            if !wanted(&name) || !task.go(way)? {
                 continue;
             }
             let costs = &costs[task.ops()];

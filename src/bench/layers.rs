@@ -3,7 +3,7 @@
 use crate::backend::Backend;
 use crate::backend::ops::{ActivationKind, CrossEntropy};
 use crate::backend::profile::Kind;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::log_mel::{LogMel as Transform, LogMelOptions};
 use crate::model::layers::{
     Activation, Attention, AveragePool2d, BatchNorm, Conv2d, Dropout, Embedding, LayerNorm, Linear, LogMel, MaxPool2d,
@@ -117,7 +117,9 @@ impl Case {
             What::Function(kind) => Box::new(Activation::new(kind)),
             What::Swiglu => Box::new(Swiglu::new()),
             What::Mel => {
-                let Input::Real(shape) = &self.input else { return Ok(Box::new(Loss)) };
+                let Input::Real(shape) = &self.input else {
+                    return Err(Error::shape("log_mel", "waveforms", "tokens"));
+                };
                 let samples = shape.iter().product();
                 Box::new(LogMel::new(Transform::new(&LogMelOptions::default(), SAMPLE_RATE, samples)?))
             }

@@ -274,8 +274,13 @@ pub fn measure(
     }
     let Some(Taken { times, beside, refused }) = best else { return Ok(asked.figure) };
     let limit = (asked.limit)(beside.as_ref());
+    let disturbed = beside.filter(|beside| width(beside) > settings.widest);
     let refused = refused
         .or_else(|| ground.refusal())
+        .or_else(|| {
+            let width = width(&disturbed?);
+            Some(format!("spread too wide: that of the copy beside it, {:.0} % of its median", 100.0 * width))
+        })
         .or_else(|| limit.as_ref().and_then(|limit| impossible(ground, task, &times, limit)))
         .or_else(|| too_wide(&times, settings));
     Ok(Figure { seconds: times, floor: limit.map(|limit| limit.floor), refused, ..asked.figure })
@@ -371,6 +376,12 @@ fn impossible(ground: &dyn Ground, task: &dyn Task, times: &Spread, limit: &Limi
             "cached: its buffers hold {:.1} MiB together, the caches {:.1} MiB; it was timed against the memory",
             mib(bytes),
             mib(cache)
+        ));
+    }
+    if from_memory && times.median < limit.floor.seconds * (1.0 - NOISE) && times.median >= least * (1.0 - NOISE) {
+        return Some(format!(
+            "faster than its floor by {:.0} %: what the floor is measured by was disturbed, or a cache helped",
+            100.0 * (limit.floor.seconds / times.median - 1.0)
         ));
     }
     (times.median < least * (1.0 - NOISE)).then(|| {

@@ -8,7 +8,7 @@ use super::update::UpdateTask;
 use super::works;
 use crate::error::{Error, Result};
 
-/// The works that [`unit`] knows by name.
+/// The works that [`unit()`] knows by name.
 pub const NAMES: [&str; 5] = ["mlp", "cnn", "gpt_cpu", "gpt2", "update"];
 
 /// A work that can be run for a while at a time.
