@@ -250,3 +250,104 @@ fn a_batch_that_cannot_be_shared_out_is_said_once() {
         stderr(&output)
     );
 }
+
+#[test]
+fn launch_starts_processes_on_cpus_and_keeps_their_outputs_apart() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "run.toml", DIGITS);
+    let (alone, launched) = (folder.path().join("alone"), folder.path().join("launched"));
+    let same = ["--set", "run.reproducible=true", "--set", "run.steps=20", "--threads", "1"];
+    trained(1, &file, &alone, &same[..4]);
+    let (file, out) = (file.display().to_string(), launched.display().to_string());
+    let arguments = [&["launch", "--cpus", "2", "--", "train", &file, "--out", &out][..], &same].concat();
+    let output = common::run(&arguments);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = common::stdout(&output);
+    assert!(text.contains("2 processes over MPI") && text.contains("done: 20 steps"), "{text}");
+    let log = std::fs::read_to_string(launched.join("logs/rank-1.log")).unwrap();
+    assert!(log.contains("step 20/20") && !text.contains("checkpoint "), "{log}");
+    assert_eq!(curve(&launched), curve(&alone));
+    // Again in the same folder: one process says why not, and nothing is overwritten.
+    let output = common::run(&arguments);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert_eq!(stderr(&output).matches("holds a run already").count(), 1, "{}", stderr(&output));
+}
+
+/// What a process is doing to itself when it is lost.
+#[derive(Clone, Copy, Debug)]
+enum Lost {
+    Killed,
+    Stopped,
+}
+
+/// Trains without end in three processes, loses one of them in the middle, and gives what was printed, and how it ended.
+fn lose_one(folder: &Path, file: &Path, turn: usize, lost: Lost) -> (std::process::Output, std::time::Duration) {
+    let out = folder.join(format!("{lost:?}-{turn}")).display().to_string();
+    let file = file.display().to_string();
+    let endless = ["--set", "run.steps=100000000", "--set", "parallel.timeout=2", "--set", "data.batch_size=33"];
+    let command = ["train", &file, "--threads", "1", "--quiet", "--out", &out];
+    let mut child = mpi::mpirun(3, &[&command[..], &endless].concat());
+    child.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let child = child.spawn().unwrap();
+    let metrics = Path::new(&out).join("metrics.jsonl");
+    let began = std::time::Instant::now();
+    while std::fs::metadata(&metrics).map_or(0, |file| file.len()) < 500 {
+        assert!(began.elapsed().as_secs() < 60, "no step was recorded");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let rank = turn % 3;
+    let pid = ranks_of(child.id())[&rank];
+    let signal = match lost {
+        Lost::Killed => libc::SIGKILL,
+        Lost::Stopped => libc::SIGSTOP,
+    };
+    // SAFETY: a signal to a process that this test started.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    let lost_at = std::time::Instant::now();
+    let output = child.wait_with_output().unwrap();
+    (output, lost_at.elapsed())
+}
+
+/// The processes below `mpirun` by their ranks.
+fn ranks_of(mpirun: u32) -> std::collections::HashMap<usize, i32> {
+    let children = std::fs::read_to_string(format!("/proc/{mpirun}/task/{mpirun}/children")).unwrap();
+    let rank = |pid: &str| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+        let mut variables = environment.split(|&byte| byte == 0);
+        let found = variables.find_map(|v| std::str::from_utf8(v).ok()?.strip_prefix("OMPI_COMM_WORLD_RANK="))?;
+        Some((found.parse().ok()?, pid.parse().ok()?))
+    };
+    children.split_whitespace().filter_map(rank).collect()
+}
+
+/// Each of ten times the others end within the timeout, with one sentence that names the rank and its last step.
+fn ten_of_ten(lost: Lost, what: &str) {
+    if !mpi::is_there() || !cfg!(target_os = "linux") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "run.toml", DIGITS);
+    for turn in 0..10 {
+        let (output, time) = lose_one(folder.path(), &file, turn, lost);
+        let text = stderr(&output);
+        assert!(!output.status.success());
+        let sentences: Vec<&str> = text.lines().filter(|line| line.starts_with("error: rank ")).collect();
+        assert_eq!(sentences.len(), 1, "{lost:?} {turn}: {text}");
+        assert!(sentences[0].starts_with(&format!("error: rank {} on host ", turn % 3)), "{turn}: {}", sentences[0]);
+        assert!(sentences[0].contains(what) && sentences[0].contains(" after step "), "{turn}: {}", sentences[0]);
+        println!("{lost:?} {turn}: over after {:.1} s: {}", time.as_secs_f64(), sentences[0]);
+    }
+}
+
+#[test]
+fn a_process_that_is_killed_ends_the_others_with_one_sentence_ten_times_of_ten() {
+    ten_of_ten(Lost::Killed, "died");
+}
+
+#[test]
+fn a_process_that_is_stopped_ends_the_others_with_one_sentence_ten_times_of_ten() {
+    ten_of_ten(Lost::Stopped, "gave no sign of life");
+}

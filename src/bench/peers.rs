@@ -268,7 +268,7 @@ fn turns(process: &mut Process, unit: &mut dyn Unit, settings: &Settings, known:
     Ok(PeerFigure { theirs: spread(&theirs), ours: spread(&ours), ratio, refused, ..known })
 }
 
-/// The heading over [`line`].
+/// The heading over [`line()`].
 pub fn heading() -> String {
     let told = "peers: the same work by others, in turn with ours; times as fast, with its quartiles";
     format!("\n{told}\n{:<12} {:<17} {:>9} {:>9}  times as fast\n", "work", "peer", "theirs", "ours")

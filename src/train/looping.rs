@@ -170,7 +170,8 @@ fn the_same_latest(
 
 /// Makes or checks the run folder; returns the checkpoint to go on from.
 fn prepare_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> Result<Option<PathBuf>> {
-    const OURS: [&str; 9] = [
+    // Not `logs`: a launcher opens them before there is a run, and adds to what is there.
+    const OURS: [&str; 8] = [
         "config.toml",
         "metrics.jsonl",
         "summary.json",
@@ -178,7 +179,6 @@ fn prepare_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> R
         "preprocess.json",
         "tensorboard",
         "checkpoints",
-        "logs",
         "profile.json",
     ];
     let folder = &run.folder;
