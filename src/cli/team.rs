@@ -136,11 +136,14 @@ fn over_nccl(world: &World, device: &Arc<Device>, timeout: Duration) -> Result<J
 #[cfg(feature = "mpi")]
 fn over_mpi(world: &World, timeout: Duration) -> Result<Joined> {
     if !matches!(world.how, Launcher::OpenMpi | Launcher::Mpich | Launcher::Slurm) {
-        return Err(Error::config(
-            "run.device",
-            format!(
-                "{} started {} processes on CPUs, which speak MPI; expected mpirun, `warpstep launch --cpus {}`, or srun --mpi=pmix",
-                world.how, world.size, world.size
+        return Err(said_once(
+            world,
+            Error::config(
+                "run.device",
+                format!(
+                    "{} started {} processes on CPUs, which speak MPI; expected mpirun, `warpstep launch --cpus {}`, or srun --mpi=pmix",
+                    world.how, world.size, world.size
+                ),
             ),
         ));
     }
@@ -177,11 +180,22 @@ fn met_over_mpi(world: &World, mpi: &crate::parallel::Mpi, timeout: Duration) ->
     Rendezvous::join(world, &Endpoint::new(host, place.port), timeout)
 }
 
+/// An error that every process finds by itself: the first one says it.
+fn said_once(world: &World, error: Error) -> Error {
+    match world.rank {
+        0 => error,
+        _ => Error::Peer { rank: 0, exit_code: error.exit_code(), problem: error.to_string() },
+    }
+}
+
 #[cfg(not(feature = "mpi"))]
 fn over_mpi(world: &World, _: Duration) -> Result<Joined> {
-    Err(Error::Device(format!(
-        "{} started {} processes, but this Warpstep was built without MPI, by which processes on CPUs speak: build it with \
+    Err(said_once(
+        world,
+        Error::Device(format!(
+            "{} started {} processes, but this Warpstep was built without MPI, by which processes on CPUs speak: build it with \
          `cargo build --release --features mpi` where Open MPI or MPICH is installed",
-        world.how, world.size
-    )))
+            world.how, world.size
+        )),
+    ))
 }
