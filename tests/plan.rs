@@ -4,6 +4,7 @@ mod common;
 
 use common::{run, stderr, stdout};
 use serde_json::Value;
+use warpstep::bench::results::{FORMAT, Figure, Machine, Results, Spread};
 
 fn plan(file: &str, more: &[&str]) -> Value {
     let output = run(&[&["plan", file, "--json"], more].concat());
@@ -73,6 +74,49 @@ fn this_machine_can_be_planned_with_and_the_text_tells_all_parts() {
     ] {
         assert!(text.contains(part), "{part} in {text}");
     }
+}
+
+#[test]
+fn measured_speeds_take_the_place_of_the_data_sheet() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, figures: Vec<Figure>| {
+        let (version, command, date) = ("0".to_owned(), "warpstep bench".to_owned(), "2026-01-01T00:00:00Z".to_owned());
+        let machine = Machine { device: "a device".into(), ..Machine::default() };
+        let results = Results { format: FORMAT, version, command, date, machine, figures, peers: Vec::new() };
+        let path = folder.path().join(name);
+        std::fs::write(&path, serde_json::to_string(&results).unwrap()).unwrap();
+        path.display().to_string()
+    };
+    // One second each, so that amounts are speeds.
+    let seconds = Spread { count: 5, min: 1.0, lower_quartile: 1.0, median: 1.0, upper_quartile: 1.0 };
+    let figure = |suite: &str, name: &str, bytes: f64, flops: f64| Figure {
+        suite: suite.into(),
+        name: name.into(),
+        seconds,
+        bytes: Some(bytes),
+        flops: Some(flops),
+        ..Figure::default()
+    };
+    let refused = Figure { refused: Some("noise".into()), ..figure("device", "copy/memory", 1e15, 0.0) };
+    let good = vec![
+        refused,
+        figure("device", "copy/memory", 2e9, 0.0),
+        figure("device", "product/64x64x64/f32", 0.0, 3e9),
+        figure("device", "product/64x64x64/bf16", 0.0, 3e15),
+        figure("all_reduce", "all_reduce/1MiB/2", 1e6, 0.0),
+    ];
+    let file = write("good.json", good);
+    let found = plan(DIGITS, &["--gpus", "2", "--measured", &file]);
+    let update = |plan: &Value| plan["update_milliseconds"].as_f64().unwrap();
+    let sheet = plan(DIGITS, &["--gpus", "2"]);
+    assert!((update(&found) / update(&sheet) - 0.9 * 3.35e12 / 2e9).abs() < 1.0);
+    let sent = &found["communication"][0];
+    let at_least = sent["bytes"].as_f64().unwrap() / 1e6 * 1e3;
+    assert!(sent["milliseconds"].as_f64().unwrap() >= at_least);
+    let empty = write("empty.json", vec![figure("device", "copy/1MiB_L2", 1.0, 0.0)]);
+    let output = run(&["plan", DIGITS, "--measured", &empty]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("holds none of device/copy/memory"), "{}", stderr(&output));
 }
 
 #[test]
