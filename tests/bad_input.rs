@@ -198,7 +198,7 @@ fn wrong_flags_are_refused() {
         (&["predict", "no/such/run", "x.png"], "no/such/run"),
         (&["generate", "no/such/run"], "no/such/run"),
         (&["plot", "runs", "no/such/run"], "no/such/run"),
-        (&["bench", "warp"], "gpt_cpu"),
+        (&["bench", "warp"], "found the suite \"warp\", expected device, update, kernel, step, data"),
         (&["generate", "no/such/run", "--temperature=-1"], "--temperature"),
     ] {
         let output = run(arguments);

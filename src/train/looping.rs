@@ -320,7 +320,9 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let mut end = End::Completed;
         self.stopwatch = Some(Instant::now());
         let alone = self.collective.world() == 1;
-        let compare_every = (!alone).then_some(self.compare_every);
+        // Where parameters are shared out, no two processes hold the same.
+        let all_alike = !alone && !matches!(self.trainer.sharding(), Some(Sharding { parameters: Some(_), .. }));
+        let compare_every = all_alike.then_some(self.compare_every);
         while self.trainer.queued().step < self.steps {
             // One process alone ends at once; several agree on a step that none has gone beyond.
             if !alone && self.interrupt.load(Ordering::Relaxed) != 0 {
@@ -334,7 +336,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             let step = self.trainer.queued().step;
             let last = step == self.steps;
             let (evaluate, save) = (due(evaluate_every, step) && !last, due(checkpoint_every, step) && !last);
-            let compare = due(compare_every, step) || (last && !alone);
+            let compare = due(compare_every, step) || (last && all_alike);
             // Whatever looks at the parameters waits for the steps before it; nothing else does.
             let signal = self.interrupt.load(Ordering::Relaxed);
             self.take_reports(false, observers)?;
