@@ -276,7 +276,27 @@ fn launch_starts_processes_on_cpus_and_keeps_their_outputs_apart() {
     assert_eq!(stderr(&output).matches("holds a run already").count(), 1, "{}", stderr(&output));
 }
 
-/// What a process is doing to itself when it is lost.
+#[test]
+fn sums_over_processes_are_timed_by_size_and_are_right() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("found.json").display().to_string();
+    let what = ["bench", "all_reduce/4KiB", "--device", "cpu", "--threads", "1", "--seconds", "0.05", "--json", &json];
+    let output = mpi::mpirun(2, &what).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = common::stdout(&output);
+    assert_eq!(text.matches("4KiB/2_processes").count(), 1, "{text}");
+    let found: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let figures = found["figures"].as_array().unwrap();
+    assert_eq!(figures.len(), 1);
+    assert_eq!((figures[0]["suite"].as_str(), figures[0]["bytes"].as_f64()), (Some("all_reduce"), Some(4096.0)));
+    let refused = figures[0]["refused"].as_str().unwrap_or_default();
+    assert!(!refused.contains("the sum was not taken"), "{refused}");
+}
+
+/// How a process is lost.
 #[derive(Clone, Copy, Debug)]
 enum Lost {
     Killed,

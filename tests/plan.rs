@@ -103,7 +103,7 @@ fn measured_speeds_take_the_place_of_the_data_sheet() {
         figure("device", "copy/memory", 2e9, 0.0),
         figure("device", "product/64x64x64/f32", 0.0, 3e9),
         figure("device", "product/64x64x64/bf16", 0.0, 3e15),
-        figure("all_reduce", "all_reduce/1MiB/2", 1e6, 0.0),
+        figure("all_reduce", "1MiB/2_processes", 1e6, 0.0),
     ];
     let file = write("good.json", good);
     let found = plan(DIGITS, &["--gpus", "2", "--measured", &file]);

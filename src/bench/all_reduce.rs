@@ -20,10 +20,10 @@ pub fn sizes() -> impl Iterator<Item = usize> {
     std::iter::successors(Some(SIZES[0]), |bytes| Some(4 * bytes)).take_while(|&bytes| bytes <= SIZES[1])
 }
 
-/// `all_reduce/64KiB/2`: the bytes, and the processes.
+/// `64KiB/2_processes`: the bytes, and how many sum them.
 pub fn name(bytes: usize, world: usize) -> String {
     let size = if bytes < 1 << 20 { format!("{}KiB", bytes >> 10) } else { format!("{}MiB", bytes >> 20) };
-    format!("all_reduce/{size}/{world}")
+    format!("{size}/{world}_processes")
 }
 
 /// Sums by all processes, each about `seconds` long. `told` hears of each figure; in every process, with its own times.

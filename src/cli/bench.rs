@@ -118,10 +118,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         return together::run(options, &world);
     }
     let request = request(options)?;
-    if let Some(threads) = options.threads {
-        let set = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-        set.map_err(|error| Error::config("--threads", format!("found {threads}: {error}")))?;
-    }
+    set_threads(options)?;
     if options.list {
         let mut out = std::io::stdout().lock();
         for name in names(&request)? {
@@ -143,6 +140,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         report::write(&results, path)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the pool of threads that was asked for.
+fn set_threads(options: &Options) -> Result<()> {
+    let Some(threads) = options.threads else { return Ok(()) };
+    let set = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    set.map_err(|error| Error::config("--threads", format!("found {threads}: {error}")))
 }
 
 fn request(options: &Options) -> Result<Request> {

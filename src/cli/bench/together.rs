@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{Options, place, write_json};
+use super::{Options, place, set_threads, write_json};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions};
@@ -23,6 +23,7 @@ const SECONDS: f64 = 1.0;
 
 /// Runs it in one of the processes. The first prints.
 pub(super) fn run(options: &Options, world: &World) -> anyhow::Result<ExitCode> {
+    set_threads(options)?;
     let device = match place(&options.device)? {
         Place::Cpu => Opened::Cpu(Cpu::new()),
         Place::Cuda(ordinal) => {
@@ -57,7 +58,7 @@ fn figures<B: Bed>(backend: &B, collective: &dyn Collective, options: &Options) 
     let watch = Watch::begin(backend);
     if !silent {
         println!(
-            "{} processes over {}, each on {}\n\n{}",
+            "{} processes over {}, each on {}\n{}",
             collective.world(),
             collective.name(),
             Backend::description(backend),
