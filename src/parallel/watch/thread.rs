@@ -14,6 +14,8 @@ use super::judge::{Limits, Seen, silent, stuck};
 use super::link::{Link, Loss, Message, wait};
 use super::{Told, WatchOptions};
 
+/// How long a rank that woke from a long pause is thought to be ended for it.
+const AFTER_WAKING: Duration = Duration::from_secs(5);
 /// How long rank 0 holds a rank's own error back: it may be the result of a death that is seen a moment later.
 const SETTLE: Duration = Duration::from_millis(250);
 
@@ -33,6 +35,8 @@ pub(super) struct Watcher {
     /// An error of a rank's own, and when it is told to all.
     pending: Option<(Failure, Instant)>,
     leaving: Option<Leaving>,
+    /// When it went on after a pause so long that the others have taken it for lost.
+    woke: Option<Instant>,
 }
 
 /// What the thread ends by.
@@ -75,6 +79,7 @@ impl Watcher {
             options,
             pending: None,
             leaving: None,
+            woke: None,
         })
     }
 
@@ -114,6 +119,9 @@ impl Watcher {
 
     /// A process that was stopped, or a machine that slept, has not listened meanwhile.
     fn forgive(&mut self, pause: Duration, now: Instant) {
+        if pause > self.options.timeout / 2 {
+            self.woke = Some(now);
+        }
         if pause > 4 * self.period {
             self.seen.iter_mut().for_each(|seen| seen.forgive(pause, now));
         }
@@ -302,8 +310,12 @@ impl Watcher {
     }
 
     /// Whether this rank says it for all. Rank 0 does; where rank 0 is gone, the lowest that is left does. Where it fell silent its
-    /// whole machine may have, so that one of another machine goes before.
+    /// whole machine may have, so that one of another machine goes before. A rank that the others have taken for lost does not speak of
+    /// those who ended for its sake, when a launcher wakes it to end it too.
     fn speaks(&self, failure: &Failure) -> bool {
+        if self.woke.is_some_and(|woke| woke.elapsed() < AFTER_WAKING) {
+            return false;
+        }
         if self.rank == 0 {
             return true;
         }
