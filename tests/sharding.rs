@@ -4,10 +4,12 @@
 //! Real processes, which `mpirun` of Open MPI starts; where it is not there, or this build speaks no MPI, that is said.
 
 mod common;
+#[path = "common/mpi.rs"]
+mod mpi;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 
 use common::{fresh_seed, run, stderr, stdout, tensor_hashes, warpstep};
 use tempfile::TempDir;
@@ -23,20 +25,6 @@ use warpstep::train::metrics::{SplitName, read_metrics};
 use warpstep::train::step::{Trainer, TrainerParts};
 
 const LEVELS: [&str; 3] = ["optimizer", "gradients", "parameters"];
-
-/// Whether several processes can be started here; said, where not.
-fn mpi() -> bool {
-    if !cfg!(feature = "mpi") {
-        println!("skipped: several processes, for which this build has no MPI (cargo test --features mpi)");
-        return false;
-    }
-    let version = Command::new("mpirun").arg("--version").output();
-    let open_mpi = version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("Open MPI"));
-    if !open_mpi {
-        println!("skipped: several processes, which mpirun of Open MPI starts; it is not here");
-    }
-    open_mpi
-}
 
 /// A run file and the folders of its runs.
 struct Bed {
@@ -75,9 +63,9 @@ impl Bed {
 
     fn start(&self, world: usize, shard: &str, out: &str, more: &[&str]) -> Output {
         let set = format!("parallel.shard=\"{shard}\"");
-        let program = warpstep().get_program().to_owned();
         let arguments = self.arguments(out, &[&["--set", set.as_str()], more].concat());
-        mpirun().args(["-n", &world.to_string()]).arg(program).args(arguments).output().unwrap()
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        mpi::mpirun(world, &arguments).output().unwrap()
     }
 
     /// Makes the checkpoint of an earlier step the latest, as if the run had been ended there.
@@ -88,16 +76,9 @@ impl Bed {
     }
 }
 
-fn mpirun() -> Command {
-    let mut command = Command::new("mpirun");
-    // As root in containers, with more processes than cores; none may outlive the test.
-    command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--timeout", "100"]);
-    command
-}
-
 /// Every sharding, at 2 and 4 processes, ends with the bits of one process.
 fn gives_the_bits_of_one_process(text: &str, worlds: &[usize], levels: &[&str]) {
-    if !mpi() {
+    if !mpi::is_there() {
         return;
     }
     let bed = Bed::new(text);
@@ -196,7 +177,7 @@ learning_rate = 0.02"#;
 
 #[test]
 fn steps_whose_gradients_are_not_finite_are_skipped_by_all_alike() {
-    if !mpi() {
+    if !mpi::is_there() {
         return;
     }
     // The first update throws the parameters so far that nothing after it is finite.
@@ -279,7 +260,7 @@ clip = { global_norm = 1.0 }
 [parallel]
 bucket_mb = 0.01
 "#;
-    if !mpi() {
+    if !mpi::is_there() {
         return;
     }
     let bed = Bed::new("");
@@ -293,7 +274,7 @@ bucket_mb = 0.01
 
 #[test]
 fn without_an_order_of_sums_the_curves_stay_within_a_millionth() {
-    if !mpi() {
+    if !mpi::is_there() {
         return;
     }
     let optimizer = r#"rule = "adamw"
@@ -319,7 +300,7 @@ accumulate = 3"#;
 
 #[test]
 fn a_run_moved_from_4_processes_to_2_and_to_1_ends_with_the_bits_of_one_never_moved() {
-    if !mpi() {
+    if !mpi::is_there() {
         return;
     }
     let optimizer = r#"rule = "adamw"
@@ -348,7 +329,7 @@ ema = 0.9"#;
 
 #[test]
 fn a_model_in_parts_is_evaluated_as_one_in_a_single_file() {
-    if !mpi() {
+    if !mpi::is_there() {
         return;
     }
     let bed = Bed::new(&digits("rule = \"adamw\"\nlearning_rate = 2e-3\nema = 0.8", true));
@@ -375,7 +356,7 @@ fn a_model_in_parts_is_evaluated_as_one_in_a_single_file() {
 
 #[test]
 fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written() {
-    if !mpi() {
+    if !mpi::is_there() {
         return;
     }
     let text =
@@ -385,7 +366,7 @@ fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written
     let program = warpstep().get_program().to_owned();
     let arguments = bed.arguments("out", &["--set", "parallel.shard=\"gradients\""]);
     let limited = "trap '' XFSZ; ulimit -f 6144; exec \"$@\"";
-    let output = mpirun()
+    let output = mpi::bare()
         .args(["-n", "1"])
         .arg(&program)
         .args(&arguments)
@@ -415,7 +396,7 @@ fn what_cannot_be_combined_is_said() {
     let output = run(&[&["train", &file, "--dry-run"], set.as_slice()].concat());
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("is for CPUs so far"), "{}", stderr(&output));
-    if mpi() {
+    if mpi::is_there() {
         let output = bed.start(2, "gradients", "out", &["--shadow", "2"]);
         assert_eq!(output.status.code(), Some(2));
         assert!(stderr(&output).contains("run.shadow_every_steps: looks at all gradients"), "{}", stderr(&output));

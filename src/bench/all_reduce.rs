@@ -8,6 +8,8 @@ use super::results::Figure;
 use crate::error::Result;
 use crate::parallel::{Collective, broadcast};
 
+/// What results call these figures.
+pub const SUITE: &str = "all_reduce";
 /// Bytes of the smallest and of the largest sum.
 const SIZES: [usize; 2] = [4 << 10, 64 << 20];
 /// Times are not quoted where quartiles lie further apart than this, over the median.
@@ -67,7 +69,7 @@ pub fn all_reduce<B: Bed>(
             (wide > WIDEST).then(|| format!("the quartiles are {:.0} % of the median apart", 100.0 * wide))
         });
         told(Figure {
-            suite: "all_reduce".into(),
+            suite: SUITE.into(),
             name: name(bytes, world),
             seconds: found,
             amount: (moved, "byte".into()),

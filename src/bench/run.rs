@@ -73,9 +73,17 @@ impl Pattern {
     /// # Errors
     /// No such suite.
     pub fn parse(text: &str) -> Result<Self> {
+        Self::among(&SUITES, text)
+    }
+
+    /// As [`Pattern::parse`], of figures of these suites.
+    ///
+    /// # Errors
+    /// Another suite.
+    pub fn among(suites: &[&str], text: &str) -> Result<Self> {
         let (suite, name) = text.split_once('/').unwrap_or((text, ""));
-        if !SUITES.contains(&suite) {
-            let known = SUITES.join(", ");
+        if !suites.contains(&suite) {
+            let known = suites.join(", ");
             let found = format!("found the suite {suite:?}, expected {known}, each alone or as SUITE/PATTERN");
             return Err(Error::config("bench", found));
         }

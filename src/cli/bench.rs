@@ -73,6 +73,13 @@ pub(crate) struct Options {
     list: bool,
 }
 
+impl Options {
+    /// Whether the results go to the standard output, in the place of the table.
+    fn to_stdout(&self) -> bool {
+        self.json.as_deref().is_some_and(|path| path == Path::new("-"))
+    }
+}
+
 /// Prints the table while it grows.
 struct Printer {
     suite: String,
@@ -126,7 +133,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let to_stdout = options.json.as_deref().is_some_and(|path| path == Path::new("-"));
+    let to_stdout = options.to_stdout();
     for path in options.json.as_deref().filter(|_| !to_stdout).into_iter().chain(options.html.as_deref()) {
         // Before minutes are spent: can it be written?
         std::fs::write(path, "").map_err(|error| Error::io("write", path, error))?;
@@ -135,7 +142,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let mut results = take(&request, &mut printer)?;
     results.peers = options.peers.run(&request, &mut |text| printer.print(text))?;
     printer.print(&table::foot(&results))?;
-    write_json(&results, options.json.as_deref(), to_stdout)?;
+    write_json(&results, options)?;
     if let Some(path) = &options.html {
         report::write(&results, path)?;
     }
@@ -185,10 +192,10 @@ fn place(device: &str) -> Result<Place> {
     })
 }
 
-fn write_json(results: &Results, path: Option<&Path>, to_stdout: bool) -> anyhow::Result<()> {
-    let Some(path) = path else { return Ok(()) };
+fn write_json(results: &Results, options: &Options) -> anyhow::Result<()> {
+    let Some(path) = &options.json else { return Ok(()) };
     let text = serde_json::to_string_pretty(results)? + "\n";
-    if to_stdout {
+    if options.to_stdout() {
         std::io::stdout().lock().write_all(text.as_bytes())?;
         return Ok(());
     }

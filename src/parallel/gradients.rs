@@ -179,7 +179,7 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
             self.next = 0;
             self.collect(backend, arena)?;
             self.kept.add_left(backend, arena, self.options.share.count)?;
-            if self.ranks.world() > 1 || self.ranks.collective.is_queued() {
+            if self.reduces() {
                 self.kept.sum(backend, arena, &mut self.reducer)?;
             }
             self.ranks.collective.join()?;

@@ -203,11 +203,7 @@ pub fn snapshot<B: Backend + Update>(trainer: &Trainer<B>) -> Result<(TensorMap,
 pub(super) fn model_tensors<B: Backend + Update>(trainer: &Trainer<B>) -> Result<TensorMap> {
     let (arena, backend) = (trainer.arena(), trainer.backend());
     let mut model = TensorMap::new();
-    if backend.stores_alone(arena) {
-        tensors::download(backend, &arena.stored, &arena.layout, "", &mut model)?;
-    } else {
-        tensors::download(backend, &arena.parameters, &arena.layout, "", &mut model)?;
-    }
+    tensors::download_parameters(backend, arena, &mut model)?;
     tensors::download(backend, &arena.state, &arena.state_layout, "", &mut model)?;
     Ok(model)
 }

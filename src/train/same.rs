@@ -16,11 +16,7 @@ pub fn same_parameters<B: Backend>(
     step: u64,
 ) -> Result<()> {
     let mut map = TensorMap::new();
-    if backend.stores_alone(arena) {
-        tensors::download(backend, &arena.stored, &arena.layout, "", &mut map)?;
-    } else {
-        tensors::download(backend, &arena.parameters, &arena.layout, "", &mut map)?;
-    }
+    tensors::download_parameters(backend, arena, &mut map)?;
     let hashes: Vec<u8> = map.values().flat_map(|tensor| *tensors::hash(tensor).as_bytes()).collect();
     let all = gather(collective, &hashes)?;
     for (number, name) in map.keys().enumerate() {

@@ -7,7 +7,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::{files, parts};
-use crate::backend::Backend;
+use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
 use crate::plan::{ParamLayout, overlap};
 use crate::real::Element;
@@ -32,6 +32,18 @@ pub fn download<B: Backend, T: Element>(
         into.insert(format!("{prefix}{}", entry.name), HostTensor { shape: entry.shape.clone(), values });
     }
     Ok(())
+}
+
+/// Copies an arena's parameters to the host, from where the device keeps them.
+///
+/// # Errors
+/// A device that failed.
+pub fn download_parameters<B: Backend>(backend: &B, arena: &Arena<B>, into: &mut TensorMap) -> Result<()> {
+    if backend.stores_alone(arena) {
+        download(backend, &arena.stored, &arena.layout, "", into)
+    } else {
+        download(backend, &arena.parameters, &arena.layout, "", into)
+    }
 }
 
 /// Copies tensors into an arena; `prefix` goes before each name. Taken tensors are removed from `tensors`.

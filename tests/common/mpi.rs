@@ -1,5 +1,7 @@
 //! Several processes of `warpstep` over MPI.
 
+#![allow(dead_code)] // each test file uses a part of it
+
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -19,21 +21,27 @@ pub fn is_there() -> bool {
     there
 }
 
-/// The options that this machine's mpirun needs for more processes than cores, and for root.
+/// The options that this machine's mpirun needs for more processes than cores, and for root. None of its processes outlives a test.
 fn options() -> Vec<&'static str> {
     let version = Command::new("mpirun").arg("--version").output().map(|o| o.stdout).unwrap_or_default();
     if String::from_utf8_lossy(&version).contains("Open MPI") {
-        vec!["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+        vec!["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--timeout", "100"]
     } else {
         Vec::new()
     }
 }
 
+/// `mpirun` with what it needs here; what it starts is still to be said. Processes that wait give way to others.
+pub fn bare() -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(options()).env("OMPI_MCA_mpi_yield_when_idle", "1").env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    command
+}
+
 /// `mpirun -n processes warpstep arguments`, not started yet. One thread in each.
 pub fn mpirun(processes: usize, arguments: &[&str]) -> Command {
-    let mut command = Command::new("mpirun");
-    command.args(options()).args(["-n", &processes.to_string()]).arg(warpstep().get_program());
-    command.args(arguments).env("OMPI_MCA_mpi_yield_when_idle", "1").env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    let mut command = bare();
+    command.args(["-n", &processes.to_string()]).arg(warpstep().get_program()).args(arguments);
     command
 }
 

@@ -6,10 +6,11 @@ use super::{Options, place, set_threads, write_json};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions};
-use crate::bench::all_reduce::all_reduce;
+use crate::bench::all_reduce::{SUITE, all_reduce};
 use crate::bench::machine::{Watch, date};
 use crate::bench::place::{Bed, Place};
 use crate::bench::results::{FORMAT, Figure, Results};
+use crate::bench::run::Pattern;
 use crate::bench::table;
 use crate::cli::assemble::Opened;
 use crate::cli::team::{Team, Vigil};
@@ -44,17 +45,17 @@ pub(super) fn run(options: &Options, world: &World) -> anyhow::Result<ExitCode> 
     team.goodbye();
     let results = results?;
     if world.rank == 0 {
-        let to_stdout = options.json.as_deref().is_some_and(|path| path == std::path::Path::new("-"));
-        if !to_stdout {
+        if !options.to_stdout() {
             print!("{}", table::foot(&results));
         }
-        write_json(&results, options.json.as_deref(), to_stdout)?;
+        write_json(&results, options)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn figures<B: Bed>(backend: &B, collective: &dyn Collective, options: &Options) -> Result<Results> {
-    let silent = collective.rank() > 0 || options.json.as_deref().is_some_and(|path| path == std::path::Path::new("-"));
+    let silent = collective.rank() > 0 || options.to_stdout();
+    let patterns = options.patterns.iter().map(|text| Pattern::among(&[SUITE], text)).collect::<Result<Vec<_>>>()?;
     let watch = Watch::begin(backend);
     if !silent {
         println!(
@@ -62,15 +63,11 @@ fn figures<B: Bed>(backend: &B, collective: &dyn Collective, options: &Options) 
             collective.world(),
             collective.name(),
             Backend::description(backend),
-            table::suite("all_reduce")
+            table::suite(SUITE)
         );
     }
     let mut taken = Vec::new();
-    let wanted = |name: &str| {
-        let asked =
-            |pattern: &String| format!("all_reduce/{name}").starts_with(pattern.as_str()) || pattern == "all_reduce";
-        options.patterns.is_empty() || options.patterns.iter().any(asked)
-    };
+    let wanted = |name: &str| patterns.is_empty() || patterns.iter().any(|pattern| pattern.means(SUITE, name));
     all_reduce(backend, collective, options.seconds.unwrap_or(SECONDS), &wanted, &mut |figure: Figure| {
         if !silent {
             print!("{}", table::line(&figure));

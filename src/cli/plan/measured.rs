@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::Device;
+use crate::bench::all_reduce::SUITE;
 use crate::bench::compare::read;
 use crate::bench::results::Figure;
 use crate::config::Precision;
@@ -33,7 +34,7 @@ pub(super) fn apply(path: &Path, precision: Precision, device: &mut Device) -> R
     };
     let copy = fastest(&|figure| figure.suite == "device" && figure.name == "copy/memory", &bytes);
     let product = fastest(&product, &flops);
-    let sums = fastest(&|figure| figure.suite == "all_reduce", &bytes);
+    let sums = fastest(&|figure| figure.suite == SUITE, &bytes);
     if copy.is_none() && product.is_none() && sums.is_none() {
         let problem = format!(
             "holds none of device/copy/memory, device/product/../{precision} and all_reduce that may be quoted; expected what \
