@@ -19,17 +19,9 @@ struct AttentionShape {
 };
 static_assert(sizeof(AttentionShape) == 72, "as the host's");
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
-
-// 2^x, within 2^-22 of it; less than the smallest normal value is 0.
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // One head of one sample: where it starts in qkv and in y, and the steps from one position to the next.
 struct HeadPlace {

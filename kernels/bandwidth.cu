@@ -12,26 +12,40 @@ __device__ __forceinline__ void put(float4* p, float4 x) {
     asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 
-// Each block goes through its own part of `part` accesses, `rounds` times. 256 threads.
+// All blocks together go through gridDim.x parts of `part` accesses each, `rounds` times. 256 threads.
 
-// to = from. 32 bytes an access.
-extern "C" __global__ void traffic_copy(float4* to, const float4* from, i64 part, i64 rounds) {
-    const i64 first = blockIdx.x * part;
-    for (i64 round = 0; round < rounds; ++round)
-#pragma unroll 4
-        for (i64 i = threadIdx.x; i < part; i += 256) put(to + first + i, fetch(from + first + i));
+// Accesses of a thread that are under way at once.
+constexpr int AHEAD = 8;
+
+// to = from, 32 bytes an access: stretches of memory that lie side by side are copied side by side.
+extern "C" __global__ void __launch_bounds__(256) traffic_copy(float4* to, const float4* from, i64 part, i64 rounds) {
+    const i64 len = gridDim.x * part, step = static_cast<i64>(gridDim.x) * (AHEAD * 256);
+    for (i64 round = 0; round < rounds; ++round) {
+        for (i64 start = static_cast<i64>(blockIdx.x) * (AHEAD * 256); start < len; start += step) {
+            const i64 i = start + threadIdx.x;
+            if (start + AHEAD * 256 <= len) {
+                float4 x[AHEAD];
+#pragma unroll
+                for (int k = 0; k < AHEAD; ++k) x[k] = fetch(from + i + k * 256);
+#pragma unroll
+                for (int k = 0; k < AHEAD; ++k) put(to + i + k * 256, x[k]);
+            } else {
+                for (i64 at = i; at < len; at += 256) put(to + at, fetch(from + at));
+            }
+        }
+    }
 }
 
 // to = 1. 16 bytes an access.
-extern "C" __global__ void traffic_write(float4* to, i64 part, i64 rounds) {
-    const i64 first = blockIdx.x * part;
+extern "C" __global__ void __launch_bounds__(256) traffic_write(float4* to, i64 part, i64 rounds) {
+    const i64 len = gridDim.x * part, step = static_cast<i64>(gridDim.x) * 256;
     const float4 one = {1.0f, 1.0f, 1.0f, 1.0f};
     for (i64 round = 0; round < rounds; ++round)
 #pragma unroll 4
-        for (i64 i = threadIdx.x; i < part; i += 256) put(to + first + i, one);
+        for (i64 i = static_cast<i64>(blockIdx.x) * 256 + threadIdx.x; i < len; i += step) put(to + i, one);
 }
 
-// sums[block] = the sum of the block's part. 16 bytes an access.
+// sums[block] = the sum of the block's part: `part` accesses in a row. 16 bytes an access.
 extern "C" __global__ void traffic_read(float* sums, const float4* from, i64 part, i64 rounds) {
     __shared__ float warps[8];
     const i64 first = blockIdx.x * part;

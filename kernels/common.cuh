@@ -48,6 +48,22 @@ template <typename T, int N> __device__ __forceinline__ void store(T* p, Pack<T,
     *reinterpret_cast<Pack<T, N>*>(p) = x;
 }
 
+// Makes the compiler compute anew what it knows of 16 bytes, rather than keep it in registers that it has not got.
+template <typename T, int N> __device__ __forceinline__ void forget(Pack<T, N>& x) {
+    if constexpr (sizeof(x) == 16) {
+        u32(&words)[4] = reinterpret_cast<u32(&)[4]>(x);
+        asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+    }
+}
+
+constexpr float LOG2_E = 1.4426950408889634f;
+// 2^x, within 2^-22 of it; less than the smallest normal value is 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // The sum over a warp's 32 lanes, the same bits in every lane.
 template <typename T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
@@ -79,6 +95,22 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
     float most = warp_max(lane < warps ? scratch[lane] : scratch[0]);
     __syncthreads();
     return most;
+}
+
+// The smallest over a block, the same in all threads. `scratch` holds 32 values and may be used again after the call.
+__device__ __forceinline__ double block_min(double x, double* scratch) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const auto of_warp = [](double own) {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) own = fmin(own, __shfl_xor_sync(0xffffffffu, own, offset));
+        return own;
+    };
+    x = of_warp(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    const double least = of_warp(lane < warps ? scratch[lane] : x);
+    __syncthreads();
+    return least;
 }
 
 // Index of this thread's first element and the stride of a loop over all elements.

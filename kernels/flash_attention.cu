@@ -2,7 +2,7 @@
 // src/backend/cpu/attention.rs; the plain form is attention.cu, the backward flash_attention_backward.cu.
 //
 // y = softmax(q k^T scale) v; y: [batch, time, heads, D], log_sum_exp: [batch, heads, time]. Grid: batch heads
-// ceil(time / rows) blocks, the longest rows of a head first; `rows` is 16 TILES WARPS.
+// ceil(time / rows) blocks, the longest rows first (`Share`); `rows` is 16 TILES WARPS.
 //
 // A warp keeps its 16 TILES queries in registers and goes over the keys, KEYS at a time: two tiles of keys and values in
 // shared memory, one being copied while the other is used, one barrier a tile. Scores are f32, exponentials powers of 2 with
@@ -22,8 +22,9 @@ __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, floa
     constexpr u32 TILE_BYTES = KEYS * D * 2;
     static_assert(ROWS * D * 2 <= 4 * TILE_BYTES, "results pass through the tiles' memory");
     const int blocks = (s.time + ROWS - 1) / ROWS;
-    const int first = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * ROWS;
-    const HeadPlace place(s, blockIdx.x / blocks);
+    const Share share(blocks);
+    const int first = (blocks - 1 - share.block) * ROWS;
+    const HeadPlace place(s, share.head);
     const int limit = s.causal ? min(s.time, first + ROWS) : s.time;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = first + warp * 16 * TILES;  // the warp's first query

@@ -14,6 +14,21 @@ extern __shared__ __align__(128) u8 shared_memory[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+// Which rows of which head a block takes, of `blocks` a head. Heads come in groups, small enough for their keys and values to stay
+// in the L2 cache; within a group the first blocks of all heads, which are the longest where causal, then the second ones, so that
+// what runs last is short.
+struct Share {
+    int block;
+    i64 head;
+    __device__ __forceinline__ explicit Share(int blocks) {
+        constexpr u32 GROUP = 64;
+        const u32 heads = gridDim.x / static_cast<u32>(blocks), each = GROUP * static_cast<u32>(blocks);
+        const u32 first = blockIdx.x / each * GROUP, within = blockIdx.x % each, size = min(GROUP, heads - first);
+        block = static_cast<int>(within / size);
+        head = first + within % size;
+    }
+};
+
 // Two values as one register of a fragment.
 template <typename T> __device__ __forceinline__ u32 pack(float low, float high);
 template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {

@@ -16,7 +16,7 @@
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
 
 // dk and dv, `=`, of 64 keys; the heads that share them are summed in their order. Grid: batch kv_heads ceil(time / 64), the
-// keys that most queries see first. Scores lie transposed, a warp's 16 keys by a tile's QUERIES, so that no sum leaves a warp.
+// keys that most queries see first (`Share`). Scores lie transposed, a warp's 16 keys by a tile's QUERIES, so that no sum leaves a warp.
 template <typename T, int D, int QUERIES, bool EXTRAS>
 __device__ __forceinline__ void flash_attention_backward_keys(const T* qkv, const T* dy, const float* log_sum_exp,
                                                               const float* deltas, T* dqkv, const AttentionShape& s) {
@@ -26,8 +26,9 @@ __device__ __forceinline__ void flash_attention_backward_keys(const T* qkv, cons
     constexpr bool RESIDENT = D == 64;
     static_assert(ROWS * D * 2 <= 2 * STAGE, "results pass through the tiles' memory");
     const int blocks = (s.time + ROWS - 1) / ROWS;
-    const int first = static_cast<int>(blockIdx.x % blocks) * ROWS;
-    const i64 first_head = static_cast<i64>(blockIdx.x / blocks) * s.sharing;
+    const Share share(blocks);
+    const int first = share.block * ROWS;
+    const i64 first_head = share.head * s.sharing;
     const HeadPlace place(s, first_head);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = first + warp * 16, key = own + lane / 4;  // of this warp; of this lane, and 8 more
@@ -136,7 +137,7 @@ __device__ __forceinline__ void flash_attention_backward_keys(const T* qkv, cons
     store_left<T, D>(out + s.kv_heads * D, place.packed, dvalue[0], s.keep, s.keep, s.time - own, room);
 }
 
-// dq, `=`, of 64 queries, a warp 16. Grid: batch heads ceil(time / 64), the longest rows first.
+// dq, `=`, of 64 queries, a warp 16. Grid: batch heads ceil(time / 64), the longest rows first (`Share`).
 template <typename T, int D, int KEYS, bool EXTRAS>
 __device__ __forceinline__ void flash_attention_backward_queries(const T* qkv, const T* dy, const float* log_sum_exp,
                                                                  const float* deltas, T* dqkv, const AttentionShape& s) {
@@ -144,8 +145,9 @@ __device__ __forceinline__ void flash_attention_backward_queries(const T* qkv, c
     constexpr u32 TILE_BYTES = KEYS * D * 2;
     static_assert(ROWS * D * 2 <= 4 * TILE_BYTES, "results pass through the tiles' memory");
     const int blocks = (s.time + ROWS - 1) / ROWS;
-    const int first = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * ROWS;
-    const HeadPlace place(s, blockIdx.x / blocks);
+    const Share share(blocks);
+    const int first = (blocks - 1 - share.block) * ROWS;
+    const HeadPlace place(s, share.head);
     const int limit = s.causal ? min(s.time, first + ROWS) : s.time;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = first + warp * 16, row = own + lane / 4;  // of this warp; of this lane, and 8 more

@@ -12,8 +12,9 @@ template <int N_, int WARPS_, int KEPT_> struct Shape {
     static constexpr int LIMIT = THREADS * KEPT_;
 };
 
-// A warp a row, up to 1,024 columns.
+// A warp a row, up to 1,024 columns; and up to 768, in fewer registers.
 template <typename T> using Narrow = Shape<per_access<T>(), 1, 32>;
+template <typename T> using Slim = Shape<per_access<T>(), 1, 24>;
 // A block of 256 threads a row: 4,096 columns in registers, any width at all.
 template <int N> using Wide = Shape<N, 8, 16>;
 
@@ -155,6 +156,8 @@ __device__ void norm_backward(const T* x, const T* dy, const T* residual, const 
                               const float* scales, T* dx, float* dweights, float* dbiases, i64 rows, int width,
                               i64 rows_a_block) {
     constexpr int N = S::N, STEP = S::THREADS * N, ROWS = S::WARPS == 1 ? 4 : 1;
+    // The residual is under way while the sums are taken, where there are registers for it.
+    constexpr bool EARLY = sizeof(T) == 2;
     using Access = Pack<T, N>;
     __shared__ float shared[S::WARPS == 1 ? ROWS * S::LIMIT : 32];
     const int first = threadIdx.x % S::THREADS * N, slot = threadIdx.x / S::THREADS;
@@ -169,13 +172,15 @@ __device__ void norm_backward(const T* x, const T* dy, const T* residual, const 
         const T* own_x = x + row * width;
         const T* own_dy = dy + row * width;
         const float mean = means == nullptr ? 0.0f : means[row], scale = scales[row];
-        Access kept_x[S::PACKS], kept_dy[S::PACKS];
+        auto later = [&](int column) { return residual == nullptr ? Access{} : load<T, N>(residual + row * width + column); };
+        Access kept_x[S::PACKS], kept_dy[S::PACKS], kept_more[S::PACKS];
 #pragma unroll
         for (int p = 0; p < S::PACKS; ++p) {
             const int column = first + p * STEP;
             if (column < width) {
                 kept_x[p] = load<T, N>(own_x + column);
                 kept_dy[p] = load<T, N>(own_dy + column);
+                if (EARLY) kept_more[p] = later(column);
             }
         }
         float plain = 0.0f, with_normal = 0.0f;
@@ -219,10 +224,8 @@ __device__ void norm_backward(const T* x, const T* dy, const T* residual, const 
         if (dx == nullptr) continue;
         row_sums<S>(plain, with_normal, shared);
         const float a = means == nullptr ? 0.0f : plain * inverse, b = with_normal * inverse;
-        auto finish = [&](const Access& x_at, const Access& dy_at, int column) {
+        auto finish = [&](const Access& x_at, const Access& dy_at, const Access& more, int column) {
             const Access w = load<T, N>(weight + column);
-            Access more = {};
-            if (residual != nullptr) more = load<T, N>(residual + row * width + column);
             Access out;
 #pragma unroll
             for (int j = 0; j < N; ++j) {
@@ -235,12 +238,14 @@ __device__ void norm_backward(const T* x, const T* dy, const T* residual, const 
 #pragma unroll
         for (int p = 0; p < S::PACKS; ++p) {
             const int column = first + p * STEP;
-            if (column < width) finish(kept_x[p], kept_dy[p], column);
+            forget(kept_x[p]);
+            forget(kept_dy[p]);
+            if (column < width) finish(kept_x[p], kept_dy[p], EARLY ? kept_more[p] : later(column), column);
         }
         if (S::WARPS > 1) {
 #pragma unroll 1
             for (int column = first + S::LIMIT; column < width; column += STEP) {
-                finish(load<T, N>(own_x + column), load<T, N>(own_dy + column), column);
+                finish(load<T, N>(own_x + column), load<T, N>(own_dy + column), later(column), column);
             }
         }
     }
@@ -316,6 +321,13 @@ extern "C" __global__ void __launch_bounds__(1024)
                                       const float* scales, T* dx, float* dweights, float* dbiases, i64 rows,           \
                                       int width, i64 rows_a_block) {                                                   \
         norm_backward<T, Narrow<T>>(x, dy, residual, weight, means, scales, dx, dweights, dbiases, rows, width,        \
+                                    rows_a_block);                                                                     \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 4 : 3)                                             \
+        norm_backward_slim_##SUFFIX(const T* x, const T* dy, const T* residual, const T* weight, const float* means, \
+                                      const float* scales, T* dx, float* dweights, float* dbiases, i64 rows,           \
+                                      int width, i64 rows_a_block) {                                                   \
+        norm_backward<T, Slim<T>>(x, dy, residual, weight, means, scales, dx, dweights, dbiases, rows, width,        \
                                     rows_a_block);                                                                     \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \

@@ -7,10 +7,8 @@
 // What a pass over targets finds. `broken`: some target is neither a class nor the one to leave out.
 struct Counted { u32 counted, broken; };
 
-// One block of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024)
-    count_targets(const int* targets, Counted* found, i64 rows, i64 classes, int ignore) {
-    __shared__ int sums[32];
+// By a block; all its threads get what was found. `sums` holds 32 values.
+__device__ __forceinline__ Counted count(const int* targets, i64 rows, i64 classes, int ignore, int* sums) {
     int counted = 0, broken = 0;
     for (i64 row = threadIdx.x; row < rows; row += blockDim.x) {
         const int target = targets[row];
@@ -19,7 +17,15 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
     counted = block_sum(counted, sums);
     broken = block_sum(broken, sums);
-    if (threadIdx.x == 0) *found = Counted{static_cast<u32>(counted), static_cast<u32>(broken)};
+    return Counted{static_cast<u32>(counted), static_cast<u32>(broken)};
+}
+
+// One block of 1024 threads.
+extern "C" __global__ void __launch_bounds__(1024)
+    count_targets(const int* targets, Counted* found, i64 rows, i64 classes, int ignore) {
+    __shared__ int sums[32];
+    const Counted all = count(targets, rows, classes, ignore, sums);
+    if (threadIdx.x == 0) *found = all;
 }
 
 // What gradients are multiplied by: losses themselves are not. Null: 1.
@@ -43,7 +49,7 @@ __device__ __forceinline__ Peak merge(Peak a, Peak b) {
     return Peak{most, left + right, second ? b.at : a.at};
 }
 
-// Merges over the threads of a row: WARPS warps of the block, all lanes. `shared` holds 8 values.
+// Merges over the threads of a row: WARPS warps of the block, all lanes. `shared` holds WARPS values.
 template <int WARPS> __device__ Peak merge_row(Peak own, Peak* shared) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -75,41 +81,67 @@ template <typename T> struct RowCut {
     __device__ __forceinline__ i64 tail() const { return head + packs * per_access<T>(); }
 };
 
+// e^(x - most) by the chip's power of 2, whose argument is one multiply-add: `base` is most log2(e), rounded alike for all values
+// of a row. Not where `base` is infinite, and then the difference of two infinities is what it is.
+struct Exponential {
+    float most, base;
+    __device__ __forceinline__ explicit Exponential(float most) : most(most), base(most * LOG2_E) {}
+    __device__ __forceinline__ bool is_plain() const { return fabsf(base) <= 3.4028234663852886e38f; }
+    __device__ __forceinline__ float of(float x) const { return exp2_approx(fmaf(x, LOG2_E, -base)); }
+};
+
 // Takes N neighbouring values in: one exponential each, and one more where the largest so far is passed.
 template <int N> __device__ __forceinline__ void take(Peak& own, const float (&values)[N], i64 at) {
     float most = values[0];
-    int where = 0;
 #pragma unroll
-    for (int j = 1; j < N; ++j) {
-        where = values[j] > most ? j : where;
-        most = fmaxf(most, values[j]);
-    }
+    for (int j = 1; j < N; ++j) most = fmaxf(most, values[j]);
     if (most > own.most || own.at == NOWHERE) {
+        int where = N - 1;
+#pragma unroll
+        for (int j = N - 2; j >= 0; --j) where = values[j] == most ? j : where;
         own.sum = own.at == NOWHERE ? 0.0f : own.sum * expf(own.most - most);
         own.most = most;
         own.at = static_cast<int>(at) + where;
     }
+    const Exponential e(own.most);
+    float sum = 0.0f;
+    if (e.is_plain()) {
 #pragma unroll
-    // Equal ones too, since the difference of two infinities is no number.
-    for (int j = 0; j < N; ++j) own.sum += values[j] == own.most ? 1.0f : expf(values[j] - own.most);
+        for (int j = 0; j < N; ++j) sum += e.of(values[j]);
+    } else {
+#pragma unroll
+        // Equal ones too, since the difference of two infinities is no number.
+        for (int j = 0; j < N; ++j) sum += values[j] == own.most ? 1.0f : expf(values[j] - own.most);
+    }
+    own.sum += sum;
 }
 
-// Calls `each` with every value of the row that is this thread's share, and where it stands: pass(first value of N, values).
-template <typename T, typename F> __device__ __forceinline__ void over_row(const T* x, i64 len, int first, int step, F pass) {
+// Calls `pass` with every value of the row that is this thread's share, and where it stands: pass(first value of N, values).
+// AHEAD accesses are under way at once.
+template <int AHEAD, typename T, typename F>
+__device__ __forceinline__ void over_row(const T* x, i64 len, int first, int step, F pass) {
     constexpr int N = per_access<T>();
     const RowCut<T> cut(x, len);
     for (i64 i = first; i < cut.head; i += step) {
         const float value[1] = {to_f32(x[i])};
         pass(i, value);
     }
-    for (i64 pack = first; pack < cut.packs; pack += step) {
-        const i64 at = cut.head + pack * N;
-        const Pack<T, N> loaded = load<T, N>(x + at);
+    const auto one = [&](const Pack<T, N>& loaded, i64 at) {
         float values[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) values[j] = to_f32(loaded.at[j]);
         pass(at, values);
+    };
+    i64 pack = first;
+    for (; pack + (AHEAD - 1) * step < cut.packs; pack += AHEAD * step) {
+        Pack<T, N> loaded[AHEAD];
+        const i64 at = cut.head + pack * N;
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) loaded[k] = load<T, N>(x + at + k * step * N);
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) one(loaded[k], at + k * step * N);
     }
+    for (; pack < cut.packs; pack += step) one(load<T, N>(x + cut.head + pack * N), cut.head + pack * N);
     for (i64 i = cut.tail() + first; i < len; i += step) {
         const float value[1] = {to_f32(x[i])};
         pass(i, value);
@@ -123,59 +155,94 @@ template <typename T, int N> __device__ __forceinline__ void put(T* to, const fl
     store<T, N>(to, out);
 }
 
-// Softmax and cross-entropy of one row by WARPS warps. logits, dlogits: [rows, classes] (dlogits may be null), losses and
-// rights: [rows]. logits and dlogits start alike within 16 bytes. Grid: ceil(rows / (8 / WARPS)) blocks of 256 threads. Reads the
-// logits twice (the second time from cache, where a row fits) and writes them never; 3 sizeof(T) bytes a value at most.
+// What softmax and cross-entropy are taken of. logits, dlogits: [rows, classes] (dlogits may be null, or the logits themselves),
+// targets: [rows]. logits and dlogits start alike within 16 bytes.
+template <typename T> struct Classes {
+    const T* logits;
+    const int* targets;
+    T* dlogits;
+    i64 rows, classes;
+    float smoothing;
+    int ignore;
+    const StepState* step;
+};
+static_assert(sizeof(Classes<float>) == 56, "as the host's");
+
+// The loss of a row, and whether its largest logit is the target's.
+struct Judged { float loss, right; };
+
+// Softmax and cross-entropy of one row by WARPS warps, of which the caller is thread `first`; the result is valid in thread 0.
+// Reads the logits twice (the second time from cache, where a row fits) and writes them never; 3 sizeof(T) bytes a value at most.
+// `peaks` holds WARPS values, `totals` 32; without a block's barriers where WARPS is 1.
 template <typename T, int WARPS>
-__device__ void cross_entropy(const T* logits, const int* targets, T* dlogits, const Counted* found, float* losses,
-                              float* rights, i64 rows, i64 classes, float smoothing, int ignore, const StepState* step) {
-    __shared__ Peak peaks[8];
-    __shared__ float totals[32];
-    constexpr int THREADS = 32 * WARPS;
-    const i64 row = static_cast<i64>(blockIdx.x) * (8 / WARPS) + threadIdx.x / THREADS;
-    const int first = threadIdx.x % THREADS;
-    if (row >= rows) return;
-    const T* x = logits + row * classes;
-    T* d = dlogits == nullptr ? nullptr : dlogits + row * classes;
-    const int target = targets[row];
-    if (target == ignore || found->broken) {
-        // A target out of range has no loss: not a number tells it.
-        if (first == 0) {
-            losses[row] = found->broken ? __int_as_float(0x7fc00000) : 0.0f;
-            rights[row] = 0.0f;
-        }
+__device__ __forceinline__ Judged cross_entropy_row(const Classes<T>& of, i64 row, int first, const Counted& found, Peak* peaks,
+                                                    float* totals) {
+    // Rows that a warp takes are short.
+    constexpr int THREADS = 32 * WARPS, AHEAD = WARPS == 1 ? 1 : 4;
+    const T* x = of.logits + row * of.classes;
+    T* d = of.dlogits == nullptr ? nullptr : of.dlogits + row * of.classes;
+    const int target = of.targets[row];
+    if (target == of.ignore || found.broken) {
         if (d != nullptr) {
-            for (i64 i = first; i < classes; i += THREADS) d[i] = from_f32<T>(0.0f);
+            for (i64 i = first; i < of.classes; i += THREADS) d[i] = from_f32<T>(0.0f);
         }
-        return;
+        // A target out of range has no loss: not a number tells it.
+        return Judged{found.broken ? __int_as_float(0x7fc00000) : 0.0f, 0.0f};
     }
     Peak own{-__int_as_float(0x7f800000), 0.0f, NOWHERE};
-    over_row(x, classes, first, THREADS, [&](i64 at, const auto& values) { take(own, values, at); });
+    over_row<AHEAD>(x, of.classes, first, THREADS, [&](i64 at, const auto& values) { take(own, values, at); });
     const Peak row_peak = merge_row<WARPS>(own, peaks);
-    const float scale = loss_scale(step) / static_cast<float>(found->counted);
-    const float inverse = scale / row_peak.sum, uniform = smoothing / static_cast<float>(classes) * scale;
+    const float picked_logit = to_f32(x[target]);
+    // The target's logit was read by all before the gradient takes its place.
+    if (WARPS == 1) __syncwarp();
+    else __syncthreads();
+    const float scale = loss_scale(of.step) / static_cast<float>(found.counted);
+    const float inverse = scale / row_peak.sum, uniform = of.smoothing / static_cast<float>(of.classes) * scale;
+    const float certain = (1.0f - of.smoothing) * scale;
+    const Exponential e(row_peak.most);
+    const bool is_plain = e.is_plain(), is_smooth = of.smoothing != 0.0f;
     float total = 0.0f;
-    if (d != nullptr || smoothing != 0.0f) {
-        over_row(x, classes, first, THREADS, [&](i64 at, const auto& values) {
+    if (d != nullptr || is_smooth) {
+        over_row<AHEAD>(x, of.classes, first, THREADS, [&](i64 at, const auto& values) {
             constexpr int N = sizeof(values) / sizeof(float);
             float slopes[N];
+            if (is_smooth) {
+#pragma unroll
+                for (int j = 0; j < N; ++j) total += values[j] - row_peak.most;
+            }
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                const float centered = values[j] - row_peak.most;
-                total += centered;
-                slopes[j] = expf(centered) * inverse - uniform;
-                if (at + j == target) slopes[j] -= (1.0f - smoothing) * scale;
+                const float power = is_plain ? e.of(values[j]) : expf(values[j] - row_peak.most);
+                slopes[j] = power * inverse - uniform;
+            }
+            if (static_cast<u64>(target - at) < N) {
+#pragma unroll
+                for (int j = 0; j < N; ++j) slopes[j] -= at + j == target ? certain : 0.0f;
             }
             if (d != nullptr) put(d + at, slopes);
         });
     }
-    if (smoothing != 0.0f) total = WARPS == 1 ? warp_sum(total) : block_sum(total, totals);
+    if (is_smooth) total = WARPS == 1 ? warp_sum(total) : block_sum(total, totals);
+    const float log_sum = logf(row_peak.sum), picked = picked_logit - row_peak.most - log_sum;
+    const float mean = total / static_cast<float>(of.classes) - log_sum;
+    const float loss = is_smooth ? -((1.0f - of.smoothing) * picked + of.smoothing * mean) : -picked;
+    return Judged{loss, row_peak.at == target ? 1.0f : 0.0f};
+}
+
+// Every row, by WARPS warps each. losses, rights: [rows]. Grid: a block of 32 WARPS threads a row; where a warp takes a row, blocks
+// of 256 threads for 8 rows each.
+template <typename T, int WARPS>
+__device__ __forceinline__ void cross_entropy(const Classes<T>& of, const Counted* found, float* losses, float* rights) {
+    constexpr int ROWS = WARPS == 1 ? 8 : 1;
+    __shared__ Peak peaks[WARPS];
+    __shared__ float totals[32];
+    const i64 row = static_cast<i64>(blockIdx.x) * ROWS + threadIdx.x / (32 * WARPS);
+    const int first = threadIdx.x % (32 * WARPS);
+    if (row >= of.rows) return;
+    const Judged judged = cross_entropy_row<T, WARPS>(of, row, first, *found, peaks, totals);
     if (first == 0) {
-        const float log_sum = logf(row_peak.sum), picked = to_f32(x[target]) - row_peak.most - log_sum;
-        losses[row] = smoothing == 0.0f ? -picked
-                                        : -((1.0f - smoothing) * picked +
-                                            smoothing * (total / static_cast<float>(classes) - log_sum));
-        rights[row] = row_peak.at == target ? 1.0f : 0.0f;
+        losses[row] = judged.loss;
+        rights[row] = judged.right;
     }
 }
 
@@ -211,10 +278,9 @@ __device__ void pointwise(const T* x, const T* target, T* dx, float* losses, flo
     }
 }
 
-// metrics = mean, sum, count, right. losses, rights: [parts]. `found` null: the count is `len`. One block of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024)
-    finish_loss(const float* losses, const float* rights, const Counted* found, float* metrics, i64 parts, i64 len) {
-    __shared__ double sums[32];
+// metrics = mean, sum, count, right; by a block. losses, rights: [parts]. `sums` holds 32 values.
+__device__ __forceinline__ void finish(const float* losses, const float* rights, double counted, float* metrics, i64 parts,
+                                       double* sums) {
     double loss = 0.0, right = 0.0;
     for (i64 i = threadIdx.x; i < parts; i += blockDim.x) {
         loss += losses[i];
@@ -223,7 +289,6 @@ extern "C" __global__ void __launch_bounds__(1024)
     loss = block_sum(loss, sums);
     right = block_sum(right, sums);
     if (threadIdx.x == 0) {
-        const double counted = found == nullptr ? static_cast<double>(len) : static_cast<double>(found->counted);
         metrics[0] = static_cast<float>(counted == 0.0 ? 0.0 : loss / counted);
         metrics[1] = static_cast<float>(loss);
         metrics[2] = static_cast<float>(counted);
@@ -231,18 +296,45 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
 }
 
+// `found` null: the count is `len`. One block of 1024 threads.
+extern "C" __global__ void __launch_bounds__(1024)
+    finish_loss(const float* losses, const float* rights, const Counted* found, float* metrics, i64 parts, i64 len) {
+    __shared__ double sums[32];
+    const double counted = found == nullptr ? static_cast<double>(len) : static_cast<double>(found->counted);
+    finish(losses, rights, counted, metrics, parts, sums);
+}
+
+// A small batch, whose launches take longer than its work: count, losses and their sum in one launch, the same bits. At most
+// FEW_ROWS rows. One block of 1024 threads, a warp a row.
+constexpr int FEW_ROWS = 1024;
+template <typename T> __device__ __forceinline__ void cross_entropy_small(const Classes<T>& of, float* metrics) {
+    __shared__ float losses[FEW_ROWS], rights[FEW_ROWS];
+    __shared__ int counts[32];
+    __shared__ double sums[32];
+    const Counted found = count(of.targets, of.rows, of.classes, of.ignore, counts);
+    for (i64 row = threadIdx.x / 32; row < of.rows; row += 32) {
+        const int first = threadIdx.x % 32;
+        const Judged judged = cross_entropy_row<T, 1>(of, row, first, found, nullptr, nullptr);
+        if (first == 0) {
+            losses[row] = judged.loss;
+            rights[row] = judged.right;
+        }
+    }
+    __syncthreads();
+    finish(losses, rights, static_cast<double>(found.counted), metrics, of.rows, sums);
+}
+
+#define CROSS_ENTROPY(NAME, WARPS, THREADS, BLOCKS, SUFFIX, T)                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        cross_entropy_##NAME##_##SUFFIX(Classes<T> of, const Counted* found, float* losses, float* rights) {           \
+        cross_entropy<T, WARPS>(of, found, losses, rights);                                                            \
+    }
 #define DEFINE(SUFFIX, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
-        cross_entropy_narrow_##SUFFIX(const T* logits, const int* targets, T* dlogits, const Counted* found,           \
-                                      float* losses, float* rights, i64 rows, i64 classes, float smoothing,            \
-                                      int ignore, const StepState* step) {                                             \
-        cross_entropy<T, 1>(logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore, step);  \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
-        cross_entropy_wide_##SUFFIX(const T* logits, const int* targets, T* dlogits, const Counted* found,             \
-                                    float* losses, float* rights, i64 rows, i64 classes, float smoothing,              \
-                                    int ignore, const StepState* step) {                                               \
-        cross_entropy<T, 8>(logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore, step);  \
+    CROSS_ENTROPY(narrow, 1, 256, 4, SUFFIX, T)                                                                        \
+    CROSS_ENTROPY(wide, 16, 512, 2, SUFFIX, T)                                                                         \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                 \
+        cross_entropy_small_##SUFFIX(Classes<T> of, float* metrics) {                                                  \
+        cross_entropy_small(of, metrics);                                                                              \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         pointwise_loss_##SUFFIX(const T* x, const T* target, T* dx, float* losses, float* rights, i64 len,             \
@@ -251,3 +343,4 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
 FOR_EACH_STORAGE(DEFINE)
 #undef DEFINE
+#undef CROSS_ENTROPY

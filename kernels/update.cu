@@ -18,6 +18,9 @@ __device__ void norm_pieces(const G* gradients, const Piece* pieces, u32 first, 
     norm_piece(gradients, pieces, first + blockIdx.x, plain_scale(params, clip), squares, clamped, sums, counts);
 }
 
+// Sums that `norm_finish` holds at once.
+constexpr u32 TILE = 4096;
+
 // Finishes the norm, decides whether the step is skipped, and prepares the constants of every group.
 // tensor_squares, coefficients: [tensors]; steps: [groups]. Grid: one block of 1024 threads.
 extern "C" __global__ void __launch_bounds__(1024)
@@ -25,38 +28,28 @@ extern "C" __global__ void __launch_bounds__(1024)
                 const GroupOptions* groups, u32 group_count, const UpdateParams* params, ClipOptions clip,
                 double* tensor_squares, float* coefficients, RuleStep* steps, Outcome* outcome) {
     __shared__ u64 changed[32];
-    for (u32 t = threadIdx.x; t < tensor_count; t += blockDim.x) {
-        double sum = 0.0;
-        for (u32 p = 0; p < tensors[t].pieces; ++p) sum += squares[tensors[t].first_piece + p];
-        tensor_squares[t] = sum;
-    }
+    __shared__ double tile[TILE];
+    const double norm = sqrt(sum_pieces<TILE>(tensors, tensor_count, squares, piece_count, tensor_squares, tile));
     u64 count = 0;
     for (u32 p = threadIdx.x; p < piece_count; p += blockDim.x) count += clamped[p];
     count = block_sum(count, changed);
-    __shared__ double norm, least;
+    const bool skipped = !isfinite(norm);
+    const double global = global_coefficient(clip, norm);
+    double least = 1.0;
+    for (u32 t = threadIdx.x; t < tensor_count && !skipped; t += blockDim.x) {
+        least = fmin(least, tensor_coefficient(clip, tensor_squares[t], global));
+    }
+    least = block_min(least, tile);
     if (threadIdx.x == 0) {
-        double sum = 0.0;
-        for (u32 t = 0; t < tensor_count; ++t) sum += tensor_squares[t];
-        norm = sqrt(sum);
-        const bool skipped = !isfinite(norm);
         outcome->grad_norm = norm;
         outcome->skipped = skipped;
         outcome->applied += skipped ? 0 : 1;
         outcome->clamped = count;
         outcome->least = __float_as_uint(1.0f);
-        double smallest = 1.0;
-        const double global = global_coefficient(clip, norm);
-        if (!skipped) {
-            for (u32 t = 0; t < tensor_count; ++t) {
-                smallest = fmin(smallest, tensor_coefficient(clip, tensor_squares[t], global));
-            }
-        }
-        least = smallest;
         outcome->clip_coefficient = least;
     }
     __syncthreads();
-    if (!isfinite(norm)) return;
-    const double global = global_coefficient(clip, norm);
+    if (skipped) return;
     for (u32 t = threadIdx.x; t < tensor_count; t += blockDim.x) {
         coefficients[t] = static_cast<float>(tensor_coefficient(clip, tensor_squares[t], global));
     }

@@ -10,6 +10,8 @@
 
 // The most tensors and groups that a block keeps the constants of.
 constexpr u32 TENSORS = 512, GROUPS = 16;
+// Sums of pieces that it reads at once.
+constexpr u32 TILE = 1024;
 
 // What the norm needs besides the pass.
 struct Norm {
@@ -47,7 +49,7 @@ __device__ __forceinline__ void persistent(P* parameters, G* gradients, S* copy,
     __shared__ double sums[8];
     __shared__ u32 counts[32];
     __shared__ u64 changed[32];
-    __shared__ double total_norm;
+    __shared__ double tile[TILE];
     // Before the barrier, after which block 0 writes it.
     const u64 applied_before = pass.outcome->applied;
     const Scale scale = plain_scale(pass.params, norm.clip);
@@ -55,19 +57,8 @@ __device__ __forceinline__ void persistent(P* parameters, G* gradients, S* copy,
         norm_piece(gradients, norm.pieces, index, scale, norm.squares, norm.clamped, sums, counts);
     }
     grid_barrier(norm.barrier);
-    for (u32 t = threadIdx.x; t < norm.tensor_count; t += blockDim.x) {
-        const Tensor tensor = pass.tensors[t];
-        double sum = 0.0;
-        for (u32 p = 0; p < tensor.pieces; ++p) sum += norm.squares[tensor.first_piece + p];
-        tensor_squares[t] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        double sum = 0.0;
-        for (u32 t = 0; t < norm.tensor_count; ++t) sum += tensor_squares[t];
-        total_norm = sqrt(sum);
-    }
-    __syncthreads();
+    const double total_norm =
+        sqrt(sum_pieces<TILE>(pass.tensors, norm.tensor_count, norm.squares, norm.piece_count, tensor_squares, tile));
     const bool skipped = !isfinite(total_norm);
     const u64 applied = applied_before + (skipped ? 0 : 1);
     const double global = global_coefficient(norm.clip, total_norm);
@@ -76,11 +67,12 @@ __device__ __forceinline__ void persistent(P* parameters, G* gradients, S* copy,
         for (u32 p = threadIdx.x; p < norm.piece_count; p += blockDim.x) count += norm.clamped[p];
         count = block_sum(count, changed);
         for (u32 t = threadIdx.x; t < norm.tensor_count; t += blockDim.x) norm.tensor_squares[t] = tensor_squares[t];
+        double least = 1.0;
+        for (u32 t = threadIdx.x; t < norm.tensor_count && !skipped; t += blockDim.x) {
+            least = fmin(least, tensor_coefficient(norm.clip, tensor_squares[t], global));
+        }
+        least = block_min(least, tile);
         if (threadIdx.x == 0) {
-            double least = 1.0;
-            for (u32 t = 0; t < norm.tensor_count && !skipped; ++t) {
-                least = fmin(least, tensor_coefficient(norm.clip, tensor_squares[t], global));
-            }
             pass.outcome->grad_norm = total_norm;
             pass.outcome->clip_coefficient = least;
             pass.outcome->applied = applied;

@@ -211,6 +211,45 @@ __device__ __forceinline__ void norm_piece(const G* gradients, const Piece* piec
     }
 }
 
+// sums[tensor] = the sum over its pieces, in order; then their total, in order, which all threads get. By a whole block. `tile`
+// holds TILE values: read from memory one after the other, each addend would wait for the one before.
+template <u32 TILE>
+__device__ __forceinline__ double sum_pieces(const Tensor* tensors, u32 tensor_count, const double* squares, u32 piece_count,
+                                             double* sums, double* tile) {
+    for (u32 t = threadIdx.x; t < tensor_count; t += blockDim.x) sums[t] = 0.0;
+    for (u32 start = 0; start < piece_count; start += TILE) {
+        const u32 end = min(start + TILE, piece_count);
+        for (u32 p = start + threadIdx.x; p < end; p += blockDim.x) tile[p - start] = squares[p];
+        __syncthreads();
+        for (u32 t = threadIdx.x; t < tensor_count; t += blockDim.x) {
+            const u32 first = tensors[t].first_piece;
+            const u32 from = max(first, start), to = min(first + tensors[t].pieces, end);
+            if (from >= to) continue;
+            double sum = sums[t];
+#pragma unroll 8
+            for (u32 p = from; p < to; ++p) sum += tile[p - start];
+            sums[t] = sum;
+        }
+        __syncthreads();
+    }
+    __shared__ double total;
+    double sum = 0.0;
+    for (u32 start = 0; start < tensor_count; start += TILE) {
+        const u32 end = min(start + TILE, tensor_count);
+        // Each thread's own sums, or those that the barrier above has made everybody's.
+        for (u32 t = start + threadIdx.x; t < end; t += blockDim.x) tile[t - start] = sums[t];
+        __syncthreads();
+        if (threadIdx.x == 0) {
+#pragma unroll 8
+            for (u32 t = start; t < end; ++t) sum += tile[t - start];
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) total = sum;
+    __syncthreads();
+    return total;
+}
+
 // Parameters, gradients and copy types of every form: f32 parameters with a copy of 16 bits or none, then bf16 parameters alone.
 #define FOR_EACH_FORM(DEFINE)                    \
     DEFINE(f32_f32_f32, float, float, float)     \

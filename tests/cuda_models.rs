@@ -44,6 +44,19 @@ fn device() -> Option<&'static str> {
     found.then_some("emulated")
 }
 
+/// The run file: 200 steps on a real device, as few as it says on the emulated one, which is slow.
+fn long(run: &str) -> String {
+    if device() != Some("cuda") {
+        return run.to_owned();
+    }
+    run.replace("\nsteps = 8", "\nsteps = 200")
+        .replace("\nsteps = 6", "\nsteps = 200")
+        .replace("every_steps = 8", "every_steps = 200")
+}
+
+/// Steps over which rounding to bf16 has not led anywhere else yet.
+const FIRST: usize = 6;
+
 /// The folder of a run.
 fn out(folder: &Path, device: &str, more: &[&str]) -> PathBuf {
     folder.join(format!("{device}{}", more.len()))
@@ -77,14 +90,14 @@ fn same_losses_as_the_cpu(model: &str) {
 fn same_losses_of_a_run(folder: &Path, run: &str) {
     let Some(device) = device() else { return };
     let file = folder.join("run.toml");
-    std::fs::write(&file, run).unwrap();
+    std::fs::write(&file, long(run)).unwrap();
     let expected = train(folder, &file, "cpu", &[]);
     assert!(expected.iter().any(|(split, ..)| split == "validation"), "{expected:?}");
     let found = train(folder, &file, device, &[]);
     assert!(found == train(folder, &file, device, &[]), "other losses the second time");
     let low = train(folder, &file, device, &["--set", "run.precision=\"bf16\""]);
     near(&found, &expected, 1e-4);
-    near(&low, &expected, 0.1);
+    near(&low[..FIRST], &expected[..FIRST], 0.1);
 }
 
 fn near(found: &[(String, u64, f64)], expected: &[(String, u64, f64)], allowed: f64) {
@@ -193,7 +206,7 @@ fn sounds(folder: &Path) -> PathBuf {
         }
     }
     let file = folder.join("run.toml");
-    std::fs::write(&file, SOUNDS).unwrap();
+    std::fs::write(&file, long(SOUNDS)).unwrap();
     file
 }
 
@@ -229,7 +242,7 @@ fn a_network_of_waveforms_has_the_cpu_s_losses() {
     near(&found, &expected, 1e-4);
     assert!(found == train(folder.path(), &file, device, &WAVEFORM), "other losses the second time");
     let low = train(folder.path(), &file, device, &[&WAVEFORM[..], &["--set", "run.precision=\"bf16\""]].concat());
-    near(&low, &expected, 0.1);
+    near(&low[..FIRST], &expected[..FIRST], 0.1);
 }
 
 #[test]

@@ -69,8 +69,14 @@ impl Place {
 
     /// Trains into a folder, with further arguments.
     fn train(&self, name: &str, device: &str, more: &[&str]) -> PathBuf {
+        self.train_as(name, device, more, &[])
+    }
+
+    /// As [`Place::train`], with environment variables.
+    fn train_as(&self, name: &str, device: &str, more: &[&str], variables: &[(&str, &str)]) -> PathBuf {
         let out = self.out(name);
         let ran = common::warpstep()
+            .envs(variables.iter().copied())
             .args(["train", "--quiet", "--device", device, "--out"])
             .args([&out, &self.file])
             .args(more)
@@ -117,6 +123,18 @@ fn two_hundred_steps_have_the_cpu_s_losses_and_the_same_bits_twice() {
     let second = place.train("second", device, &[]);
     assert!(curve(&first) == curve(&second), "another curve the second time");
     assert!(weights(&first) == weights(&second), "other weights the second time");
+}
+
+/// One process of one, as a launcher would start it, speaks NCCL with itself.
+#[test]
+fn one_process_over_nccl_has_the_bits_of_one_without() {
+    let Some(device) = device() else { return };
+    let place = Place::new();
+    let alone = place.train("alone", device, &[]);
+    let variables = [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")];
+    let over_nccl = place.train_as("nccl", device, &[], &variables);
+    assert_close(&curve(&over_nccl), &curve(&alone), 0.0);
+    assert!(weights(&alone) == weights(&over_nccl), "other weights over NCCL");
 }
 
 #[test]

@@ -3,11 +3,11 @@
 #[allow(dead_code, reason = "the tests of the update use the rest")]
 #[path = "cuda_update/bed.rs"]
 mod bed;
+mod common;
 #[path = "common/device.rs"]
 mod device;
 
 use std::path::Path;
-use std::process::Command;
 
 use half::bf16;
 use warpstep::backend::cpu::Cpu;
@@ -281,7 +281,7 @@ every_steps = 100
 fn run(folder: &Path, device: &str) -> Vec<Record> {
     let (file, out) = (folder.join("run.toml"), folder.join(device));
     std::fs::write(&file, RUN).unwrap();
-    let ran = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+    let ran = common::warpstep()
         .args(["train", "--shadow", "3", "--device", device, "--out"])
         .args([&out, &file])
         .output()

@@ -93,8 +93,10 @@ impl Entry {
         if self.path.exists() && kept().is_none() {
             let _ = std::fs::remove_file(&self.path);
         }
+        // What is measured must be what is taken when it is read again.
+        let found: Vec<_> = found.iter().filter(|algorithm| fits(blas, described, algorithm)).copied().collect();
         // SAFETY: as the caller promises.
-        let measured = unsafe { fastest(device, blas, described, product, found) };
+        let measured = unsafe { fastest(device, blas, described, product, &found) };
         let written = match &measured {
             Ok(Some(algorithm)) => std::fs::write(&aside, self.text(algorithm)).is_ok(),
             Ok(None) | Err(_) => false,

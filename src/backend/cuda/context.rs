@@ -55,7 +55,7 @@ impl Default for DeviceOptions {
 /// Whether passes of our own over what a product gives are left to the product (cuBLASLt's epilogues).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fusion {
-    /// Where that is known to be faster: in 16 bits, on Hopper's and Blackwell's server chips.
+    /// Where that is known to be faster: in 16 bits, or in products that are small, on Hopper's and Blackwell's server chips.
     ByArchitecture,
     /// Wherever the library can.
     Always,

@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 const FILE: &str = "layer_norm";
 /// Rows of more columns than this are worked on by a block, not a warp.
 const NARROW: usize = 1024;
+/// Rows of at most so many columns leave registers for more warps in a backward.
+const SLIM: usize = 768;
 /// Blocks of a backward, until each has [`MOST_ROWS`] rows: each leaves a sum of its own, so there should not be many.
 const BLOCKS: usize = 1024;
 /// Rows that a block of a backward takes at the most, so that the last ones do not run alone for long.
@@ -83,7 +85,8 @@ impl<S: Storage> Cuda<S> {
         let kinds = 1 + usize::from(norm.dbias.is_some());
         let dweights = self.device().scratch(kinds * parts * width * size_of::<f32>())?;
         let dbiases = norm.dbias.map_or(0, |_| dweights + (parts * width * size_of::<f32>()) as u64);
-        let grid = Grid::new(parts, if form == "narrow" { 128 } else { 256 });
+        let form = if form == "narrow" && width <= SLIM { "slim" } else { form };
+        let grid = Grid::new(parts, if matches!(form, "narrow" | "slim") { 128 } else { 256 });
         let columns = columns(width)?;
         let list = args![x, dy, residual, weight, means, scales, dx, dweights, dbiases, rows, columns, rows_a_block];
         let (gradient, bias) =

@@ -132,11 +132,16 @@ impl<S: Storage> Cuda<S> {
     /// `sums[column] (+)= sum over rows of x`, x: `[rows, width]` in `S`, sums: `[width]` in f32; in a fixed order.
     pub(super) fn sum_rows(&self, x: u64, sums: u64, [rows, width]: [usize; 2], add: bool) -> Result<()> {
         let parts = rows.div_ceil(ROWS_PER_BLOCK).clamp(1, 256);
-        let partial = self.device().scratch(parts * width * size_of::<f32>())?;
+        // One part alone is the sum.
+        let whole = parts == 1 && !add;
+        let partial = if whole { sums } else { self.device().scratch(parts * width * size_of::<f32>())? };
         let mut grid = Grid::new(width.div_ceil(COLUMNS), 256);
         grid.blocks[1] = parts as u32;
         // SAFETY: x holds `rows * width` values, the scratch `parts * width`.
         unsafe { self.launch(FILE, "sum_rows_partial", grid, args![x, partial, rows, width])? };
+        if whole {
+            return Ok(());
+        }
         self.finish_sums(partial, sums, [parts, width], add)
     }
 

@@ -1,6 +1,8 @@
 //! Losses, each with its gradient in the same launch (kernels/loss.cu).
 
-use super::launch::{Grid, args};
+use bytemuck::{Pod, Zeroable};
+
+use super::launch::{Arg, Grid, args};
 use super::{Cuda, Storage};
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError};
 use crate::backend::{Act, Memory, StepContext};
@@ -11,8 +13,27 @@ const FILE: &str = "loss";
 const COUNTED: usize = 16;
 /// Rows of more classes than this are worked on by a block, not a warp.
 const NARROW: usize = 1024;
+/// At most so many rows and values go through one launch: `FEW_ROWS` of the kernels is no smaller.
+const FEW_ROWS: usize = 512;
+const FEW_VALUES: usize = 1 << 14;
 /// Blocks of a loss over single values: their number must not depend on the device.
 const PARTS: usize = 256;
+
+/// `struct Classes` of kernels/loss.cu.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Classes {
+    logits: u64,
+    targets: u64,
+    dlogits: u64,
+    rows: u64,
+    classes: u64,
+    smoothing: f32,
+    ignore: i32,
+    step: u64,
+}
+
+const _: () = assert!(size_of::<Classes>() == 56 && std::mem::offset_of!(Classes, step) == 48);
 
 impl<S: Storage> Loss for Cuda<S> {
     /// A target out of range makes the loss not a number: the device cannot return an error.
@@ -20,20 +41,34 @@ impl<S: Storage> Loss for Cuda<S> {
         let CrossEntropy { rows, classes, ignore_index, .. } = *args;
         let device = self.device();
         let [logits, metrics] = [args.logits, args.metrics].map(|act| Self::act(memory, act));
-        let (targets, dlogits) = (Self::indices(memory, args.targets), Self::act_or_null(memory, args.dlogits));
+        let of = Classes {
+            logits,
+            targets: Self::indices(memory, args.targets),
+            dlogits: Self::act_or_null(memory, args.dlogits),
+            rows: rows as u64,
+            classes: classes as u64,
+            smoothing: args.label_smoothing as f32,
+            ignore: ignore_index,
+            step: self.loss_scale_state(),
+        };
+        if rows <= FEW_ROWS && rows * classes <= FEW_VALUES {
+            let list = args![Arg::of(&of), metrics];
+            // SAFETY: logits and dlogits hold `rows * classes` values, targets `rows`, the metrics four f32.
+            return unsafe { self.launch(FILE, "cross_entropy_small", Grid::new(1, 1024), list) };
+        }
         let found = device.scratch(COUNTED + 8 * rows)?;
         let (losses, rights) = (found + COUNTED as u64, found + (COUNTED + 4 * rows) as u64);
-        let count = args![targets, found, rows, classes, ignore_index];
-        let smoothing = args.label_smoothing as f32;
-        let state = self.loss_scale_state();
-        let list =
-            args![logits, targets, dlogits, found, losses, rights, rows, classes, smoothing, ignore_index, state];
-        let (kernel, rows_a_block) =
-            if classes <= NARROW { ("cross_entropy_narrow", 8) } else { ("cross_entropy_wide", 1) };
-        // SAFETY: logits and dlogits hold `rows * classes` values, targets `rows`; scratch holds the count and two f32 a row.
+        let count = args![of.targets, found, rows, classes, ignore_index];
+        let list = args![Arg::of(&of), found, losses, rights];
+        let (kernel, grid) = if classes <= NARROW {
+            ("cross_entropy_narrow", Grid::new(rows.div_ceil(8), 256))
+        } else {
+            ("cross_entropy_wide", Grid::new(rows, 512))
+        };
+        // SAFETY: as above; scratch holds the count and two f32 a row.
         unsafe {
             device.launch(FILE, "count_targets", Grid::new(1, 1024), count)?;
-            self.launch(FILE, kernel, Grid::new(rows.div_ceil(rows_a_block), 256), list)?;
+            self.launch(FILE, kernel, grid, list)?;
         }
         self.finish_loss([losses, rights, found, metrics], rows, rows)
     }

@@ -109,8 +109,9 @@ pub(super) struct Shape {
     pub alignments: [u32; 5],
 }
 
-/// The largest alignment that any algorithm asks for.
-const MOST_ALIGNMENT: u32 = 256;
+/// The largest alignment that is told apart: what algorithms ask for at the most. More would make the choice depend on where memory
+/// happens to lie, and with the choice the bits.
+const MOST_ALIGNMENT: u32 = 16;
 
 fn alignment(address: u64) -> u32 {
     1 << address.trailing_zeros().min(MOST_ALIGNMENT.trailing_zeros())
@@ -132,6 +133,9 @@ impl Shape {
         }
     }
 }
+
+/// Multiply-adds of a product that takes a few microseconds.
+const SMALL: usize = 1 << 27;
 
 impl Device {
     /// Queues a product.
@@ -167,8 +171,12 @@ impl Device {
             Fusion::Always => true,
             Fusion::Never => false,
             // Server chips run such epilogues within the product; on others the library was seen to write twice or to fall
-            // back to slower products. In f32 a product takes so long that the pass saved is lost in it.
-            Fusion::ByArchitecture => matches!(self.compute_capability().0, 9 | 10) && product.types[0] != "f32",
+            // back to slower products. A large product in f32 takes so long that the pass saved is lost in it; a small one
+            // takes no longer than the pass's launch.
+            Fusion::ByArchitecture => {
+                let is_small = product.size.iter().product::<usize>() <= SMALL;
+                matches!(self.compute_capability().0, 9 | 10) && (product.types[0] != "f32" || is_small)
+            }
         };
         fits && (wanted || product.epilogue.is_plain())
     }
@@ -178,6 +186,13 @@ impl Device {
     /// # Safety
     /// As [`Device::product`].
     unsafe fn queue_product(&self, name: &str, product: &Product) -> Result<bool> {
+        let [m, k, n] = product.size;
+        if m == 0 || n == 0 {
+            return Ok(true);
+        }
+        if k == 0 {
+            return Err(Error::shape("product", "an inner size of 1 or more", format!("{m} x 0 x {n}")));
+        }
         let blas = self.blas()?;
         let shape = Shape::of(product, self.options().tf32);
         let described =

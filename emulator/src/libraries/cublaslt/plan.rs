@@ -78,6 +78,10 @@ impl Plan {
             if transposed { (layout.columns, layout.rows) } else { (layout.rows, layout.columns) }
         };
         let ((m, k), (inner, n)) = (shape(a, operation.transposed[0]), shape(b, operation.transposed[1]));
+        // An empty product is none: seen of the library's heuristics on a GPU.
+        if m == 0 || k == 0 || n == 0 {
+            return Err(status::INVALID_VALUE);
+        }
         if inner != k || (d.rows, d.columns) != (m, n) || (c.rows, c.columns) != (m, n) {
             return Err(status::INVALID_VALUE);
         }
