@@ -16,9 +16,9 @@
 // D = 128: 64 queries, 4 warps of 16, 64 keys, 64 KiB; two blocks, as above.
 #include "flash_attention.cuh"
 
-template <typename T, int D, int TILES, int KEYS, bool EXTRAS>
+template <typename T, int D, int WARPS, int TILES, int KEYS, bool EXTRAS>
 __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, float* log_sum_exp, const AttentionShape& s) {
-    constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * TILES * WARPS, N = KEYS / 8;
+    constexpr int THREADS = 32 * WARPS, ROWS = 16 * TILES * WARPS, N = KEYS / 8;
     constexpr u32 TILE_BYTES = KEYS * D * 2;
     static_assert(ROWS * D * 2 <= 4 * TILE_BYTES, "results pass through the tiles' memory");
     const int blocks = (s.time + ROWS - 1) / ROWS;
@@ -143,11 +143,11 @@ __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, floa
 #define DEFINE_FORM(FORM, EXTRAS, SUFFIX, T)                                                                           \
     extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
         flash_attention_forward_##FORM##64_##SUFFIX(const T* qkv, T* y, float* log_sum_exp, AttentionShape shape) {    \
-        flash_attention_forward<T, 64, 2, 64, EXTRAS>(qkv, y, log_sum_exp, shape);                                     \
+        flash_attention_forward<T, 64, 4, 2, 64, EXTRAS>(qkv, y, log_sum_exp, shape);                                     \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
         flash_attention_forward_##FORM##128_##SUFFIX(const T* qkv, T* y, float* log_sum_exp, AttentionShape shape) {   \
-        flash_attention_forward<T, 128, 1, 64, EXTRAS>(qkv, y, log_sum_exp, shape);                                    \
+        flash_attention_forward<T, 128, 4, 1, 64, EXTRAS>(qkv, y, log_sum_exp, shape);                                    \
     }
 #define DEFINE(SUFFIX, T) DEFINE_FORM(, false, SUFFIX, T) DEFINE_FORM(extras_, true, SUFFIX, T)
 DEFINE(bf16, bf16)

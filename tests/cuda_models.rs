@@ -148,7 +148,7 @@ bias = true
 
 [optimizer]
 rule = "adamw"
-learning_rate = 3e-3
+learning_rate = 1e-3
 weight_decay = 0.1
 accumulate = 2
 ema = 0.9

@@ -11,7 +11,7 @@ use crate::backend::ops::{
     ActivationBackward, ActivationForward, ActivationKind, Add, FusedActivation, FusedSlope, LayerNormBackward,
     LayerNormForward, LinearBackward, LinearForward, RmsNormBackward, RmsNormForward, RowSum,
 };
-use crate::backend::{Act, Backend, Op, Use};
+use crate::backend::{Act, Backend, Op, Param, Use};
 
 /// A program's operations, and how many of them are forward and loss.
 pub(super) struct Operations<B: Backend> {
@@ -64,7 +64,7 @@ impl<B: Backend> Operations<B> {
         if linear.activation.is_some() || activation.x != linear.y || activation.len != linear.rows * linear.outputs {
             return false;
         }
-        let (u, y, kind) = (linear.y, activation.y, activation.kind);
+        let (u, y, kind, weight) = (linear.y, activation.y, activation.kind, linear.weight);
         let others: Vec<usize> = self.users(u).into_iter().filter(|&user| user > at + 1).collect();
         let mut needed = kept(u) || !others.is_empty();
         // ReLU's value has the slopes of what it was given: its backward then needs nothing more than the next layer's does.
@@ -76,10 +76,18 @@ impl<B: Backend> Operations<B> {
             self.ops[only] = Box::new(backward);
             needed = false;
         }
+        // What is computed again for a backward keeps u there: kept the first time too, both are one operation, with the same bits.
+        needed |= kind != ActivationKind::Relu && self.is_computed_again(at, weight);
         let fused = FusedActivation { kind, kept: needed.then_some(u) };
         let Some(linear) = self.find::<LinearForward>(at) else { return false };
         self.ops[at] = Box::new(LinearForward { y, activation: Some(fused), ..linear.clone() });
         true
+    }
+
+    /// Whether another product than that at `at` has this weight.
+    fn is_computed_again(&self, at: usize, weight: Param) -> bool {
+        (0..self.ops.len())
+            .any(|other| other != at && self.find::<LinearForward>(other).is_some_and(|linear| linear.weight == weight))
     }
 
     /// `dy = dz W` and `du = dy f'(u)`, where nothing else reads dy.

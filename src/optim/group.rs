@@ -187,8 +187,10 @@ pub struct UpdatePlan {
     pub rounding: Option<u64>,
 }
 
-/// Elements of a piece of a tensor.
+/// Elements of a piece of a tensor, where it has no more than [`MOST_PIECES`] of them.
 const PIECE: usize = 1 << 14;
+/// Pieces of a tensor at the most: their sums are added up one after the other.
+const MOST_PIECES: usize = 256;
 
 impl UpdatePlan {
     /// How many elements of a tensor are summed up together, wherever something is summed over a tensor: sums over pieces are then
@@ -203,7 +205,9 @@ impl UpdatePlan {
                 let unit = self.tensors[tensor].unit();
                 (PIECE / unit).max(1) * unit
             }
-            NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => PIECE,
+            NormClip::Off | NormClip::Global { .. } | NormClip::Tensor { .. } => {
+                PIECE * self.tensors[tensor].len.div_ceil(PIECE * MOST_PIECES).next_power_of_two()
+            }
         }
     }
 

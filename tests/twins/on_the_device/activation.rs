@@ -22,7 +22,10 @@ fn functions_of_single_values() {
         .into_iter()
         .flat_map(|kind| [1, 7, 8, 9, 2049].map(|len| SingleValues { kind, len }))
         .collect();
-    in_all_types("activation", &cases);
+    // A slope of one value may lie near its zero, where what is left of terms of size 1 has their rounding.
+    compare::<f32>("activation", &cases, [1e-5, 1e-7]);
+    compare::<bf16>("activation", &cases, BF16);
+    compare::<f16>("activation", &cases, F16);
 }
 
 struct Gated([usize; 2]);
