@@ -44,7 +44,7 @@ pub struct Arena<B: Backend> {
     pub layout: ParamLayout,
     /// Range of each [`Param`], in the order of declaration.
     pub ranges: Vec<Range<usize>>,
-    /// Parameters; empty where they are kept in the storage type alone. The padding between tensors stays 0.
+    /// Parameters; empty where none are kept but in the storage type. The padding between tensors stays 0.
     pub parameters: B::Buffer<B::Real>,
     /// The parameters as operations read them, where that is another type than they are computed in; else empty.
     pub stored: B::Buffer<B::Storage>,
@@ -67,8 +67,10 @@ pub struct Arena<B: Backend> {
 pub struct Held<B: Backend> {
     /// The elements that this process updates.
     pub elements: Range<usize>,
-    /// Their parameters, where [`Arena::parameters`] is a window through which all pass; else they stand there.
+    /// Their parameters, where all pass through a window, which is [`Arena::parameters`]; else they stand there.
     pub parameters: Option<B::Buffer<B::Real>>,
+    /// These as operations read them, where that is another type: what others get for the window, which then is [`Arena::stored`].
+    pub stored: Option<B::Buffer<B::Storage>>,
     /// Their gradients, where [`Arena::gradients`] is a window; else they stand there.
     pub gradients: Option<B::Buffer<B::Real>>,
     /// Where each [`Param`] stands in the window of parameters at present; empty where that is none.
@@ -78,7 +80,7 @@ pub struct Held<B: Backend> {
 }
 
 impl<B: Backend> Arena<B> {
-    /// Where an operation finds a parameter in [`Arena::parameters`].
+    /// Where an operation finds a parameter in [`Arena::parameters`], and in [`Arena::stored`] where it reads that.
     pub fn range(&self, param: Param) -> Range<usize> {
         let index = param.0 as usize;
         let place = self.held.as_ref().and_then(|held| held.parameter_places.get(index));

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::collective::Collective;
+use super::reducer::within;
 use super::sharding::Sharding;
-use crate::backend::{Backend, Slice};
+use crate::backend::{Backend, Numeric, Slice};
 use crate::error::{Error, Result};
 use crate::plan::{Gather, overlap};
 
@@ -50,18 +51,35 @@ impl Ranks {
         self.collective.all_gather(values, &shards)
     }
 
+    /// Fills in what other processes know of their pieces of the update: `values` holds as many bytes for each.
+    pub fn gather_pieces(&self, values: Slice<'_>) -> Result<()> {
+        let pieces: usize = self.pieces.iter().sum();
+        let each = values.len().checked_div(pieces).unwrap_or(0);
+        if each * pieces != values.len() {
+            return Err(Error::shape(
+                "gather",
+                format!("as many bytes for each of {pieces} pieces"),
+                values.len().to_string(),
+            ));
+        }
+        let places = one_after_the_other(&self.pieces.iter().map(|count| count * each).collect::<Vec<_>>());
+        self.collective.fork()?;
+        self.collective.all_gather(values, &places)
+    }
+
     /// The elements of this process; all, where each has all.
     pub fn own(&self) -> Range<usize> {
         self.shards.get(self.collective.rank()).cloned().unwrap_or(0..usize::MAX)
     }
 
+    /// The elements of each process; none where each has all.
+    pub fn shards(&self) -> &[Range<usize>] {
+        &self.shards
+    }
+
     /// Each process's part of `elements`, counted from their first; empty where each has all.
     pub fn shards_of(&self, elements: &Range<usize>) -> Vec<Range<usize>> {
-        let within = |shard: &Range<usize>| {
-            let common = overlap(elements, shard);
-            common.start - elements.start..common.end - elements.start
-        };
-        self.shards.iter().map(within).collect()
+        within(elements, &self.shards)
     }
 
     /// Numbers of every process, in the order of ranks.
@@ -86,13 +104,20 @@ impl Ranks {
         Ok(all)
     }
 
-    /// `buffer[shard] = that of its process`, for all shards, about `most` elements at a time.
+    /// `buffer[shard] = that of its process`, for all shards. In the host's memory about `most` elements at a time; a device does it
+    /// in its own, before what is queued there from now on.
     pub fn spread<B: Backend<Real = f32>>(
         &mut self,
         backend: &B,
         buffer: &mut B::Buffer<f32>,
         most: usize,
     ) -> Result<()> {
+        let end = self.shards.last().map_or(0, |last| last.end);
+        if self.collective.is_queued() {
+            self.collective.fork()?;
+            self.collective.all_gather(backend.slice(buffer, 0..end)?, &self.shards)?;
+            return self.collective.join();
+        }
         let longest = self.shards.iter().map(Range::len).max().unwrap_or(0);
         let each = most.div_ceil(self.world()).max(1);
         for first in (0..longest).step_by(each) {
@@ -148,6 +173,28 @@ impl Ranks {
             at += part.len();
         }
         Ok(())
+    }
+
+    /// As [`Ranks::bring`], within a device's memory, before what is queued there from now on.
+    pub fn bring_queued<B: Backend, T: Numeric>(
+        &self,
+        backend: &B,
+        (own, window): (&mut B::Buffer<T>, &mut B::Buffer<T>),
+        ranges: &[Range<usize>],
+        gather: &Gather,
+    ) -> Result<()> {
+        let mine = self.own();
+        self.collective.fork()?;
+        for (tensor, place) in &gather.tensors {
+            let (range, part) = (&ranges[*tensor], overlap(&ranges[*tensor], &mine));
+            if !part.is_empty() {
+                let from = backend.slice(own, part.start - mine.start..part.end - mine.start)?;
+                let at = place.start + (part.start - range.start);
+                self.collective.copy(backend.slice(window, at..at + part.len())?, from)?;
+            }
+            self.collective.all_gather(backend.slice(window, place.clone())?, &self.shards_of(range))?;
+        }
+        self.collective.join()
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::buckets::{Bucket, buckets};
+use super::gradients::Wire;
 use super::options::Shard;
 use crate::backend::{Backend, Op, Use};
 use crate::error::Result;
@@ -23,6 +24,8 @@ pub struct ShardingOptions {
     /// Whether gradients of several micro-batches are added up before they are summed over processes, as the order of
     /// [`crate::plan::Share::reproducible`] asks for: their window then is as large as all of them.
     pub adds_up: bool,
+    /// What gradients are sent as.
+    pub wire: Wire,
 }
 
 /// The plan that follows from the options for a model and its optimizer.

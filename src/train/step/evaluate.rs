@@ -4,7 +4,7 @@
 use super::{LossSums, Planned, Trainer, pass};
 use crate::backend::ops::Update;
 use crate::backend::step::Pass;
-use crate::backend::{Backend, Held, StepContext};
+use crate::backend::{Backend, Held, StepContext, stores_what_it_computes_in};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::model::Mode;
@@ -83,7 +83,11 @@ impl<B: Backend + Update> Trainer<B> {
         let needed = window.as_ref().map_or(0, |window| window.len);
         let has = self.training.window.iter().chain(self.evaluations.values().filter_map(|p| p.window.as_ref()));
         if needed > has.map(|window| window.len).max().unwrap_or(0) {
-            self.arena.parameters = self.backend.allocate(needed)?;
+            if stores_what_it_computes_in::<B>() {
+                self.arena.parameters = self.backend.allocate(needed)?;
+            } else {
+                self.arena.stored = self.backend.allocate(needed)?;
+            }
         }
         Ok(Planned { program, activations, window })
     }
