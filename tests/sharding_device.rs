@@ -188,7 +188,7 @@ fn a_model_in_parts_is_evaluated_as_one_in_a_single_file() {
     bed.together(2, "parameters", "parts", &[]);
     let evaluated = |out: &str| {
         let folder = bed.path(out).display().to_string();
-        let output = run(&["eval", &folder, "--checkpoint", "latest", "--json", "--device", "cpu"]);
+        let output = run(&["eval", &folder, "--checkpoint", "latest", "--json"]);
         assert!(output.status.success(), "{}", stderr(&output));
         let mut value: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
         value.as_object_mut().unwrap().remove("checkpoint");

@@ -7,8 +7,8 @@ use half::bf16;
 use warpstep::backend::Slice;
 use warpstep::backend::cuda::{Cuda, Device, Storage};
 use warpstep::data::{Batch, Inputs, Targets};
-use warpstep::model::Input;
 use warpstep::model::presets::{Fit, Goal, GptOptions, ModelOptions, Preset};
+use warpstep::model::{Input, Model};
 use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule};
 use warpstep::parallel::{Collective, Gradients, GradientsOptions, Nccl, Wire, buckets};
 use warpstep::plan::Share;
@@ -18,8 +18,10 @@ use crate::emulator::Emulator;
 use crate::{ALONE, device, is_there, together};
 
 const TOKENS: usize = 11;
-const TIME: usize = 8;
-const PART: usize = 2;
+pub const TIME: usize = 8;
+pub const PART: usize = 2;
+/// Elements of a bucket.
+pub const BUCKET: usize = 1000;
 
 /// A part of a batch.
 fn batch(step: usize, part: usize) -> Batch {
@@ -28,34 +30,46 @@ fn batch(step: usize, part: usize) -> Batch {
     Batch { inputs: Inputs::Tokens(tokens(0)), targets: Targets::Index(tokens(1)), samples: PART }
 }
 
-/// A small GPT with dropout, of one of several processes.
+/// A small GPT with dropout.
+pub fn gpt<S: Storage>() -> Model<Cuda<S>> {
+    let options = GptOptions { layers: 1, heads: 2, width: 16, dropout: 0.1, ..GptOptions::default() };
+    let fit =
+        Fit { vocabulary: Some(TOKENS), context: Some(TIME), goal: Goal::NextToken, padding: None, outputs: TOKENS };
+    let model = ModelOptions { preset: Preset::Gpt(options), loss: None, label_smoothing: 0.0 };
+    model.build(&fit).unwrap()
+}
+
+pub fn adam() -> OptimizerOptions {
+    OptimizerOptions {
+        clip: Clip { value: None, norm: NormClip::Global { max_norm: 1.0 } },
+        ..OptimizerOptions::new(Rule::Adam { betas: [0.9, 0.99], epsilon: 1e-8 }, 0.01)
+    }
+}
+
+/// What a trainer is made of.
+pub fn parts<'a, S: Storage>(device: &Arc<Device>, optimizer: &'a OptimizerOptions) -> TrainerParts<'a, Cuda<S>> {
+    TrainerParts {
+        backend: Cuda::<S>::new(device.clone()),
+        model: gpt(),
+        input: Input::Tokens(TIME),
+        batch_size: PART,
+        accumulate: 1,
+        optimizer,
+        ema: None,
+        seed: 5,
+    }
+}
+
+/// A trainer of one of several processes.
 pub fn trainer<S: Storage>(
     device: &Arc<Device>,
     collective: Arc<dyn Collective>,
     share: Share,
     wire: Wire,
 ) -> Trainer<Cuda<S>> {
-    let options = GptOptions { layers: 1, heads: 2, width: 16, dropout: 0.1, ..GptOptions::default() };
-    let fit =
-        Fit { vocabulary: Some(TOKENS), context: Some(TIME), goal: Goal::NextToken, padding: None, outputs: TOKENS };
-    let model = ModelOptions { preset: Preset::Gpt(options), loss: None, label_smoothing: 0.0 };
-    let optimizer = OptimizerOptions {
-        clip: Clip { value: None, norm: NormClip::Global { max_norm: 1.0 } },
-        ..OptimizerOptions::new(Rule::Adam { betas: [0.9, 0.99], epsilon: 1e-8 }, 0.01)
-    };
-    let parts = TrainerParts {
-        backend: Cuda::<S>::new(device.clone()),
-        model: model.build(&fit).unwrap(),
-        input: Input::Tokens(TIME),
-        batch_size: PART,
-        accumulate: 1,
-        optimizer: &optimizer,
-        ema: None,
-        seed: 5,
-    };
-    let trainer = Trainer::new(parts).unwrap();
+    let trainer = Trainer::new(parts(device, &adam())).unwrap();
     let arena = trainer.arena();
-    let buckets = buckets(&trainer.program().ops, &arena.ranges, &arena.layout, 1000).unwrap();
+    let buckets = buckets(&trainer.program().ops, &arena.ranges, &arena.layout, BUCKET).unwrap();
     assert!(buckets.len() > 2, "{buckets:?}");
     let options = GradientsOptions { share, wire, overlap: true };
     let gradients = Gradients::new(options, collective, buckets).unwrap();
@@ -66,9 +80,9 @@ pub fn trainer<S: Storage>(
 pub fn pipelined<S: Storage>(trainer: &mut Trainer<Cuda<S>>, share: Share, steps: Range<usize>) -> Vec<StepReport> {
     let mut reports = Vec::new();
     for step in steps {
-        for part in share.first..share.first + share.count {
-            let last = part + 1 == share.first + share.count;
-            trainer.queue(&batch(step, part), last.then_some(0.01)).unwrap();
+        for turn in 0..share.count {
+            let batch = batch(step, share.first + turn * share.stride);
+            trainer.queue(&batch, (turn + 1 == share.count).then_some(0.01)).unwrap();
         }
         reports.extend(trainer.finished(false).unwrap());
     }
@@ -84,37 +98,45 @@ fn a_step_of_several_processes_is_one_graph_launch_a_pass_without_waiting_or_all
         return;
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(emulator) = Emulator::find() else { return };
-    let (world, warm, steps) = (2, 4, 5);
     for (reproducible, wire) in [(false, Wire::F32), (false, Wire::Bf16), (true, Wire::F32)] {
-        let met = Barrier::new(world);
-        let shares = |rank| {
+        let shares = |rank, world| {
             if reproducible { Share::reproducible(rank, world, 4).unwrap() } else { Share::of_rank(rank, world) }
         };
-        together(world, |nccl, device| {
-            let share = shares(nccl.rank());
-            let first = nccl.rank() == 0;
-            let mut trainer = trainer::<bf16>(&device, Arc::new(nccl), share, wire);
-            // Both slots of each pass: once as they are, then recorded.
-            pipelined(&mut trainer, share, 0..warm);
-            met.wait();
-            if first {
-                emulator.reset();
-            }
-            met.wait();
-            let found = pipelined(&mut trainer, share, warm..warm + steps);
-            assert!(found.len() == steps && found.iter().all(|report| report.samples == (share.of * PART) as u64));
-            met.wait();
-            if first {
-                let host = emulator.host();
-                let launches = (world * steps * share.count) as u64;
-                assert_eq!((host.graph_launches, host.launches), (launches, 0), "{host:?}");
-                assert_eq!((host.allocations, host.frees, host.host_allocations), (0, 0, 0), "{host:?}");
-                assert_eq!(host.synchronizations, 0, "{host:?}");
-            }
-            met.wait();
-        });
+        is_one_graph_launch_a_pass(shares, |nccl, device, share| trainer::<bf16>(device, Arc::new(nccl), share, wire));
     }
+}
+
+/// Counts what the host does in steps of two processes.
+pub fn is_one_graph_launch_a_pass<S: Storage>(
+    shares: impl Fn(usize, usize) -> Share + Sync,
+    make: impl Fn(Nccl, &Arc<Device>, Share) -> Trainer<Cuda<S>> + Sync,
+) {
+    let Some(emulator) = Emulator::find() else { return };
+    let (world, warm, steps) = (2, 4, 5);
+    let met = Barrier::new(world);
+    together(world, |nccl, device| {
+        let share = shares(nccl.rank(), world);
+        let first = nccl.rank() == 0;
+        let mut trainer = make(nccl, &device, share);
+        // Both slots of each pass: once as they are, then recorded.
+        pipelined(&mut trainer, share, 0..warm);
+        met.wait();
+        if first {
+            emulator.reset();
+        }
+        met.wait();
+        let found = pipelined(&mut trainer, share, warm..warm + steps);
+        assert!(found.len() == steps && found.iter().all(|report| report.samples == (share.of * PART) as u64));
+        met.wait();
+        if first {
+            let host = emulator.host();
+            let launches = (world * steps * share.count) as u64;
+            assert_eq!((host.graph_launches, host.launches), (launches, 0), "{host:?}");
+            assert_eq!((host.allocations, host.frees, host.host_allocations), (0, 0, 0), "{host:?}");
+            assert_eq!(host.synchronizations, 0, "{host:?}");
+        }
+        met.wait();
+    });
 }
 
 /// A collective that notes how many kernels have run when it is asked for something.
