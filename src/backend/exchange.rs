@@ -7,7 +7,7 @@ use super::{Arena, Backend, Slice};
 use crate::error::Result;
 use crate::plan::Window;
 
-/// Buckets that may be on their way at once where their memory is used again.
+/// Buckets that may be on their way at once where their memory is used again, and gathers of parameters.
 pub const IN_FLIGHT: usize = 2;
 
 /// What is done to the gradients of a step's passes until they are those of the whole batch.
@@ -32,8 +32,8 @@ pub trait Exchange<B: Backend>: Together + Send {
         false
     }
 
-    /// Brings what a program needs from operation `op` on into the arena's window of parameters, where that is one. Evaluations and
-    /// training alike; every process calls it for the same operations in the same order.
+    /// Brings what operation `op` of a program needs into the arena's window of parameters, where that is one, and begins with what a
+    /// later one needs. Evaluations and training alike; every process calls it for all operations in their order.
     ///
     /// # Errors
     /// A device or a process that failed.

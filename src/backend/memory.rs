@@ -67,9 +67,10 @@ pub struct Arena<B: Backend> {
 pub struct Held<B: Backend> {
     /// The elements that this process updates.
     pub elements: Range<usize>,
-    /// Their parameters, where all pass through a window, which is [`Arena::parameters`]; else they stand there.
+    /// Their parameters, where [`Arena::parameters`] does not hold all: where operations read them through a window, or in another
+    /// type, of which a copy of all is kept in [`Arena::stored`].
     pub parameters: Option<B::Buffer<B::Real>>,
-    /// These as operations read them, where that is another type: what others get for the window, which then is [`Arena::stored`].
+    /// These as operations read them, where that is another type and [`Arena::stored`] is a window.
     pub stored: Option<B::Buffer<B::Storage>>,
     /// Their gradients, where [`Arena::gradients`] is a window; else they stand there.
     pub gradients: Option<B::Buffer<B::Real>>,
@@ -101,6 +102,11 @@ impl<B: Backend> Arena<B> {
             Some(Held { elements, parameters: Some(parameters), .. }) => (parameters, 0..elements.len()),
             Some(Held { elements, .. }) => (&self.parameters, elements.clone()),
         }
+    }
+
+    /// Whether all parameters are kept in the storage type, and of what they are computed in this process's elements alone.
+    pub fn shares_out_masters(&self) -> bool {
+        self.held.as_ref().is_some_and(|held| held.parameters.is_some() && held.parameter_places.is_empty())
     }
 
     /// The elements that this process updates: all, where the arena is not shared out.

@@ -91,7 +91,8 @@ pub trait Backend:
     /// A copy that does not fit, or a device that failed.
     fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [Self::Real]) -> Result<()>;
 
-    /// Tells the device that the host, or an exchange of buffers, changed the arena's parameters.
+    /// Tells the device that the host, or an exchange of buffers, changed the arena's parameters: those that this process updates,
+    /// where they are shared out.
     ///
     /// # Errors
     /// A device that failed.

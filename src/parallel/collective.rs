@@ -128,7 +128,7 @@ pub trait Collective: Send + Sync {
         Ok(())
     }
 
-    /// Remembers what this collective has queued so far by a number below [`IN_FLIGHT`](crate::backend::IN_FLIGHT).
+    /// Remembers what this collective has queued so far by a number below 2 [`IN_FLIGHT`](crate::backend::IN_FLIGHT).
     ///
     /// # Errors
     /// A number that there is not, or a device that failed.

@@ -192,7 +192,7 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
 
     fn spread(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
         let most = self.buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
-        self.ranks.spread(backend, &mut arena.parameters, most)
+        self.ranks.spread(backend, arena, most)
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::collective::Collective;
 use super::reducer::within;
 use super::sharding::Sharding;
-use crate::backend::{Backend, Numeric, Slice};
+use crate::backend::{Arena, Backend, Numeric, Slice};
 use crate::error::{Error, Result};
 use crate::plan::{Gather, overlap};
 
@@ -104,20 +104,29 @@ impl Ranks {
         Ok(all)
     }
 
-    /// `buffer[shard] = that of its process`, for all shards. In the host's memory about `most` elements at a time; a device does it
-    /// in its own, before what is queued there from now on.
-    pub fn spread<B: Backend<Real = f32>>(
+    /// Gives all processes this one's elements of the parameters as operations read them, and gets theirs. In the host's memory about
+    /// `most` elements at a time; a device does it in its own, before what is queued there from now on.
+    pub fn spread<B: Backend<Real = f32>>(&mut self, backend: &B, arena: &mut Arena<B>, most: usize) -> Result<()> {
+        if !self.collective.is_queued() {
+            return self.spread_on_host(backend, &mut arena.parameters, most);
+        }
+        let all = 0..arena.layout.padded_len();
+        self.collective.fork()?;
+        let values = if arena.shares_out_masters() {
+            backend.slice(&mut arena.stored, all)?
+        } else {
+            backend.slice(&mut arena.parameters, all)?
+        };
+        self.collective.all_gather(values, &self.shards)?;
+        self.collective.join()
+    }
+
+    fn spread_on_host<B: Backend<Real = f32>>(
         &mut self,
         backend: &B,
         buffer: &mut B::Buffer<f32>,
         most: usize,
     ) -> Result<()> {
-        let end = self.shards.last().map_or(0, |last| last.end);
-        if self.collective.is_queued() {
-            self.collective.fork()?;
-            self.collective.all_gather(backend.slice(buffer, 0..end)?, &self.shards)?;
-            return self.collective.join();
-        }
         let longest = self.shards.iter().map(Range::len).max().unwrap_or(0);
         let each = most.div_ceil(self.world()).max(1);
         for first in (0..longest).step_by(each) {
@@ -175,7 +184,7 @@ impl Ranks {
         Ok(())
     }
 
-    /// As [`Ranks::bring`], within a device's memory, before what is queued there from now on.
+    /// As [`Ranks::bring`], within a device's memory, on the collective's stream.
     pub fn bring_queued<B: Backend, T: Numeric>(
         &self,
         backend: &B,
@@ -194,7 +203,7 @@ impl Ranks {
             }
             self.collective.all_gather(backend.slice(window, place.clone())?, &self.shards_of(range))?;
         }
-        self.collective.join()
+        Ok(())
     }
 }
 

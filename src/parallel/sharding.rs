@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::buckets::{Bucket, buckets};
 use super::gradients::Wire;
 use super::options::Shard;
+use crate::backend::ops::Update;
 use crate::backend::{Backend, Op, Use};
 use crate::error::Result;
 use crate::optim::UpdatePlan;
@@ -52,7 +53,7 @@ impl Sharding {
     ///
     /// # Errors
     /// A program of another model than the layout's.
-    pub fn new<B: Backend>(
+    pub fn new<B: Update>(
         options: ShardingOptions,
         program: &[Box<dyn Op<B>>],
         layout: &ParamLayout,
@@ -74,7 +75,7 @@ impl Sharding {
     }
 
     /// The window through which a program sees parameters; none where all are kept.
-    pub fn window<B: Backend>(&self, program: &[Box<dyn Op<B>>]) -> Option<Window> {
+    pub fn window<B: Update>(&self, program: &[Box<dyn Op<B>>]) -> Option<Window> {
         (self.options.shard == Shard::Parameters).then(|| {
             let lens: Vec<usize> = self.ranges.iter().map(Range::len).collect();
             let mut uses = vec![Vec::new(); lens.len()];
@@ -87,7 +88,7 @@ impl Sharding {
                     }
                 });
             }
-            Window::new(&lens, &uses, self.options.bucket)
+            Window::new(&lens, &uses, self.options.bucket, B::QUEUES_SUMS)
         })
     }
 

@@ -6,7 +6,7 @@
 //! the tree.
 //!
 //! A device copies a bucket out of the window into one of [`IN_FLIGHT`] buffers in turn, and goes on; its collective's stream sums
-//! it there and keeps this process's elements.
+//! it there and keeps this process's elements. Parameters are gathered there too, one gather ahead of where they are needed.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use super::reducer::{Job, Place, Queue, Reducer};
 use super::sharding::Sharding;
 use crate::backend::{Arena, Backend, Exchange, IN_FLIGHT, PassOfStep, Slice, Together};
 use crate::error::{Error, Result};
-use crate::plan::{ALIGNMENT, Window, overlap};
+use crate::plan::{ALIGNMENT, Gather, Window, overlap};
 
 /// Gradients that become those of the whole batch, each process's elements in it alone.
 pub struct Windowed<B: Backend> {
@@ -124,6 +124,19 @@ impl<B: Backend<Real = f32>> Windowed<B> {
         Ok(())
     }
 
+    /// Begins to bring tensors into the window of parameters; in the host's memory they are there then.
+    fn gather(&mut self, backend: &B, arena: &mut Arena<B>, gather: &Gather) -> Result<()> {
+        let Arena { held: Some(held), parameters, stored, ranges, .. } = arena else { return Err(not_windowed()) };
+        match (&mut held.stored, &mut held.parameters) {
+            (Some(own), _) => self.ranks.bring_queued(backend, (own, stored), ranges, gather),
+            (None, Some(own)) if self.ranks.collective.is_queued() => {
+                self.ranks.bring_queued(backend, (own, parameters), ranges, gather)
+            }
+            (None, Some(own)) => self.ranks.bring(backend, (own, parameters), ranges, gather),
+            (None, None) => Err(not_windowed()),
+        }
+    }
+
     /// Whether the sums over processes are taken in this pass.
     fn sums(&self, pass: PassOfStep) -> bool {
         pass.last || !self.sharding.options.adds_up
@@ -210,21 +223,14 @@ impl<B: Backend<Real = f32>> Exchange<B> for Windowed<B> {
     }
 
     fn bring(&mut self, backend: &B, arena: &mut Arena<B>, window: &Window, op: usize) -> Result<()> {
-        for gather in window.before(op) {
+        for number in window.before(op) {
+            self.gather(backend, arena, &window.gathers[number])?;
+            self.ranks.collective.mark(IN_FLIGHT + number % IN_FLIGHT)?;
+        }
+        for number in window.needed(op) {
+            self.ranks.collective.join_mark(IN_FLIGHT + number % IN_FLIGHT)?;
             let held = arena.held.as_mut().ok_or_else(not_windowed)?;
-            match (&mut held.stored, &mut held.parameters) {
-                (Some(own), _) if self.ranks.collective.is_queued() => {
-                    self.ranks.bring_queued(backend, (own, &mut arena.stored), &arena.ranges, gather)?;
-                }
-                (None, Some(own)) if self.ranks.collective.is_queued() => {
-                    self.ranks.bring_queued(backend, (own, &mut arena.parameters), &arena.ranges, gather)?;
-                }
-                (None, Some(own)) => {
-                    self.ranks.bring(backend, (own, &mut arena.parameters), &arena.ranges, gather)?;
-                }
-                _ => return Err(not_windowed()),
-            }
-            for (tensor, place) in &gather.tensors {
+            for (tensor, place) in &window.gathers[number].tensors {
                 held.parameter_places[*tensor] = place.clone();
             }
         }
@@ -282,7 +288,7 @@ impl<B: Backend<Real = f32>> Exchange<B> for Windowed<B> {
             return Ok(());
         }
         let most = self.sharding.options.bucket;
-        self.ranks.spread(backend, &mut arena.parameters, most)
+        self.ranks.spread(backend, arena, most)
     }
 }
 

@@ -104,8 +104,10 @@ impl RunMemory {
             }
         };
         let own = sharding.as_ref().map_or(0..len, Sharding::own);
+        // Of what is kept in another type besides, a process keeps what it updates.
+        let masters = if one_type { held.parameters } else { held.updated };
         let parts = [
-            part("parameters", real, if wanted.optimizer.master { held.parameters } else { 0 }),
+            part("parameters", real, if wanted.optimizer.master { masters } else { 0 }),
             part("window of parameters", storage, held.parameter_window),
             part(copy, storage, if one_type { 0 } else { held.parameters }),
             part("gradients", real, held.gradients),

@@ -8,25 +8,29 @@ use warpstep::backend::cuda::{Cuda, Device, Storage};
 use warpstep::backend::ops::Update;
 use warpstep::backend::{Exchange, PassOfStep};
 use warpstep::model::Input;
-use warpstep::optim::StepParams;
+use warpstep::optim::{Clip, NormClip, OptimizerOptions, StepParams};
 use warpstep::parallel::{Collective, Gradients, GradientsOptions, Shard, ShardingOptions, Windowed, Wire};
 use warpstep::plan::Share;
 use warpstep::train::memory::{RunMemory, Wanted};
 use warpstep::train::step::Trainer;
 
-use crate::steps::{BUCKET, PART, TIME, adam, gpt, is_one_graph_launch_a_pass, parts, pipelined, trainer};
-use crate::{ALONE, is_there, together};
+use crate::emulator::Emulator;
+use crate::steps::{
+    Asked, BUCKET, Observed, PART, TIME, adam, gpt, is_one_graph_launch_a_pass, parts, pipelined, trainer_by,
+};
+use crate::{ALONE, device, is_there, together};
 
 const LEVELS: [Shard; 3] = [Shard::Optimizer, Shard::Gradients, Shard::Parameters];
 
 /// As the steps' trainer, and its exchange, which it is not given yet.
 fn sharded<S: Storage>(
+    optimizer: &OptimizerOptions,
     device: &Arc<Device>,
     collective: Arc<dyn Collective>,
     share: Share,
     options: ShardingOptions,
 ) -> (Trainer<Cuda<S>>, Box<dyn Exchange<Cuda<S>>>) {
-    let trainer = Trainer::sharded(parts(device, &adam()), Some(options)).unwrap();
+    let trainer = Trainer::sharded(parts(device, optimizer), Some(options)).unwrap();
     let sharding = trainer.sharding().unwrap();
     assert!(sharding.buckets.len() > 2 && sharding.shards.iter().all(|shard| !shard.is_empty()), "{sharding:?}");
     let exchanged = GradientsOptions { share, wire: options.wire, overlap: true };
@@ -56,11 +60,39 @@ fn a_step_that_shares_memory_out_is_one_graph_launch_a_pass_without_waiting_or_a
             };
             is_one_graph_launch_a_pass(shares, |nccl, device, share| {
                 let options = options(&nccl, shard, wire);
-                let (trainer, exchange) = sharded::<bf16>(device, Arc::new(nccl), share, options);
+                let (trainer, exchange) = sharded::<bf16>(&adam(), device, Arc::new(nccl), share, options);
                 trainer.sharing(share, exchange)
             });
         }
     }
+}
+
+#[test]
+fn parameters_and_sums_are_on_their_way_while_the_program_goes_on() {
+    if !is_there() {
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(emulator) = Emulator::find() else { return };
+    let (device, share) = (device(0), Share::default());
+    let observed = Arc::new(Observed::new(&device, emulator));
+    let options = options(&*observed, Shard::Parameters, Wire::F32);
+    let (trainer, exchange) = sharded::<f32>(&adam(), &device, observed.clone(), share, options);
+    let gathers = trainer.sharding().unwrap().parameters.clone().unwrap().gathers;
+    let mut trainer = trainer.sharing(share, exchange);
+    // Not recorded yet, so that what is queued runs, and is counted, in the order in which it is queued.
+    pipelined(&mut trainer, share, 0..1);
+    // A bucket is copied out, and its sum begun, once that of the bucket before the last is done.
+    let sums = observed.times(|asked| asked == Asked::Sum);
+    let waits = observed.times(|asked| matches!(asked, Asked::JoinMark(0 | 1)));
+    assert_eq!(sums.len(), trainer.sharding().unwrap().buckets.len());
+    assert!(sums[0] < sums[2] && waits == sums[2..], "sums at {sums:?}, waits at {waits:?}");
+    // Every gather but the first begins when the one before it is needed, and is needed later.
+    let begun = observed.times(|asked| matches!(asked, Asked::Mark(2 | 3)));
+    let needed = observed.times(|asked| matches!(asked, Asked::JoinMark(2 | 3)));
+    assert!(gathers.len() > 3 && begun.len() == gathers.len() && needed.len() == gathers.len());
+    assert_eq!(begun[1..], needed[..needed.len() - 1]);
+    assert!(begun[1..].iter().zip(&needed[1..]).all(|(begun, needed)| begun < needed), "{begun:?}, {needed:?}");
 }
 
 /// What steps find, and this process's parameters and slots after them.
@@ -81,27 +113,40 @@ fn ended<S: Storage>(mut trainer: Trainer<Cuda<S>>, share: Share, rank: usize, w
     (reports, values)
 }
 
+/// Each of so many devices, whatever they share out, finds what they find that share nothing, and ends with its bits.
+fn has_the_bits_of_devices_that_share_nothing(optimizer: &OptimizerOptions, world: usize) {
+    let plain = together(world, |nccl, device| {
+        let (rank, share) = (nccl.rank(), Share::of_rank(nccl.rank(), world));
+        let trainer = trainer_by::<f32>(optimizer, &device, Arc::new(nccl), share, Wire::F32);
+        ended(trainer, share, rank, world)
+    });
+    assert!(plain.iter().all(|(reports, _)| *reports == plain[0].0), "processes disagree");
+    assert!(plain[0].0.iter().any(|report| report.outcome.clip_coefficient < 1.0), "nothing was clipped");
+    for shard in LEVELS {
+        let found = together(world, |nccl, device| {
+            let (rank, share) = (nccl.rank(), Share::of_rank(nccl.rank(), world));
+            let options = options(&nccl, shard, Wire::F32);
+            let (trainer, exchange) = sharded::<f32>(optimizer, &device, Arc::new(nccl), share, options);
+            ended(trainer.sharing(share, exchange), share, rank, world)
+        });
+        assert_eq!(found, plain, "{world} devices, {shard:?}");
+    }
+}
+
 #[test]
 fn every_device_has_of_its_share_the_bits_of_devices_that_share_nothing() {
     if !is_there() {
         return;
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let clipped = |norm| OptimizerOptions { clip: Clip { value: Some(0.5), norm }, ..adam() };
     for world in [2, 4] {
-        let plain = together(world, |nccl, device| {
-            let (rank, share) = (nccl.rank(), Share::of_rank(nccl.rank(), world));
-            ended(trainer::<f32>(&device, Arc::new(nccl), share, Wire::F32), share, rank, world)
-        });
-        assert!(plain.iter().all(|(reports, _)| *reports == plain[0].0), "processes disagree");
-        for shard in LEVELS {
-            let found = together(world, |nccl, device| {
-                let (rank, share) = (nccl.rank(), Share::of_rank(nccl.rank(), world));
-                let options = options(&nccl, shard, Wire::F32);
-                let (trainer, exchange) = sharded::<f32>(&device, Arc::new(nccl), share, options);
-                ended(trainer.sharing(share, exchange), share, rank, world)
-            });
-            assert_eq!(found, plain, "{world} devices, {shard:?}");
-        }
+        has_the_bits_of_devices_that_share_nothing(&clipped(NormClip::Global { max_norm: 0.1 }), world);
+        // The least coefficient of all units is that of one process's.
+        has_the_bits_of_devices_that_share_nothing(
+            &clipped(NormClip::Adaptive { clipping: 0.01, epsilon: 1e-3 }),
+            world,
+        );
     }
 }
 
@@ -137,7 +182,7 @@ fn takes_what_was_planned<S: Storage>(
     let (on_their_way, tables, sums) = ("buckets on their way", "tables of the update", "sums of parts");
     let later = [on_their_way, tables, sums].map(planned).iter().sum::<usize>();
     let before = free();
-    let (mut trainer, mut exchange) = sharded::<S>(device, Arc::new(nccl), share, options);
+    let (mut trainer, mut exchange) = sharded::<S>(&optimizer, device, Arc::new(nccl), share, options);
     let of_arena = memory.total() - later;
     near("the arena and activations", before - free(), of_arena);
     let before = free();

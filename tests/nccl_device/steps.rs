@@ -67,7 +67,18 @@ pub fn trainer<S: Storage>(
     share: Share,
     wire: Wire,
 ) -> Trainer<Cuda<S>> {
-    let trainer = Trainer::new(parts(device, &adam())).unwrap();
+    trainer_by(&adam(), device, collective, share, wire)
+}
+
+/// As [`trainer`], by any rule and clip.
+pub fn trainer_by<S: Storage>(
+    optimizer: &OptimizerOptions,
+    device: &Arc<Device>,
+    collective: Arc<dyn Collective>,
+    share: Share,
+    wire: Wire,
+) -> Trainer<Cuda<S>> {
+    let trainer = Trainer::new(parts(device, optimizer)).unwrap();
     let arena = trainer.arena();
     let buckets = buckets(&trainer.program().ops, &arena.ranges, &arena.layout, BUCKET).unwrap();
     assert!(buckets.len() > 2, "{buckets:?}");
@@ -139,12 +150,40 @@ pub fn is_one_graph_launch_a_pass<S: Storage>(
     });
 }
 
-/// A collective that notes how many kernels have run when it is asked for something.
-struct Observed {
+/// What a collective was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    Sum,
+    Gather,
+    Join,
+    Mark(usize),
+    JoinMark(usize),
+}
+
+/// A collective that notes what it is asked for, and how many kernels have run then.
+pub struct Observed {
     nccl: Nccl,
     kernels: Box<dyn Fn() -> u64 + Send + Sync>,
-    sums: Mutex<Vec<u64>>,
-    joins: Mutex<Vec<u64>>,
+    asked: Mutex<Vec<(Asked, u64)>>,
+}
+
+impl Observed {
+    /// A device alone, on which kernels are counted.
+    pub fn new(device: &Arc<Device>, emulator: Emulator) -> Self {
+        let nccl = Nccl::join(device, &Nccl::unique_id().unwrap(), 0, 1).unwrap();
+        let kernels = Box::new(move || emulator.kernels().iter().map(|(_, counts)| counts.launches).sum());
+        Observed { nccl, kernels, asked: Mutex::default() }
+    }
+
+    fn note(&self, asked: Asked) {
+        self.asked.lock().unwrap().push((asked, (self.kernels)()));
+    }
+
+    /// How many kernels had run each time that it was asked for this.
+    pub fn times(&self, wanted: impl Fn(Asked) -> bool) -> Vec<u64> {
+        let asked = self.asked.lock().unwrap();
+        asked.iter().filter(|(asked, _)| wanted(*asked)).map(|(_, kernels)| *kernels).collect()
+    }
 }
 
 impl Collective for Observed {
@@ -161,13 +200,15 @@ impl Collective for Observed {
         true
     }
     fn all_reduce_sum(&self, values: Slice<'_>) -> warpstep::Result<()> {
-        self.sums.lock().unwrap().push((self.kernels)());
+        self.note(Asked::Sum);
         self.nccl.all_reduce_sum(values)
     }
     fn reduce_scatter_sum(&self, values: Slice<'_>, shards: &[Range<usize>]) -> warpstep::Result<()> {
+        self.note(Asked::Sum);
         self.nccl.reduce_scatter_sum(values, shards)
     }
     fn all_gather(&self, values: Slice<'_>, shards: &[Range<usize>]) -> warpstep::Result<()> {
+        self.note(Asked::Gather);
         self.nccl.all_gather(values, shards)
     }
     fn broadcast(&self, values: Slice<'_>, root: usize) -> warpstep::Result<()> {
@@ -179,12 +220,23 @@ impl Collective for Observed {
     fn barrier(&self) -> warpstep::Result<()> {
         self.nccl.barrier()
     }
+    fn copy(&self, to: Slice<'_>, from: Slice<'_>) -> warpstep::Result<()> {
+        self.nccl.copy(to, from)
+    }
     fn fork(&self) -> warpstep::Result<()> {
         self.nccl.fork()
     }
     fn join(&self) -> warpstep::Result<()> {
-        self.joins.lock().unwrap().push((self.kernels)());
+        self.note(Asked::Join);
         self.nccl.join()
+    }
+    fn mark(&self, number: usize) -> warpstep::Result<()> {
+        self.note(Asked::Mark(number));
+        self.nccl.mark(number)
+    }
+    fn join_mark(&self, number: usize) -> warpstep::Result<()> {
+        self.note(Asked::JoinMark(number));
+        self.nccl.join_mark(number)
     }
 }
 
@@ -196,14 +248,12 @@ fn buckets_are_summed_while_the_backward_goes_on() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(emulator) = Emulator::find() else { return };
     let device = device(0);
-    let nccl = Nccl::join(&device, &Nccl::unique_id().unwrap(), 0, 1).unwrap();
-    let kernels = Box::new(move || emulator.kernels().iter().map(|(_, counts)| counts.launches).sum());
-    let observed = Arc::new(Observed { nccl, kernels, sums: Mutex::default(), joins: Mutex::default() });
+    let observed = Arc::new(Observed::new(&device, emulator));
     let share = Share::default();
     let mut trainer = trainer::<f32>(&device, observed.clone(), share, Wire::F32);
     // Not recorded yet, so that what is queued runs, and is counted, in the order in which it is queued.
     trainer.step(&[batch(0, 0)], 0.01).unwrap();
-    let (sums, joins) = (observed.sums.lock().unwrap(), observed.joins.lock().unwrap());
+    let (sums, joins) = (observed.times(|asked| asked == Asked::Sum), observed.times(|asked| asked == Asked::Join));
     assert!(sums.len() > 2 && sums.is_sorted(), "{sums:?}");
     assert!(sums[0] + 5 < joins[0] && sums[1] < joins[0], "sums at {sums:?}, joined at {joins:?} kernels");
 }

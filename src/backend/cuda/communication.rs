@@ -42,7 +42,7 @@ impl Communication {
             stream: device.context().new_stream().map_err(fail)?,
             forked: event()?,
             joined: event()?,
-            marks: (0..IN_FLIGHT).map(|_| event()).collect::<Result<_>>()?,
+            marks: (0..2 * IN_FLIGHT).map(|_| event()).collect::<Result<_>>()?,
             exchanged: event()?,
             staging: Mutex::default(),
             device: device.clone(),

@@ -175,13 +175,14 @@ impl<S: Storage> Backend for Cuda<S> {
             return Ok(());
         }
         let (parameters, stored) = match &arena.held {
-            Some(Held { parameters: Some(parameters), stored: Some(stored), .. }) => (parameters, stored),
-            _ => (&arena.parameters, &arena.stored),
+            Some(Held { parameters: Some(own), stored: Some(stored), .. }) => (own, stored.address_of(0)),
+            Some(Held { parameters: Some(own), elements, .. }) => (own, arena.stored.part(elements)?),
+            _ => (&arena.parameters, arena.stored.address_of(0)),
         };
         if parameters.is_empty() {
             return Ok(());
         }
-        self.convert(parameters.address_of(0), stored.address_of(0), parameters.len())
+        self.convert(parameters.address_of(0), stored, parameters.len())
     }
 
     fn stores_alone(&self, arena: &Arena<Self>) -> bool {
@@ -200,6 +201,7 @@ impl<S: Storage> Backend for Cuda<S> {
         after: &mut (dyn FnMut(&mut Memory<'_, Self>, usize) -> Result<()> + Send),
     ) -> Result<()> {
         self.device.write(self.device.step_state(), bytemuck::bytes_of(&[step.micro_step, step.part]))?;
+        // Queued as it is, not recorded: where a program is followed, what is done between its operations is the caller's.
         program.iter().enumerate().try_for_each(|(number, op)| {
             recording::one(self, op.as_ref(), memory, step)?;
             after(memory, number)

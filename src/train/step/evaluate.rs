@@ -64,8 +64,8 @@ impl<B: Backend + Update> Trainer<B> {
     fn pass_on(&mut self, samples: usize) -> Result<()> {
         let planned = self.evaluation(samples)?;
         if let (Some(exchange), Some(window)) = (&mut self.exchange, &planned.window) {
-            for gather in &window.gathers {
-                exchange.bring(&self.backend, &mut self.arena, window, gather.before)?;
+            for op in 0..=window.gathers.last().map_or(0, |gather| gather.needed) {
+                exchange.bring(&self.backend, &mut self.arena, window, op)?;
             }
         }
         self.evaluations.insert(samples, planned);
@@ -111,11 +111,12 @@ impl<B: Backend + Update> Trainer<B> {
                 self.backend.download(&self.arena.parameters, elements.start, &mut values[1])?;
                 self.backend.upload(&mut self.arena.parameters, elements.start, &values[0])?;
                 self.backend.upload(average, 0, &values[1])?;
-                if let Some(exchange) = &mut self.exchange {
-                    exchange.spread(&self.backend, &mut self.arena)?;
-                }
             }
         }
-        self.backend.parameters_changed(&mut self.arena)
+        self.backend.parameters_changed(&mut self.arena)?;
+        match &mut self.exchange {
+            Some(exchange) if self.arena.held.is_some() => exchange.spread(&self.backend, &mut self.arena),
+            _ => Ok(()),
+        }
     }
 }

@@ -8,7 +8,7 @@ use super::super::{Cuda, Storage, recording};
 use super::{FILE, Report, Scalars, Slot, UPDATE_PARAMS};
 use crate::backend::ops::METRICS;
 use crate::backend::step::{Pass, Turn, UpdateWork};
-use crate::backend::{Alone, Arena, Backend, Memory, PassOfStep};
+use crate::backend::{Alone, Arena, Memory, PassOfStep};
 use crate::error::Result;
 use crate::optim::UpdatePlan;
 
@@ -135,9 +135,6 @@ fn queue_update<S: Storage>(
     let (first, tensors) = prepared.tensor_squares();
     if let Some(turn) = turn.filter(|_| shared_out) {
         turn.exchange.spread(backend, arena)?;
-        if arena.held.as_ref().is_some_and(|held| held.parameters.is_none()) {
-            backend.parameters_changed(arena)?;
-        }
     }
     if let Some((decay, average)) = average {
         backend.queue_average(average, arena, *decay, outcome)?;

@@ -12,6 +12,7 @@ mod muon;
 mod own;
 mod persistent;
 mod plan;
+mod trust;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,7 +32,6 @@ use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
 
 const FILE: &str = "update";
-const TRUST: &str = "update_trust";
 
 /// What the device keeps of an update plan: its tables, and room for what is found.
 pub struct Prepared {
@@ -244,14 +244,7 @@ impl Prepared {
             unsafe { self.device.launch(FILE, &format!("update_{kernel}_{form}"), grid, list)? };
         }
         if self.has(Kind::Lamb) {
-            self.queue_rates(arrays, &pass, Kind::Lamb, together)?;
-            if warps > 0 {
-                let grid = Grid::new(warps.div_ceil(8).min(self.device.multiprocessors() * 16), 256);
-                let rates = self.rates[1].address_of(0);
-                let list = args![arrays.parameters, arrays.copy, first, second, rates, Arg::of(&pass)];
-                // SAFETY: as above.
-                unsafe { self.device.launch(TRUST, &format!("lamb_apply_{form}"), grid, list)? };
-            }
+            self.queue_lamb(arrays, &pass, together)?;
         }
         if self.has(Kind::Muon) {
             self.queue_muon(arrays, &pass)?;
@@ -335,35 +328,6 @@ impl Prepared {
         let list = args![leasts.address_of(0), world as u32, outcome];
         // SAFETY: a number of each process, and an outcome.
         unsafe { self.device.launch(FILE, "least_of_all", Grid::new(1, 1), list) }
-    }
-
-    /// The learning rate of each tensor under LARS or LAMB.
-    fn queue_rates(&self, arrays: &Arrays, pass: &Pass, kind: Kind, together: &mut dyn Together) -> Result<()> {
-        if self.pieces.is_empty() {
-            return Ok(());
-        }
-        let own = &self.own[0];
-        let lamb = kind == Kind::Lamb;
-        let (kernel, second_pair) = if lamb { ("lamb", arrays.slots) } else { ("lars", [arrays.gradients, 0]) };
-        if !own.is_empty() {
-            let mut list: Vec<Arg> = vec![arrays.parameters.into(), second_pair[0].into()];
-            if lamb {
-                list.push(second_pair[1].into());
-            }
-            let [weights, others] = [&self.squares[0], &self.squares[1]].map(|buffer| buffer.address_of(own.start));
-            let shared: &[Arg] = args![self.pieces.address_of(own.start), Arg::of(pass), weights, others];
-            list.extend_from_slice(shared);
-            let kernel = format!("{kernel}_pieces_{}", arrays.form());
-            // SAFETY: as in `queue_norm_range`.
-            unsafe { self.device.launch(TRUST, &kernel, Grid::new(own.len(), 256), &mut list)? };
-        }
-        self.squares.iter().try_for_each(|squares| gather_pieces(together, squares))?;
-        together.join()?;
-        let [weights, others] = [&self.squares[0], &self.squares[1]].map(|buffer| buffer.address_of(0));
-        let rates = self.rates[usize::from(lamb)].address_of(0);
-        let finish = args![weights, others, self.tensors.len() as u32, Arg::of(pass), lamb, rates];
-        // SAFETY: as above.
-        unsafe { self.device.launch(TRUST, "tensor_rates", Grid::new(self.tensors.len().div_ceil(256), 256), finish) }
     }
 }
 
