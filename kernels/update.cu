@@ -58,14 +58,15 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
 }
 
-// The coefficient of each output unit under the adaptive clip, rounded once. unit_coefficients: [units].
-// Grid: ceil(units / 8) blocks of 256 threads, a warp a unit. `unit_tensors` names each unit's tensor.
+// The coefficients of output units first .. first + count under the adaptive clip, rounded once. unit_coefficients: [units].
+// Grid: ceil(count / 8) blocks of 256 threads, a warp a unit. `unit_tensors` names each unit's tensor.
 template <typename P, typename G>
 __device__ void unit_coefficients(const P* parameters, const G* gradients, const Tensor* tensors, const u32* unit_tensors,
-                                  u32 count, const UpdateParams* params, const ClipOptions& clip, float* coefficients,
-                                  Outcome* outcome) {
-    const u32 index = blockIdx.x * 8 + threadIdx.x / 32;
-    if (index >= count || outcome->skipped) return;
+                                  u32 first, u32 count, const UpdateParams* params, const ClipOptions& clip,
+                                  float* coefficients, Outcome* outcome) {
+    const u32 number = blockIdx.x * 8 + threadIdx.x / 32;
+    if (number >= count || outcome->skipped) return;
+    const u32 index = first + number;
     const Tensor tensor = tensors[unit_tensors[index]];
     const u64 start = static_cast<u64>(index - tensor.first_unit) * tensor.unit;
     const u64 len = min(static_cast<u64>(tensor.unit), tensor.len - start);
@@ -83,6 +84,12 @@ __device__ void unit_coefficients(const P* parameters, const G* gradients, const
         atomicMin(&outcome->least, __float_as_uint(coefficient));
     }
     coefficients[index] = coefficient;
+}
+
+// The least adaptive coefficient of all processes, where each found those of its own units. leasts: [count], as f32 bits.
+// Grid: one thread.
+extern "C" __global__ void least_of_all(const u32* leasts, u32 count, Outcome* outcome) {
+    for (u32 process = 0; process < count; ++process) outcome->least = min(outcome->least, leasts[process]);
 }
 
 // average += share (parameters - average), unless the step was skipped (`outcome` may be null). [len]
@@ -122,9 +129,10 @@ FOR_EACH_STORAGE(DEFINE)
 #define DEFINE(SUFFIX, P, G, S)                                                                                          \
     extern "C" __global__ void __launch_bounds__(256)                                                                    \
         unit_coefficients_##SUFFIX(const P* parameters, const G* gradients, const Tensor* tensors,                       \
-                                   const u32* unit_tensors, u32 count, const UpdateParams* params, ClipOptions clip,     \
-                                   float* coefficients, Outcome* outcome) {                                              \
-        unit_coefficients(parameters, gradients, tensors, unit_tensors, count, params, clip, coefficients, outcome);     \
+                                   const u32* unit_tensors, u32 first, u32 count, const UpdateParams* params,            \
+                                   ClipOptions clip, float* coefficients, Outcome* outcome) {                            \
+        unit_coefficients(parameters, gradients, tensors, unit_tensors, first, count, params, clip, coefficients,        \
+                          outcome);                                                                                      \
     }
 FOR_EACH_FORM(DEFINE)
 #undef DEFINE

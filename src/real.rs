@@ -7,8 +7,10 @@ use std::iter::Sum;
 use half::{bf16, f16};
 use num_traits::{Float, NumAssign};
 
+use crate::backend::Numeric;
+
 /// A value as memory holds it.
-pub trait Element: bytemuck::Pod + Default + Debug + PartialEq + Send + Sync + 'static {
+pub trait Element: Numeric + Default + Debug + PartialEq + 'static {
     /// `f32`, `f64`, `bf16` or `f16`.
     const NAME: &'static str;
 

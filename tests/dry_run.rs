@@ -95,7 +95,8 @@ fn check<S: Storage>(
     drop(evaluated);
     let before = free(device);
     let prepared = update::Prepared::new(device, trainer.update_plan()).unwrap();
-    let (taken, planned) = (before - free(device), Cuda::<S>::table_bytes(trainer.update_plan()));
+    let (taken, planned) =
+        (before - free(device), Cuda::<S>::table_bytes(trainer.update_plan(), &trainer.arena().own_elements()));
     assert!(taken.abs_diff(planned) <= SLACK, "{taken} bytes for tables, not {planned}");
     drop(prepared);
 }
@@ -124,7 +125,7 @@ fn the_tables_of_an_update_are_counted_with_the_units_of_an_adaptive_clip() {
     let (layout, _) = model.parameters().layout().unwrap();
     let bytes = |norm| {
         let options = OptimizerOptions { clip: Clip { value: None, norm }, ..adam() };
-        Cuda::<f32>::table_bytes(&UpdatePlan::new(&options, &layout).unwrap())
+        Cuda::<f32>::table_bytes(&UpdatePlan::new(&options, &layout).unwrap(), &(0..layout.padded_len()))
     };
     assert!(bytes(NormClip::Adaptive { clipping: 0.1, epsilon: 1e-3 }) > bytes(NormClip::Off));
 }

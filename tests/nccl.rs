@@ -2,15 +2,16 @@
 //! launch a step.
 
 mod common;
+#[path = "common/devices.rs"]
+mod devices;
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Output};
 use std::time::Duration;
 
+use devices::is_there;
 use serde_json::Value;
 use tempfile::TempDir;
-use warpstep::backend::cuda::{emulated, is_embedded};
 
 const MLP: &str = r#"
 [run]
@@ -76,15 +77,6 @@ batches = 1
 bucket_mb = 0.004
 "#;
 
-/// Whether there is an emulated device to run on.
-fn is_there() -> bool {
-    let found = is_embedded() && emulated::find_library().is_some();
-    if !found {
-        println!("skipped: the emulator was not built, or Warpstep was built without nvcc");
-    }
-    found
-}
-
 struct Place {
     folder: TempDir,
     file: PathBuf,
@@ -107,38 +99,25 @@ impl Place {
     /// The program, training into a folder.
     fn command(&self, name: &str, set: &[&str]) -> Command {
         let mut command = common::warpstep();
-        command.args(["train", "--quiet", "--device", "emulated", "--out"]).args([&self.out(name), &self.file]);
+        command.args(["train", "--quiet", "--out"]).args([&self.out(name), &self.file]);
         command.args(set.iter().flat_map(|set| ["--set", set]));
-        // Races and unwritten reads are looked for where kernels themselves are tested.
-        command.env("WARPSTEP_EMULATOR_CHECKS", "off");
         command
     }
 
     /// One process that knows of no other.
     fn alone(&self, name: &str, set: &[&str]) -> PathBuf {
-        let ran = self.command(name, set).output().unwrap();
+        let ran = devices::on_device(&mut self.command(name, set)).output().unwrap();
         assert!(ran.status.success(), "{}", common::stderr(&ran));
         self.out(name)
     }
 
     /// So many processes, as a launcher starts them.
     fn start(&self, name: &str, world: usize, set: &[&str], more: &[&str]) -> Vec<Child> {
-        let port = free_port().to_string();
-        let process = |rank: usize| {
-            let rank = rank.to_string();
-            let environment = [
-                ("WORLD_SIZE", world.to_string()),
-                ("RANK", rank.clone()),
-                ("LOCAL_RANK", rank),
-                ("MASTER_ADDR", "127.0.0.1".into()),
-                ("WARPSTEP_PORT", port.clone()),
-                ("WARPSTEP_EMULATOR_DEVICES", world.to_string()),
-            ];
+        devices::start(world, || {
             let mut command = self.command(name, set);
-            command.args(more).envs(environment).stdout(Stdio::piped()).stderr(Stdio::piped());
-            command.spawn().unwrap()
-        };
-        (0..world).map(process).collect()
+            command.args(more);
+            command
+        })
     }
 
     fn together(&self, name: &str, world: usize, set: &[&str]) -> PathBuf {
@@ -152,10 +131,6 @@ impl Place {
         assert!(ran.iter().all(|ran| ran.status.success()), "{told:#?}");
         self.out(name)
     }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// The lines of metrics.jsonl, without times and speeds.

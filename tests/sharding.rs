@@ -4,133 +4,28 @@
 //! Real processes, which `mpirun` of Open MPI starts; where it is not there, or this build speaks no MPI, that is said.
 
 mod common;
+#[path = "common/devices.rs"]
+mod devices;
 #[path = "common/mpi.rs"]
 mod mpi;
+#[path = "common/sharded.rs"]
+mod sharded;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Output;
 
-use common::{fresh_seed, run, stderr, stdout, tensor_hashes, warpstep};
+use common::{run, stderr, stdout, tensor_hashes, warpstep};
+use sharded::{BATCH_NORM, Bed, LEVELS, On, digits, gives_the_bits_of_one_process, gpt, losses};
 use tempfile::TempDir;
 use warpstep::backend::Held;
 use warpstep::backend::cpu::Cpu;
 use warpstep::model::presets::GptOptions;
 use warpstep::model::{Input, Model};
 use warpstep::optim::{OptimizerOptions, Rule};
-use warpstep::parallel::{Shard, ShardingOptions};
+use warpstep::parallel::{Shard, ShardingOptions, Wire};
 use warpstep::plan::Share;
 use warpstep::train::memory::{RunMemory, Wanted};
-use warpstep::train::metrics::{SplitName, read_metrics};
+use warpstep::train::metrics::read_metrics;
 use warpstep::train::step::{Trainer, TrainerParts};
-
-const LEVELS: [&str; 3] = ["optimizer", "gradients", "parameters"];
-
-/// A run file and the folders of its runs.
-struct Bed {
-    folder: TempDir,
-}
-
-impl Bed {
-    fn new(text: &str) -> Self {
-        let folder = TempDir::new().unwrap();
-        let seed = fresh_seed() % 1_000_000;
-        fs::write(folder.path().join("run.toml"), text.replace("SEED", &seed.to_string())).unwrap();
-        Bed { folder }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn arguments(&self, out: &str, more: &[&str]) -> Vec<String> {
-        let (file, out) = (self.path("run.toml").display().to_string(), self.path(out).display().to_string());
-        let fixed = ["train", &file, "--threads", "1", "--quiet", "--out", &out].map(str::to_owned);
-        fixed.into_iter().chain(more.iter().map(|&argument| argument.to_owned())).collect()
-    }
-
-    /// Trains as one process.
-    fn alone(&self, out: &str, more: &[&str]) {
-        let output = warpstep().args(self.arguments(out, more)).output().unwrap();
-        assert!(output.status.success(), "{}", stderr(&output));
-    }
-
-    /// Trains as several processes that share out.
-    fn together(&self, world: usize, shard: &str, out: &str, more: &[&str]) {
-        let output = self.start(world, shard, out, more);
-        assert!(output.status.success(), "{world} processes, {shard}: {}", stderr(&output));
-    }
-
-    fn start(&self, world: usize, shard: &str, out: &str, more: &[&str]) -> Output {
-        let set = format!("parallel.shard=\"{shard}\"");
-        let arguments = self.arguments(out, &[&["--set", set.as_str()], more].concat());
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        mpi::mpirun(world, &arguments).output().unwrap()
-    }
-
-    /// Makes the checkpoint of an earlier step the latest, as if the run had been ended there.
-    fn rewind(&self, out: &str, step: u64) {
-        let checkpoints = self.path(out).join("checkpoints");
-        fs::write(checkpoints.join("latest"), format!("step-{step:08}\n")).unwrap();
-        fs::remove_file(checkpoints.join("best")).unwrap();
-    }
-}
-
-/// Every sharding, at 2 and 4 processes, ends with the bits of one process.
-fn gives_the_bits_of_one_process(text: &str, worlds: &[usize], levels: &[&str]) {
-    if !mpi::is_there() {
-        return;
-    }
-    let bed = Bed::new(text);
-    bed.alone("alone", &[]);
-    let alone = tensor_hashes(&bed.path("alone"));
-    let losses = losses(&bed.path("alone"));
-    for &world in worlds {
-        for shard in levels {
-            let out = format!("{world}-{shard}");
-            bed.together(world, shard, &out, &[]);
-            assert_eq!(tensor_hashes(&bed.path(&out)), alone, "{world} processes, {shard}");
-            assert_eq!(self::losses(&bed.path(&out)), losses, "{world} processes, {shard}");
-        }
-    }
-}
-
-/// A record: split, loss; gradient norm, share of steps that were clipped, and of gradients that were clamped.
-type Figures = (SplitName, f64, [Option<f64>; 3]);
-
-/// The records of a run.
-fn losses(out: &Path) -> Vec<Figures> {
-    let records = read_metrics(&out.join("metrics.jsonl")).unwrap();
-    records.into_iter().map(|r| (r.split, r.loss, [r.grad_norm, r.clipped, r.clamped])).collect()
-}
-
-/// A run of digits through a small network, whose matrices are several pieces of an update; buckets hold about one each.
-fn digits(optimizer: &str, reproducible: bool) -> String {
-    format!(
-        r#"
-[run]
-steps = 4
-seed = SEED
-log_every_steps = 1
-reproducible = {reproducible}
-
-[data]
-format = "digits"
-batch_size = 16
-split = {{ validation = 0.05 }}
-
-[model]
-preset = "mlp"
-hidden = [260, 90]
-
-[optimizer]
-{optimizer}
-
-[parallel]
-bucket_mb = 0.05
-"#
-    )
-}
 
 #[test]
 fn adamw_with_a_global_norm_accumulation_and_an_average_has_the_bits_of_one_process() {
@@ -140,7 +35,7 @@ weight_decay = 0.01
 clip = { global_norm = 0.2, value = 0.01 }
 accumulate = 2
 ema = 0.9"#;
-    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
 }
 
 #[test]
@@ -148,7 +43,7 @@ fn momentum_with_an_adaptive_clip_has_the_bits_of_one_process() {
     let optimizer = r#"rule = "momentum"
 learning_rate = 0.1
 clip = { adaptive = 0.01 }"#;
-    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
 }
 
 #[test]
@@ -157,7 +52,7 @@ fn lamb_has_the_bits_of_one_process() {
 learning_rate = 1e-2
 weight_decay = 0.01
 clip = { tensor_norm = 0.1 }"#;
-    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
 }
 
 #[test]
@@ -165,14 +60,14 @@ fn lars_has_the_bits_of_one_process() {
     let optimizer = r#"rule = "lars"
 learning_rate = 1.0
 weight_decay = 1e-4"#;
-    gives_the_bits_of_one_process(&digits(optimizer, true), &[2], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2], &LEVELS);
 }
 
 #[test]
 fn muon_whose_matrices_stay_whole_has_the_bits_of_one_process() {
     let optimizer = r#"rule = "muon"
 learning_rate = 0.02"#;
-    gives_the_bits_of_one_process(&digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
 }
 
 #[test]
@@ -181,7 +76,7 @@ fn steps_whose_gradients_are_not_finite_are_skipped_by_all_alike() {
         return;
     }
     // The first update throws the parameters so far that nothing after it is finite.
-    let bed = Bed::new(&digits("rule = \"momentum\"\nlearning_rate = 1e37", true));
+    let bed = Bed::new(On::Cpus, &digits("rule = \"momentum\"\nlearning_rate = 1e37", true));
     let skipped = |out: &str| {
         let records = read_metrics(&bed.path(out).join("metrics.jsonl")).unwrap();
         records.iter().map(|record| record.skipped).max().unwrap()
@@ -197,79 +92,13 @@ fn steps_whose_gradients_are_not_finite_are_skipped_by_all_alike() {
 
 #[test]
 fn running_statistics_of_batch_norm_have_the_bits_of_one_process() {
-    let text = r#"
-[run]
-steps = 3
-seed = SEED
-log_every_steps = 1
-reproducible = true
-
-[data]
-format = "digits"
-batch_size = 16
-split = { validation = 0.05 }
-
-[model]
-preset = "cnn"
-channels = [6, 10]
-hidden = 24
-batch_norm = true
-
-[optimizer]
-rule = "momentum"
-learning_rate = 0.05
-ema = 0.5
-
-[parallel]
-bucket_mb = 0.002
-"#;
-    gives_the_bits_of_one_process(text, &[2, 4], &["gradients", "parameters"]);
+    gives_the_bits_of_one_process(On::Cpus, BATCH_NORM, &[2, 4], &["gradients", "parameters"]);
 }
 
 #[test]
 fn a_small_gpt_with_dropout_and_a_shared_table_has_the_bits_of_one_process() {
-    let text = r#"
-[run]
-steps = 3
-seed = SEED
-log_every_steps = 1
-reproducible = true
-
-[data]
-format = "inline"
-text = """
-The processes that train one model share its memory out, and each of them keeps a part of it; what a process does not have,
-others send before it is used. Whatever the number of processes, the sums are taken in one order, and the bits are the same.
-"""
-batch_size = 8
-context = 16
-split = { validation = 0.3 }
-
-[model]
-preset = "gpt"
-layers = 2
-heads = 2
-width = 32
-dropout = 0.2
-
-[optimizer]
-rule = "adamw"
-learning_rate = 1e-3
-clip = { global_norm = 1.0 }
-
-[parallel]
-bucket_mb = 0.01
-"#;
-    if !mpi::is_there() {
-        return;
-    }
-    let bed = Bed::new("");
-    let (head, rest) = text.split_once("format = \"inline\"\n").unwrap();
-    let (_, rest) = rest.split_once("\"\"\"\n").unwrap();
-    let (prose, rest) = rest.split_once("\"\"\"\n").unwrap();
-    fs::write(bed.path("prose.txt"), prose.repeat(4)).unwrap();
-    let text = format!("{head}format = \"text\"\npath = \"{}\"\n{rest}", bed.path("prose.txt").display());
-    gives_the_bits_of_one_process(&text, &[2, 4], &["gradients", "parameters"]);
+    let prose = TempDir::new().unwrap();
+    gives_the_bits_of_one_process(On::Cpus, &gpt(prose.path()), &[2, 4], &["gradients", "parameters"]);
 }
 
 #[test]
@@ -281,7 +110,7 @@ fn without_an_order_of_sums_the_curves_stay_within_a_millionth() {
 learning_rate = 1e-3
 clip = { global_norm = 0.5 }
 accumulate = 3"#;
-    let bed = Bed::new(&digits(optimizer, false).replace("batch_size = 16", "batch_size = 24"));
+    let bed = Bed::new(On::Cpus, &digits(optimizer, false).replace("batch_size = 16", "batch_size = 24"));
     bed.alone("alone", &[]);
     let alone = losses(&bed.path("alone"));
     for (world, shard) in [(2, "optimizer"), (2, "gradients"), (2, "parameters"), (3, "parameters"), (4, "gradients")] {
@@ -309,7 +138,7 @@ clip = { global_norm = 0.2 }
 ema = 0.9"#;
     let text =
         digits(optimizer, true).replace("steps = 4", "steps = 7") + "\n[checkpoint]\nevery_steps = 2\nkeep = 9\n";
-    let bed = Bed::new(&text);
+    let bed = Bed::new(On::Cpus, &text);
     bed.alone("alone", &[]);
     bed.together(4, "parameters", "moved", &[]);
     let parts = fs::read_dir(bed.path("moved/checkpoints/step-00000002")).unwrap();
@@ -332,7 +161,7 @@ fn a_model_in_parts_is_evaluated_as_one_in_a_single_file() {
     if !mpi::is_there() {
         return;
     }
-    let bed = Bed::new(&digits("rule = \"adamw\"\nlearning_rate = 2e-3\nema = 0.8", true));
+    let bed = Bed::new(On::Cpus, &digits("rule = \"adamw\"\nlearning_rate = 2e-3\nema = 0.8", true));
     bed.alone("alone", &[]);
     bed.together(2, "parameters", "parts", &[]);
     let evaluated = |out: &str| {
@@ -361,7 +190,7 @@ fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written
     }
     let text =
         digits("rule = \"adamw\"\nlearning_rate = 2e-3", false).replace("hidden = [260, 90]", "hidden = [1400, 1400]");
-    let bed = Bed::new(&text.replace("steps = 4", "steps = 1"));
+    let bed = Bed::new(On::Cpus, &text.replace("steps = 4", "steps = 1"));
     // The second process may write files of 6 MiB at most; its part of the optimizer's slots takes 8.
     let program = warpstep().get_program().to_owned();
     let arguments = bed.arguments("out", &["--set", "parallel.shard=\"gradients\""]);
@@ -387,19 +216,22 @@ fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written
 
 #[test]
 fn what_cannot_be_combined_is_said() {
-    let bed = Bed::new(&digits("rule = \"sgd\"\nlearning_rate = 0.1", false));
+    let bed = Bed::new(On::Cpus, &digits("rule = \"sgd\"\nlearning_rate = 0.1", false));
     let file = bed.path("run.toml").display().to_string();
     let output = run(&["train", &file, "--dry-run", "--set", "parallel.shard=\"weights\""]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("parallel.shard"), "{}", stderr(&output));
-    let set = ["--set", "parallel.shard=\"optimizer\"", "--set", "run.device=\"cuda\""];
-    let output = run(&[&["train", &file, "--dry-run"], set.as_slice()].concat());
+    let set =
+        ["optimizer.master=false", "run.precision=\"bf16\"", "run.device=\"cuda\"", "parallel.shard=\"optimizer\""];
+    let set = set.iter().flat_map(|&set| ["--set", set]);
+    let output = run(&["train", &file, "--dry-run"].into_iter().chain(set).collect::<Vec<_>>());
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("is for CPUs so far"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("found false with parallel.shard"), "{}", stderr(&output));
     if mpi::is_there() {
         let output = bed.start(2, "gradients", "out", &["--shadow", "2"]);
+        let output = &output[0];
         assert_eq!(output.status.code(), Some(2));
-        assert!(stderr(&output).contains("run.shadow_every_steps: looks at all gradients"), "{}", stderr(&output));
+        assert!(stderr(output).contains("run.shadow_every_steps: looks at all gradients"), "{}", stderr(output));
     }
 }
 
@@ -414,7 +246,7 @@ fn memory_falls_from_level_to_level_and_is_what_was_planned() {
         let mut updated = 0;
         let mut most = 0;
         for rank in 0..world {
-            let sharding = ShardingOptions { shard, rank, world, bucket: 20_000, adds_up: false };
+            let sharding = ShardingOptions { shard, rank, world, bucket: 20_000, adds_up: false, wire: Wire::F32 };
             let (mut model, input) = make();
             let share = Share::of_rank(rank, world);
             let wanted = Wanted {

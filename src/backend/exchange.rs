@@ -7,14 +7,14 @@ use super::{Arena, Backend, Slice};
 use crate::error::Result;
 use crate::plan::Window;
 
+/// Buckets that may be on their way at once where their memory is used again, and gathers of parameters.
+pub const IN_FLIGHT: usize = 2;
+
 /// What is done to the gradients of a step's passes until they are those of the whole batch.
 pub trait Exchange<B: Backend>: Together + Send {
     /// Whether it only queues work on the device, so that it can stand within the recording of a step. Else the backward is waited
     /// for before [`Exchange::end`], and that before the update.
     fn is_queued(&self) -> bool;
-
-    /// The number of this process, and how many there are.
-    fn place(&self) -> (usize, usize);
 
     /// A pass is about to run.
     ///
@@ -32,8 +32,8 @@ pub trait Exchange<B: Backend>: Together + Send {
         false
     }
 
-    /// Brings what a program needs from operation `op` on into the arena's window of parameters, where that is one. Evaluations and
-    /// training alike; every process calls it for the same operations in the same order.
+    /// Brings what operation `op` of a program needs into the arena's window of parameters, where that is one, and begins with what a
+    /// later one needs. Evaluations and training alike; every process calls it for all operations in their order.
     ///
     /// # Errors
     /// A device or a process that failed.
@@ -63,19 +63,6 @@ pub trait Exchange<B: Backend>: Together + Send {
     fn spread(&mut self, _: &B, _: &mut Arena<B>) -> Result<()> {
         Ok(())
     }
-
-    /// Fills in the shares of the other processes: `values` holds one of every process, all as long, in the order of ranks, this
-    /// one's filled in. Values of a device are queued for, and there for what is queued after [`Exchange::join`].
-    ///
-    /// # Errors
-    /// A process that failed.
-    fn gather(&mut self, values: Slice<'_>) -> Result<()>;
-
-    /// What the device queues from now on begins after what was gathered is there.
-    ///
-    /// # Errors
-    /// A device that failed.
-    fn join(&mut self) -> Result<()>;
 }
 
 /// Which pass of its step this is.
@@ -97,6 +84,9 @@ pub struct Pass {
 
 /// What processes tell each other that update an arena together, each its elements.
 pub trait Together {
+    /// The number of this process, and how many there are.
+    fn place(&self) -> (usize, usize);
+
     /// A number for each piece of the update ([`crate::optim::UpdatePlan::pieces`]), in arena order, out of those for the pieces of
     /// this process.
     ///
@@ -109,17 +99,53 @@ pub trait Together {
     /// # Errors
     /// A process that failed.
     fn processes(&mut self, of_this: f64) -> Result<Vec<f64>>;
+
+    /// As [`Together::pieces`], in place: `values` holds as many bytes for every piece, those of this process's filled in. Values of
+    /// a device are queued for, and there for what is queued after [`Together::join`].
+    ///
+    /// # Errors
+    /// A process that failed.
+    fn gather_pieces(&mut self, values: Slice<'_>) -> Result<()>;
+
+    /// Fills in the shares of the other processes: `values` holds one of every process, all as long, in the order of ranks, this
+    /// one's filled in. Values of a device are queued for, as by [`Together::gather_pieces`].
+    ///
+    /// # Errors
+    /// A process that failed.
+    fn gather(&mut self, values: Slice<'_>) -> Result<()>;
+
+    /// What the device queues from now on begins after what was gathered is there.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn join(&mut self) -> Result<()>;
 }
 
 /// The update of a whole arena, by one process.
 pub struct Alone;
 
 impl Together for Alone {
+    fn place(&self) -> (usize, usize) {
+        (0, 1)
+    }
+
     fn pieces(&mut self, of_this: &[f64]) -> Result<Vec<f64>> {
         Ok(of_this.to_vec())
     }
 
     fn processes(&mut self, of_this: f64) -> Result<Vec<f64>> {
         Ok(vec![of_this])
+    }
+
+    fn gather_pieces(&mut self, _: Slice<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn gather(&mut self, _: Slice<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn join(&mut self) -> Result<()> {
+        Ok(())
     }
 }

@@ -44,7 +44,7 @@ pub struct Arena<B: Backend> {
     pub layout: ParamLayout,
     /// Range of each [`Param`], in the order of declaration.
     pub ranges: Vec<Range<usize>>,
-    /// Parameters; empty where they are kept in the storage type alone. The padding between tensors stays 0.
+    /// Parameters; empty where none are kept but in the storage type. The padding between tensors stays 0.
     pub parameters: B::Buffer<B::Real>,
     /// The parameters as operations read them, where that is another type than they are computed in; else empty.
     pub stored: B::Buffer<B::Storage>,
@@ -67,8 +67,11 @@ pub struct Arena<B: Backend> {
 pub struct Held<B: Backend> {
     /// The elements that this process updates.
     pub elements: Range<usize>,
-    /// Their parameters, where [`Arena::parameters`] is a window through which all pass; else they stand there.
+    /// Their parameters, where [`Arena::parameters`] does not hold all: where operations read them through a window, or in another
+    /// type, of which a copy of all is kept in [`Arena::stored`].
     pub parameters: Option<B::Buffer<B::Real>>,
+    /// These as operations read them, where that is another type and [`Arena::stored`] is a window.
+    pub stored: Option<B::Buffer<B::Storage>>,
     /// Their gradients, where [`Arena::gradients`] is a window; else they stand there.
     pub gradients: Option<B::Buffer<B::Real>>,
     /// Where each [`Param`] stands in the window of parameters at present; empty where that is none.
@@ -78,7 +81,7 @@ pub struct Held<B: Backend> {
 }
 
 impl<B: Backend> Arena<B> {
-    /// Where an operation finds a parameter in [`Arena::parameters`].
+    /// Where an operation finds a parameter in [`Arena::parameters`], and in [`Arena::stored`] where it reads that.
     pub fn range(&self, param: Param) -> Range<usize> {
         let index = param.0 as usize;
         let place = self.held.as_ref().and_then(|held| held.parameter_places.get(index));
@@ -99,6 +102,11 @@ impl<B: Backend> Arena<B> {
             Some(Held { elements, parameters: Some(parameters), .. }) => (parameters, 0..elements.len()),
             Some(Held { elements, .. }) => (&self.parameters, elements.clone()),
         }
+    }
+
+    /// Whether all parameters are kept in the storage type, and of what they are computed in this process's elements alone.
+    pub fn shares_out_masters(&self) -> bool {
+        self.held.as_ref().is_some_and(|held| held.parameters.is_some() && held.parameter_places.is_empty())
     }
 
     /// The elements that this process updates: all, where the arena is not shared out.

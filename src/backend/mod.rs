@@ -14,7 +14,7 @@ pub mod profile;
 mod slice;
 pub mod step;
 
-pub use exchange::{Alone, Exchange, Pass as PassOfStep, Together};
+pub use exchange::{Alone, Exchange, IN_FLIGHT, Pass as PassOfStep, Together};
 pub use memory::{Act, Activations, Arena, Grad, Held, Indices, InputSlot, Memory, Param, State, disjoint};
 pub use op::{Op, StepContext, Use};
 pub use slice::{DeviceSlice, HostSlice, Number, Numeric, Slice};
@@ -91,7 +91,8 @@ pub trait Backend:
     /// A copy that does not fit, or a device that failed.
     fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [Self::Real]) -> Result<()>;
 
-    /// Tells the device that the host, or an exchange of buffers, changed the arena's parameters.
+    /// Tells the device that the host, or an exchange of buffers, changed the arena's parameters: those that this process updates,
+    /// where they are shared out.
     ///
     /// # Errors
     /// A device that failed.
@@ -147,7 +148,27 @@ pub trait Backend:
         to: &mut Self::Buffer<Self::Real>,
         from: &Self::Buffer<Self::Real>,
         elements: Range<usize>,
+    ) -> Result<()> {
+        self.copy_part(to, elements.start, from, elements)
+    }
+
+    /// `to = from`, `elements` of `from` to as many of `to` from `offset` on.
+    ///
+    /// # Errors
+    /// As [`Backend::add_to`].
+    fn copy_part(
+        &self,
+        to: &mut Self::Buffer<Self::Real>,
+        offset: usize,
+        from: &Self::Buffer<Self::Real>,
+        elements: Range<usize>,
     ) -> Result<()>;
+
+    /// `values = 0`, over `elements`.
+    ///
+    /// # Errors
+    /// A buffer that does not have these elements, or a device that failed.
+    fn clear(&self, values: &mut Self::Buffer<Self::Real>, elements: Range<usize>) -> Result<()>;
 
     /// `values = values / divisor`, over `elements`.
     ///
@@ -160,4 +181,9 @@ pub trait Backend:
     /// # Errors
     /// A buffer that does not have these elements.
     fn slice<'a, T: Numeric>(&self, buffer: &'a mut Self::Buffer<T>, elements: Range<usize>) -> Result<Slice<'a>>;
+}
+
+/// Whether a backend stores parameters in the type that it computes in, so that one buffer serves both.
+pub fn stores_what_it_computes_in<B: Backend>() -> bool {
+    std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>()
 }

@@ -49,17 +49,19 @@ pub struct Found {
 }
 
 impl<B: Backend> Turn<'_, B> {
-    fn begin(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+    /// A pass is about to run: brings what its first operation needs.
+    pub(super) fn begin(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
         self.bring(backend, arena, 0)?;
         self.exchange.begin(backend, arena, self.pass)
     }
 
     /// Whether operations are run one by one.
-    fn follows(&self) -> bool {
+    pub(super) fn follows(&self) -> bool {
         self.window.is_some() || self.exchange.follows(self.pass)
     }
 
-    fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
+    /// An operation has run, or is queued: tells the exchange where that follows, and brings what the next one needs.
+    pub(super) fn after_op(&mut self, backend: &B, arena: &mut Arena<B>, op: usize) -> Result<()> {
         if self.exchange.follows(self.pass) {
             self.exchange.after_op(backend, arena, op)?;
         }

@@ -65,7 +65,7 @@ fn plan<B: Update>(run: &RunFile, data: &OpenedData, world: &World, device: Opti
     let share = run.parallel.share(rank, world, run.train.batch_size).map_err(|e| run.locate(e))?;
     let sharding = run.parallel.sharding((rank, world), &share, run.train.accumulate);
     if sharding.shard != Shard::None {
-        can_be_shared_out::<B>(&run.optimizer).map_err(|e| run.locate(e))?;
+        can_be_shared_out(&run.optimizer).map_err(|e| run.locate(e))?;
     }
     let wanted = Wanted {
         input: model_input(data.input()),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::backend::{Arena, Backend, Held, Param, State};
+use crate::backend::{Arena, Backend, Held, Param, State, stores_what_it_computes_in};
 use crate::error::{Error, Result};
 use crate::plan::{Hold, ParamLayout, ParamSpec, overlap};
 use crate::random::{Philox, Purpose, to_unit};
@@ -105,7 +105,7 @@ impl ParamTable {
     pub fn arena_with<B: Backend>(&self, backend: &B, seed: u64, slots: usize, master: bool) -> Result<Arena<B>> {
         let (layout, ranges) = self.layout()?;
         let len = layout.padded_len();
-        let one_type = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
+        let one_type = stores_what_it_computes_in::<B>();
         if one_type && !master {
             let problem = format!("{} is what this device computes in; expected true", B::Real::NAME);
             return Err(Error::config("optimizer.master", problem));
@@ -140,41 +140,51 @@ impl ParamTable {
     /// As [`ParamTable::arena`], of which this process holds what `hold` says: no more than that is ever allocated.
     ///
     /// # Errors
-    /// Not enough memory, or a backend that stores another type than it computes in.
+    /// Not enough memory.
     pub fn arena_held<B: Backend>(&self, backend: &B, seed: u64, slots: usize, hold: &Hold) -> Result<Arena<B>> {
-        if std::any::TypeId::of::<B::Real>() != std::any::TypeId::of::<B::Storage>() {
-            return Err(Error::shape("arena", format!("storage in {}", B::Real::NAME), B::Storage::NAME));
-        }
+        let one_type = stores_what_it_computes_in::<B>();
         let (layout, ranges) = self.layout()?;
         let (len, own) = (layout.padded_len(), hold.elements.clone());
-        let part = if hold.parameters.is_some() { own.clone() } else { 0..len };
-        let mut parameters = backend.allocate(part.len())?;
+        // Operations read a window, all parameters, or a copy of all in the storage type.
+        let (window, seen) = (hold.parameters.is_some(), hold.parameters.unwrap_or(len));
+        let mut parameters = backend.allocate(if one_type { seen } else { 0 })?;
+        let mut stored = backend.allocate(if one_type { 0 } else { seen })?;
+        let own_len = |wanted: bool| wanted.then_some(own.len());
+        let mut own_parameters = own_len(window || !one_type).map(|len| backend.allocate(len)).transpose()?;
+        let own_stored = own_len(window && !one_type).map(|len| backend.allocate(len)).transpose()?;
         for (index, range) in ranges.iter().enumerate() {
-            let common = overlap(&part, range);
-            if common.is_empty() {
+            let common = overlap(&own, range);
+            if common.is_empty() && window {
                 continue;
             }
-            let values = self.initial(index, seed).into_iter().skip(common.start - range.start).take(common.len());
-            let values: Vec<_> = values.map(B::Real::from_f64).collect();
-            backend.upload(&mut parameters, common.start - part.start, &values)?;
+            let values: Vec<_> = self.initial(index, seed).into_iter().map(B::Real::from_f64).collect();
+            match &mut own_parameters {
+                Some(parameters) if !common.is_empty() => {
+                    let values = &values[common.start - range.start..common.end - range.start];
+                    backend.upload(parameters, common.start - own.start, values)?;
+                }
+                Some(_) => {}
+                None => backend.upload(&mut parameters, range.start, &values)?,
+            }
+            if !window && !one_type {
+                let values: Vec<_> = values.into_iter().map(|value| B::Storage::from_f32(value.f32())).collect();
+                backend.upload(&mut stored, range.start, &values)?;
+            }
         }
-        let (parameters, own_parameters) = match hold.parameters {
-            Some(window) => (backend.allocate(window)?, Some(parameters)),
-            None => (parameters, None),
-        };
-        let own_gradients = hold.gradients.as_ref().map(|_| backend.allocate(own.len())).transpose()?;
+        let own_gradients = own_len(hold.gradients.is_some()).map(|len| backend.allocate(len)).transpose()?;
         let (state_layout, state) = self.initial_states(backend)?;
         let (gradient_places, gradients) = hold.gradients.clone().unwrap_or((Vec::new(), len));
-        Ok(Arena {
-            stored: backend.allocate(0)?,
+        let mut arena = Arena {
+            stored,
             gradients: backend.allocate(gradients)?,
             slots: (0..slots).map(|_| backend.allocate(own.len())).collect::<Result<_>>()?,
             held: Some(Held {
                 elements: own,
-                // Nothing stands in a window before it is brought there.
-                parameter_places: if own_parameters.is_some() { vec![0..0; ranges.len()] } else { Vec::new() },
                 parameters: own_parameters,
+                stored: own_stored,
                 gradients: own_gradients,
+                // Nothing stands in a window before it is brought there.
+                parameter_places: if window { vec![0..0; ranges.len()] } else { Vec::new() },
                 gradient_places,
             }),
             layout,
@@ -183,7 +193,9 @@ impl ParamTable {
             state_layout,
             state,
             prepared: B::Prepared::default(),
-        })
+        };
+        backend.parameters_changed(&mut arena)?;
+        Ok(arena)
     }
 
     /// The kept tensors with their initial values.

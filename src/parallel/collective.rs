@@ -96,6 +96,19 @@ pub trait Collective: Send + Sync {
         }
     }
 
+    /// `to = from`, of one type, in the order of what this collective has queued.
+    ///
+    /// # Errors
+    /// As [`Collective::add`].
+    fn copy(&self, to: Slice<'_>, from: Slice<'_>) -> Result<()> {
+        let (mut to, mut from) = (host_slice(self.name(), to)?, host_slice(self.name(), from)?);
+        if (to.number(), to.len()) != (from.number(), from.len()) {
+            return Err(other_types("copy", to.number(), to.len(), from.number(), from.len()));
+        }
+        to.bytes_mut().copy_from_slice(from.bytes_mut());
+        Ok(())
+    }
+
     /// Ends what waits for other processes, in whichever thread, with an error. Nothing can be done together afterwards.
     fn abort(&self) {}
 
@@ -112,6 +125,22 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// A device that failed.
     fn join(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Remembers what this collective has queued so far by a number below 2 [`IN_FLIGHT`](crate::backend::IN_FLIGHT).
+    ///
+    /// # Errors
+    /// A number that there is not, or a device that failed.
+    fn mark(&self, _number: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Work that the device queues from now on begins after what was remembered last by this number ([`Collective::mark`]).
+    ///
+    /// # Errors
+    /// As [`Collective::mark`].
+    fn join_mark(&self, _number: usize) -> Result<()> {
         Ok(())
     }
 }

@@ -3,8 +3,9 @@
 use super::buckets::Bucket;
 use super::gradients::levels;
 use super::options::Shard;
-use super::sharding::Sharding;
-use super::windowed::IN_FLIGHT;
+use super::reducer::{Place, room_on_device};
+use super::sharding::{Sharding, ShardingOptions};
+use crate::backend::IN_FLIGHT;
 use crate::plan::{Share, Window};
 
 /// Elements that a process keeps.
@@ -22,7 +23,7 @@ pub struct Footprint {
     pub updated: usize,
     /// Sums of the parts of a batch that wait for others, and kept tensors as they were.
     pub sums: usize,
-    /// Values between processes, in the host's memory.
+    /// Values between processes, in the host's memory or the device's.
     pub on_their_way: usize,
 }
 
@@ -32,10 +33,34 @@ impl Footprint {
         Footprint { parameters: len, gradients: len, updated: len, ..Footprint::default() }
     }
 
-    /// Of one of `world` processes: its share of batches, the `buckets` of its training program, the arena's elements `len`, those of
-    /// kept tensors `state`, how memory is shared out, and the largest window of its programs where that is so.
+    /// Of one of several processes: its share of batches, how memory is shared out, the `buckets` of its training program, the
+    /// arena's elements `len`, those of kept tensors `state`, the plan of what is shared out, where that is so, and the largest window
+    /// of its programs. `queued`: whether values between processes stay on the device.
     pub fn new(
-        (share, world): (Share, usize),
+        (share, options): (Share, ShardingOptions),
+        buckets: &[Bucket],
+        [len, state]: [usize; 2],
+        sharding: Option<&Sharding>,
+        window: Option<&Window>,
+        queued: bool,
+    ) -> Self {
+        let held = Self::of_process((share, options), buckets, [len, state], sharding, window);
+        if !queued || options.world == 1 {
+            return held;
+        }
+        let shards = sharding.map_or(&[][..], |sharding| &sharding.shards);
+        let places = buckets.iter().map(|bucket| Place::of_bucket(bucket, shards));
+        let [wide, narrow] = room_on_device(share.reproducible, places, options.wire, state);
+        let bucket = buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
+        let leaving =
+            if sharding.is_some_and(|sharding| sharding.gradients.is_some()) { IN_FLIGHT * bucket } else { 0 };
+        // Two values in bf16 take as much as one in f32.
+        Footprint { on_their_way: wide + narrow.div_ceil(2) + leaving, ..held }
+    }
+
+    /// As [`Footprint::new`], where values pass through the host's memory.
+    fn of_process(
+        (share, options): (Share, ShardingOptions),
         buckets: &[Bucket],
         [len, state]: [usize; 2],
         sharding: Option<&Sharding>,
@@ -46,7 +71,7 @@ impl Footprint {
         let bucket = buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
         let Some(sharding) = sharding else {
             // Every bucket waits for its sum, and one is being summed.
-            let on_their_way = if world > 1 { len + bucket } else { 0 };
+            let on_their_way = if options.world > 1 { len + bucket } else { 0 };
             return Footprint { sums: levels * len + kept, on_their_way, ..Footprint::alone(len) };
         };
         let own = sharding.own().len();

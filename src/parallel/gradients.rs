@@ -11,7 +11,7 @@ use super::buckets::Bucket;
 use super::collective::Collective;
 use super::kept::KeptTensors;
 use super::ranks::Ranks;
-use super::reducer::{Job, Reducer};
+use super::reducer::{Job, Place, Reducer};
 use super::sharding::Sharding;
 use crate::backend::{Arena, Backend, Exchange, PassOfStep, Slice, Together};
 use crate::error::Result;
@@ -99,7 +99,8 @@ impl<B: Backend<Real = f32>> Gradients<B> {
                 backend.add_to(&mut arena.gradients, left, elements.clone())?;
             }
             if let Reducer::Queued(queue) = &mut self.reducer {
-                queue.sum(backend, &mut arena.gradients, elements, self.options.wire)?;
+                let shards = self.ranks.shards_of(&elements);
+                queue.sum(backend, &mut arena.gradients, Place { elements, shards }, self.options.wire)?;
             } else if self.ranks.world() > 1 {
                 let mut values = self.spare.pop().unwrap_or_default();
                 values.resize(elements.len(), 0.0);
@@ -156,15 +157,11 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
         !self.reduces() || self.ranks.collective.is_queued()
     }
 
-    fn place(&self) -> (usize, usize) {
-        self.ranks.place()
-    }
-
     fn begin(&mut self, backend: &B, arena: &mut Arena<B>, pass: PassOfStep) -> Result<()> {
         // Room on the device is made before anything is recorded.
         if let Reducer::Queued(queue) = &mut self.reducer {
-            let largest = self.buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
-            queue.make_room(backend, largest, self.options.wire, arena.state_layout.padded_len())?;
+            let places = self.buckets.iter().map(|bucket| Place::of_bucket(bucket, self.ranks.shards()));
+            queue.make_room(backend, places, self.options.wire, arena.state_layout.padded_len())?;
         }
         self.kept.begin(backend, arena, pass)
     }
@@ -195,7 +192,25 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
 
     fn spread(&mut self, backend: &B, arena: &mut Arena<B>) -> Result<()> {
         let most = self.buckets.iter().map(|bucket| bucket.elements.len()).max().unwrap_or(0);
-        self.ranks.spread(backend, &mut arena.parameters, most)
+        self.ranks.spread(backend, arena, most)
+    }
+}
+
+impl<B: Backend> Together for Gradients<B> {
+    fn place(&self) -> (usize, usize) {
+        self.ranks.place()
+    }
+
+    fn pieces(&mut self, of_this: &[f64]) -> Result<Vec<f64>> {
+        self.ranks.pieces(of_this)
+    }
+
+    fn processes(&mut self, of_this: f64) -> Result<Vec<f64>> {
+        self.ranks.gather(&[of_this])
+    }
+
+    fn gather_pieces(&mut self, values: Slice<'_>) -> Result<()> {
+        self.ranks.gather_pieces(values)
     }
 
     fn gather(&mut self, values: Slice<'_>) -> Result<()> {
@@ -204,15 +219,5 @@ impl<B: Backend<Real = f32>> Exchange<B> for Gradients<B> {
 
     fn join(&mut self) -> Result<()> {
         self.ranks.collective.join()
-    }
-}
-
-impl<B: Backend> Together for Gradients<B> {
-    fn pieces(&mut self, of_this: &[f64]) -> Result<Vec<f64>> {
-        self.ranks.pieces(of_this)
-    }
-
-    fn processes(&mut self, of_this: f64) -> Result<Vec<f64>> {
-        self.ranks.gather(&[of_this])
     }
 }

@@ -4,7 +4,7 @@
 //! the gradients.
 
 use super::gradients::{Wire, fold, levels};
-use super::reducer::Reducer;
+use super::reducer::{Place, Reducer};
 use crate::backend::{Arena, Backend, PassOfStep};
 use crate::error::Result;
 
@@ -63,7 +63,8 @@ impl<B: Backend<Real = f32>> KeptTensors<B> {
             return Ok(());
         }
         if let Reducer::Queued(queue) = reducer {
-            return queue.sum(backend, &mut arena.state, 0..len, Wire::F32);
+            let place = Place { elements: 0..len, shards: Vec::new() };
+            return queue.sum(backend, &mut arena.state, place, Wire::F32);
         }
         let mut values = vec![0f32; len];
         backend.download(&arena.state, 0, &mut values)?;

@@ -419,6 +419,13 @@ impl Collective for Nccl {
         }
     }
 
+    fn copy(&self, to: Slice<'_>, from: Slice<'_>) -> Result<()> {
+        match (&to, &from) {
+            (Slice::Device(to), Slice::Device(from)) => self.communicator.communication.copy(to, from),
+            _ => Err(other_types("copy on a device", to.number(), to.len(), from.number(), from.len())),
+        }
+    }
+
     fn abort(&self) {
         self.communicator.abort();
     }
@@ -429,5 +436,13 @@ impl Collective for Nccl {
 
     fn join(&self) -> Result<()> {
         self.communicator.communication.join()
+    }
+
+    fn mark(&self, number: usize) -> Result<()> {
+        self.communicator.communication.mark(number)
+    }
+
+    fn join_mark(&self, number: usize) -> Result<()> {
+        self.communicator.communication.join_mark(number)
     }
 }

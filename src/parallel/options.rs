@@ -116,7 +116,8 @@ impl ParallelOptions {
     /// How the memory of a process that has this share is shared out, `rank` of `world`.
     pub fn sharding(&self, (rank, world): (usize, usize), share: &Share, accumulate: u32) -> ShardingOptions {
         let adds_up = share.reproducible && accumulate > 1;
-        ShardingOptions { shard: self.shard, rank, world, bucket: self.bucket_elements(), adds_up }
+        let (shard, bucket, wire) = (self.shard, self.bucket_elements(), self.wire);
+        ShardingOptions { shard, rank, world, bucket, adds_up, wire }
     }
 
     /// Elements of a bucket.

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::collective::Collective;
+use super::reducer::within;
 use super::sharding::Sharding;
-use crate::backend::{Backend, Slice};
+use crate::backend::{Arena, Backend, Numeric, Slice};
 use crate::error::{Error, Result};
 use crate::plan::{Gather, overlap};
 
@@ -50,18 +51,35 @@ impl Ranks {
         self.collective.all_gather(values, &shards)
     }
 
+    /// Fills in what other processes know of their pieces of the update: `values` holds as many bytes for each.
+    pub fn gather_pieces(&self, values: Slice<'_>) -> Result<()> {
+        let pieces: usize = self.pieces.iter().sum();
+        let each = values.len().checked_div(pieces).unwrap_or(0);
+        if each * pieces != values.len() {
+            return Err(Error::shape(
+                "gather",
+                format!("as many bytes for each of {pieces} pieces"),
+                values.len().to_string(),
+            ));
+        }
+        let places = one_after_the_other(&self.pieces.iter().map(|count| count * each).collect::<Vec<_>>());
+        self.collective.fork()?;
+        self.collective.all_gather(values, &places)
+    }
+
     /// The elements of this process; all, where each has all.
     pub fn own(&self) -> Range<usize> {
         self.shards.get(self.collective.rank()).cloned().unwrap_or(0..usize::MAX)
     }
 
+    /// The elements of each process; none where each has all.
+    pub fn shards(&self) -> &[Range<usize>] {
+        &self.shards
+    }
+
     /// Each process's part of `elements`, counted from their first; empty where each has all.
     pub fn shards_of(&self, elements: &Range<usize>) -> Vec<Range<usize>> {
-        let within = |shard: &Range<usize>| {
-            let common = overlap(elements, shard);
-            common.start - elements.start..common.end - elements.start
-        };
-        self.shards.iter().map(within).collect()
+        within(elements, &self.shards)
     }
 
     /// Numbers of every process, in the order of ranks.
@@ -86,8 +104,24 @@ impl Ranks {
         Ok(all)
     }
 
-    /// `buffer[shard] = that of its process`, for all shards, about `most` elements at a time.
-    pub fn spread<B: Backend<Real = f32>>(
+    /// Gives all processes this one's elements of the parameters as operations read them, and gets theirs. In the host's memory about
+    /// `most` elements at a time; a device does it in its own, before what is queued there from now on.
+    pub fn spread<B: Backend<Real = f32>>(&mut self, backend: &B, arena: &mut Arena<B>, most: usize) -> Result<()> {
+        if !self.collective.is_queued() {
+            return self.spread_on_host(backend, &mut arena.parameters, most);
+        }
+        let all = 0..arena.layout.padded_len();
+        self.collective.fork()?;
+        let values = if arena.shares_out_masters() {
+            backend.slice(&mut arena.stored, all)?
+        } else {
+            backend.slice(&mut arena.parameters, all)?
+        };
+        self.collective.all_gather(values, &self.shards)?;
+        self.collective.join()
+    }
+
+    fn spread_on_host<B: Backend<Real = f32>>(
         &mut self,
         backend: &B,
         buffer: &mut B::Buffer<f32>,
@@ -146,6 +180,28 @@ impl Ranks {
         for (part, to) in self.shards.iter().flat_map(parts) {
             backend.upload(window, to, &self.room[at..at + part.len()])?;
             at += part.len();
+        }
+        Ok(())
+    }
+
+    /// As [`Ranks::bring`], within a device's memory, on the collective's stream.
+    pub fn bring_queued<B: Backend, T: Numeric>(
+        &self,
+        backend: &B,
+        (own, window): (&mut B::Buffer<T>, &mut B::Buffer<T>),
+        ranges: &[Range<usize>],
+        gather: &Gather,
+    ) -> Result<()> {
+        let mine = self.own();
+        self.collective.fork()?;
+        for (tensor, place) in &gather.tensors {
+            let (range, part) = (&ranges[*tensor], overlap(&ranges[*tensor], &mine));
+            if !part.is_empty() {
+                let from = backend.slice(own, part.start - mine.start..part.end - mine.start)?;
+                let at = place.start + (part.start - range.start);
+                self.collective.copy(backend.slice(window, at..at + part.len())?, from)?;
+            }
+            self.collective.all_gather(backend.slice(window, place.clone())?, &self.shards_of(range))?;
         }
         Ok(())
     }

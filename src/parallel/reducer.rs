@@ -7,11 +7,13 @@ use std::thread::JoinHandle;
 
 use half::bf16;
 
+use super::buckets::Bucket;
 use super::collective::Collective;
 use super::gradients::{GradientsOptions, Wire};
 use super::tree::{room_of_tree, tree_reduce_scatter, tree_sum};
 use crate::backend::{Backend, Slice};
 use crate::error::{Error, Result};
+use crate::plan::overlap;
 
 /// A sum over processes.
 pub(super) struct Sum {
@@ -25,16 +27,24 @@ struct Room<W, N> {
     narrow: N,
 }
 
-impl Sum {
-    /// Elements of room in f32 and in bf16 for a sum of so many values.
-    fn room(&self, len: usize, wire: Wire) -> [usize; 2] {
-        match wire {
-            Wire::F32 if self.tree => [room_of_tree(len), 0],
-            Wire::F32 => [0, 0],
-            Wire::Bf16 => [0, len],
-        }
+/// Elements of room in f32 and in bf16 for a sum of so many values, by all or of shards; `tree`: whether it is one of a tree.
+fn room(tree: bool, len: usize, shards: &[Range<usize>], wire: Wire) -> [usize; 2] {
+    let longest = shards.iter().map(Range::len).max();
+    match wire {
+        Wire::F32 => [if tree { longest.unwrap_or(room_of_tree(len)) } else { 0 }, 0],
+        Wire::Bf16 => [0, len],
     }
+}
 
+/// Elements of room, as [`Queue`] makes it.
+pub(super) fn room_on_device(tree: bool, places: impl Iterator<Item = Place>, wire: Wire, state: usize) -> [usize; 2] {
+    places.fold(room(tree, state, &[], Wire::F32), |[wide, narrow], Place { elements, shards }| {
+        let [w, n] = room(tree, elements.len(), &shards, wire);
+        [wide.max(w), narrow.max(n)]
+    })
+}
+
+impl Sum {
     /// Sums of all values to all, or of each shard to its process.
     fn over_processes(
         &self,
@@ -50,7 +60,8 @@ impl Sum {
         };
         let Room { wide, mut narrow } = room;
         match wire {
-            Wire::F32 if self.tree => tree_sum(collective, values, wide),
+            Wire::F32 if self.tree && shards.is_empty() => tree_sum(collective, values, wide),
+            Wire::F32 if self.tree => tree_reduce_scatter(collective, values, shards, wide),
             Wire::F32 => sum(values),
             Wire::Bf16 => {
                 collective.convert(narrow.part(0..len)?, values.part(0..len)?)?;
@@ -62,10 +73,7 @@ impl Sum {
 
     /// Sums values of the host.
     fn on_host(&self, job: &mut Job, room: &mut Room<Vec<f32>, Vec<bf16>>) -> Result<()> {
-        if self.tree && !job.shards.is_empty() {
-            return tree_reduce_scatter(&*self.collective, &mut job.values, &job.shards, &mut room.wide);
-        }
-        let [wide, narrow] = self.room(job.values.len(), job.wire);
+        let [wide, narrow] = self::room(self.tree, job.values.len(), &job.shards, job.wire);
         room.wide.resize(wide.max(room.wide.len()), 0.0);
         room.narrow.resize(narrow.max(room.narrow.len()), bf16::ZERO);
         let room = Room { wide: room.wide.as_mut_slice().into(), narrow: room.narrow.as_mut_slice().into() };
@@ -95,27 +103,54 @@ pub(super) struct Queue<B: Backend> {
     room: Option<Room<B::Buffer<f32>, B::Buffer<bf16>>>,
 }
 
+/// A bucket that is summed where it stands, as elements of a buffer; `shards` as in [`Job`].
+pub(super) struct Place {
+    pub elements: Range<usize>,
+    pub shards: Vec<Range<usize>>,
+}
+
+impl Place {
+    /// A bucket of an arena, of which each process wants its own of `shards` alone, or all.
+    pub fn of_bucket(Bucket { elements, .. }: &Bucket, shards: &[Range<usize>]) -> Self {
+        Place { elements: elements.clone(), shards: within(elements, shards) }
+    }
+}
+
+/// Each shard's part of `elements`, counted from their first.
+pub(super) fn within(elements: &Range<usize>, shards: &[Range<usize>]) -> Vec<Range<usize>> {
+    let within = |shard: &Range<usize>| {
+        let common = overlap(elements, shard);
+        common.start - elements.start..common.end - elements.start
+    };
+    shards.iter().map(within).collect()
+}
+
 impl<B: Backend<Real = f32>> Queue<B> {
-    /// Makes room for sums of at most `largest` values sent as `wire`, and of `state` values in f32.
-    pub fn make_room(&mut self, backend: &B, largest: usize, wire: Wire, state: usize) -> Result<()> {
+    /// Makes room for sums of `buckets` sent as `wire`, and of `state` values in f32.
+    pub fn make_room(
+        &mut self,
+        backend: &B,
+        buckets: impl Iterator<Item = Place>,
+        wire: Wire,
+        state: usize,
+    ) -> Result<()> {
         if self.room.is_none() {
-            let [of_state, _] = self.sum.room(state, Wire::F32);
-            let [wide, narrow] = self.sum.room(largest, wire);
-            let (wide, narrow) = (backend.allocate(wide.max(of_state))?, backend.allocate(narrow)?);
-            self.room = Some(Room { wide, narrow });
+            let [wide, narrow] = room_on_device(self.sum.tree, buckets, wire, state);
+            self.room = Some(Room { wide: backend.allocate(wide)?, narrow: backend.allocate(narrow)? });
         }
         Ok(())
     }
 
     /// Queues the sum of some elements of a buffer.
-    pub fn sum(&mut self, backend: &B, values: &mut B::Buffer<f32>, elements: Range<usize>, wire: Wire) -> Result<()> {
-        let [w, n] = self.sum.room(elements.len(), wire);
+    pub fn sum(&mut self, backend: &B, values: &mut B::Buffer<f32>, place: Place, wire: Wire) -> Result<()> {
+        let Place { elements, shards } = place;
+        let [w, n] = room(self.sum.tree, elements.len(), &shards, wire);
         let Some(Room { wide, narrow }) = &mut self.room else {
             return Err(Error::Training("gradients are summed in a pass that has not begun".into()));
         };
         self.sum.collective.fork()?;
         let room = Room { wide: backend.slice(wide, 0..w)?, narrow: backend.slice(narrow, 0..n)? };
-        self.sum.over_processes(backend.slice(values, elements)?, &[], wire, room)
+        self.sum.over_processes(backend.slice(values, elements)?, &shards, wire, room)
     }
 }
 

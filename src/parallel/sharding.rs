@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use super::buckets::{Bucket, buckets};
+use super::gradients::Wire;
 use super::options::Shard;
+use crate::backend::ops::Update;
 use crate::backend::{Backend, Op, Use};
 use crate::error::Result;
 use crate::optim::UpdatePlan;
@@ -23,6 +25,8 @@ pub struct ShardingOptions {
     /// Whether gradients of several micro-batches are added up before they are summed over processes, as the order of
     /// [`crate::plan::Share::reproducible`] asks for: their window then is as large as all of them.
     pub adds_up: bool,
+    /// What gradients are sent as.
+    pub wire: Wire,
 }
 
 /// The plan that follows from the options for a model and its optimizer.
@@ -49,7 +53,7 @@ impl Sharding {
     ///
     /// # Errors
     /// A program of another model than the layout's.
-    pub fn new<B: Backend>(
+    pub fn new<B: Update>(
         options: ShardingOptions,
         program: &[Box<dyn Op<B>>],
         layout: &ParamLayout,
@@ -71,7 +75,7 @@ impl Sharding {
     }
 
     /// The window through which a program sees parameters; none where all are kept.
-    pub fn window<B: Backend>(&self, program: &[Box<dyn Op<B>>]) -> Option<Window> {
+    pub fn window<B: Update>(&self, program: &[Box<dyn Op<B>>]) -> Option<Window> {
         (self.options.shard == Shard::Parameters).then(|| {
             let lens: Vec<usize> = self.ranges.iter().map(Range::len).collect();
             let mut uses = vec![Vec::new(); lens.len()];
@@ -84,7 +88,7 @@ impl Sharding {
                     }
                 });
             }
-            Window::new(&lens, &uses, self.options.bucket)
+            Window::new(&lens, &uses, self.options.bucket, B::QUEUES_SUMS)
         })
     }
 

@@ -47,7 +47,8 @@ pub fn tree_sum(collective: &dyn Collective, mut values: Slice<'_>, mut room: Sl
     Ok(())
 }
 
-/// As [`tree_sum`], but only of `values[shards[rank]]`; what becomes of the other elements is open. A shard a rank.
+/// As [`tree_sum`], but only of `values[shards[rank]]`; what becomes of the other elements is open. A shard a rank. `room` has as
+/// many elements as the longest shard.
 ///
 /// At distance 1 each process gives its neighbour what those ranks will keep whose last bit is the neighbour's, at distance 2 what
 /// those will keep whose last two bits are, and so on: every element goes the way that it goes in a sum by all.
@@ -56,9 +57,9 @@ pub fn tree_sum(collective: &dyn Collective, mut values: Slice<'_>, mut room: Sl
 /// As [`tree_sum`].
 pub fn tree_reduce_scatter(
     collective: &dyn Collective,
-    values: &mut [f32],
+    mut values: Slice<'_>,
     shards: &[Range<usize>],
-    room: &mut Vec<f32>,
+    mut room: Slice<'_>,
 ) -> Result<()> {
     let (rank, world) = (collective.rank(), collective.world());
     if !world.is_power_of_two() || shards.len() != world {
@@ -67,21 +68,14 @@ pub fn tree_reduce_scatter(
     }
     let mut distance = 1;
     while distance < world {
-        // The shards of the ranks that agree with one in the bits so far.
-        let of = |one: usize| {
-            let agree = move |other: usize| (one ^ other) & (2 * distance - 1) == 0;
-            shards.iter().enumerate().filter(move |(other, _)| agree(*other)).map(|(_, shard)| shard.clone())
-        };
-        let partner = rank ^ distance;
-        room.clear();
-        of(partner).for_each(|shard| room.extend_from_slice(&values[shard]));
-        let sent = room.len();
-        room.resize(sent + of(rank).map(|shard| shard.len()).sum::<usize>(), 0.0);
-        let (send, received) = room.split_at_mut(sent);
-        collective.swap(partner, send.into(), (&mut *received).into())?;
-        let mut received = received.iter();
-        for shard in of(rank) {
-            values[shard].iter_mut().zip(received.by_ref()).for_each(|(value, &other)| *value += other);
+        // The ranks that agree with this one in the bits so far; the partner keeps for those that differ from them in the last.
+        for kept in (0..world).filter(|other| (rank ^ other) & (2 * distance - 1) == 0) {
+            let (keep, give) = (shards[kept].clone(), shards[kept ^ distance].clone());
+            let len = keep.len();
+            if len + give.len() > 0 {
+                collective.swap(rank ^ distance, values.part(give)?, room.part(0..len)?)?;
+                collective.add(values.part(keep)?, room.part(0..len)?)?;
+            }
         }
         distance *= 2;
     }

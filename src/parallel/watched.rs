@@ -76,6 +76,10 @@ impl Collective for Watched {
         self.collective.convert(to, from)
     }
 
+    fn copy(&self, to: Slice<'_>, from: Slice<'_>) -> Result<()> {
+        self.collective.copy(to, from)
+    }
+
     fn abort(&self) {
         self.collective.abort();
     }
@@ -86,5 +90,13 @@ impl Collective for Watched {
 
     fn join(&self) -> Result<()> {
         self.collective.join()
+    }
+
+    fn mark(&self, number: usize) -> Result<()> {
+        self.collective.mark(number)
+    }
+
+    fn join_mark(&self, number: usize) -> Result<()> {
+        self.collective.join_mark(number)
     }
 }

@@ -55,9 +55,11 @@ pub struct Window {
 /// Tensors that are brought into a window together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gather {
-    /// Before this operation.
+    /// It may begin before this operation: what stood there before is not used from then on.
     pub before: usize,
-    /// Each tensor and its place in the window, until the next gather that names the tensor.
+    /// It has to be there before this operation.
+    pub needed: usize,
+    /// Each tensor and its place in the window from [`Gather::needed`] on, until that of the next gather that names the tensor.
     pub tensors: Vec<(usize, Range<usize>)>,
 }
 
@@ -72,8 +74,9 @@ impl Window {
     /// The window for tensors of `lens` elements, which operations `uses` (sorted, a list for each tensor) read.
     ///
     /// A tensor is dropped between two uses where more than `bucket` elements of other tensors are used between them. Tensors that
-    /// come one after the other are gathered together, up to `bucket` elements.
-    pub fn new(lens: &[usize], uses: &[Vec<usize>], bucket: usize) -> Self {
+    /// come one after the other are gathered together, up to `bucket` elements. `ahead`: whether there is room for each gather to begin
+    /// when the one before it is needed, so that it is on its way while the operations between run.
+    pub fn new(lens: &[usize], uses: &[Vec<usize>], bucket: usize, ahead: bool) -> Self {
         let mut stays = stays(lens, uses, bucket);
         stays.sort_by_key(|stay| (stay.first, stay.tensor));
         let mut groups: Vec<(usize, usize)> = Vec::new(); // first operation and elements
@@ -87,25 +90,41 @@ impl Window {
                 None => groups.push((stay.first, len)),
             }
         }
-        let lives: Vec<Lifetime> =
-            stays.iter().map(|stay| Lifetime { first: stay.first, last: stay.last, len: lens[stay.tensor] }).collect();
+        let mut needed: Vec<usize> = stays.iter().map(|stay| stay.first).collect();
+        needed.dedup();
+        let begins = |stay: &Stay| {
+            let number = needed.partition_point(|&op| op < stay.first);
+            if ahead { needed[number.saturating_sub(1)] } else { stay.first }
+        };
+        let lives: Vec<Lifetime> = stays
+            .iter()
+            .map(|stay| Lifetime { first: begins(stay), last: stay.last, len: lens[stay.tensor] })
+            .collect();
         let plan = MemoryPlan::new(&lives);
         let mut gathers: Vec<Gather> = Vec::new();
         for (stay, &offset) in stays.iter().zip(&plan.offsets) {
             let place = (stay.tensor, offset..offset + lens[stay.tensor]);
-            match gathers.last_mut().filter(|gather| gather.before == stay.first) {
+            match gathers.last_mut().filter(|gather| gather.needed == stay.first) {
                 Some(gather) => gather.tensors.push(place),
-                None => gathers.push(Gather { before: stay.first, tensors: vec![place] }),
+                None => gathers.push(Gather { before: begins(stay), needed: stay.first, tensors: vec![place] }),
             }
         }
         Window { gathers, len: plan.peak }
     }
 
-    /// The gathers before an operation.
-    pub fn before(&self, op: usize) -> &[Gather] {
-        let first = self.gathers.partition_point(|gather| gather.before < op);
-        let end = self.gathers.partition_point(|gather| gather.before <= op);
-        &self.gathers[first..end]
+    /// The numbers of the gathers that begin before an operation.
+    pub fn before(&self, op: usize) -> Range<usize> {
+        self.numbers(op, |gather| gather.before)
+    }
+
+    /// The numbers of the gathers that are needed by an operation.
+    pub fn needed(&self, op: usize) -> Range<usize> {
+        self.numbers(op, |gather| gather.needed)
+    }
+
+    fn numbers(&self, op: usize, of: impl Fn(&Gather) -> usize) -> Range<usize> {
+        let first = self.gathers.partition_point(|gather| of(gather) < op);
+        first..self.gathers.partition_point(|gather| of(gather) <= op)
     }
 }
 
@@ -149,7 +168,7 @@ mod tests {
     #[test]
     fn a_tensor_used_far_apart_leaves_the_window_and_comes_back() {
         // 0 is used at both ends, 1 and 2 between: a bucket holds one of them.
-        let window = Window::new(&[32, 32, 32], &[vec![0, 5], vec![1, 4], vec![2, 3]], 32);
+        let window = Window::new(&[32, 32, 32], &[vec![0, 5], vec![1, 4], vec![2, 3]], 32, false);
         let of: Vec<(usize, Vec<usize>)> =
             window.gathers.iter().map(|g| (g.before, g.tensors.iter().map(|(t, _)| *t).collect())).collect();
         assert_eq!(of, [(0, vec![0]), (1, vec![1]), (2, vec![2]), (5, vec![0])]);
@@ -159,8 +178,20 @@ mod tests {
     }
 
     #[test]
+    fn gathers_begin_ahead_where_there_is_room_for_it() {
+        let uses = [vec![0], vec![3], vec![5]];
+        let of = |ahead| {
+            let window = Window::new(&[32, 32, 32], &uses, 32, ahead);
+            let times: Vec<[usize; 2]> = window.gathers.iter().map(|g| [g.before, g.needed]).collect();
+            (times, window.len)
+        };
+        assert_eq!(of(false), (vec![[0, 0], [3, 3], [5, 5]], 32));
+        assert_eq!(of(true), (vec![[0, 0], [0, 3], [3, 5]], 64));
+    }
+
+    #[test]
     fn tensors_that_fit_into_a_bucket_come_together() {
-        let window = Window::new(&[32, 32, 32], &[vec![0], vec![1], vec![2]], 64);
+        let window = Window::new(&[32, 32, 32], &[vec![0], vec![1], vec![2]], 64, false);
         let of: Vec<usize> = window.gathers.iter().map(|g| g.tensors.len()).collect();
         assert_eq!((of, window.gathers[1].before), (vec![2, 1], 2));
     }
@@ -190,7 +221,8 @@ mod tests {
         #[test]
         fn every_use_finds_its_tensor_where_no_other_that_is_needed_lies(
             raw in prop::collection::vec((1usize..200, prop::collection::vec(0usize..30, 1..5)), 1..12),
-            bucket in 1usize..400
+            bucket in 1usize..400,
+            ahead: bool
         ) {
             let lens: Vec<usize> = raw.iter().map(|(len, _)| *len).collect();
             let uses: Vec<Vec<usize>> = raw
@@ -202,16 +234,16 @@ mod tests {
                     ops
                 })
                 .collect();
-            let window = Window::new(&lens, &uses, bucket);
+            let window = Window::new(&lens, &uses, bucket, ahead);
             // Whose values stand in each element of the window, as the gathers overwrite them.
             let mut holds = vec![usize::MAX; window.len];
             let mut places = vec![0..0; lens.len()];
             for op in 0..30 {
-                for gather in window.before(op) {
-                    for (tensor, place) in &gather.tensors {
-                        holds[place.clone()].fill(*tensor);
-                        places[*tensor] = place.clone();
-                    }
+                for (tensor, place) in window.gathers[window.before(op)].iter().flat_map(|gather| &gather.tensors) {
+                    holds[place.clone()].fill(*tensor);
+                }
+                for (tensor, place) in window.gathers[window.needed(op)].iter().flat_map(|gather| &gather.tensors) {
+                    places[*tensor] = place.clone();
                 }
                 for (tensor, ops) in uses.iter().enumerate().filter(|(_, ops)| ops.contains(&op)) {
                     let place = places[tensor].clone();

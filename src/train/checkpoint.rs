@@ -340,11 +340,14 @@ pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) ->
     if arena.layout.get("transformer.wte.weight").is_some() && is_hugging_face_gpt2(&model) {
         model = from_hugging_face_gpt2(model, file)?;
     }
-    let alone = backend.stores_alone(arena);
+    let (alone, copied) = (backend.stores_alone(arena), arena.shares_out_masters());
     let Arena { layout, parameters, stored, state_layout, state, held, .. } = arena;
     if alone {
         tensors::upload(backend, stored, layout, "", &mut model, file)?;
     } else if let Some(Held { elements, parameters: Some(own), .. }) = held {
+        if copied {
+            tensors::upload(backend, stored, layout, "", &mut model.clone(), file)?;
+        }
         tensors::upload_part(backend, (own, 0), layout, elements, "", &mut model, file)?;
     } else {
         tensors::upload(backend, parameters, layout, "", &mut model, file)?;

@@ -4,7 +4,7 @@
 //! plan depends on the device's kind and on what it stores, not on a device: none need be there.
 
 use crate::backend::ops::Update;
-use crate::backend::{Backend, Op, Param, Use};
+use crate::backend::{Backend, Op, Param, Use, stores_what_it_computes_in};
 use crate::error::Result;
 use crate::model::{ActivationBytes, Input, Mode, Model, ParamTable, Program};
 use crate::optim::{OptimizerOptions, UpdatePlan};
@@ -85,7 +85,7 @@ impl RunMemory {
             window = [window, other].into_iter().flatten().max_by_key(|window| window.len);
         }
         let (real, storage) = ((B::Real::NAME, size_of::<B::Real>()), (B::Storage::NAME, size_of::<B::Storage>()));
-        let one_type = std::any::TypeId::of::<B::Real>() == std::any::TypeId::of::<B::Storage>();
+        let one_type = stores_what_it_computes_in::<B>();
         let len = layout.padded_len();
         let part =
             |name, (of, element): (&str, usize), len: usize| Part { name, of: of.to_owned(), bytes: len * element };
@@ -100,13 +100,16 @@ impl RunMemory {
             Some((share, options)) => {
                 let buckets = buckets(&program.ops, &ranges, &layout, options.bucket)?;
                 let lens = [len, state.padded_len()];
-                Footprint::new((share, options.world), &buckets, lens, sharding.as_ref(), window.as_ref())
+                Footprint::new((share, options), &buckets, lens, sharding.as_ref(), window.as_ref(), B::QUEUES_SUMS)
             }
         };
+        let own = sharding.as_ref().map_or(0..len, Sharding::own);
+        // Of what is kept in another type besides, a process keeps what it updates.
+        let masters = if one_type { held.parameters } else { held.updated };
         let parts = [
-            part("parameters", real, if wanted.optimizer.master { held.parameters } else { 0 }),
-            part("window of parameters", real, held.parameter_window),
-            part(copy, storage, if one_type { 0 } else { len }),
+            part("parameters", real, if wanted.optimizer.master { masters } else { 0 }),
+            part("window of parameters", storage, held.parameter_window),
+            part(copy, storage, if one_type { 0 } else { held.parameters }),
             part("gradients", real, held.gradients),
             part("window of gradients", real, held.gradient_window),
             part("sums of parts", real, held.sums),
@@ -114,7 +117,7 @@ impl RunMemory {
             bytes("optimizer slots", format!("{}, {}", real.0, plan.slots.join(", ")), slots * held.updated * real.1),
             part("average of weights", real, if wanted.average { held.updated } else { 0 }),
             part("running statistics", real, state.padded_len()),
-            bytes("tables of the update", String::new(), B::table_bytes(&plan)),
+            bytes("tables of the update", String::new(), B::table_bytes(&plan, &own)),
             bytes("activations", storage.0.to_owned(), others),
             bytes("inputs and targets", batches, inputs),
             bytes("evaluation", storage.0.to_owned(), evaluation),

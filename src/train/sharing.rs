@@ -21,7 +21,7 @@ pub(super) fn check_sharding<B: Backend + Update>(run: &Run<B>) -> Result<()> {
              with it",
         ));
     }
-    can_be_shared_out::<B>(&run.optimizer)
+    can_be_shared_out(&run.optimizer)
 }
 
 /// What makes the gradients of a trainer's parts those of the whole batch.

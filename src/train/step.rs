@@ -181,7 +181,7 @@ impl<B: Backend + Update> Trainer<B> {
         let arena = match &sharding {
             None => model.arena_with(&backend, seed, plan.slots.len(), optimizer.master)?,
             Some(sharding) => {
-                can_be_shared_out::<B>(optimizer)?;
+                can_be_shared_out(optimizer)?;
                 model.parameters().arena_held(&backend, seed, plan.slots.len(), &sharding.hold())?
             }
         };
@@ -469,15 +469,11 @@ impl<B: Backend + Update> Trainer<B> {
     }
 }
 
-/// Fails where a device, or what is asked of the optimizer, leaves nothing to share out.
+/// Fails where what is asked of the optimizer leaves nothing to share out.
 ///
 /// # Errors
 /// The run file's key, and why.
-pub fn can_be_shared_out<B: Update>(optimizer: &OptimizerOptions) -> Result<()> {
-    if !B::SHARES_OUT {
-        let problem = "is for CPUs so far; expected \"none\" on this device";
-        return Err(Error::config("parallel.shard", problem));
-    }
+pub fn can_be_shared_out(optimizer: &OptimizerOptions) -> Result<()> {
     if !optimizer.master {
         let problem = "found false with parallel.shard, which shares out parameters in f32; expected true";
         return Err(Error::config("optimizer.master", problem));

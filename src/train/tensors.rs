@@ -34,12 +34,12 @@ pub fn download<B: Backend, T: Element>(
     Ok(())
 }
 
-/// Copies an arena's parameters to the host, from where the device keeps them.
+/// Copies an arena's parameters to the host, from where the device keeps all of them.
 ///
 /// # Errors
 /// A device that failed.
 pub fn download_parameters<B: Backend>(backend: &B, arena: &Arena<B>, into: &mut TensorMap) -> Result<()> {
-    if backend.stores_alone(arena) {
+    if backend.stores_alone(arena) || arena.shares_out_masters() {
         download(backend, &arena.stored, &arena.layout, "", into)
     } else {
         download(backend, &arena.parameters, &arena.layout, "", into)

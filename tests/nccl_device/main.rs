@@ -1,5 +1,6 @@
 //! What devices do together by NCCL, as a program that uses the library sees it: each collective against its definition, whole
-//! steps as one graph launch with sums beside the backward, sums by way of the host, and a wait that another thread ends.
+//! steps as one graph launch with sums beside the backward, memory that is shared out, sums by way of the host, and a wait that
+//! another thread ends.
 //!
 //! A thread stands for a process, with an emulated device of its own.
 
@@ -7,6 +8,7 @@ mod around_the_host;
 mod collectives;
 #[path = "../common/emulator.rs"]
 mod emulator;
+mod sharded;
 mod steps;
 
 use std::sync::{Arc, Mutex};

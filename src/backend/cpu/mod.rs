@@ -128,9 +128,19 @@ impl<R: Real> Backend for Cpu<R> {
         Ok(())
     }
 
-    fn copy_to(&self, to: &mut Vec<R>, from: &Vec<R>, elements: Range<usize>) -> Result<()> {
-        let (to, from) = both(to, from, elements)?;
+    fn copy_part(&self, to: &mut Vec<R>, offset: usize, from: &Vec<R>, elements: Range<usize>) -> Result<()> {
+        let (of_to, of_from, len) = (to.len(), from.len(), elements.len());
+        let to = to.get_mut(offset..offset + len).ok_or_else(|| does_not_fit(of_to, offset, len))?;
+        let from = from.get(elements.clone()).ok_or_else(|| does_not_fit(of_from, elements.start, len))?;
         to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(())
+    }
+
+    fn clear(&self, values: &mut Vec<R>, elements: Range<usize>) -> Result<()> {
+        let len = values.len();
+        let values =
+            values.get_mut(elements.clone()).ok_or_else(|| does_not_fit(len, elements.start, elements.len()))?;
+        values.fill(R::default());
         Ok(())
     }
 

@@ -55,8 +55,6 @@ impl<R: Real> Update for Cpu<R> {
         part.update(&mut arena.parameters, &mut arena.gradients, &mut slots, step, kept)
     }
 
-    const SHARES_OUT: bool = true;
-
     fn update_held(
         &self,
         arena: &mut Arena<Self>,

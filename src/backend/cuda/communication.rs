@@ -7,7 +7,7 @@ use cudarc::driver::{CudaEvent, CudaStream, result};
 use super::Buffer;
 use super::context::{Device, driver_error};
 use super::launch::{Grid, args};
-use crate::backend::{DeviceSlice, HostSlice, Number};
+use crate::backend::{DeviceSlice, HostSlice, IN_FLIGHT, Number};
 use crate::error::{Error, Result};
 
 /// Bytes that staged slices begin at multiples of.
@@ -22,6 +22,8 @@ pub struct Communication {
     stream: Arc<CudaStream>,
     forked: CudaEvent,
     joined: CudaEvent,
+    /// Pass when what was remembered by their number is done.
+    marks: Vec<CudaEvent>,
     /// Passes when what was staged is exchanged.
     exchanged: CudaEvent,
     /// Device memory for slices of the host.
@@ -40,6 +42,7 @@ impl Communication {
             stream: device.context().new_stream().map_err(fail)?,
             forked: event()?,
             joined: event()?,
+            marks: (0..2 * IN_FLIGHT).map(|_| event()).collect::<Result<_>>()?,
             exchanged: event()?,
             staging: Mutex::default(),
             device: device.clone(),
@@ -82,6 +85,47 @@ impl Communication {
         joined.map_err(|error| driver_error("put the step behind an exchange", error))
     }
 
+    /// Remembers what is queued here so far, by number.
+    ///
+    /// # Errors
+    /// A number that there is not, or a device that failed.
+    pub fn mark(&self, number: usize) -> Result<()> {
+        let marked = self.numbered(number)?.record(&self.stream);
+        marked.map_err(|error| driver_error("remember an exchange", error))
+    }
+
+    /// What the device queues from now on begins after what was remembered last by this number.
+    ///
+    /// # Errors
+    /// As [`Communication::mark`].
+    pub fn join_mark(&self, number: usize) -> Result<()> {
+        let joined = self.device.stream().wait(self.numbered(number)?);
+        joined.map_err(|error| driver_error("put the step behind an exchange", error))
+    }
+
+    fn numbered(&self, number: usize) -> Result<&CudaEvent> {
+        let unknown = || Error::shape("exchange", format!("a mark below {}", self.marks.len()), number.to_string());
+        self.marks.get(number).ok_or_else(unknown)
+    }
+
+    /// Queues `to = from`, of one type.
+    ///
+    /// # Errors
+    /// Other types or lengths, or a device that failed.
+    pub fn copy(&self, to: &DeviceSlice, from: &DeviceSlice) -> Result<()> {
+        if (to.number(), to.len()) != (from.number(), from.len()) {
+            return Err(differ("copy", to, from));
+        }
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        let bytes = to.len() * to.number().bytes();
+        // SAFETY: both hold as many bytes.
+        unsafe { result::memcpy_dtod_async(to.address(), from.address(), bytes, self.stream.cu_stream()) }
+            .map_err(|error| driver_error("copy on the device", error))
+    }
+
     /// Queues `to += from`, in f32.
     ///
     /// # Errors
@@ -89,6 +133,9 @@ impl Communication {
     pub fn add(&self, to: &DeviceSlice, from: &DeviceSlice) -> Result<()> {
         if (to.number(), from.number()) != (Number::F32, Number::F32) || to.len() != from.len() {
             return Err(differ("add", to, from));
+        }
+        if to.is_empty() {
+            return Ok(());
         }
         let list = args![to.address(), from.address(), to.address(), to.len()];
         let grid = Grid::elements(&self.device, to.len(), 4);

@@ -60,7 +60,8 @@ use half::{bf16, f16};
 
 use self::launch::{Grid, args};
 use super::{
-    Act, Activations, Arena, Backend, DeviceSlice, Grad, Indices, Memory, Numeric, Op, Param, Slice, State, StepContext,
+    Act, Activations, Arena, Backend, DeviceSlice, Grad, Held, Indices, Memory, Numeric, Op, Param, Slice, State,
+    StepContext,
 };
 use crate::error::{Error, Result};
 use crate::real::Element;
@@ -173,16 +174,38 @@ impl<S: Storage> Backend for Cuda<S> {
         if !S::HAS_MASTER || self.stores_alone(arena) {
             return Ok(());
         }
-        let len = arena.parameters.len();
-        self.convert(arena.parameters.address_of(0), arena.stored.address_of(0), len)
+        let (parameters, stored) = match &arena.held {
+            Some(Held { parameters: Some(own), stored: Some(stored), .. }) => (own, stored.address_of(0)),
+            Some(Held { parameters: Some(own), elements, .. }) => (own, arena.stored.part(elements)?),
+            _ => (&arena.parameters, arena.stored.address_of(0)),
+        };
+        if parameters.is_empty() {
+            return Ok(());
+        }
+        self.convert(parameters.address_of(0), stored, parameters.len())
     }
 
     fn stores_alone(&self, arena: &Arena<Self>) -> bool {
-        S::HAS_MASTER && arena.parameters.is_empty() && !arena.stored.is_empty()
+        S::HAS_MASTER && arena.held.is_none() && arena.parameters.is_empty() && !arena.stored.is_empty()
     }
 
     fn run(&self, program: &[Box<dyn Op<Self>>], memory: &mut Memory<'_, Self>, step: &StepContext) -> Result<()> {
         recording::run(self, program, memory, step)
+    }
+
+    fn run_each(
+        &self,
+        program: &[Box<dyn Op<Self>>],
+        memory: &mut Memory<'_, Self>,
+        step: &StepContext,
+        after: &mut (dyn FnMut(&mut Memory<'_, Self>, usize) -> Result<()> + Send),
+    ) -> Result<()> {
+        self.device.write(self.device.step_state(), bytemuck::bytes_of(&[step.micro_step, step.part]))?;
+        // Queued as it is, not recorded: where a program is followed, what is done between its operations is the caller's.
+        program.iter().enumerate().try_for_each(|(number, op)| {
+            recording::one(self, op.as_ref(), memory, step)?;
+            after(memory, number)
+        })
     }
 
     fn add_to(&self, to: &mut Buffer<f32>, from: &Buffer<f32>, elements: Range<usize>) -> Result<()> {
@@ -192,9 +215,14 @@ impl<S: Storage> Backend for Cuda<S> {
         unsafe { self.device().launch("elementwise", "add_f32", grid, args![to, from, to, len]) }
     }
 
-    fn copy_to(&self, to: &mut Buffer<f32>, from: &Buffer<f32>, elements: Range<usize>) -> Result<()> {
-        let (to, from, len) = Self::both(to, from, elements)?;
-        self.device().copy(to, from, len * size_of::<f32>())
+    fn copy_part(&self, to: &mut Buffer<f32>, offset: usize, from: &Buffer<f32>, elements: Range<usize>) -> Result<()> {
+        let (to, from) = (to.part(&(offset..offset + elements.len()))?, from.part(&elements)?);
+        self.device().copy(to, from, elements.len() * size_of::<f32>())
+    }
+
+    fn clear(&self, values: &mut Buffer<f32>, elements: Range<usize>) -> Result<()> {
+        let address = values.part(&elements)?;
+        self.device().fill_zero(address, elements.len() * size_of::<f32>())
     }
 
     fn divide(&self, values: &mut Buffer<f32>, divisor: f32, elements: Range<usize>) -> Result<()> {

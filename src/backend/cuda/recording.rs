@@ -14,7 +14,7 @@ pub(super) struct Key {
     /// The program, by where its list of operations lies.
     program: usize,
     operations: usize,
-    parameters: u64,
+    parameters: [u64; 2],
     values: u64,
     accumulate: bool,
     seed: u64,
@@ -30,7 +30,7 @@ impl Key {
         Key {
             program: program.as_ptr() as usize,
             operations: program.len(),
-            parameters: arena.parameters.address_of(0),
+            parameters: [arena.parameters.address_of(0), arena.stored.address_of(0)],
             values: activations.values.address_of(0),
             accumulate: step.accumulate,
             seed: step.seed,

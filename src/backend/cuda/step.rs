@@ -224,6 +224,9 @@ pub(super) fn finished(queue: &mut Queue, wait: bool) -> Result<Option<Finished>
 /// What [`crate::backend::ops::Update::submit`] is on a device.
 pub(super) fn submit<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, mut work: Work<'_, Cuda<S>>) -> Result<()> {
     match work.turn.take() {
+        Some(turn) if !turn.exchange.is_queued() && work.arena.held.is_some() => {
+            Err(Error::shape("step", "a collective of the device, where its memory is shared out", "one of the host"))
+        }
         Some(turn) if !turn.exchange.is_queued() => around_the_host(backend, queue, work, turn),
         turn => submit_one(backend, queue, Work { turn, ..work }),
     }

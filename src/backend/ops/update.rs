@@ -1,6 +1,8 @@
+use std::ops::Range;
+
 use crate::backend::step::{Finished, LossScale, Work};
 use crate::backend::{Arena, Backend, Together};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 
 /// The fused update of all parameters, and whole steps that end in it.
@@ -42,23 +44,21 @@ pub trait Update: Backend {
     /// An arena that does not fit the plan, or a device that failed.
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome>;
 
-    /// Whether an arena can be shared out over processes, each of which updates what it holds of it.
-    const SHARES_OUT: bool = false;
-
     /// As [`Update::update`], of what this process holds of an arena that is shared out: sums over pieces are those of all
     /// processes, added in the order that one process alone adds them in.
     ///
     /// # Errors
-    /// As [`Update::update`]; a process that failed; a device that does not share out ([`Update::SHARES_OUT`]).
+    /// As [`Update::update`]; a process that failed.
     fn update_held(
         &self,
-        _: &mut Arena<Self>,
-        _: &UpdatePlan,
-        _: &StepParams,
-        _: &mut dyn Together,
-    ) -> Result<StepOutcome> {
-        Err(Error::shape("update", "an arena that this process holds all of", "one that is shared out"))
-    }
+        arena: &mut Arena<Self>,
+        plan: &UpdatePlan,
+        step: &StepParams,
+        together: &mut dyn Together,
+    ) -> Result<StepOutcome>;
+
+    /// Whether what goes over processes is queued in the device's memory, with the step; else it passes through the host's.
+    const QUEUES_SUMS: bool = false;
 
     /// The sum of squares of each tensor's gradients at the last update, in arena order, as the norm was summed: after the
     /// division and the value clip, before the norm clip. Empty before the first update. Waits for the device.
@@ -67,8 +67,8 @@ pub trait Update: Backend {
     /// A device that failed.
     fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>>;
 
-    /// Bytes of the device's memory that updates by this plan take for tables and sums of their own.
-    fn table_bytes(_: &UpdatePlan) -> usize {
+    /// Bytes of the device's memory that updates of `elements` of the arena by this plan take for tables and sums of their own.
+    fn table_bytes(_: &UpdatePlan, _: &Range<usize>) -> usize {
         0
     }
 
@@ -92,7 +92,5 @@ pub trait Update: Backend {
     ///
     /// # Errors
     /// As [`Update::average`].
-    fn average_arena(&self, average: &mut Self::Buffer<Self::Real>, arena: &Arena<Self>, decay: f64) -> Result<()> {
-        self.average(average, &arena.parameters, decay)
-    }
+    fn average_arena(&self, average: &mut Self::Buffer<Self::Real>, arena: &Arena<Self>, decay: f64) -> Result<()>;
 }

@@ -4,7 +4,7 @@
 use super::{LossSums, Planned, Trainer, pass};
 use crate::backend::ops::Update;
 use crate::backend::step::Pass;
-use crate::backend::{Backend, Held, StepContext};
+use crate::backend::{Backend, Held, StepContext, stores_what_it_computes_in};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::model::Mode;
@@ -64,8 +64,8 @@ impl<B: Backend + Update> Trainer<B> {
     fn pass_on(&mut self, samples: usize) -> Result<()> {
         let planned = self.evaluation(samples)?;
         if let (Some(exchange), Some(window)) = (&mut self.exchange, &planned.window) {
-            for gather in &window.gathers {
-                exchange.bring(&self.backend, &mut self.arena, window, gather.before)?;
+            for op in 0..=window.gathers.last().map_or(0, |gather| gather.needed) {
+                exchange.bring(&self.backend, &mut self.arena, window, op)?;
             }
         }
         self.evaluations.insert(samples, planned);
@@ -83,7 +83,11 @@ impl<B: Backend + Update> Trainer<B> {
         let needed = window.as_ref().map_or(0, |window| window.len);
         let has = self.training.window.iter().chain(self.evaluations.values().filter_map(|p| p.window.as_ref()));
         if needed > has.map(|window| window.len).max().unwrap_or(0) {
-            self.arena.parameters = self.backend.allocate(needed)?;
+            if stores_what_it_computes_in::<B>() {
+                self.arena.parameters = self.backend.allocate(needed)?;
+            } else {
+                self.arena.stored = self.backend.allocate(needed)?;
+            }
         }
         Ok(Planned { program, activations, window })
     }
@@ -107,11 +111,12 @@ impl<B: Backend + Update> Trainer<B> {
                 self.backend.download(&self.arena.parameters, elements.start, &mut values[1])?;
                 self.backend.upload(&mut self.arena.parameters, elements.start, &values[0])?;
                 self.backend.upload(average, 0, &values[1])?;
-                if let Some(exchange) = &mut self.exchange {
-                    exchange.spread(&self.backend, &mut self.arena)?;
-                }
             }
         }
-        self.backend.parameters_changed(&mut self.arena)
+        self.backend.parameters_changed(&mut self.arena)?;
+        match &mut self.exchange {
+            Some(exchange) if self.arena.held.is_some() => exchange.spread(&self.backend, &mut self.arena),
+            _ => Ok(()),
+        }
     }
 }

@@ -8,7 +8,7 @@ use super::super::{Cuda, Storage, recording};
 use super::{FILE, Report, Scalars, Slot, UPDATE_PARAMS};
 use crate::backend::ops::METRICS;
 use crate::backend::step::{Pass, Turn, UpdateWork};
-use crate::backend::{Arena, Memory, PassOfStep};
+use crate::backend::{Alone, Arena, Memory, PassOfStep};
 use crate::error::Result;
 use crate::optim::UpdatePlan;
 
@@ -55,7 +55,7 @@ impl<S: Storage> Parts<'_, '_, S> {
             }
         }
         if let Some(update) = self.update {
-            queue_update(backend, arena, update, early.is_some(), &mut left)?;
+            queue_update(backend, arena, update, self.turn.as_mut(), early.is_some(), &mut left)?;
         }
         if let (Some(Turn { exchange, pass: PassOfStep { ends_step: true, .. }, .. }), Some(team), Some(told)) =
             (self.turn, team, &slot.team)
@@ -92,13 +92,13 @@ fn queue_pass<S: Storage>(
 ) -> Result<Option<u64>> {
     let params = backend.device().step_state() + UPDATE_PARAMS;
     if let Some(turn) = &mut turn {
-        turn.exchange.begin(backend, arena, turn.pass)?;
+        turn.begin(backend, arena)?;
     }
     let mut memory = Memory { arena, activations: &mut *pass.activations };
     for (index, op) in pass.ops.iter().enumerate() {
         recording::one(backend, op.as_ref(), &mut memory, &pass.context)?;
         match &mut turn {
-            Some(turn) if turn.pass.ends_step => turn.exchange.after_op(backend, memory.arena, index)?,
+            Some(turn) if turn.follows() => turn.after_op(backend, memory.arena, index)?,
             _ => {}
         }
         if let Some((plan, early)) = early
@@ -111,27 +111,33 @@ fn queue_pass<S: Storage>(
     Ok(pass.metrics.map(|act| pass.activations.values.address_of(pass.activations.range(act).start)))
 }
 
-/// Queues the update and what follows it; `gathered`: whether its norm is.
+/// Queues the update and what follows it; `gathered`: whether its norm is. Of an arena that is shared out it is that of what this
+/// process holds, and others then get the parameters that they keep.
 fn queue_update<S: Storage>(
     backend: &Cuda<S>,
     arena: &mut Arena<Cuda<S>>,
     update: &mut UpdateWork<'_, Cuda<S>>,
+    mut turn: Option<&mut Turn<'_, Cuda<S>>>,
     gathered: bool,
     left: &mut Left,
 ) -> Result<()> {
     let device = backend.device();
     let UpdateWork { plan, params, average } = update;
     let address = device.step_state() + UPDATE_PARAMS;
+    let shared_out = arena.held.is_some();
     let (prepared, arrays) = backend.arrays(arena, plan)?;
-    if gathered {
-        prepared.queue_gathered(&arrays, params.zero_gradients, address)?;
-    } else {
-        prepared.queue(&arrays, params.zero_gradients, address)?;
+    match turn.as_mut() {
+        _ if gathered => prepared.queue_gathered(&arrays, params.zero_gradients, address, &mut Alone)?,
+        Some(turn) if shared_out => prepared.queue_together(&arrays, params.zero_gradients, address, turn.exchange)?,
+        _ => prepared.queue(&arrays, params.zero_gradients, address)?,
     }
     let outcome = prepared.outcome_address();
     let (first, tensors) = prepared.tensor_squares();
+    if let Some(turn) = turn.filter(|_| shared_out) {
+        turn.exchange.spread(backend, arena)?;
+    }
     if let Some((decay, average)) = average {
-        backend.queue_average(average, &arena.parameters, *decay, outcome)?;
+        backend.queue_average(average, arena, *decay, outcome)?;
     }
     if backend.scales_losses() {
         let skipped = outcome + std::mem::offset_of!(Outcome, skipped) as u64;

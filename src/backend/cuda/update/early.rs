@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::Prepared;
 use crate::backend::cuda::{Cuda, Storage};
-use crate::backend::{Arena, Backend, Op, Use};
+use crate::backend::{Alone, Arena, Backend, Op, Use};
 use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 
@@ -127,7 +127,8 @@ impl<S: Storage> Cuda<S> {
     /// An arena that does not fit the plan, or a device that failed.
     pub fn finish_update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         let (prepared, arrays) = self.arrays(arena, plan)?;
-        prepared.queue_gathered(&arrays, step.zero_gradients, prepared.params.address_of(0))?;
+        let params = prepared.params.address_of(0);
+        prepared.queue_gathered(&arrays, step.zero_gradients, params, &mut Alone)?;
         prepared.outcome()
     }
 }

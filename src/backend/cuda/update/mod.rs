@@ -1,6 +1,6 @@
 //! The fused update on the device (kernels/update.cu): the norm in two stages, then everything else in one pass; or, for small
 //! arenas, all of it in one launch (kernels/update_persistent.cu). The norm of what backward has finished can be
-//! gathered before the rest is ([`EarlyNorm`]).
+//! gathered before the rest is ([`EarlyNorm`]). Several processes update their elements each, and gather what sums go over.
 //!
 //! The clip's coefficient, the decision to skip and the count of applied updates stay on the device. [`Prepared`] is the update
 //! alone, for arenas of any owner.
@@ -9,8 +9,10 @@ mod alone;
 mod borrowed;
 mod early;
 mod muon;
+mod own;
 mod persistent;
 mod plan;
+mod trust;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,20 +24,23 @@ use self::plan::{ClipOptions, Kind, Pass, RULE_STEP_WORDS, Tables, UpdateParams}
 use super::launch::{Arg, Grid, args};
 use super::step::{self, Queue};
 use super::{Buffer, Cuda, Device, Storage};
-use crate::backend::Arena;
 use crate::backend::ops::Update;
 use crate::backend::step::{Finished, LossScale, Work};
-use crate::error::{Error, Result};
+use crate::backend::{Alone, Arena, DeviceSlice, Number, Slice, Together};
+use crate::error::Result;
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
 
 const FILE: &str = "update";
-const TRUST: &str = "update_trust";
 
 /// What the device keeps of an update plan: its tables, and room for what is found.
 pub struct Prepared {
     device: Arc<Device>,
     plan: UpdatePlan,
+    /// The elements that are updated; arrays begin with the first of them.
+    elements: Range<usize>,
+    /// Which pieces and which output units are those.
+    own: [Range<usize>; 2],
     clip: ClipOptions,
     pieces: Buffer<plan::Piece>,
     tensors: Buffer<plan::Tensor>,
@@ -58,6 +63,8 @@ pub struct Prepared {
     applied: Option<u64>,
     /// What the blocks of the persistent form meet at.
     barrier: Buffer<u32>,
+    /// The least adaptive coefficient of each process, where several update together.
+    leasts: Option<Buffer<u32>>,
 }
 
 /// The arrays of an arena, by address.
@@ -88,9 +95,16 @@ impl Prepared {
     /// # Errors
     /// Not enough memory, or a device that failed.
     pub fn new(device: &Arc<Device>, plan: &UpdatePlan) -> Result<Self> {
-        let tables = Tables::new(plan);
+        Self::of_part(device, plan, 0..plan.block_groups.len() * ALIGNMENT)
+    }
+
+    /// As [`Prepared::new`], for a process that updates `elements` of the arena alone, cut as [`UpdatePlan::cuts`] says.
+    fn of_part(device: &Arc<Device>, plan: &UpdatePlan, elements: Range<usize>) -> Result<Self> {
+        let tables = Tables::new(plan, &elements);
         let (pieces, tensors) = (tables.pieces.len(), tables.tensors.len());
         Ok(Prepared {
+            own: [tables.own_pieces, tables.own_units],
+            elements,
             clip: ClipOptions::new(&plan.clip),
             pieces: upload(device, &tables.pieces)?,
             tensors: upload(device, &tables.tensors)?,
@@ -110,6 +124,7 @@ impl Prepared {
             outcome: Buffer::zeros(device, 1)?,
             applied: None,
             barrier: Buffer::zeros(device, 1)?,
+            leasts: None,
             device: device.clone(),
             plan: plan.clone(),
         })
@@ -160,7 +175,7 @@ impl Prepared {
             rates: self.rates[0].address_of(0),
             params,
             outcome: self.outcome.address_of(0),
-            len: (self.plan.block_groups.len() * ALIGNMENT) as u64,
+            len: self.elements.len() as u64,
             seed: self.plan.rounding.unwrap_or(0),
             bound: self.clip.bound,
             zero_gradients: i32::from(zero_gradients),
@@ -181,35 +196,55 @@ impl Prepared {
     }
 
     /// Queues the kernels of one update. Its scalars (`UpdateParams`) stand at `params`.
-    pub(super) fn queue(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
+    pub(super) fn queue(&mut self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
         if let Some(blocks) = self.persistent_blocks(arrays)? {
             return self.queue_persistent(arrays, &self.pass(zero_gradients, params), blocks);
         }
-        self.queue_norm_range(arrays, 0..self.pieces.len(), params)?;
-        self.queue_gathered(arrays, zero_gradients, params)
+        self.queue_together(arrays, zero_gradients, params, &mut Alone)
     }
 
-    /// As [`Prepared::queue`], once [`Prepared::queue_norm_range`] was queued for every piece: the norm's end, then the pass.
-    pub(super) fn queue_gathered(&self, arrays: &Arrays, zero_gradients: bool, params: u64) -> Result<()> {
-        self.finish_norm(arrays, params)?;
+    /// As [`Prepared::queue`], by processes that update their elements each: sums over pieces are those of all, added in the order
+    /// that one process alone adds them in.
+    pub(super) fn queue_together(
+        &mut self,
+        arrays: &Arrays,
+        zero_gradients: bool,
+        params: u64,
+        together: &mut dyn Together,
+    ) -> Result<()> {
+        self.queue_norm_range(arrays, self.own[0].clone(), params)?;
+        self.queue_gathered(arrays, zero_gradients, params, together)
+    }
+
+    /// As [`Prepared::queue_together`], once [`Prepared::queue_norm_range`] was queued for every piece that is updated here: the
+    /// norm's end, then the pass.
+    pub(super) fn queue_gathered(
+        &mut self,
+        arrays: &Arrays,
+        zero_gradients: bool,
+        params: u64,
+        together: &mut dyn Together,
+    ) -> Result<()> {
+        gather_pieces(together, &self.squares[0])?;
+        gather_pieces(together, &self.clamped)?;
+        together.join()?;
+        self.finish_norm(params)?;
+        self.queue_unit_coefficients(arrays, params, together)?;
         let pass = self.pass(zero_gradients, params);
         if self.has(Kind::Lars) {
-            self.queue_rates(arrays, &pass, Kind::Lars)?;
+            self.queue_rates(arrays, &pass, Kind::Lars, together)?;
         }
         let (kernel, form) = (self.kernel(), arrays.form());
-        let warps = self.plan.block_groups.len();
-        let grid = Grid::new(warps.div_ceil(8).min(self.device.multiprocessors() * 16), 256);
-        let list =
-            args![arrays.parameters, arrays.gradients, arrays.copy, arrays.slots[0], arrays.slots[1], Arg::of(&pass)];
-        // SAFETY: the arrays hold as many elements as the plan's layout, of the types that the kernel's name says.
-        unsafe { self.device.launch(FILE, &format!("update_{kernel}_{form}"), grid, list)? };
+        let [first, second] = arrays.slots;
+        let warps = self.elements.len() / ALIGNMENT;
+        if warps > 0 {
+            let grid = Grid::new(warps.div_ceil(8).min(self.device.multiprocessors() * 16), 256);
+            let list = args![arrays.parameters, arrays.gradients, arrays.copy, first, second, Arg::of(&pass)];
+            // SAFETY: the arrays hold as many elements as are updated, of the types that the kernel's name says.
+            unsafe { self.device.launch(FILE, &format!("update_{kernel}_{form}"), grid, list)? };
+        }
         if self.has(Kind::Lamb) {
-            self.queue_rates(arrays, &pass, Kind::Lamb)?;
-            let rates = self.rates[1].address_of(0);
-            let [first, second] = arrays.slots;
-            let list = args![arrays.parameters, arrays.copy, first, second, rates, Arg::of(&pass)];
-            // SAFETY: as above.
-            unsafe { self.device.launch(TRUST, &format!("lamb_apply_{form}"), grid, list)? };
+            self.queue_lamb(arrays, &pass, together)?;
         }
         if self.has(Kind::Muon) {
             self.queue_muon(arrays, &pass)?;
@@ -232,11 +267,9 @@ impl Prepared {
         unsafe { self.device.launch(FILE, &kernel, Grid::new(pieces.len(), 256), list) }
     }
 
-    /// Queues what follows once every piece was summed: the norm, the decision, the constants, the units' coefficients.
-    fn finish_norm(&self, arrays: &Arrays, params: u64) -> Result<()> {
-        let clip = Arg::of(&self.clip);
+    /// Queues what follows once every piece was summed: the norm, the decision, the constants.
+    fn finish_norm(&self, params: u64) -> Result<()> {
         let [pieces, tensors, groups] = [self.pieces.len(), self.tensors.len(), self.groups.len()].map(|n| n as u32);
-        let outcome = self.outcome.address_of(0);
         let (squares, clamped) = (self.squares[0].address_of(0), self.clamped.address_of(0));
         let list = args![
             self.tensors.address_of(0),
@@ -247,58 +280,66 @@ impl Prepared {
             self.groups.address_of(0),
             groups,
             params,
-            clip,
+            Arg::of(&self.clip),
             self.tensor_squares.address_of(0),
             self.coefficients.address_of(0),
             self.steps.address_of(0),
-            outcome
+            self.outcome.address_of(0)
         ];
         // SAFETY: as in `queue_norm_range`.
-        unsafe { self.device.launch(FILE, "norm_finish", Grid::new(1, 1024), list)? };
+        unsafe { self.device.launch(FILE, "norm_finish", Grid::new(1, 1024), list) }
+    }
+
+    /// Queues the adaptive clip's coefficients of the units that are updated here, and the least of all.
+    fn queue_unit_coefficients(&mut self, arrays: &Arrays, params: u64, together: &mut dyn Together) -> Result<()> {
         if self.unit_tensors.is_empty() {
             return Ok(());
         }
-        let list = args![
-            arrays.parameters,
-            arrays.gradients,
-            self.tensors.address_of(0),
-            self.unit_tensors.address_of(0),
-            self.unit_tensors.len() as u32,
-            params,
-            clip,
-            self.unit_coefficients.address_of(0),
-            outcome
-        ];
-        let grid = Grid::new(self.unit_tensors.len().div_ceil(8), 256);
-        // SAFETY: as above.
-        unsafe { self.device.launch(FILE, &format!("unit_coefficients_{}", arrays.form()), grid, list) }
-    }
-
-    /// The learning rate of each tensor under LARS or LAMB.
-    fn queue_rates(&self, arrays: &Arrays, pass: &Pass, kind: Kind) -> Result<()> {
-        let [weights, others] = [&self.squares[0], &self.squares[1]].map(|buffer| buffer.address_of(0));
-        if self.pieces.is_empty() {
+        let (units, outcome) = (&self.own[1], self.outcome.address_of(0));
+        if !units.is_empty() {
+            let list = args![
+                arrays.parameters,
+                arrays.gradients,
+                self.tensors.address_of(0),
+                self.unit_tensors.address_of(0),
+                units.start as u32,
+                units.len() as u32,
+                params,
+                Arg::of(&self.clip),
+                self.unit_coefficients.address_of(0),
+                outcome
+            ];
+            let kernel = format!("unit_coefficients_{}", arrays.form());
+            // SAFETY: as in `queue_norm_range`.
+            unsafe { self.device.launch(FILE, &kernel, Grid::new(units.len().div_ceil(8), 256), list)? };
+        }
+        let (rank, world) = together.place();
+        if world == 1 {
             return Ok(());
         }
-        let pieces = self.pieces.address_of(0);
-        let grid = Grid::new(self.pieces.len(), 256);
-        let lamb = kind == Kind::Lamb;
-        let (kernel, second_pair) = if lamb { ("lamb", arrays.slots) } else { ("lars", [arrays.gradients, 0]) };
-        let kernel = format!("{kernel}_pieces_{}", arrays.form());
-        let mut list: Vec<Arg> = vec![arrays.parameters.into(), second_pair[0].into()];
-        if lamb {
-            list.push(second_pair[1].into());
+        if self.leasts.is_none() {
+            self.leasts = Some(Buffer::zeros(&self.device, world)?);
         }
-        let shared: &[Arg] = args![pieces, Arg::of(pass), weights, others];
-        list.extend_from_slice(shared);
-        let rates = self.rates[usize::from(lamb)].address_of(0);
-        let finish = args![weights, others, self.tensors.len() as u32, Arg::of(pass), lamb, rates];
-        // SAFETY: as in `queue_norm_range`.
-        unsafe {
-            self.device.launch(TRUST, &kernel, grid, &mut list)?;
-            self.device.launch(TRUST, "tensor_rates", Grid::new(self.tensors.len().div_ceil(256), 256), finish)
-        }
+        let Some(leasts) = &self.leasts else { return Ok(()) };
+        let own = outcome + std::mem::offset_of!(Outcome, least) as u64;
+        self.device.copy(leasts.address_of(rank), own, size_of::<u32>())?;
+        together.gather(bytes_of(leasts))?;
+        together.join()?;
+        let list = args![leasts.address_of(0), world as u32, outcome];
+        // SAFETY: a number of each process, and an outcome.
+        unsafe { self.device.launch(FILE, "least_of_all", Grid::new(1, 1), list) }
     }
+}
+
+/// Fills in what other processes found of their pieces.
+fn gather_pieces<T: bytemuck::Pod>(together: &mut dyn Together, of_pieces: &Buffer<T>) -> Result<()> {
+    together.gather_pieces(bytes_of(of_pieces))
+}
+
+/// A buffer as bytes for a collective, which then neither adds nor converts them.
+fn bytes_of<T: bytemuck::Pod>(buffer: &Buffer<T>) -> Slice<'_> {
+    let len = buffer.len() * size_of::<T>();
+    Slice::Device(DeviceSlice { address: buffer.address_of(0), len, number: Number::U8 })
 }
 
 impl From<Outcome> for StepOutcome {
@@ -317,70 +358,26 @@ fn upload<T: bytemuck::Pod>(device: &Arc<Device>, values: &[T]) -> Result<Buffer
     Ok(buffer)
 }
 
-impl<S: Storage> Cuda<S> {
-    /// The arrays of an arena, and what is kept of its plan.
-    pub(super) fn arrays<'a>(
-        &self,
-        arena: &'a mut Arena<Self>,
-        plan: &UpdatePlan,
-    ) -> Result<(&'a mut Prepared, Arrays)> {
-        let len = plan.block_groups.len() * ALIGNMENT;
-        let alone = plan.rounding.is_some();
-        if alone && S::NAME != "bf16" {
-            return Err(Error::shape("update", "parameters in bf16, where they are kept in that alone", S::NAME));
-        }
-        let parameters = if alone { arena.stored.len() } else { arena.parameters.len() };
-        let lens = [parameters, arena.gradients.len()].into_iter().chain(arena.slots.iter().map(Buffer::len));
-        if lens.clone().any(|l| l != len) || arena.slots.len() < plan.slots.len() {
-            return Err(Error::shape(
-                "update",
-                format!("parameters, gradients and {} slots of {len} elements", plan.slots.len()),
-                format!("{:?}", lens.collect::<Vec<_>>()),
-            ));
-        }
-        let slot = |index: usize| arena.slots.get(index).map_or(0, |slot| slot.address_of(0));
-        let arrays = Arrays {
-            parameters: if alone { arena.stored.address_of(0) } else { arena.parameters.address_of(0) },
-            gradients: arena.gradients.address_of(0),
-            copy: if S::HAS_MASTER && !alone { arena.stored.address_of(0) } else { 0 },
-            slots: [slot(0), slot(1)],
-            types: [if alone { S::NAME } else { "f32" }, "f32", S::NAME],
-        };
-        if arena.prepared.as_ref().is_none_or(|prepared| prepared.plan != *plan) {
-            arena.prepared = Some(Prepared::new(self.device(), plan)?);
-        }
-        let Some(prepared) = &mut arena.prepared else {
-            return Err(Error::Device("the update's plan was not kept".into()));
-        };
-        Ok((prepared, arrays))
-    }
-}
-
-impl<S: Storage> Cuda<S> {
-    /// Queues a move of the average; `outcome`, where it is not 0, says whether the update before it was skipped.
-    pub(super) fn queue_average(
-        &self,
-        average: &mut Buffer<f32>,
-        parameters: &Buffer<f32>,
-        decay: f64,
-        outcome: u64,
-    ) -> Result<()> {
-        if average.len() != parameters.len() {
-            let found = format!("{} and {}", average.len(), parameters.len());
-            return Err(Error::shape("average", "as many averages as parameters", found));
-        }
-        let (share, len) = ((1.0 - decay) as f32, parameters.len());
-        let list = args![average.address_of(0), parameters.address_of(0), share, len, outcome];
-        // SAFETY: two buffers of `len` values, and an outcome or nothing.
-        unsafe { self.device().launch(FILE, "average", Grid::elements(self.device(), len, 1), list) }
-    }
-}
-
 impl<S: Storage> Update for Cuda<S> {
     fn update(&self, arena: &mut Arena<Self>, plan: &UpdatePlan, step: &StepParams) -> Result<StepOutcome> {
         let (prepared, arrays) = self.arrays(arena, plan)?;
         prepared.prepare(step)?;
-        prepared.queue(&arrays, step.zero_gradients, prepared.params.address_of(0))?;
+        let params = prepared.params.address_of(0);
+        prepared.queue(&arrays, step.zero_gradients, params)?;
+        prepared.outcome()
+    }
+
+    fn update_held(
+        &self,
+        arena: &mut Arena<Self>,
+        plan: &UpdatePlan,
+        step: &StepParams,
+        together: &mut dyn Together,
+    ) -> Result<StepOutcome> {
+        let (prepared, arrays) = self.arrays(arena, plan)?;
+        prepared.prepare(step)?;
+        let params = prepared.params.address_of(0);
+        prepared.queue_together(&arrays, step.zero_gradients, params, together)?;
         prepared.outcome()
     }
 
@@ -391,16 +388,22 @@ impl<S: Storage> Update for Cuda<S> {
         Ok(squares)
     }
 
-    fn table_bytes(plan: &UpdatePlan) -> usize {
-        Tables::new(plan).device_bytes()
+    fn table_bytes(plan: &UpdatePlan, elements: &Range<usize>) -> usize {
+        Tables::new(plan, elements).device_bytes()
     }
+
+    const QUEUES_SUMS: bool = true;
 
     fn product_bits(&self) -> u32 {
         if self.device().options().tf32 { 10 } else { 23 }
     }
 
     fn average(&self, average: &mut Buffer<f32>, parameters: &Buffer<f32>, decay: f64) -> Result<()> {
-        self.queue_average(average, parameters, decay, 0)
+        self.queue_average_of(average, (parameters.address_of(0), parameters.len()), decay, 0)
+    }
+
+    fn average_arena(&self, average: &mut Buffer<f32>, arena: &Arena<Self>, decay: f64) -> Result<()> {
+        self.queue_average(average, arena, decay, 0)
     }
 
     type Queue = Queue;

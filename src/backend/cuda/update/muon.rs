@@ -24,12 +24,15 @@ struct Room {
 }
 
 impl Prepared {
-    /// Queues the update of every matrix under Muon.
+    /// Queues the update of every matrix under Muon that is updated here.
     pub(super) fn queue_muon(&self, arrays: &Arrays, pass: &Pass) -> Result<()> {
         let device = &self.device;
         let mut matrices: Vec<(u32, &TensorPlan, Rule)> = Vec::new();
         for (index, tensor) in self.plan.tensors.iter().enumerate() {
             let rule = self.plan.groups[usize::from(tensor.group)].rule;
+            if !self.elements.contains(&tensor.offset) {
+                continue;
+            }
             if matches!(rule, Rule::Muon { .. }) {
                 matrices.push((index as u32, tensor, rule));
             }

@@ -21,7 +21,9 @@ impl Prepared {
         let needs_norms = |kind: Kind| matches!(kind, Kind::Lars | Kind::Lamb | Kind::Muon);
         let element_wise = !self.plan.groups.iter().any(|group| needs_norms(Kind::of(&group.rule)));
         let fits = self.tensors.len() <= MOST_TENSORS && self.groups.len() <= MOST_GROUPS;
-        if !self.device.options().persistent_update || !element_wise || !fits || !self.unit_tensors.is_empty() {
+        let whole = self.elements.len() == self.plan.block_groups.len() * crate::plan::ALIGNMENT;
+        if !whole || !self.device.options().persistent_update || !element_wise || !fits || !self.unit_tensors.is_empty()
+        {
             return Ok(None);
         }
         let blocks = self.plan.block_groups.len();

@@ -1,5 +1,7 @@
 //! The plan of an update as the kernels read it: structs shared with kernels/update.cu, uploaded once.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use crate::optim::{Clip, Group, MomentumForm, NormClip, Rule, UpdatePlan};
@@ -206,7 +208,10 @@ const _: () = {
     assert!(size_of::<Norm>() == 80 && std::mem::offset_of!(Norm, piece_count) == 64);
 };
 
-/// Everything that is uploaded of a plan.
+/// Everything that is uploaded of a plan, for a process that updates some elements of the arena.
+///
+/// Pieces, tensors and units are all there, since sums are taken over all of them; places count from the first element that is
+/// updated, modulo 2^64, as do the blocks' tables, which are of what is updated alone.
 pub(super) struct Tables {
     pub pieces: Vec<Piece>,
     pub tensors: Vec<Tensor>,
@@ -215,47 +220,66 @@ pub(super) struct Tables {
     pub block_tensors: Vec<u32>,
     /// The tensor of each output unit, where the clip looks at units; else empty.
     pub unit_tensors: Vec<u32>,
+    /// The pieces that are updated.
+    pub own_pieces: Range<usize>,
+    /// The output units that are updated.
+    pub own_units: Range<usize>,
 }
 
 impl Tables {
-    pub fn new(plan: &UpdatePlan) -> Self {
+    /// `own`: the elements that are updated, cut as [`UpdatePlan::cuts`] says.
+    pub fn new(plan: &UpdatePlan, own: &Range<usize>) -> Self {
         let adaptive = matches!(plan.clip.norm, NormClip::Adaptive { .. });
         let mut tables = Tables {
             pieces: Vec::new(),
             tensors: Vec::new(),
             groups: plan.groups.iter().map(GroupOptions::new).collect(),
-            block_groups: plan.block_groups.clone(),
-            block_tensors: vec![0; plan.block_groups.len()],
+            block_groups: plan.block_groups[own.start / ALIGNMENT..own.end / ALIGNMENT].to_vec(),
+            block_tensors: Vec::new(),
             unit_tensors: Vec::new(),
+            own_pieces: 0..0,
+            own_units: 0..0,
         };
+        let place = |element: usize| (element as u64).wrapping_sub(own.start as u64);
+        let mut block_tensors = vec![0; plan.block_groups.len()];
         for (index, tensor) in plan.tensors.iter().enumerate() {
             let unit = tensor.unit();
             let piece = plan.piece(index);
-            let first_piece = tables.pieces.len() as u32;
+            // How many pieces or units of a length begin before an element.
+            let begun = |element: usize, each: usize| {
+                element.saturating_sub(tensor.offset).div_ceil(each).min(tensor.len.div_ceil(each))
+            };
+            let (first_piece, first_unit) = (tables.pieces.len() as u32, tables.unit_tensors.len() as u32);
+            tables.own_pieces.start += begun(own.start, piece);
+            tables.own_pieces.end += begun(own.end, piece);
             tables.pieces.extend((0..tensor.len).step_by(piece).map(|start| Piece {
-                offset: (tensor.offset + start) as u64,
+                offset: place(tensor.offset + start),
                 len: piece.min(tensor.len - start) as u32,
                 tensor: index as u32,
             }));
             tables.tensors.push(Tensor {
-                offset: tensor.offset as u64,
+                offset: place(tensor.offset),
                 len: tensor.len as u64,
                 first_piece,
                 pieces: tables.pieces.len() as u32 - first_piece,
                 unit: unit as u32,
-                first_unit: tables.unit_tensors.len() as u32,
+                first_unit,
                 group: u32::from(tensor.group),
                 padding: 0,
             });
             if adaptive {
+                tables.own_units.start += begun(own.start, unit);
+                tables.own_units.end += begun(own.end, unit);
                 let units = tables.unit_tensors.len() + tensor.len.div_ceil(unit);
                 tables.unit_tensors.resize(units, index as u32);
             }
-            tables.block_tensors[tensor.offset / ALIGNMENT..(tensor.offset + tensor.len).div_ceil(ALIGNMENT)]
+            block_tensors[tensor.offset / ALIGNMENT..(tensor.offset + tensor.len).div_ceil(ALIGNMENT)]
                 .fill(index as u32);
         }
+        tables.block_tensors = block_tensors[own.start / ALIGNMENT..own.end / ALIGNMENT].to_vec();
         tables
     }
+
     /// Bytes on the device: the tables, and the sums, coefficients and scalars of the same sizes ([`super::Prepared`]).
     pub fn device_bytes(&self) -> usize {
         let [pieces, tensors, units] = [self.pieces.len(), self.tensors.len(), self.unit_tensors.len()];
