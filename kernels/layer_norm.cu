@@ -15,6 +15,12 @@ template <int N_, int WARPS_, int KEPT_> struct Shape {
 // A warp a row, up to 1,024 columns; and up to 768, in fewer registers.
 template <typename T> using Narrow = Shape<per_access<T>(), 1, 32>;
 template <typename T> using Slim = Shape<per_access<T>(), 1, 24>;
+// Blocks of the slim backward on a multiprocessor, as many as need no spilled register.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T> constexpr int SLIM_BLOCKS = 3;
+#else
+template <typename T> constexpr int SLIM_BLOCKS = sizeof(T) == 2 ? 4 : 3;
+#endif
 // A block of 256 threads a row: 4,096 columns in registers, any width at all.
 template <int N> using Wide = Shape<N, 8, 16>;
 
@@ -157,7 +163,7 @@ __device__ void norm_backward(const T* x, const T* dy, const T* residual, const 
                               i64 rows_a_block) {
     constexpr int N = S::N, STEP = S::THREADS * N, ROWS = S::WARPS == 1 ? 4 : 1;
     // The residual is under way while the sums are taken, where there are registers for it.
-    constexpr bool EARLY = sizeof(T) == 2;
+    constexpr bool EARLY = sizeof(T) == 2 && N > 1;
     using Access = Pack<T, N>;
     __shared__ float shared[S::WARPS == 1 ? ROWS * S::LIMIT : 32];
     const int first = threadIdx.x % S::THREADS * N, slot = threadIdx.x / S::THREADS;
@@ -323,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         norm_backward<T, Narrow<T>>(x, dy, residual, weight, means, scales, dx, dweights, dbiases, rows, width,        \
                                     rows_a_block);                                                                     \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128, sizeof(T) == 2 ? 4 : 3)                                             \
+    extern "C" __global__ void __launch_bounds__(128, SLIM_BLOCKS<T>)                                                     \
         norm_backward_slim_##SUFFIX(const T* x, const T* dy, const T* residual, const T* weight, const float* means, \
                                       const float* scales, T* dx, float* dweights, float* dbiases, i64 rows,           \
                                       int width, i64 rows_a_block) {                                                   \

@@ -23,7 +23,7 @@ constexpr u32 TILE = 4096;
 
 // Finishes the norm, decides whether the step is skipped, and prepares the constants of every group.
 // tensor_squares, coefficients: [tensors]; steps: [groups]. Grid: one block of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(1024, 1)
     norm_finish(const Tensor* tensors, u32 tensor_count, const double* squares, const u32* clamped, u32 piece_count,
                 const GroupOptions* groups, u32 group_count, const UpdateParams* params, ClipOptions clip,
                 double* tensor_squares, float* coefficients, RuleStep* steps, Outcome* outcome) {
