@@ -12,6 +12,7 @@ use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
 use super::parts;
+use super::resident;
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
@@ -20,7 +21,7 @@ use super::step::{Evaluation, LossSums, StepReport, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
+use crate::data::{Dataset, Given, InputSpec, Loader, Picked, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Input;
 use crate::optim::{NormClip, Schedule};
@@ -112,7 +113,14 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             files::write_whole(&run.folder.join("preprocess.json"), run.preprocess.as_bytes())?;
         }
         let first_pass = state.step * share.passes(run.options.accumulate);
-        let loader = Loader::train(Arc::clone(&run.splits.train), sampler_options, first_pass, run.prefetch)?;
+        let table = resident::table(trainer.backend(), &run.splits.train, run.resident)?;
+        let source = match table {
+            Some(table) => Source::Table(Loader::picks(&table, sampler_options, first_pass, run.prefetch)?),
+            None => {
+                let dataset = Arc::clone(&run.splits.train);
+                Source::Values(Loader::train(dataset, sampler_options, first_pass, run.prefetch)?)
+            }
+        };
         let tokens_per_sample = match (&input, run.splits.train.target()) {
             (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
             _ => None,
@@ -125,7 +133,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             watch: run.watch,
             compare_every: run.parallel.check_every_steps,
             trainer,
-            loader,
+            source,
             options: run.options,
             peak: run.optimizer.learning_rate,
             clips: run.optimizer.clip.norm != NormClip::Off,
@@ -248,7 +256,7 @@ struct Loop<B: Backend + Update> {
     /// Steps between two comparisons of their parameters.
     compare_every: u64,
     trainer: Trainer<B>,
-    loader: Loader,
+    source: Source,
     options: TrainOptions,
     peak: f64,
     clips: bool,
@@ -277,6 +285,27 @@ struct Loop<B: Backend + Update> {
     last_validation: Option<(u64, Scores)>,
     /// The step after which the run ends because a process was told to.
     ends_after: Option<u64>,
+}
+
+/// Where training batches come from.
+enum Source {
+    /// Read and copied to the device.
+    Values(Loader),
+    /// Gathered by the device.
+    Table(Loader<Picked>),
+}
+
+/// Queues a pass over the next batch.
+fn queue_next<B, T>(trainer: &mut Trainer<B>, loader: &mut Loader<T>, rate: Option<f64>) -> Result<()>
+where
+    B: Backend<Real = f32> + Update,
+    T: Send + 'static,
+    for<'a> &'a T: Into<Given<'a>>,
+{
+    let batch = loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
+    trainer.queue(&batch, rate)?;
+    loader.recycle(batch);
+    Ok(())
 }
 
 fn tell(observers: &mut [&mut dyn Observer], event: &Event<'_>) -> Result<()> {
@@ -391,10 +420,11 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if self.abandon_at.is_some_and(|at| self.trainer.queued().micro_step >= at) {
             return Ok(false);
         }
-        let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
-        self.trainer.queue(&batch, rate)?;
+        match &mut self.source {
+            Source::Values(loader) => queue_next(&mut self.trainer, loader, rate)?,
+            Source::Table(loader) => queue_next(&mut self.trainer, loader, rate)?,
+        }
         alive(self.watch.as_deref());
-        self.loader.recycle(batch);
         Ok(true)
     }
 
