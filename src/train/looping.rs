@@ -12,7 +12,7 @@ use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
 use super::parts;
-use super::resident;
+use super::resident::{self, Source};
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
@@ -21,7 +21,7 @@ use super::step::{Evaluation, LossSums, StepReport, Trainer, TrainerParts};
 use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::data::{Dataset, Given, InputSpec, Loader, Picked, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
+use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Input;
 use crate::optim::{NormClip, Schedule};
@@ -114,13 +114,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
         let first_pass = state.step * share.passes(run.options.accumulate);
         let table = resident::table(trainer.backend(), &run.splits.train, run.resident)?;
-        let source = match table {
-            Some(table) => Source::Table(Loader::picks(&table, sampler_options, first_pass, run.prefetch)?),
-            None => {
-                let dataset = Arc::clone(&run.splits.train);
-                Source::Values(Loader::train(dataset, sampler_options, first_pass, run.prefetch)?)
-            }
-        };
+        let source = Source::new(&run.splits.train, table, sampler_options, first_pass, run.prefetch)?;
         let tokens_per_sample = match (&input, run.splits.train.target()) {
             (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
             _ => None,
@@ -287,27 +281,6 @@ struct Loop<B: Backend + Update> {
     ends_after: Option<u64>,
 }
 
-/// Where training batches come from.
-enum Source {
-    /// Read and copied to the device.
-    Values(Loader),
-    /// Gathered by the device.
-    Table(Loader<Picked>),
-}
-
-/// Queues a pass over the next batch.
-fn queue_next<B, T>(trainer: &mut Trainer<B>, loader: &mut Loader<T>, rate: Option<f64>) -> Result<()>
-where
-    B: Backend<Real = f32> + Update,
-    T: Send + 'static,
-    for<'a> &'a T: Into<Given<'a>>,
-{
-    let batch = loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
-    trainer.queue(&batch, rate)?;
-    loader.recycle(batch);
-    Ok(())
-}
-
 fn tell(observers: &mut [&mut dyn Observer], event: &Event<'_>) -> Result<()> {
     observers.iter_mut().try_for_each(|observer| observer.event(event))
 }
@@ -420,10 +393,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if self.abandon_at.is_some_and(|at| self.trainer.queued().micro_step >= at) {
             return Ok(false);
         }
-        match &mut self.source {
-            Source::Values(loader) => queue_next(&mut self.trainer, loader, rate)?,
-            Source::Table(loader) => queue_next(&mut self.trainer, loader, rate)?,
-        }
+        self.source.queue_next(&mut self.trainer, rate)?;
         alive(self.watch.as_deref());
         Ok(true)
     }

@@ -1,10 +1,12 @@
-//! Whether a run's training split lies on the device, which then gathers batches itself.
+//! Whether a run's training split lies on the device, which then gathers batches itself; and where batches come from.
 
 use std::sync::Arc;
 
+use super::step::Trainer;
 use crate::backend::Backend;
+use crate::backend::ops::Update;
 use crate::data::options::Resident;
-use crate::data::{Dataset, Table};
+use crate::data::{Dataset, Given, Loader, Picked, Prefetch, SamplerOptions, Table};
 use crate::error::{Error, Result};
 
 /// The part of a device's free memory that a data set may take unasked: the rest is left to evaluations, to what libraries take
@@ -40,4 +42,54 @@ pub fn candidate(data: &Arc<dyn Dataset>, asked: Resident) -> Result<Option<Arc<
         )),
         (_, table) => Ok(table),
     }
+}
+
+/// Where training batches come from.
+pub(super) enum Source {
+    /// Read ahead, and copied to the device.
+    Values(Loader),
+    /// Gathered by the device.
+    Table(Loader<Picked>),
+}
+
+impl Source {
+    /// Batches of a data set from a pass on, gathered where there is a table of it.
+    ///
+    /// # Errors
+    /// As [`Loader::train`].
+    pub fn new(
+        data: &Arc<dyn Dataset>,
+        table: Option<Arc<Table>>,
+        options: SamplerOptions,
+        first_pass: u64,
+        prefetch: Prefetch,
+    ) -> Result<Self> {
+        match table {
+            Some(table) => Loader::picks(&table, options, first_pass, prefetch).map(Source::Table),
+            None => Loader::train(Arc::clone(data), options, first_pass, prefetch).map(Source::Values),
+        }
+    }
+
+    /// Queues a pass over the next batch, and given a learning rate the update after it.
+    ///
+    /// # Errors
+    /// As [`Trainer::queue`], and what the data reports.
+    pub fn queue_next<B: Backend + Update>(&mut self, trainer: &mut Trainer<B>, rate: Option<f64>) -> Result<()> {
+        match self {
+            Source::Values(loader) => queue_next(trainer, loader, rate),
+            Source::Table(loader) => queue_next(trainer, loader, rate),
+        }
+    }
+}
+
+fn queue_next<B, T>(trainer: &mut Trainer<B>, loader: &mut Loader<T>, rate: Option<f64>) -> Result<()>
+where
+    B: Backend + Update,
+    T: Send + 'static,
+    for<'a> &'a T: Into<Given<'a>>,
+{
+    let batch = loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
+    trainer.queue(&batch, rate)?;
+    loader.recycle(batch);
+    Ok(())
 }

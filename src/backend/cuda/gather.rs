@@ -224,14 +224,20 @@ impl Sides {
             blocks: [samples, widest.div_ceil(threads).min(MOST_BLOCKS) as u32, 1],
             ..Grid::new(1, threads as u32)
         };
-        let mut args = [
-            args![rows, input.from, input.to, input.stride / a, input.width / a].as_slice(),
-            args![target.from, target.to, target.stride / b, target.width / b].as_slice(),
-        ]
-        .concat();
+        let args = args![
+            rows,
+            input.from,
+            input.to,
+            input.stride / a,
+            input.width / a,
+            target.from,
+            target.to,
+            target.stride / b,
+            target.width / b,
+        ];
         // SAFETY: rows as the caller says; the table holds each of them, the room as many samples, and all that is a multiple of
         // the accesses.
-        unsafe { device.launch_on(stream, FILE, &format!("gather_{a}_{b}"), grid, &mut args) }
+        unsafe { device.launch_on(stream, FILE, &format!("gather_{a}_{b}"), grid, args) }
     }
 }
 
