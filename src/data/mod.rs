@@ -36,7 +36,7 @@ pub use open::{OpenedData, open};
 pub use options::{DataOptions, FormatOptions};
 pub use pictures::Pictures;
 pub use preprocess::{Preprocess, Recipe, UserSample};
-pub use resident::{Given, Lie, Picked, Table};
+pub use resident::{Given, Layout, Picked, Table};
 pub use sampler::{Sampler, SamplerOptions};
 pub use tokenizer::{GPT2_END_OF_TEXT, GPT2_VOCABULARY, Tokenizer, TokenizerKind};
 pub use words::{Cleaning, PAD, UNKNOWN, Words};

@@ -14,7 +14,7 @@ pub struct Table {
     dataset: Arc<dyn Dataset>,
     input: InputSpec,
     target: TargetSpec,
-    lie: Lie,
+    layout: Layout,
     rows: usize,
     /// What devices keep of it, freed with it.
     kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
@@ -22,7 +22,7 @@ pub struct Table {
 
 /// How the samples lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lie {
+pub enum Layout {
     /// One after the other: row `n` is sample `n`.
     Samples,
     /// Windows over one stream: row `n` begins at token `n`, and its targets one token later.
@@ -32,17 +32,17 @@ pub enum Lie {
 impl Table {
     /// The table of a data set whose samples are plain ([`Dataset::is_plain`]); none for another.
     pub fn new(dataset: Arc<dyn Dataset>) -> Option<Arc<Self>> {
-        let (lie, rows) = match dataset.starts() {
-            Some(starts) => (Lie::Windows, starts),
-            None => (Lie::Samples, dataset.len()),
+        let (layout, rows) = match dataset.starts() {
+            Some(starts) => (Layout::Windows, starts),
+            None => (Layout::Samples, dataset.len()),
         };
         let (input, target) = (dataset.input(), dataset.target());
-        let shifted = lie == Lie::Samples || target == TargetSpec::NextToken;
+        let shifted = layout == Layout::Samples || target == TargetSpec::NextToken;
         // Rows are told to devices in 32 bits.
         if !dataset.is_plain() || !shifted || rows == 0 || u32::try_from(rows).is_err() {
             return None;
         }
-        Some(Arc::new(Table { dataset, input, target, lie, rows, kept: Mutex::default() }))
+        Some(Arc::new(Table { dataset, input, target, layout, rows, kept: Mutex::default() }))
     }
 
     /// The data set.
@@ -61,8 +61,8 @@ impl Table {
     }
 
     /// How the samples lie.
-    pub fn lie(&self) -> Lie {
-        self.lie
+    pub fn layout(&self) -> Layout {
+        self.layout
     }
 
     /// Number of rows.
@@ -78,9 +78,9 @@ impl Table {
     /// Values of the whole table: inputs, and targets where they are not the inputs, shifted.
     pub fn len(&self) -> [usize; 2] {
         let each = self.each();
-        match self.lie {
-            Lie::Samples => each.map(|each| self.rows * each),
-            Lie::Windows => [self.rows + each[0], 0],
+        match self.layout {
+            Layout::Samples => each.map(|each| self.rows * each),
+            Layout::Windows => [self.rows + each[0], 0],
         }
     }
 
@@ -89,20 +89,20 @@ impl Table {
     /// # Errors
     /// As [`Dataset::read`].
     pub fn read(&self, row: u32, input: InputMut<'_>, target: TargetMut<'_>) -> Result<()> {
-        let pick = match self.lie {
-            Lie::Samples => Pick::Sample(row as usize),
-            Lie::Windows => Pick::Window(row as usize),
+        let pick = match self.layout {
+            Layout::Samples => Pick::Sample(row as usize),
+            Layout::Windows => Pick::Window(row as usize),
         };
         self.dataset.read(pick, None, input, target)
     }
 
     /// The row of a pick.
     fn row(&self, pick: Pick) -> Result<u32> {
-        let row = match (self.lie, pick) {
-            (Lie::Samples, Pick::Sample(sample)) => Some(sample),
-            (Lie::Windows, Pick::Window(start)) => Some(start),
-            (Lie::Windows, Pick::Sample(sample)) => sample.checked_mul(self.each()[0]),
-            (Lie::Samples, Pick::Window(_)) => None,
+        let row = match (self.layout, pick) {
+            (Layout::Samples, Pick::Sample(sample)) => Some(sample),
+            (Layout::Windows, Pick::Window(start)) => Some(start),
+            (Layout::Windows, Pick::Sample(sample)) => sample.checked_mul(self.each()[0]),
+            (Layout::Samples, Pick::Window(_)) => None,
         };
         let row = row.filter(|&row| row < self.rows);
         row.map(|row| row as u32).ok_or_else(|| {

@@ -21,11 +21,22 @@ pub fn fits(bytes: usize, free: Option<usize>) -> bool {
 /// The table that batches are gathered from, where the run asks for it or the device has room for it now.
 ///
 /// # Errors
-/// A table that is asked for of samples that are not plain; a device that failed.
+/// A table that is asked for of samples that are not plain, or that is larger than what is free; a device that failed.
 pub fn table<B: Backend>(backend: &B, data: &Arc<dyn Dataset>, asked: Resident) -> Result<Option<Arc<Table>>> {
     let Some(table) = candidate(data, asked)? else { return Ok(None) };
-    let kept = asked == Resident::Always || fits(B::table_room(&table), backend.free_memory()?);
-    Ok(kept.then_some(table))
+    let (bytes, free) = (B::table_room(&table), backend.free_memory()?);
+    match (asked, free) {
+        (Resident::Always, Some(free)) if bytes > free => {
+            let [takes, left] = [bytes.div_ceil(1 << 20), free >> 20];
+            let problem = format!(
+                "found true, but the training split takes {takes} MiB of the device's memory and {left} MiB are free beside the \
+                 model; expected \"auto\" or false"
+            );
+            Err(Error::config("data.resident", problem))
+        }
+        (Resident::Always, _) => Ok(Some(table)),
+        _ => Ok(fits(bytes, free).then_some(table)),
+    }
 }
 
 /// The table of a data set, where one is wanted and its samples are plain.

@@ -21,7 +21,7 @@ use warpstep::data::options::{
     InlineOptions, InlineTargets, LinesOptions, Part, Resident, Sampling, SplitOptions, TextOptions,
 };
 use warpstep::data::{
-    Batch, DataOptions, Dataset, Draw, FormatOptions, Given, InputMut, InputSpec, Inputs, Lie, Loader, OpenedData,
+    Batch, DataOptions, Dataset, Draw, FormatOptions, Given, InputMut, InputSpec, Inputs, Layout, Loader, OpenedData,
     Pick, Picked, Table, TargetMut, TargetSpec, Targets, open,
 };
 use warpstep::model::Input;
@@ -258,7 +258,7 @@ fn picks_name_the_samples_that_batches_hold_the_last_of_a_pass_included() {
         }
         let ragged = case.data.sampling != Sampling::Random && !table.dataset().len().is_multiple_of(case.batch);
         assert_eq!(sizes.len() > 1, ragged, "{}: {sizes:?}", case.name);
-        several |= ragged && table.lie() == Lie::Windows;
+        several |= ragged && table.layout() == Layout::Windows;
     }
     assert!(several, "no pass over windows ended with a smaller batch");
 }
@@ -363,6 +363,10 @@ fn a_data_set_is_kept_unasked_where_a_quarter_of_what_is_free_holds_it() {
     let most = free / 4 / (4 * 1001);
     let kept = |samples, asked| resident::table(&wide, &described(samples, true), asked).unwrap().is_some();
     assert!(kept(most - 8, Resident::Auto) && !kept(most + 8, Resident::Auto) && kept(most + 8, Resident::Always));
+    let far_too_large = described(8 * most, true);
+    let Err(Error::Config { .. }) = resident::table(&wide, &far_too_large, Resident::Always) else {
+        panic!("more than what is free cannot be kept");
+    };
     let narrow = Cuda::<bf16>::new(device);
     assert!(resident::table(&narrow, &described(most + 8, true), Resident::Auto).unwrap().is_some());
 }

@@ -14,7 +14,7 @@ use super::launch::{Grid, args};
 use super::{Cuda, Storage};
 use crate::backend::Activations;
 use crate::backend::step::{Gather, Room};
-use crate::data::{InputMut, InputSpec, Lie, Table, TargetMut, TargetSpec};
+use crate::data::{InputMut, InputSpec, Layout, Table, TargetMut, TargetSpec};
 use crate::error::{Error, Result};
 
 const FILE: &str = "gather";
@@ -70,9 +70,9 @@ impl<S: Storage> Kept<S> {
             targets: Buffer::zeros(device, targets * sizes[1])?,
             of: PhantomData,
         };
-        match table.lie() {
-            Lie::Samples => kept.write_samples(table, sizes)?,
-            Lie::Windows => kept.write_stream(table)?,
+        match table.layout() {
+            Layout::Samples => kept.write_samples(table, sizes)?,
+            Layout::Windows => kept.write_stream(table)?,
         }
         device.synchronize()?;
         Ok(kept)
@@ -183,9 +183,9 @@ impl Sides {
         let (sizes, each) = (sizes::<S>(table, real_targets), table.each());
         let width = [0, 1].map(|side| sizes[side] * each[side]);
         let inputs = kept.inputs.address_of(0);
-        let (targets, stride) = match table.lie() {
-            Lie::Samples => (kept.targets.address_of(0), width),
-            Lie::Windows => (inputs + size_of::<i32>() as u64, [size_of::<i32>(); 2]),
+        let (targets, stride) = match table.layout() {
+            Layout::Samples => (kept.targets.address_of(0), width),
+            Layout::Windows => (inputs + size_of::<i32>() as u64, [size_of::<i32>(); 2]),
         };
         let room = |room: Room| {
             let start = room.range(activations).start;
