@@ -21,6 +21,8 @@ pub use slice::{DeviceSlice, HostSlice, Number, Numeric, Slice};
 
 use std::ops::Range;
 
+use self::step::Gather;
+use crate::data::Table;
 use crate::error::Result;
 use crate::real::{Element, Real};
 
@@ -83,6 +85,25 @@ pub trait Backend:
         offset: usize,
         to: &mut [T],
     ) -> Result<()>;
+
+    /// Writes samples of a table into a program's inputs and targets (`=`), the bits that copies of their values would have.
+    ///
+    /// # Errors
+    /// Samples that do not fit the room, a table that the device has no memory for, or a device that failed.
+    fn gather(&self, activations: &mut Activations<Self>, gather: &Gather<'_>) -> Result<()>;
+
+    /// Bytes of its own memory that the device takes for a table it gathers from.
+    fn table_room(_: &Table) -> usize {
+        0
+    }
+
+    /// Bytes free in the device's own memory; none where it computes in the host's.
+    ///
+    /// # Errors
+    /// A device that failed.
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
 
     /// Copies an activation that holds statistics ([`crate::model::Planner::statistic`]) into host memory (`=`), after all work
     /// before it is done.

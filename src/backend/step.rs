@@ -5,9 +5,11 @@
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use super::ops::{METRICS, Update};
 use super::{Act, Activations, Arena, Backend, Exchange, Indices, Memory, Op, PassOfStep, StepContext};
+use crate::data::{InputSpec, Picked, TargetSpec};
 use crate::error::{Error, Result};
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 use crate::plan::Window;
@@ -105,11 +107,75 @@ pub struct Pass<'a, B: Backend> {
     /// The memory of its activations.
     pub activations: &'a mut Activations<B>,
     /// Inputs and targets.
-    pub fills: Vec<Fill<'a>>,
+    pub feed: Feed<'a>,
     /// Where the program leaves its metrics.
     pub metrics: Option<Act>,
     /// Seed, position, accumulation.
     pub context: StepContext,
+}
+
+/// What a pass computes with.
+pub enum Feed<'a> {
+    /// Values for its inputs and targets.
+    Values(Vec<Fill<'a>>),
+    /// Samples of a table.
+    Rows(Gather<'a>),
+}
+
+/// Samples of a table, and where a program has room for them.
+#[derive(Clone, Copy)]
+pub struct Gather<'a> {
+    /// The samples.
+    pub picked: &'a Picked,
+    /// Room for their inputs.
+    pub input: Room,
+    /// Room for their targets, where the program takes any. Classes go into room for real values as numbers.
+    pub target: Option<Room>,
+}
+
+/// Room for one side of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// Real values.
+    Real(Act),
+    /// Whole numbers.
+    Whole(Indices),
+}
+
+impl Room {
+    /// Its elements, of the activations' values or indices.
+    pub fn range<B: Backend>(self, activations: &Activations<B>) -> Range<usize> {
+        match self {
+            Room::Real(act) => activations.range(act),
+            Room::Whole(indices) => activations.index_range(indices),
+        }
+    }
+}
+
+impl Gather<'_> {
+    /// Fails unless the samples fit into the room for them.
+    ///
+    /// # Errors
+    /// Samples of another kind or number.
+    pub(super) fn check<B: Backend>(&self, activations: &Activations<B>) -> Result<()> {
+        let (table, samples) = (self.picked.table(), self.picked.samples());
+        let [inputs, targets] = table.each();
+        match (table.input(), self.input) {
+            (InputSpec::Real { .. }, Room::Real(_)) | (InputSpec::Tokens { .. }, Room::Whole(_)) => {}
+            (InputSpec::Real { .. }, Room::Whole(_)) => {
+                return Err(Error::shape("input", "whole numbers", "real values"));
+            }
+            (InputSpec::Tokens { .. }, Room::Real(_)) => {
+                return Err(Error::shape("input", "real values", "whole numbers"));
+            }
+        }
+        check_len("batch", self.input.range(activations).len(), samples * inputs)?;
+        let Some(room) = self.target else { return Ok(()) };
+        if let (TargetSpec::Real { .. }, Room::Whole(_)) = (table.target(), room) {
+            return Err(Error::shape("target", "whole numbers", "real values"));
+        }
+        check_len("batch", room.range(activations).len(), samples * targets)
+    }
 }
 
 /// Values for an input or a target.
@@ -170,10 +236,14 @@ pub(super) fn check_len(what: &str, expected: usize, found: usize) -> Result<()>
 }
 
 impl<B: Backend> Pass<'_, B> {
-    /// Writes the batch, by the backend's plain copies.
+    /// Writes the batch, by the backend's plain copies or as it gathers.
     fn fill(&mut self, backend: &B) -> Result<()> {
         let activations = &mut *self.activations;
-        for fill in &self.fills {
+        let fills = match &self.feed {
+            Feed::Values(fills) => fills,
+            Feed::Rows(gather) => return backend.gather(activations, gather),
+        };
+        for fill in fills {
             match fill {
                 Fill::Real(act, values) => {
                     let range = activations.range(*act);

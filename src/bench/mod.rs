@@ -17,6 +17,7 @@ pub mod place;
 pub mod report;
 pub mod results;
 pub mod run;
+mod samples;
 pub mod speeds;
 pub mod step;
 pub mod table;

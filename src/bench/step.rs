@@ -5,21 +5,21 @@ use std::collections::BTreeMap;
 use super::measure::{Asked, Ground, Limit, Settings, Task, measure, spread};
 use super::place::Bed;
 use super::results::{Figure, Floor};
+use super::samples;
 use super::speeds::Speeds;
 use super::works::{MODELS, Training, threads, training};
 use crate::backend::cpu::Cpu;
 use crate::backend::profile::Kind;
+use crate::backend::step::{Gather, Room};
 use crate::backend::{Activations, Arena, Memory, StepContext};
-use crate::data::{Batch, Inputs, Targets};
+use crate::data::{Picked, Table};
 use crate::error::Result;
-use crate::model::{Mode, Program, Value};
+use crate::model::{Mode, Program};
 use crate::optim::{StepParams, UpdatePlan};
 use crate::real::Element;
 use crate::train::memory::{RunMemory, Wanted};
 use crate::train::step::{StepReport, Trainer, TrainerParts};
 
-/// Batches that are given in turn.
-const BATCHES: u32 = 4;
 /// Floating-point operations of a step that its twin in f64 does too; a longer one is looked at without.
 const TWIN_FLOPS: u64 = 20_000_000_000;
 /// The learning rate: so small that thousands of steps on the same few batches do not learn them by heart, which would leave
@@ -31,7 +31,8 @@ const SAMPLE: usize = 1 << 12;
 /// A model in training.
 pub struct StepTask<B: Bed> {
     trainer: Trainer<B>,
-    batches: Vec<Batch>,
+    /// Given in turn, as training gives them where the data set lies on the device.
+    batches: Vec<Picked>,
     queued: u64,
     done: u64,
     skipped: u64,
@@ -61,7 +62,7 @@ impl<B: Bed> StepTask<B> {
         let twin = (trainer.program().flops() <= TWIN_FLOPS).then(|| trainer_of_twin(work)).transpose()?;
         Ok(StepTask {
             trainer,
-            batches: (0..BATCHES).map(|number| work.random_batch(number)).collect(),
+            batches: samples::batches(work)?,
             queued: 0,
             done: 0,
             skipped: 0,
@@ -76,8 +77,8 @@ impl<B: Bed> StepTask<B> {
         self.trainer.arena().layout.parameters()
     }
 
-    fn batch(&self) -> &Batch {
-        &self.batches[(self.queued % u64::from(BATCHES)) as usize]
+    fn batch(&self) -> &Picked {
+        &self.batches[(self.queued % self.batches.len() as u64) as usize]
     }
 
     fn take(&mut self, wait: bool) -> Result<()> {
@@ -116,7 +117,7 @@ fn trainer_of_twin(work: &Training) -> Result<Trainer<Cpu<f64>>> {
 
 impl<B: Bed> Task for StepTask<B> {
     fn run(&mut self) -> Result<()> {
-        let batch = &self.batches[(self.queued % u64::from(BATCHES)) as usize];
+        let batch = &self.batches[(self.queued % self.batches.len() as u64) as usize];
         self.trainer.queue(batch, Some(LEARNING_RATE))?;
         self.queued += 1;
         self.take(false)
@@ -220,22 +221,23 @@ pub fn figures<B: Bed>(
                 name,
                 amount,
                 flops: Some(flops),
-                memory_bytes: Some(memory(backend, &work)? as u64),
+                memory_bytes: Some(memory(backend, &work, task.batch().table())? as u64),
                 work: Some(work.work(task.parameters(), precision, threads(backend))),
                 ..Figure::default()
             },
             limit: &limit,
         };
         let mut figure = measure(ground, settings, &mut task, None, asked)?;
+        let batch = task.batch().clone();
         drop(task);
-        figure.parts = Pieces::new(backend, &work)?.shares(ground, settings.seconds / 4.0)?;
+        figure.parts = Pieces::new(backend, &work, batch)?.shares(ground, settings.seconds / 4.0)?;
         told(figure)?;
     }
     Ok(())
 }
 
 /// Bytes that a run of this plans.
-fn memory<B: Bed>(_: &B, work: &Training) -> Result<usize> {
+fn memory<B: Bed>(_: &B, work: &Training, table: &Table) -> Result<usize> {
     let wanted = Wanted {
         input: work.input.clone(),
         batch_size: work.batch,
@@ -244,7 +246,7 @@ fn memory<B: Bed>(_: &B, work: &Training) -> Result<usize> {
         average: false,
         share: None,
     };
-    Ok(RunMemory::plan::<B>(&mut work.model()?, &wanted)?.1.total())
+    Ok(RunMemory::plan::<B>(&mut work.model()?, &wanted)?.1.with_table::<B>(table).total())
 }
 
 /// A step in pieces, each timed alone.
@@ -254,41 +256,25 @@ struct Pieces<'a, B: Bed> {
     plan: UpdatePlan,
     arena: Arena<B>,
     activations: Activations<B>,
-    batch: Batch,
+    batch: Picked,
     steps: u64,
 }
 
 impl<'a, B: Bed> Pieces<'a, B> {
-    fn new(backend: &'a B, work: &Training) -> Result<Self> {
+    fn new(backend: &'a B, work: &Training, batch: Picked) -> Result<Self> {
         let mut model = work.model()?;
         let program = model.plan(&work.input, work.batch, Mode::Training)?;
         let (layout, _) = model.parameters().layout()?;
         let plan = UpdatePlan::new(&work.optimizer, &layout)?;
         let arena = model.arena(backend, 1, plan.slots.len())?;
         let activations = program.activations(backend)?;
-        Ok(Pieces { backend, program, plan, arena, activations, batch: work.random_batch(0), steps: 0 })
+        Ok(Pieces { backend, program, plan, arena, activations, batch, steps: 0 })
     }
 
-    /// A batch copied to where the program reads it.
+    /// A batch brought to where the program reads it.
     fn data(&mut self) -> Result<()> {
-        let (backend, activations) = (self.backend, &mut self.activations);
-        match (&self.batch.inputs, self.program.input) {
-            (Inputs::Real(values), Value::Real(act)) => {
-                let values: Vec<B::Storage> = values.iter().map(|&value| B::Storage::from_f32(value)).collect();
-                let start = activations.range(act).start;
-                backend.upload(&mut activations.values, start, &values)?;
-            }
-            (Inputs::Tokens(tokens), Value::Tokens(indices)) => {
-                let start = activations.index_range(indices).start;
-                backend.upload(&mut activations.indices, start, tokens)?;
-            }
-            _ => return Ok(()),
-        }
-        if let (Targets::Index(targets), Some(Value::Tokens(indices))) = (&self.batch.targets, self.program.target) {
-            let start = activations.index_range(indices).start;
-            backend.upload(&mut activations.indices, start, targets)?;
-        }
-        Ok(())
+        let (input, target) = (self.program.input.into(), self.program.target.map(Room::from));
+        self.backend.gather(&mut self.activations, &Gather { picked: &self.batch, input, target })
     }
 
     fn ops(&mut self, backward: bool) -> Result<()> {

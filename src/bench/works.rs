@@ -8,7 +8,7 @@ use super::results::Work;
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::backend::profile::Kind;
-use crate::data::{Batch, Inputs, LogMelOptions, Targets};
+use crate::data::{Batch, InputSpec, Inputs, LogMelOptions, TargetSpec, Targets};
 use crate::error::{Error, Result};
 use crate::log_mel::LogMel as Transform;
 use crate::model::layers::LogMel;
@@ -214,6 +214,20 @@ impl Training {
                 Ok(model.preceded_by("log_mel", LogMel::new(transform).normalized(0.25, 1.0)))
             }
             _ => Ok(model),
+        }
+    }
+
+    /// What a sample's input and target are.
+    pub fn specs(&self) -> (InputSpec, TargetSpec) {
+        match &self.input {
+            Input::Real(shape) => {
+                let names = (0..self.fit.outputs).map(|class| class.to_string()).collect();
+                (InputSpec::Real { shape: shape.clone() }, TargetSpec::Class { names })
+            }
+            &Input::Tokens(context) => {
+                let vocabulary = self.fit.vocabulary.unwrap_or(1);
+                (InputSpec::Tokens { context, vocabulary }, TargetSpec::NextToken)
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use crate::backend::cuda::{Cuda, Device, LESS_MEMORY};
 use crate::backend::ops::Update;
 use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::OpenedData;
+use crate::data::options::Resident;
 use crate::error::Result;
 use crate::model::{Model, Program};
 use crate::parallel::Shard;
@@ -15,6 +16,7 @@ use crate::parallel::world::World;
 use crate::text::grouped;
 use crate::train::looping::model_input;
 use crate::train::memory::{Fullest, RunMemory, Wanted};
+use crate::train::resident::{candidate, fits};
 use crate::train::step::can_be_shared_out;
 
 /// What training would take, on the device that was opened; a GPU that could not be opened is planned for all the same.
@@ -75,12 +77,18 @@ fn plan<B: Update>(run: &RunFile, data: &OpenedData, world: &World, device: Opti
         optimizer: &run.optimizer,
         average: run.train.ema.is_some(),
     };
-    let (program, memory) = RunMemory::plan(&mut model, &wanted).map_err(|e| run.locate(e))?;
+    let (program, mut memory) = RunMemory::plan(&mut model, &wanted).map_err(|e| run.locate(e))?;
+    let free = device.map(Device::memory).transpose()?;
+    if let Some(table) = candidate(&data.splits.train, data.resident).map_err(|e| run.locate(e))? {
+        let left = free.map(|(free, _)| free.saturating_sub(memory.total()));
+        if data.resident == Resident::Always || fits(B::table_room(&table), left) {
+            memory = memory.with_table::<B>(&table);
+        }
+    }
     let mut text = table(&program);
     text += &format!("\n{:<23} {}\n", "parameters", grouped(model.parameters().elements() as u64));
     text += &tell_memory(&memory);
-    if let Some(device) = device {
-        let (free, total) = device.memory()?;
+    if let (Some(device), Some((free, total))) = (device, free) {
         text += &format!("{:<23} {:>12} of {} on {}\n", "memory, free", mib(free), mib(total), device.name());
         if memory.total() > free {
             text += &format!("it does not fit: {LESS_MEMORY}\n");

@@ -5,6 +5,7 @@ mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
 use half::{bf16, f16};
@@ -16,7 +17,8 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::ops::Update;
 use crate::config::{Precision, RunFile};
-use crate::data::{InputSpec, OpenedData, TargetSpec};
+use crate::data::options::Resident;
+use crate::data::{InputSpec, OpenedData, Table, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::{Model, Program};
 use crate::optim::UpdatePlan;
@@ -27,6 +29,7 @@ use crate::real::Element;
 use crate::train::looping::model_input;
 use crate::train::memory::{Part, RunMemory, Wanted};
 use crate::train::profile::{Speed, update_bytes};
+use crate::train::resident::{candidate, fits};
 
 /// Options of `plan`.
 #[derive(Debug, Args)]
@@ -216,6 +219,8 @@ struct Work<'a, B: Update> {
     data: &'a OpenedData,
     device: Device,
     model: Model<B>,
+    /// The training split, where a device may keep it.
+    table: Option<Arc<Table>>,
 }
 
 impl<B: Update> Work<'_, B> {
@@ -248,7 +253,15 @@ impl<B: Update> Work<'_, B> {
             optimizer: &self.run.optimizer,
             average: self.run.train.ema.is_some(),
         };
-        RunMemory::plan(&mut self.model, &wanted).map_err(|e| self.run.locate(e))
+        let (program, memory) = RunMemory::plan(&mut self.model, &wanted).map_err(|e| self.run.locate(e))?;
+        let free = |memory: f64| (memory * USABLE_MEMORY) as usize;
+        let left = self.device.memory.map(|all| free(all).saturating_sub(memory.total()));
+        match &self.table {
+            Some(table) if self.data.resident == Resident::Always || fits(B::table_room(table), left) => {
+                Ok((program, memory.with_table::<B>(table)))
+            }
+            _ => Ok((program, memory)),
+        }
     }
 
     /// The step of each of so many processes on a batch, and its floating-point operations.
@@ -333,7 +346,8 @@ impl Plan {
             _ => ("samples", 1.0),
         };
         let (title, memory_of_device, peak) = (device.title.clone(), device.memory, device.peak);
-        let mut work = Work { options, run, data, device, model: build_model::<B>(run, &data.preprocess)? };
+        let table = candidate(&data.splits.train, data.resident).map_err(|e| run.locate(e))?;
+        let mut work = Work { options, run, data, device, model: build_model::<B>(run, &data.preprocess)?, table };
         let share = work.share(world, batch)?;
         let (_, memory) = work.planned(world, share, batch / share.of)?;
         let (_, flops) = work.step(world, batch)?;

@@ -254,6 +254,7 @@ pub(crate) fn make_run<B: Backend>(
         sampling: data.sampling,
         drop_last: data.drop_last,
         prefetch: data.prefetch,
+        resident: data.resident,
         collective,
         watch: None,
         parallel: run.parallel.clone(),

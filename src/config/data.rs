@@ -5,7 +5,7 @@ use super::tree::Node;
 use crate::data::augment::AugmentOptions;
 use crate::data::options::{
     AudioFeatures, AudioOptions, Color, Column, CsvOptions, IdxOptions, ImagesOptions, InlineOptions, InlineTargets,
-    LinesOptions, Normalize, Part, Sampling, SplitOptions, TargetKind, TextOptions, TokensOptions,
+    LinesOptions, Normalize, Part, Resident, Sampling, SplitOptions, TargetKind, TextOptions, TokensOptions,
 };
 use crate::data::{Cleaning, DataOptions, FormatOptions, LogMelOptions, MelScale, TokenizerKind};
 use crate::error::Result;
@@ -96,8 +96,30 @@ pub fn data(section: &mut Section) -> Result<DataOptions> {
         drop_last: section.optional("drop_last")?,
         prefetch: section.or("prefetch", defaults.prefetch)?,
         threads: section.or("threads", defaults.threads)?,
+        resident: resident(section)?,
         ..defaults
     })
+}
+
+/// `"auto"`, `true` or `false`.
+fn resident(section: &mut Section) -> Result<Resident> {
+    match section.node("resident") {
+        None => section.choice_or("resident", &[("auto", Resident::Auto)], "auto"),
+        Some(Node::Boolean(_)) => {
+            let always: bool = section.required("resident")?;
+            Ok(if always { Resident::Always } else { Resident::Never })
+        }
+        Some(Node::String(text)) if text == "auto" => {
+            section.choice_or("resident", &[("auto", Resident::Auto)], "auto")
+        }
+        Some(other) => {
+            let found = match other {
+                Node::String(text) => format!("{text:?}"),
+                other => other.describe(),
+            };
+            Err(section.error("resident", format!("found {found}, expected \"auto\", true or false")))
+        }
+    }
 }
 
 fn csv(section: &mut Section) -> Result<CsvOptions> {

@@ -239,7 +239,7 @@ fn identity(mut document: DocumentMut) -> String {
         });
     }
     if let Some(data) = document.get_mut("data").and_then(Item::as_table_mut) {
-        ["prefetch", "threads"].iter().for_each(|key| {
+        ["prefetch", "threads", "resident"].iter().for_each(|key| {
             data.remove(key);
         });
     }

@@ -1,4 +1,4 @@
-//! Batches read ahead by threads of their own.
+//! Batches read ahead by threads of their own, or, where a backend keeps the data set, what samples they have.
 //!
 //! Thread `t` of `n` reads batches `t, t + n, ..` into its own bounded ring; the caller takes them in turn, so they come in
 //! order whatever the threads do. Buffers that the caller hands back are used again.
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
-use super::{Batch, Dataset, Draw, InputMut, Inputs, Pick, Sampler, SamplerOptions, TargetMut, Targets};
+use super::{Batch, Dataset, Draw, InputMut, Inputs, Pick, Picked, Sampler, SamplerOptions, Table, TargetMut, Targets};
 use crate::error::{Error, Result};
 
 /// How far ahead batches are read.
@@ -95,16 +95,19 @@ impl Plan {
     }
 }
 
-struct Worker {
+struct Worker<T> {
     /// None once the loader is dropped, so that a thread that waits for room sees it.
-    full: Option<Receiver<Result<Batch>>>,
-    empty: Sender<Batch>,
+    full: Option<Receiver<Result<T>>>,
+    empty: Sender<T>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// Makes a batch of these samples, of one that was handed back where there is one.
+type Make<T> = dyn Fn(&[Pick], Option<Draw>, Option<T>) -> Result<T> + Send + Sync;
+
 /// An iterator of batches that threads read ahead. It ends after an error; dropping it stops its threads.
-pub struct Loader {
-    workers: Vec<Worker>,
+pub struct Loader<T = Batch> {
+    workers: Vec<Worker<T>>,
     /// Batches given so far.
     given: u64,
     /// Batches until the end; none for training, which has no end.
@@ -112,7 +115,23 @@ pub struct Loader {
     failed: bool,
 }
 
-impl Loader {
+impl Loader<Picked> {
+    /// As [`Loader::train`], of a table that a backend gathers from; one thread is enough.
+    ///
+    /// # Errors
+    /// As [`Loader::train`].
+    pub fn picks(table: &Arc<Table>, options: SamplerOptions, first_pass: u64, prefetch: Prefetch) -> Result<Self> {
+        let (sampler, table) = (Sampler::new(table.dataset(), options)?, Arc::clone(table));
+        let make = move |picks: &[Pick], _: Option<Draw>, old: Option<Picked>| {
+            let mut picked = old.unwrap_or_else(|| Picked::new(&table));
+            picked.set(picks).map(|()| picked)
+        };
+        let prefetch = Prefetch { threads: 1, ..prefetch };
+        Loader::start(Arc::new(make), Plan::Training(sampler), first_pass, None, prefetch)
+    }
+}
+
+impl Loader<Batch> {
     /// What this process takes of training batches, from its pass number `first_pass` on, without end.
     ///
     /// # Errors
@@ -124,7 +143,7 @@ impl Loader {
         prefetch: Prefetch,
     ) -> Result<Self> {
         let sampler = Sampler::new(&*dataset, options)?;
-        Loader::start(dataset, Plan::Training(sampler), first_pass, None, prefetch)
+        Loader::start(reading(dataset), Plan::Training(sampler), first_pass, None, prefetch)
     }
 
     /// All samples in order, once, without augmentations; the last batch may be smaller.
@@ -153,16 +172,22 @@ impl Loader {
         let all = len.div_ceil(batch_size).min(most);
         let total = all.saturating_sub(rank).div_ceil(world.max(1)) as u64;
         let (rank, world) = (rank as u64, world as u64);
-        Loader::start(dataset, Plan::Evaluation { len, batch_size, rank, world }, 0, Some(total), prefetch)
+        Loader::start(reading(dataset), Plan::Evaluation { len, batch_size, rank, world }, 0, Some(total), prefetch)
     }
+}
 
-    fn start(
-        dataset: Arc<dyn Dataset>,
-        plan: Plan,
-        first: u64,
-        total: Option<u64>,
-        prefetch: Prefetch,
-    ) -> Result<Self> {
+/// Reads batches of a data set.
+fn reading(dataset: Arc<dyn Dataset>) -> Arc<Make<Batch>> {
+    let (input, target) = (dataset.input(), dataset.target());
+    let each = (input.elements(), target.elements(&input));
+    Arc::new(move |picks: &[Pick], draw: Option<Draw>, old: Option<Batch>| {
+        let mut batch = old.unwrap_or_else(|| Batch::zeros(&input, &target, picks.len()));
+        read_sized(&*dataset, picks, draw, &mut batch, each).map(|()| batch)
+    })
+}
+
+impl<T: Send + 'static> Loader<T> {
+    fn start(make: Arc<Make<T>>, plan: Plan, first: u64, total: Option<u64>, prefetch: Prefetch) -> Result<Self> {
         let plan = Arc::new(plan);
         let threads = prefetch.threads.max(1);
         let depth = prefetch.batches.div_ceil(threads).max(1);
@@ -170,16 +195,16 @@ impl Loader {
         for thread in 0..threads {
             let (full_in, full_out) = sync_channel(depth);
             let (empty_in, empty_out) = channel();
-            let (dataset, plan) = (Arc::clone(&dataset), Arc::clone(&plan));
+            let (make, plan) = (Arc::clone(&make), Arc::clone(&plan));
             let handle = std::thread::Builder::new()
                 .name(format!("data-{thread}"))
                 .spawn(move || {
                     let mut numbers = (first + thread as u64..).step_by(threads);
                     match total {
                         Some(total) => {
-                            work(&*dataset, &plan, &mut numbers.take_while(|n| *n < total), &full_in, &empty_out)
+                            work(&*make, &plan, &mut numbers.take_while(|n| *n < total), &full_in, &empty_out)
                         }
-                        None => work(&*dataset, &plan, &mut numbers, &full_in, &empty_out),
+                        None => work(&*make, &plan, &mut numbers, &full_in, &empty_out),
                     }
                 })
                 .map_err(|e| Error::Training(format!("cannot start a thread that reads data: {e}")))?;
@@ -189,7 +214,7 @@ impl Loader {
     }
 
     /// Hands a batch back, so that its memory is used again.
-    pub fn recycle(&mut self, batch: Batch) {
+    pub fn recycle(&mut self, batch: T) {
         // The batch came from the thread whose turn it was last; a thread that has ended needs none.
         let last = (self.given.saturating_sub(1) % self.workers.len() as u64) as usize;
         let _ = self.workers[last].empty.send(batch);
@@ -197,31 +222,28 @@ impl Loader {
 }
 
 /// Reads the batches `numbers` until there are no more, or nobody takes them.
-fn work(
-    dataset: &dyn Dataset,
+fn work<T>(
+    make: &Make<T>,
     plan: &Plan,
     numbers: &mut dyn Iterator<Item = u64>,
-    full: &SyncSender<Result<Batch>>,
-    empty: &Receiver<Batch>,
+    full: &SyncSender<Result<T>>,
+    empty: &Receiver<T>,
 ) {
-    let (input, target) = (dataset.input(), dataset.target());
-    let each = (input.elements(), target.elements(&input));
     let mut picks = Vec::new();
     for number in numbers {
         let draw = plan.batch(number, &mut picks);
-        let mut batch = empty.try_recv().unwrap_or_else(|_| Batch::zeros(&input, &target, picks.len()));
-        let read = read_sized(dataset, &picks, draw, &mut batch, each);
-        let failed = read.is_err();
-        if full.send(read.map(|()| batch)).is_err() || failed {
+        let made = make(&picks, draw, empty.try_recv().ok());
+        let failed = made.is_err();
+        if full.send(made).is_err() || failed {
             return;
         }
     }
 }
 
-impl Iterator for Loader {
-    type Item = Result<Batch>;
+impl<T> Iterator for Loader<T> {
+    type Item = Result<T>;
 
-    fn next(&mut self) -> Option<Result<Batch>> {
+    fn next(&mut self) -> Option<Result<T>> {
         if self.failed || self.total.is_some_and(|total| self.given >= total) {
             return None;
         }
@@ -234,7 +256,7 @@ impl Iterator for Loader {
     }
 }
 
-impl Drop for Loader {
+impl<T> Drop for Loader<T> {
     fn drop(&mut self) {
         for worker in &mut self.workers {
             worker.full = None;

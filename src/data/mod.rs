@@ -14,6 +14,7 @@ mod open;
 pub mod options;
 mod pictures;
 mod preprocess;
+mod resident;
 mod sampler;
 pub mod source;
 mod split;
@@ -35,6 +36,7 @@ pub use open::{OpenedData, open};
 pub use options::{DataOptions, FormatOptions};
 pub use pictures::Pictures;
 pub use preprocess::{Preprocess, Recipe, UserSample};
+pub use resident::{Given, Layout, Picked, Table};
 pub use sampler::{Sampler, SamplerOptions};
 pub use tokenizer::{GPT2_END_OF_TEXT, GPT2_VOCABULARY, Tokenizer, TokenizerKind};
 pub use words::{Cleaning, PAD, UNKNOWN, Words};
@@ -235,6 +237,11 @@ pub trait Dataset: Send + Sync {
     /// # Errors
     /// A damaged file, with the place; a pick or a buffer that does not fit.
     fn read(&self, pick: Pick, draw: Option<Draw>, input: InputMut<'_>, target: TargetMut<'_>) -> Result<()>;
+    /// Whether every sample lies in memory and has the same values whenever it is read, with `draw` or without, so that a
+    /// backend may keep them all ([`Table`]).
+    fn is_plain(&self) -> bool {
+        false
+    }
     /// How many samples each class has, where targets are classes.
     fn class_counts(&self) -> Option<Vec<usize>> {
         None

@@ -8,7 +8,7 @@ use super::dataset::RealView;
 use super::format::{self, Pool};
 use super::loader::{Loader, Prefetch};
 use super::normalize;
-use super::options::{DataOptions, FormatOptions, Normalize, Part, Sampling, SplitOptions};
+use super::options::{DataOptions, FormatOptions, Normalize, Part, Resident, Sampling, SplitOptions};
 use super::preprocess::{Preprocess, Recipe};
 use super::sampler::{Sampler, SamplerOptions};
 use super::source::Lookup;
@@ -36,6 +36,8 @@ pub struct OpenedData {
     pub drop_last: bool,
     /// How far ahead batches are read.
     pub prefetch: Prefetch,
+    /// Whether the device keeps the training split.
+    pub resident: Resident,
 }
 
 impl OpenedData {
@@ -117,6 +119,7 @@ pub fn open(options: &DataOptions, base: Option<&Path>, seed: u64) -> Result<Ope
         sampling: options.sampling.unwrap_or(if windows { Sampling::Random } else { Sampling::Shuffle }),
         drop_last: options.drop_last.unwrap_or(true),
         prefetch: Prefetch { batches: options.prefetch, threads: options.threads },
+        resident: options.resident,
     })
 }
 

@@ -28,6 +28,21 @@ pub struct DataOptions {
     pub prefetch: usize,
     /// `data.threads`: threads that read ahead (default 1).
     pub threads: usize,
+    /// `data.resident`: whether the training split lies on the device, which then gathers batches itself (default `"auto"`).
+    pub resident: Resident,
+}
+
+/// `data.resident`: results have the same bits whatever it says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resident {
+    /// `"auto"`: where the samples are plain, lying in memory with nothing drawn for any, and a device has room for them in a
+    /// quarter of what is free once the model is there.
+    #[default]
+    Auto,
+    /// `true`: always; an error where samples are not plain.
+    Always,
+    /// `false`: never; batches are read ahead and copied.
+    Never,
 }
 
 impl DataOptions {
@@ -42,6 +57,7 @@ impl DataOptions {
             drop_last: None,
             prefetch: 4,
             threads: 1,
+            resident: Resident::Auto,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What a layer is, and the tensors that layers hand on.
 
 use super::Planner;
+use crate::backend::step::Room;
 use crate::backend::{Act, Backend, Indices};
 use crate::error::{Error, Result};
 
@@ -34,6 +35,15 @@ pub enum Value {
     Real(Act),
     /// Whole numbers.
     Tokens(Indices),
+}
+
+impl From<Value> for Room {
+    fn from(value: Value) -> Self {
+        match value {
+            Value::Real(act) => Room::Real(act),
+            Value::Tokens(indices) => Room::Whole(indices),
+        }
+    }
 }
 
 /// A tensor while a program is planned: where its values will be, and its shape, samples first.

@@ -12,6 +12,7 @@ use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
 use super::options::{EarlyStopping, Length, Metric, TrainOptions};
 use super::parts;
+use super::resident::{self, Source};
 use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
@@ -112,7 +113,8 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             files::write_whole(&run.folder.join("preprocess.json"), run.preprocess.as_bytes())?;
         }
         let first_pass = state.step * share.passes(run.options.accumulate);
-        let loader = Loader::train(Arc::clone(&run.splits.train), sampler_options, first_pass, run.prefetch)?;
+        let table = resident::table(trainer.backend(), &run.splits.train, run.resident)?;
+        let source = Source::new(&run.splits.train, table, sampler_options, first_pass, run.prefetch)?;
         let tokens_per_sample = match (&input, run.splits.train.target()) {
             (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
             _ => None,
@@ -125,7 +127,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             watch: run.watch,
             compare_every: run.parallel.check_every_steps,
             trainer,
-            loader,
+            source,
             options: run.options,
             peak: run.optimizer.learning_rate,
             clips: run.optimizer.clip.norm != NormClip::Off,
@@ -248,7 +250,7 @@ struct Loop<B: Backend + Update> {
     /// Steps between two comparisons of their parameters.
     compare_every: u64,
     trainer: Trainer<B>,
-    loader: Loader,
+    source: Source,
     options: TrainOptions,
     peak: f64,
     clips: bool,
@@ -391,10 +393,8 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if self.abandon_at.is_some_and(|at| self.trainer.queued().micro_step >= at) {
             return Ok(false);
         }
-        let batch = self.loader.next().ok_or_else(|| Error::Training("the data ended before the run".into()))??;
-        self.trainer.queue(&batch, rate)?;
+        self.source.queue_next(&mut self.trainer, rate)?;
         alive(self.watch.as_deref());
-        self.loader.recycle(batch);
         Ok(true)
     }
 

@@ -5,6 +5,7 @@
 
 use crate::backend::ops::Update;
 use crate::backend::{Backend, Op, Param, Use, stores_what_it_computes_in};
+use crate::data::Table;
 use crate::error::Result;
 use crate::model::{ActivationBytes, Input, Mode, Model, ParamTable, Program};
 use crate::optim::{OptimizerOptions, UpdatePlan};
@@ -64,6 +65,16 @@ impl RunMemory {
     /// Bytes in all.
     pub fn total(&self) -> usize {
         self.parts.iter().map(|part| part.bytes).sum()
+    }
+
+    /// With a data set that the device keeps.
+    #[must_use]
+    pub fn with_table<B: Backend>(mut self, table: &Table) -> Self {
+        let bytes = B::table_room(table);
+        if bytes > 0 {
+            self.parts.push(Part { name: "data set", of: B::Storage::NAME.to_owned(), bytes });
+        }
+        self
     }
 
     /// Plans the programs of a run, and sums its memory up: the training program, and the memory.

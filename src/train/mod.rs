@@ -13,6 +13,7 @@ pub mod plot;
 pub mod profile;
 pub mod progress;
 pub mod report;
+pub mod resident;
 pub mod run;
 mod same;
 pub mod shadow;

@@ -8,7 +8,7 @@ use super::metrics::Record;
 use super::options::TrainOptions;
 use super::summary::Summary;
 use crate::backend::Backend;
-use crate::data::options::Sampling;
+use crate::data::options::{Resident, Sampling};
 use crate::data::{Prefetch, Splits};
 use crate::error::Result;
 use crate::model::Model;
@@ -36,6 +36,8 @@ pub struct Run<B: Backend> {
     pub drop_last: bool,
     /// How far ahead batches are read.
     pub prefetch: Prefetch,
+    /// Whether the device keeps the training split.
+    pub resident: Resident,
     /// The processes that train, and how: in each of them everything here is the same, but for the device.
     pub collective: Arc<dyn Collective>,
     /// The watch over the others, which is told of the run's progress; none over one process alone.

@@ -7,9 +7,9 @@ use std::collections::{HashMap, VecDeque};
 
 pub use self::evaluate::Evaluation;
 use crate::backend::ops::{METRICS, Update};
-use crate::backend::step::{Fill, Finished, Found, LossScale, Pass, Turn, UpdateWork, Work};
+use crate::backend::step::{Feed, Fill, Finished, Found, Gather, LossScale, Pass, Room, Turn, UpdateWork, Work};
 use crate::backend::{Activations, Arena, Backend, Exchange, PassOfStep, StepContext};
-use crate::data::{Batch, Inputs, Targets};
+use crate::data::{Batch, Given, Inputs, Targets};
 use crate::error::{Error, Result};
 use crate::model::{Input, Mode, Model, Program, Value};
 use crate::optim::{OptimizerOptions, StepOutcome, StepParams, UpdatePlan};
@@ -331,11 +331,14 @@ impl<B: Backend + Update> Trainer<B> {
         self.backend.loss_scale()
     }
 
-    /// One whole step: forward and backward of each pass, then the update. Waits for its end.
+    /// One whole step: forward and backward of each pass, of values or of samples of a table, then the update. Waits for its end.
     ///
     /// # Errors
     /// Another number of batches than passes in a step, a batch of another shape than planned, or a device that failed.
-    pub fn step(&mut self, batches: &[Batch], learning_rate: f64) -> Result<StepReport> {
+    pub fn step<'a, T>(&mut self, batches: &'a [T], learning_rate: f64) -> Result<StepReport>
+    where
+        &'a T: Into<Given<'a>>,
+    {
         let passes = self.passes_per_step();
         if batches.len() as u64 != passes || self.queued != self.counters_of_finished_steps() {
             let expected = format!("{passes} micro-batches, and no other step begun");
@@ -356,7 +359,8 @@ impl<B: Backend + Update> Trainer<B> {
     ///
     /// # Errors
     /// A batch of another shape than planned, an update before the last pass of its step, or a device that failed.
-    pub fn queue(&mut self, batch: &Batch, learning_rate: Option<f64>) -> Result<()> {
+    pub fn queue<'a>(&mut self, batch: impl Into<Given<'a>>, learning_rate: Option<f64>) -> Result<()> {
+        let batch = batch.into();
         let ends_step = self.passes + 1 == self.passes_per_step();
         if learning_rate.is_some() != ends_step {
             let expected = format!("an update after pass {} of a step", self.passes_per_step());
@@ -391,11 +395,11 @@ impl<B: Backend + Update> Trainer<B> {
             self.found = Found::default();
         }
         self.found.flag = self.flag;
-        self.found.samples += batch.samples as u64;
+        self.found.samples += batch.samples() as u64;
         let (found, window) = (&mut self.found, window.as_ref());
         let turn = self.exchange.as_deref_mut().map(|exchange| Turn { exchange, pass, window, found });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(work), turn, update })?;
-        self.samples.push_back(batch.samples);
+        self.samples.push_back(batch.samples());
         self.passes = if ends_step { 0 } else { self.passes + 1 };
         // Micro-batches count once, whatever the number of their parts.
         self.queued.micro_step += u64::from(of.index == 0);
@@ -490,9 +494,20 @@ fn step_params(learning_rate: f64, counters: Counters, divisor: f64) -> StepPara
 fn pass<'a, B: Backend>(
     program: &'a Program<B>,
     activations: &'a mut Activations<B>,
-    batch: &'a Batch,
+    batch: Given<'a>,
     context: StepContext,
 ) -> Result<Pass<'a, B>> {
+    let feed = match batch {
+        Given::Values(batch) => Feed::Values(fills(program, batch)?),
+        Given::Picked(picked) => {
+            Feed::Rows(Gather { picked, input: program.input.into(), target: program.target.map(Room::from) })
+        }
+    };
+    Ok(Pass { ops: &program.ops, activations, feed, metrics: program.metrics, context })
+}
+
+/// A batch's values, and where they go.
+fn fills<'a, B: Backend>(program: &Program<B>, batch: &'a Batch) -> Result<Vec<Fill<'a>>> {
     let mut fills = vec![match (&batch.inputs, program.input) {
         (Inputs::Real(values), Value::Real(act)) => Fill::Real(act, Cow::Borrowed(values)),
         (Inputs::Tokens(values), Value::Tokens(indices)) => Fill::Indices(indices, values),
@@ -510,5 +525,5 @@ fn pass<'a, B: Backend>(
             (Targets::Real(_), Value::Tokens(_)) => return Err(Error::shape("target", "whole numbers", "real values")),
         });
     }
-    Ok(Pass { ops: &program.ops, activations, fills, metrics: program.metrics, context })
+    Ok(fills)
 }

@@ -11,6 +11,7 @@ mod conv;
 mod dropout;
 mod elementwise;
 mod embedding;
+mod gather;
 mod layer_norm;
 mod linear;
 mod loss;
@@ -29,6 +30,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use self::parallel::{PIECE, vectorize};
+use super::step::Gather;
 use super::{Act, Activations, Arena, Backend, Memory, Numeric, Op, Slice, StepContext};
 use crate::error::{Error, Result};
 use crate::real::Real;
@@ -87,6 +89,10 @@ impl<R: Real> Backend for Cpu<R> {
             .ok_or_else(|| does_not_fit(from.len(), offset, to.len()))?;
         to.copy_from_slice(part);
         Ok(())
+    }
+
+    fn gather(&self, activations: &mut Activations<Self>, gather: &Gather<'_>) -> Result<()> {
+        gather::gather(activations, gather)
     }
 
     fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [R]) -> Result<()> {

@@ -22,6 +22,7 @@ mod dropout;
 mod elementwise;
 mod embedding;
 pub mod emulated;
+mod gather;
 mod launch;
 mod layer_norm;
 pub mod libraries;
@@ -59,10 +60,12 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use self::launch::{Grid, args};
+use super::step::Gather;
 use super::{
     Act, Activations, Arena, Backend, DeviceSlice, Grad, Held, Indices, Memory, Numeric, Op, Param, Slice, State,
     StepContext,
 };
+use crate::data::Table;
 use crate::error::{Error, Result};
 use crate::real::Element;
 
@@ -159,6 +162,18 @@ impl<S: Storage> Backend for Cuda<S> {
 
     fn download<T: bytemuck::Pod + Send + Sync>(&self, from: &Buffer<T>, offset: usize, to: &mut [T]) -> Result<()> {
         from.read(offset, to)
+    }
+
+    fn gather(&self, activations: &mut Activations<Self>, gather: &Gather<'_>) -> Result<()> {
+        self.gather_now(activations, gather)
+    }
+
+    fn table_room(table: &Table) -> usize {
+        gather::table_room::<S>(table)
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.device.memory().map(|(free, _)| Some(free))
     }
 
     fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [f32]) -> Result<()> {

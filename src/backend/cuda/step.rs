@@ -1,19 +1,22 @@
 //! Whole steps on the device: one graph launch each, nothing waited for but room for the next batch.
 //!
 //! A batch is written to page-locked memory and copied by a stream of its own into one of two fixed places on the device, while
-//! the step before is computed with the other. The step itself (scalars in, forward, loss, backward, norm, update, average,
-//! figures out) is recorded once for each place and replayed in turn. What it found is copied into page-locked memory behind
-//! it, and read by the host when its event has passed.
+//! the step before is computed with the other; where the data set lies on the device, the numbers of its samples are copied and
+//! the samples gathered. The step itself (scalars in, forward, loss, backward, norm, update, average, figures out) is recorded
+//! once for each place and replayed in turn. What it found is copied into page-locked memory behind it, and read by the host
+//! when its event has passed.
 
+mod batch;
 mod work;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use cudarc::driver::{CudaEvent, CudaGraph, result};
+use cudarc::driver::{CudaEvent, CudaGraph};
 
 use self::work::Parts;
+use super::buffer::Buffer;
 use super::context::{Device, driver_error};
 use super::pinned::Pinned;
 use super::team::{Team, Told};
@@ -21,7 +24,7 @@ use super::update::Outcome;
 use super::{Cuda, Storage, recording};
 use crate::backend::PassOfStep;
 use crate::backend::ops::METRICS;
-use crate::backend::step::{Fill, Finished, LossScale, Pass, Turn, UpdateWork, Work, check_len};
+use crate::backend::step::{Finished, LossScale, Turn, UpdateWork, Work};
 use crate::error::{Error, Result};
 use crate::optim::StepOutcome;
 
@@ -66,8 +69,10 @@ const _: () = {
 /// A batch's place, and what the host shares with the device about it.
 #[derive(Debug)]
 struct Slot {
-    /// Inputs and targets in the device's types, one after the other.
+    /// Inputs and targets in the device's types, one after the other; or the numbers of samples.
     batch: Pinned,
+    /// The numbers of samples on the device, where it gathers them.
+    rows: Option<Buffer<u32>>,
     scalars: Pinned,
     report: Pinned,
     /// What this process tells all others at the end of a step.
@@ -88,6 +93,7 @@ impl Slot {
         let event = || device.context().new_event(None).map_err(|error| driver_error("make an event", error));
         Ok(Slot {
             batch: Pinned::new(device, 1)?,
+            rows: None,
             scalars: Pinned::new(device, size_of::<Scalars>())?,
             report: Pinned::new(device, size_of::<Report>() + tensors * size_of::<f64>())?,
             told: Pinned::new(device, size_of::<Told>())?,
@@ -96,52 +102,6 @@ impl Slot {
             done: event()?,
             leaves: [false; 3],
         })
-    }
-
-    /// Copies the batch into the inputs that are selected. No work is left that reads them.
-    fn copy<S: Storage>(&mut self, device: &Arc<Device>, pass: &Pass<'_, Cuda<S>>) -> Result<()> {
-        let activations = &*pass.activations;
-        let mut places = Vec::with_capacity(pass.fills.len());
-        let mut bytes = 0;
-        for fill in &pass.fills {
-            let (address, expected, len, each) = match fill {
-                Fill::Real(act, values) => {
-                    let range = activations.range(*act);
-                    (activations.values.address_of(range.start), range.len(), values.len(), size_of::<S>())
-                }
-                Fill::Indices(indices, values) => {
-                    let range = activations.index_range(*indices);
-                    (activations.indices.address_of(range.start), range.len(), values.len(), size_of::<i32>())
-                }
-            };
-            check_len("batch", expected, len)?;
-            let start = bytes;
-            bytes = (start + len * each).next_multiple_of(16);
-            places.push((address, start..start + len * each));
-        }
-        if self.batch.len() < bytes {
-            self.batch = Pinned::new(device, bytes)?;
-        }
-        for (fill, (_, range)) in pass.fills.iter().zip(&places) {
-            let to = &mut self.batch.bytes_mut()[range.clone()];
-            match fill {
-                Fill::Real(_, values) => {
-                    let to: &mut [S] = bytemuck::cast_slice_mut(to);
-                    to.iter_mut().zip(values.iter()).for_each(|(to, &value)| *to = S::from_f32(value));
-                }
-                Fill::Indices(_, values) => to.copy_from_slice(bytemuck::cast_slice(values)),
-            }
-        }
-        let stream = device.copy_stream();
-        for (address, range) in places {
-            if !range.is_empty() {
-                // SAFETY: the activation holds as many bytes; the page-locked memory stays as it is until `done` has passed.
-                unsafe { result::memcpy_htod_async(address, &self.batch.bytes()[range], stream.cu_stream()) }
-                    .map_err(|error| driver_error("copy a batch to the device", error))?;
-            }
-        }
-        self.copied.record(stream).map_err(|error| driver_error("copy a batch to the device", error))?;
-        device.stream().wait(&self.copied).map_err(|error| driver_error("wait for a batch", error))
     }
 }
 

@@ -35,6 +35,10 @@ impl Dataset for LabelledTokens {
         self.targets.read(index, target)
     }
 
+    fn is_plain(&self) -> bool {
+        true
+    }
+
     fn class_counts(&self) -> Option<Vec<usize>> {
         self.targets.counts(&self.indices)
     }

@@ -140,6 +140,10 @@ impl Dataset for RealView {
         self.targets.read(index, target)
     }
 
+    fn is_plain(&self) -> bool {
+        self.augment.is_none() && !matches!(self.table.values, Values::Files(_))
+    }
+
     fn class_counts(&self) -> Option<Vec<usize>> {
         self.targets.counts(&self.indices)
     }

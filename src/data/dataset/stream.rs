@@ -166,6 +166,11 @@ impl Dataset for TokenWindows {
         TargetSpec::NextToken
     }
 
+    /// Tokens in mapped files are checked as they are read, and may be more than any memory holds.
+    fn is_plain(&self) -> bool {
+        !matches!(&*self.store, TokenStore::Files(_))
+    }
+
     fn read(&self, pick: Pick, _draw: Option<Draw>, input: InputMut<'_>, target: TargetMut<'_>) -> Result<()> {
         let start = match pick {
             Pick::Sample(_) => super::sample(pick, self.len())? * self.context,

@@ -55,7 +55,7 @@ impl<B: Backend + Update> Trainer<B> {
             (Some(exchange), Some(window)) => pass.run_through(&self.backend, &mut self.arena, &mut **exchange, window),
             _ => pass.run(&self.backend, &mut self.arena),
         };
-        let metrics = pass(program, activations, batch, step).and_then(run);
+        let metrics = pass(program, activations, batch.into(), step).and_then(run);
         self.evaluations.insert(batch.samples, planned);
         Ok(LossSums::new(metrics?))
     }
