@@ -212,7 +212,7 @@ fn kill_after(out: &Path, step: u64) {
 }
 
 #[test]
-fn a_run_that_moves_from_four_processes_to_two_and_one_ends_with_the_bits_of_one_that_did_not() {
+fn a_run_that_moves_from_four_processes_to_eight_and_one_ends_with_the_bits_of_one_that_did_not() {
     if !mpi::is_there() {
         return;
     }
@@ -223,7 +223,7 @@ fn a_run_that_moves_from_four_processes_to_two_and_one_ends_with_the_bits_of_one
     let same = ["--set", "run.reproducible=true", "--set", "checkpoint.every_steps=7", "--set", "checkpoint.keep=9"];
     trained(2, &file, &whole, &same);
     trained(4, &file, &moved, &same);
-    for (processes, killed_at) in [(1, 7), (2, 14)] {
+    for (processes, killed_at) in [(8, 7), (1, 14)] {
         kill_after(&moved, killed_at);
         trained(processes, &file, &moved, &[&same[..], &["--resume"]].concat());
     }
