@@ -92,9 +92,21 @@ impl Team {
 
     /// Sends all of them a signal.
     pub fn signal(&self, signal: i32) {
-        for rank in &self.ranks {
-            // SAFETY: a child that was not waited for.
-            unsafe { libc::kill(rank.id() as i32, signal) };
+        (0..self.ranks.len()).for_each(|rank| self.signal_one(rank, signal));
+    }
+
+    /// Sends one of them a signal.
+    pub fn signal_one(&self, rank: usize, signal: i32) {
+        // SAFETY: a child that was not waited for.
+        unsafe { libc::kill(self.ranks[rank].id() as i32, signal) };
+    }
+
+    /// Waits until any of them has ended.
+    pub fn wait_for_first(&mut self) {
+        let began = Instant::now();
+        while self.ranks.iter_mut().all(|rank| rank.try_wait().unwrap().is_none()) {
+            assert!(began.elapsed() < PATIENCE, "all ranks live on; {}", words(self.folder.path()));
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
