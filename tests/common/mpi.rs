@@ -21,10 +21,15 @@ pub fn is_there() -> bool {
     there
 }
 
-/// The options that this machine's mpirun needs for more processes than cores, and for root. None of its processes outlives a test.
-fn options() -> Vec<&'static str> {
+/// Whether the mpirun here is Open MPI's.
+pub fn is_open_mpi() -> bool {
     let version = Command::new("mpirun").arg("--version").output().map(|o| o.stdout).unwrap_or_default();
-    if String::from_utf8_lossy(&version).contains("Open MPI") {
+    String::from_utf8_lossy(&version).contains("Open MPI")
+}
+
+/// The options that this machine's mpirun needs for more processes than cores, and for root. None of its processes outlives a test.
+pub fn options() -> Vec<&'static str> {
+    if is_open_mpi() {
         vec!["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--timeout", "100"]
     } else {
         Vec::new()

@@ -112,6 +112,26 @@ fn where_rank_0_falls_silent_a_rank_of_another_machine_speaks_and_where_it_died_
 }
 
 #[test]
+fn who_speaks_of_a_silent_rank_0_is_heard_before_a_launcher_ends_all() {
+    let mut team = start("stopped and aborted at once", 0, 4.0, &[]);
+    team.wait_until_ready();
+    // Rank 1, which is to speak, comes to it later than the others, and they do not end before.
+    std::thread::sleep(Duration::from_millis(2650));
+    team.signal_one(1, libc::SIGSTOP);
+    assert!(!team.one_ends_within(Duration::from_millis(600)));
+    team.signal_one(1, libc::SIGCONT);
+    // As mpirun does when the first has ended.
+    assert!(team.one_ends_within(Duration::from_secs(10)));
+    team.signal_one(0, libc::SIGCONT);
+    let ends = team.ends();
+    let sentence = format!("error: rank 0 on host {} gave no sign of life for 3 s after step {STEP}: ", host_name());
+    for (rank, end) in ends.iter().enumerate().skip(1) {
+        let told = if rank == 1 { end.stderr.starts_with(&sentence) } else { end.stderr.is_empty() };
+        assert!(told && end.code == Some(1) && end.log.starts_with(&sentence), "rank {rank}: {ends:#?}");
+    }
+}
+
+#[test]
 fn a_death_is_the_cause_where_others_fail_by_it_ten_times_of_ten() {
     each_try("killed and missed", 60.0, |victim, ends| {
         let sentence = format!("error: rank {victim} on host {} died after step {STEP}; 3 other ranks", host_name());

@@ -5,5 +5,7 @@ mod common;
 mod cut;
 mod faults;
 mod meet;
+#[path = "../common/network.rs"]
+mod network;
 mod rank;
 mod team;

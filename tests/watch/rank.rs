@@ -77,7 +77,7 @@ fn run(trouble: &str) -> warpstep::Result<i32> {
     }
     match trouble {
         "killed" | "killed and missed" => signal_self(libc::SIGKILL),
-        "stopped" => signal_self(libc::SIGSTOP),
+        "stopped" | "stopped and aborted at once" => signal_self(libc::SIGSTOP),
         "panics" => panic!("a rank's own end"),
         "stuck" => std::thread::sleep(Duration::from_secs(3600)),
         "fails" => return Ok(fail(watch)),

@@ -92,17 +92,32 @@ impl Team {
 
     /// Sends all of them a signal.
     pub fn signal(&self, signal: i32) {
-        for rank in &self.ranks {
-            // SAFETY: a child that was not waited for.
-            unsafe { libc::kill(rank.id() as i32, signal) };
+        (0..self.ranks.len()).for_each(|rank| self.signal_one(rank, signal));
+    }
+
+    /// Sends one of them a signal.
+    pub fn signal_one(&self, rank: usize, signal: i32) {
+        // SAFETY: a child that was not waited for.
+        unsafe { libc::kill(self.ranks[rank].id() as i32, signal) };
+    }
+
+    /// Whether any of them ends within so long; waits for that.
+    pub fn one_ends_within(&mut self, time: Duration) -> bool {
+        let began = Instant::now();
+        while self.ranks.iter_mut().all(|rank| rank.try_wait().unwrap().is_none()) {
+            if began.elapsed() > time {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
+        true
     }
 
     /// Waits for all but those that a stop keeps from ending, which are killed.
     pub fn ends(mut self) -> Vec<End> {
         let began = Instant::now();
         let mut ends = Vec::new();
-        let stopped = |rank| self.trouble == "stopped" && rank == self.victim;
+        let stopped = |rank| self.trouble.starts_with("stopped") && rank == self.victim;
         for (rank, child) in self.ranks.iter_mut().enumerate() {
             let code = loop {
                 match child.try_wait().unwrap() {

@@ -196,9 +196,18 @@ impl Watcher {
             // It is done, and has nobody to tell. One that failed would have heard from a rank 0 that lives: it failed by this death.
             return Some(Verdict::Leave);
         }
-        let (ranks, cause) =
-            if dead.is_empty() { (cut, Cause::Silent(self.limits.silent)) } else { (dead, Cause::Died) };
+        let (ranks, cause) = if dead.is_empty() {
+            let silence = self.silence(&cut, now);
+            (cut, Cause::Silent(silence))
+        } else {
+            (dead, Cause::Died)
+        };
         Some(Verdict::Stop(self.failure(ranks, cause)))
+    }
+
+    /// For how long none of these ranks was heard: the system may give a connection up before the watch does.
+    fn silence(&self, ranks: &[usize], now: Instant) -> Duration {
+        ranks.iter().map(|&rank| now - self.seen[rank].heard).min().unwrap_or_default()
     }
 
     fn take(&mut self, from: usize, message: Message, now: Instant) -> Option<Verdict> {
@@ -302,11 +311,23 @@ impl Watcher {
             return told;
         }
         let aloud = self.speaks(&failure);
+        let waits = !aloud && self.awaits_speaker(&failure);
         let deadline = Instant::now() + patience;
+        let left = || deadline.saturating_duration_since(Instant::now());
         let finished = ending::begin(&failure, aloud, self.options);
         linger(self.links, patience);
-        let _ = finished.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        let _ = finished.recv_timeout(left());
+        if waits {
+            std::thread::sleep(left());
+        }
         ending::exit()
+    }
+
+    /// Whether this rank ends later than the one that speaks. Where rank 0 fell silent each rank finds that out by itself, some of them
+    /// before the speaker does, and a launcher wakes a stopped rank 0 to end it as soon as any rank has ended: the speaker would
+    /// hear of it again, and have nothing to say.
+    fn awaits_speaker(&self, failure: &Failure) -> bool {
+        matches!(failure.cause, Cause::Silent(_)) && failure.ranks.iter().any(|named| named.rank == 0)
     }
 
     /// Whether this rank says it for all. Rank 0 does; where rank 0 is gone, the lowest that is left does. Where it fell silent its
