@@ -36,6 +36,26 @@ extern "C" __global__ void __launch_bounds__(256) traffic_copy(float4* to, const
     }
 }
 
+// to = to + 1, 32 bytes an access: read and written where it is, as an update does.
+extern "C" __global__ void __launch_bounds__(256) traffic_in_place(float4* to, i64 part, i64 rounds) {
+    const i64 len = gridDim.x * part, step = static_cast<i64>(gridDim.x) * (AHEAD * 256);
+    const auto more = [](float4 x) { return float4{x.x + 1.0f, x.y + 1.0f, x.z + 1.0f, x.w + 1.0f}; };
+    for (i64 round = 0; round < rounds; ++round) {
+        for (i64 start = static_cast<i64>(blockIdx.x) * (AHEAD * 256); start < len; start += step) {
+            const i64 i = start + threadIdx.x;
+            if (start + AHEAD * 256 <= len) {
+                float4 x[AHEAD];
+#pragma unroll
+                for (int k = 0; k < AHEAD; ++k) x[k] = fetch(to + i + k * 256);
+#pragma unroll
+                for (int k = 0; k < AHEAD; ++k) put(to + i + k * 256, more(x[k]));
+            } else {
+                for (i64 at = i; at < len; at += 256) put(to + at, more(fetch(to + at)));
+            }
+        }
+    }
+}
+
 // to = 1. 16 bytes an access.
 extern "C" __global__ void __launch_bounds__(256) traffic_write(float4* to, i64 part, i64 rounds) {
     const i64 len = gridDim.x * part, step = static_cast<i64>(gridDim.x) * 256;

@@ -14,7 +14,9 @@ mod sharded;
 use std::fs;
 
 use common::{run, stderr, stdout, tensor_hashes, warpstep};
-use sharded::{BATCH_NORM, Bed, LEVELS, On, digits, gives_the_bits_of_one_process, gpt, losses};
+use sharded::{
+    ADAMW, ADAPTIVE, BATCH_NORM, Bed, LAMB, LEVELS, MUON, On, digits, gives_the_bits_of_one_process, gpt, losses,
+};
 use tempfile::TempDir;
 use warpstep::backend::Held;
 use warpstep::backend::cpu::Cpu;
@@ -29,30 +31,17 @@ use warpstep::train::step::{Trainer, TrainerParts};
 
 #[test]
 fn adamw_with_a_global_norm_accumulation_and_an_average_has_the_bits_of_one_process() {
-    let optimizer = r#"rule = "adamw"
-learning_rate = 2e-3
-weight_decay = 0.01
-clip = { global_norm = 0.2, value = 0.01 }
-accumulate = 2
-ema = 0.9"#;
-    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(ADAMW, true), &[2, 4], &LEVELS);
 }
 
 #[test]
 fn momentum_with_an_adaptive_clip_has_the_bits_of_one_process() {
-    let optimizer = r#"rule = "momentum"
-learning_rate = 0.1
-clip = { adaptive = 0.01 }"#;
-    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(ADAPTIVE, true), &[2, 4], &LEVELS);
 }
 
 #[test]
 fn lamb_has_the_bits_of_one_process() {
-    let optimizer = r#"rule = "lamb"
-learning_rate = 1e-2
-weight_decay = 0.01
-clip = { tensor_norm = 0.1 }"#;
-    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(LAMB, true), &[2, 4], &LEVELS);
 }
 
 #[test]
@@ -65,9 +54,7 @@ weight_decay = 1e-4"#;
 
 #[test]
 fn muon_whose_matrices_stay_whole_has_the_bits_of_one_process() {
-    let optimizer = r#"rule = "muon"
-learning_rate = 0.02"#;
-    gives_the_bits_of_one_process(On::Cpus, &digits(optimizer, true), &[2, 4], &LEVELS);
+    gives_the_bits_of_one_process(On::Cpus, &digits(MUON, true), &[2, 4], &LEVELS);
 }
 
 #[test]

@@ -23,6 +23,8 @@ pub enum Traffic {
     Read,
     /// `to = 1`.
     Write,
+    /// `to = to + 1`: read and written where it is, as an update does.
+    InPlace,
 }
 
 /// What a device tells of itself.

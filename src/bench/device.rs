@@ -14,6 +14,8 @@ use crate::real::Element;
 
 /// Elements that are looked at.
 const LOOKS: u64 = 64;
+/// What they hold before they are counted up where they are.
+const STARTS_AT: f64 = 0.5;
 /// Bytes that a repetition within a cache goes through, in rounds.
 const ROUNDS_BYTES: usize = 16 << 20;
 
@@ -65,15 +67,15 @@ impl<B: Bed> TrafficTask<B> {
 
     /// Bytes of a repetition, those read and those written.
     pub fn bytes(&self) -> f64 {
-        let buffers = if self.traffic == Traffic::Copy { 2 } else { 1 };
-        (buffers * self.len * size_of::<f32>() * self.rounds) as f64
+        let times = if matches!(self.traffic, Traffic::Copy | Traffic::InPlace) { 2 } else { 1 };
+        (times * self.len * size_of::<f32>() * self.rounds) as f64
     }
 
     /// Positions that are looked at.
     fn positions(&self) -> Vec<usize> {
         match self.traffic {
             Traffic::Read => (0..self.backend.parts()).collect(),
-            Traffic::Copy | Traffic::Write => {
+            Traffic::Copy | Traffic::Write | Traffic::InPlace => {
                 let stream = Philox::new(self.looks, Purpose::Sampling, 1);
                 (0..LOOKS).map(|look| stream.below(look, self.len as u64) as usize).collect()
             }
@@ -89,6 +91,7 @@ impl<B: Bed> TrafficTask<B> {
         Ok(match self.traffic {
             Traffic::Copy => f64::from(read(at..at + 1)?[0]),
             Traffic::Write => 1.0,
+            Traffic::InPlace => STARTS_AT + self.rounds as f64,
             Traffic::Read => {
                 let part = self.len / self.backend.parts();
                 read(at * part..(at + 1) * part)?.into_iter().map(f64::from).sum()
@@ -109,8 +112,9 @@ impl<B: Bed> Task for TrafficTask<B> {
 
     fn prepare(&mut self) -> Result<()> {
         self.looks += 1;
+        let start = if self.traffic == Traffic::InPlace { STARTS_AT as f32 } else { f32::NAN };
         for at in self.positions() {
-            self.backend.upload(&mut self.to, at, &[f32::NAN])?;
+            self.backend.upload(&mut self.to, at, &[start])?;
         }
         Ok(())
     }
@@ -319,7 +323,9 @@ pub fn figures<B: Bed>(
         amount: (amount.0, amount.1.to_owned()),
         ..Figure::default()
     };
-    for (traffic, word) in [(Traffic::Copy, "copy"), (Traffic::Read, "read"), (Traffic::Write, "write")] {
+    let words =
+        [(Traffic::Copy, "copy"), (Traffic::Read, "read"), (Traffic::Write, "write"), (Traffic::InPlace, "in_place")];
+    for (traffic, word) in words {
         for (place, bytes) in working_sets(backend) {
             let name = format!("{word}/{place}");
             if !wanted(&name) {

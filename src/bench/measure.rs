@@ -7,7 +7,7 @@
 //! - the outcome: before a repetition that is looked at, the task makes what it left earlier wrong, and its twin then tells what
 //!   should be there. Work that is skipped is seen, and so is work that is not done when its time is over;
 //! - the clock: single times must add up to the time from the first repetition to the moment the last outcome was there;
-//! - physics: nothing is faster than its floor by more than noise;
+//! - physics: nothing is faster, by more than noise, than the fastest that the run has seen of the device;
 //! - the caches: work that is timed against the memory must go through more of it than the last cache holds;
 //! - the spread: quartiles that lie too far apart mean that something else ran.
 
@@ -145,7 +145,7 @@ impl Settings {
 
 /// Repetitions that a figure has at least.
 const LEAST_COUNT: usize = 5;
-/// How much faster than its floor a figure may be: the floor is measured too.
+/// How much faster than what bounds it a figure may be: that is measured too.
 const NOISE: f64 = 0.1;
 /// The share of the wall's time that may be missing from the sum of single times.
 const MISSING: f64 = 0.2;
@@ -376,12 +376,6 @@ fn impossible(ground: &dyn Ground, task: &dyn Task, times: &Spread, limit: &Limi
             "cached: its buffers hold {:.1} MiB together, the caches {:.1} MiB; it was timed against the memory",
             mib(bytes),
             mib(cache)
-        ));
-    }
-    if from_memory && times.median < limit.floor.seconds * (1.0 - NOISE) && times.median >= least * (1.0 - NOISE) {
-        return Some(format!(
-            "faster than its floor by {:.0} %: what the floor is measured by was disturbed, or a cache helped",
-            100.0 * (limit.floor.seconds / times.median - 1.0)
         ));
     }
     (times.median < least * (1.0 - NOISE)).then(|| {

@@ -14,7 +14,7 @@ pub struct Speeds {
     pub precision: Precision,
     /// Bytes a second of a copy within the memory, those read and those written together.
     pub copy: f64,
-    /// The fastest bytes a second seen of the memory: copied, read or written.
+    /// The fastest bytes a second seen of the memory: copied, read, written, or both where they are.
     pub fastest_memory: f64,
     /// Floating-point operations a second of the fastest product.
     pub product: f64,
@@ -56,7 +56,7 @@ impl Speeds {
             limit: &|_| None,
         };
         let (mut copy, mut fastest_memory) = (0.0, 0.0f64);
-        for traffic in [Traffic::Copy, Traffic::Read, Traffic::Write] {
+        for traffic in [Traffic::Copy, Traffic::Read, Traffic::Write, Traffic::InPlace] {
             let mut task = TrafficTask::in_memory(backend, traffic)?;
             let figure = measure(ground, settings, &mut task, None, plain("memory"))?;
             if traffic == Traffic::Copy {

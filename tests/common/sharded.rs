@@ -12,6 +12,29 @@ use warpstep::train::metrics::{SplitName, read_metrics};
 use crate::common::{fresh_seed, stderr, tensor_hashes, warpstep};
 use crate::{devices, mpi};
 
+/// AdamW with both clips, accumulation and an average.
+pub const ADAMW: &str = r#"rule = "adamw"
+learning_rate = 2e-3
+weight_decay = 0.01
+clip = { global_norm = 0.2, value = 0.01 }
+accumulate = 2
+ema = 0.9"#;
+
+/// Momentum with an adaptive clip.
+pub const ADAPTIVE: &str = r#"rule = "momentum"
+learning_rate = 0.1
+clip = { adaptive = 0.01 }"#;
+
+/// LAMB with a clip by tensor.
+pub const LAMB: &str = r#"rule = "lamb"
+learning_rate = 1e-2
+weight_decay = 0.01
+clip = { tensor_norm = 0.1 }"#;
+
+/// Muon, whose matrices stay whole.
+pub const MUON: &str = r#"rule = "muon"
+learning_rate = 0.02"#;
+
 pub const LEVELS: [&str; 3] = ["optimizer", "gradients", "parameters"];
 
 /// What the processes run on.

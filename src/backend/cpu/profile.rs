@@ -74,6 +74,14 @@ fn sum(values: &[f32]) -> f32 {
     )
 }
 
+/// Adds 1 to every value.
+fn add_one(values: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        || values.iter_mut().for_each(|value| *value += 1.0),
+    );
+}
+
 impl<R: Real> Profiled for Cpu<R> {
     fn start_timing(&self) {}
 
@@ -153,6 +161,12 @@ impl<R: Real> Profiled for Cpu<R> {
             Traffic::Write => to[..len].par_chunks_mut(part).for_each(|to| {
                 for _ in 0..rounds {
                     to.fill(1.0);
+                    black_box(&mut *to);
+                }
+            }),
+            Traffic::InPlace => to[..len].par_chunks_mut(part).for_each(|to| {
+                for _ in 0..rounds {
+                    add_one(to);
                     black_box(&mut *to);
                 }
             }),

@@ -50,6 +50,7 @@ impl Device {
         let (kernel, list): (&str, &mut [_]) = match traffic {
             Traffic::Copy => ("traffic_copy", args![to.address_of(0), from.address_of(0), part, rounds]),
             Traffic::Write => ("traffic_write", args![to.address_of(0), part, rounds]),
+            Traffic::InPlace => ("traffic_in_place", args![to.address_of(0), part, rounds]),
             Traffic::Read => ("traffic_read", args![to.address_of(0), from.address_of(0), part, rounds]),
         };
         // SAFETY: both buffers hold `len` values, a part for each block, and `to` more values than there are blocks.
