@@ -17,8 +17,9 @@ __device__ __forceinline__ void put(float4* p, float4 x) {
 // Accesses of a thread that are under way at once.
 constexpr int AHEAD = 8;
 
-// to = from, 32 bytes an access: stretches of memory that lie side by side are copied side by side.
-extern "C" __global__ void __launch_bounds__(256) traffic_copy(float4* to, const float4* from, i64 part, i64 rounds) {
+// to = change(from), which may be one: stretches of memory that lie side by side are gone through side by side. All loads of a turn are
+// under way before the first store.
+template <typename F> __device__ __forceinline__ void pass(float4* to, const float4* from, i64 part, i64 rounds, F change) {
     const i64 len = gridDim.x * part, step = static_cast<i64>(gridDim.x) * (AHEAD * 256);
     for (i64 round = 0; round < rounds; ++round) {
         for (i64 start = static_cast<i64>(blockIdx.x) * (AHEAD * 256); start < len; start += step) {
@@ -28,32 +29,22 @@ extern "C" __global__ void __launch_bounds__(256) traffic_copy(float4* to, const
 #pragma unroll
                 for (int k = 0; k < AHEAD; ++k) x[k] = fetch(from + i + k * 256);
 #pragma unroll
-                for (int k = 0; k < AHEAD; ++k) put(to + i + k * 256, x[k]);
+                for (int k = 0; k < AHEAD; ++k) put(to + i + k * 256, change(x[k]));
             } else {
-                for (i64 at = i; at < len; at += 256) put(to + at, fetch(from + at));
+                for (i64 at = i; at < len; at += 256) put(to + at, change(fetch(from + at)));
             }
         }
     }
 }
 
-// to = to + 1, 32 bytes an access: read and written where it is, as an update does.
+// to = from. 32 bytes an access.
+extern "C" __global__ void __launch_bounds__(256) traffic_copy(float4* to, const float4* from, i64 part, i64 rounds) {
+    pass(to, from, part, rounds, [](float4 x) { return x; });
+}
+
+// to = to + 1: read and written where it is, as an update does. 32 bytes an access.
 extern "C" __global__ void __launch_bounds__(256) traffic_in_place(float4* to, i64 part, i64 rounds) {
-    const i64 len = gridDim.x * part, step = static_cast<i64>(gridDim.x) * (AHEAD * 256);
-    const auto more = [](float4 x) { return float4{x.x + 1.0f, x.y + 1.0f, x.z + 1.0f, x.w + 1.0f}; };
-    for (i64 round = 0; round < rounds; ++round) {
-        for (i64 start = static_cast<i64>(blockIdx.x) * (AHEAD * 256); start < len; start += step) {
-            const i64 i = start + threadIdx.x;
-            if (start + AHEAD * 256 <= len) {
-                float4 x[AHEAD];
-#pragma unroll
-                for (int k = 0; k < AHEAD; ++k) x[k] = fetch(to + i + k * 256);
-#pragma unroll
-                for (int k = 0; k < AHEAD; ++k) put(to + i + k * 256, more(x[k]));
-            } else {
-                for (i64 at = i; at < len; at += 256) put(to + at, more(fetch(to + at)));
-            }
-        }
-    }
+    pass(to, to, part, rounds, [](float4 x) { return float4{x.x + 1.0f, x.y + 1.0f, x.z + 1.0f, x.w + 1.0f}; });
 }
 
 // to = 1. 16 bytes an access.
