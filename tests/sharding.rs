@@ -16,6 +16,7 @@ use std::fs;
 use common::{run, stderr, stdout, tensor_hashes, warpstep};
 use sharded::{
     ADAMW, ADAPTIVE, BATCH_NORM, Bed, LAMB, LEVELS, MUON, On, digits, gives_the_bits_of_one_process, gpt, losses,
+    skips_alike, stays_within_a_millionth,
 };
 use tempfile::TempDir;
 use warpstep::backend::Held;
@@ -26,7 +27,6 @@ use warpstep::optim::{OptimizerOptions, Rule};
 use warpstep::parallel::{Shard, ShardingOptions, Wire};
 use warpstep::plan::Share;
 use warpstep::train::memory::{RunMemory, Wanted};
-use warpstep::train::metrics::read_metrics;
 use warpstep::train::step::{Trainer, TrainerParts};
 
 #[test]
@@ -59,22 +59,7 @@ fn muon_whose_matrices_stay_whole_has_the_bits_of_one_process() {
 
 #[test]
 fn steps_whose_gradients_are_not_finite_are_skipped_by_all_alike() {
-    if !mpi::is_there() {
-        return;
-    }
-    // The first update throws the parameters so far that nothing after it is finite.
-    let bed = Bed::new(On::Cpus, &digits("rule = \"momentum\"\nlearning_rate = 1e37", true));
-    let skipped = |out: &str| {
-        let records = read_metrics(&bed.path(out).join("metrics.jsonl")).unwrap();
-        records.iter().map(|record| record.skipped).max().unwrap()
-    };
-    bed.alone("alone", &[]);
-    assert_eq!(skipped("alone"), 3);
-    for shard in LEVELS {
-        bed.together(2, shard, shard, &[]);
-        assert_eq!(tensor_hashes(&bed.path(shard)), tensor_hashes(&bed.path("alone")), "{shard}");
-        assert_eq!(skipped(shard), 3, "{shard}");
-    }
+    skips_alike(On::Cpus);
 }
 
 #[test]
@@ -90,28 +75,7 @@ fn a_small_gpt_with_dropout_and_a_shared_table_has_the_bits_of_one_process() {
 
 #[test]
 fn without_an_order_of_sums_the_curves_stay_within_a_millionth() {
-    if !mpi::is_there() {
-        return;
-    }
-    let optimizer = r#"rule = "adamw"
-learning_rate = 1e-3
-clip = { global_norm = 0.5 }
-accumulate = 3"#;
-    let bed = Bed::new(On::Cpus, &digits(optimizer, false).replace("batch_size = 16", "batch_size = 24"));
-    bed.alone("alone", &[]);
-    let alone = losses(&bed.path("alone"));
-    for (world, shard) in [(2, "optimizer"), (2, "gradients"), (2, "parameters"), (3, "parameters"), (4, "gradients")] {
-        let out = format!("{world}-{shard}");
-        bed.together(world, shard, &out, &[]);
-        let found = losses(&bed.path(&out));
-        assert_eq!(found.len(), alone.len());
-        for (found, alone) in found.iter().zip(&alone) {
-            assert!(
-                (found.1 - alone.1).abs() <= 1e-6 * alone.1,
-                "{world} processes, {shard}: {found:?}, not {alone:?}"
-            );
-        }
-    }
+    stays_within_a_millionth(On::Cpus);
 }
 
 #[test]

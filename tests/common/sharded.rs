@@ -246,3 +246,47 @@ pub fn gpt(folder: &Path) -> String {
     fs::write(&file, PROSE.repeat(4)).unwrap();
     GPT.replace("PROSE", &file.display().to_string())
 }
+
+/// Steps whose gradients are not finite are skipped by all processes alike.
+pub fn skips_alike(on: On) {
+    if !on.is_there() {
+        return;
+    }
+    // The first update throws the parameters so far that nothing after it is finite.
+    let bed = Bed::new(on, &digits("rule = \"momentum\"\nlearning_rate = 1e37", true));
+    let skipped = |out: &str| {
+        let records = read_metrics(&bed.path(out).join("metrics.jsonl")).unwrap();
+        records.iter().map(|record| record.skipped).max().unwrap()
+    };
+    bed.alone("alone", &[]);
+    assert_eq!(skipped("alone"), 3);
+    for shard in LEVELS {
+        bed.together(2, shard, shard, &[]);
+        assert_eq!(tensor_hashes(&bed.path(shard)), tensor_hashes(&bed.path("alone")), "{shard}");
+        assert_eq!(skipped(shard), 3, "{shard}");
+    }
+}
+
+/// Where the order of sums is free, the losses stay within a millionth of those of one process.
+pub fn stays_within_a_millionth(on: On) {
+    if !on.is_there() {
+        return;
+    }
+    let optimizer = r#"rule = "adamw"
+learning_rate = 1e-3
+clip = { global_norm = 0.5 }
+accumulate = 3"#;
+    let bed = Bed::new(on, &digits(optimizer, false).replace("batch_size = 16", "batch_size = 24"));
+    bed.alone("alone", &[]);
+    let alone = losses(&bed.path("alone"));
+    for (world, shard) in [(2, "optimizer"), (2, "gradients"), (2, "parameters"), (3, "parameters"), (4, "gradients")] {
+        let out = format!("{world}-{shard}");
+        bed.together(world, shard, &out, &[]);
+        let found = losses(&bed.path(&out));
+        assert_eq!(found.len(), alone.len());
+        for (found, alone) in found.iter().zip(&alone) {
+            let near = (found.1 - alone.1).abs() <= 1e-6 * alone.1;
+            assert!(near, "{world} processes, {shard}: {found:?}, not {alone:?}");
+        }
+    }
+}
