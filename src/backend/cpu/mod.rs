@@ -20,6 +20,7 @@ mod parallel;
 mod pool;
 mod product;
 mod profile;
+mod transpose;
 mod update;
 
 pub use update::{average, update, update_bf16};
