@@ -141,9 +141,9 @@ __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, floa
 }
 
 #define DEFINE_FORM(FORM, EXTRAS, SUFFIX, T)                                                                           \
-    extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
+    extern "C" __global__ void __launch_bounds__(128, 3)                                                               \
         flash_attention_forward_##FORM##64_##SUFFIX(const T* qkv, T* y, float* log_sum_exp, AttentionShape shape) {    \
-        flash_attention_forward<T, 64, 4, 2, 64, EXTRAS>(qkv, y, log_sum_exp, shape);                                     \
+        flash_attention_forward<T, 64, 4, 1, 64, EXTRAS>(qkv, y, log_sum_exp, shape);                                     \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
         flash_attention_forward_##FORM##128_##SUFFIX(const T* qkv, T* y, float* log_sum_exp, AttentionShape shape) {   \

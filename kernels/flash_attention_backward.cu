@@ -234,7 +234,7 @@ __device__ __forceinline__ void flash_attention_backward_queries(const T* qkv, c
         flash_attention_backward_queries<T, D, KEYS_TILE, EXTRAS>(qkv, dy, log_sum_exp, deltas, dqkv, shape);          \
     }
 #define DEFINE_FORM(FORM, EXTRAS, SUFFIX, T)                                                                           \
-    DEFINE_SIZE(64, 64, 64, FORM, EXTRAS, SUFFIX, T)                                                                   \
+    DEFINE_SIZE(64, 32, 64, FORM, EXTRAS, SUFFIX, T)                                                                   \
     DEFINE_SIZE(128, 32, 32, FORM, EXTRAS, SUFFIX, T)
 #define DEFINE(SUFFIX, T) DEFINE_FORM(, false, SUFFIX, T) DEFINE_FORM(extras_, true, SUFFIX, T)
 DEFINE(bf16, bf16)

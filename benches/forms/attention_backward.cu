@@ -14,9 +14,9 @@ FORM(keys, taken, 64, 2)
 FORM(keys, narrow, 32, 2)
 FORM(keys, narrow_three_blocks, 32, 3)
 FORM(keys, narrowest_three_blocks, 16, 3)
-FORM(queries, taken, 64, 2)
+FORM(queries, taken, 32, 2)
+FORM(queries, wide, 64, 2)
 FORM(queries, three_blocks, 64, 3)
-FORM(queries, narrow, 32, 2)
 FORM(queries, narrow_three_blocks, 32, 3)
 FORM(queries, narrow_four_blocks, 32, 4)
 FORM(queries, narrowest_four_blocks, 16, 4)
@@ -53,9 +53,9 @@ int main() {
     time("keys_narrow", keys_narrow, 32, true, found);
     time("keys_narrow_three_blocks", keys_narrow_three_blocks, 32, true, found);
     time("keys_narrowest_three_blocks", keys_narrowest_three_blocks, 16, true, found);
-    time("queries_taken", queries_taken, 64, false, expected);
+    time("queries_taken", queries_taken, 32, false, expected);
+    time("queries_wide", queries_wide, 64, false, found);
     time("queries_three_blocks", queries_three_blocks, 64, false, found);
-    time("queries_narrow", queries_narrow, 32, false, found);
     time("queries_narrow_three_blocks", queries_narrow_three_blocks, 32, false, found);
     time("queries_narrow_four_blocks", queries_narrow_four_blocks, 32, false, found);
     time("queries_narrowest_four_blocks", queries_narrowest_four_blocks, 16, false, found);

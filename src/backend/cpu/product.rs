@@ -16,10 +16,12 @@ const PARALLEL_FROM: usize = 1 << 19;
 /// Stripes are a multiple of so many rows or columns: whole vectors.
 const WHOLE: usize = 16;
 
-/// Products of up to so many rows and columns are summed in parts of other lengths by the library: other roundings.
-const SMALL: usize = 64;
+/// The inner dimension is cut into parts of no more than this, which are summed one after the other. Left to itself the library
+/// cuts it by the sizes of the product as well, and the bits would depend on who has which part of it.
+const DEPTH: usize = 512;
 
-/// Up to so many values of a product, the library adds along vectors where both factors lie along the inner dimension.
+/// Up to so many values of a product, the library adds along vectors where both factors lie along the inner dimension: in another
+/// order, so that a larger product has no stripe as small as that.
 const HORIZONTAL: usize = 256;
 
 /// Columns of a product for which the rows of a factor are transposed at a time: they stay in the second-level cache.
@@ -43,10 +45,10 @@ impl Stripe {
         let threads = if work < PARALLEL_FROM { 1 } else { rayon::current_num_threads() };
         let by_rows = Self::by_rows(a, b);
         let (long, short) = if by_rows { (m, n) } else { (n, m) };
-        let least = if short > SMALL { WHOLE } else { SMALL + WHOLE };
+        let least = (HORIZONTAL / short.max(1) + 1).next_multiple_of(WHOLE);
         let height = long.div_ceil(threads).next_multiple_of(WHOLE).max(least);
         // The last one takes what would be too little for one of its own.
-        let count = (long.saturating_sub(least) / height + 1).max(1);
+        let count = long.saturating_sub(least) / height + 1;
         let stripe = |i: usize| {
             let part = i * height..if i + 1 == count { long } else { (i + 1) * height };
             if by_rows { Stripe { rows: part, columns: 0..n } } else { Stripe { rows: 0..m, columns: part } }
@@ -124,8 +126,16 @@ pub(super) fn product_here<R: Real>(
         }
         return;
     }
+    let depth = k.div_ceil(k.div_ceil(DEPTH));
+    for (i, (a, b)) in a.axis_chunks_iter(Axis(1), depth).zip(b.axis_chunks_iter(Axis(0), depth)).enumerate() {
+        add_part(c.view_mut(), a, b, accumulate || i > 0);
+    }
+}
+
+/// The part of a product that [`DEPTH`] or less of the inner dimension makes; no size is 0.
+fn add_part<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
     let lies = |strides: &[isize]| strides[1] == 1;
-    if m * n > HORIZONTAL && lies(c.strides()) && lies(a.strides()) && lies(b.t().strides()) && !lies(b.strides()) {
+    if c.len() > HORIZONTAL && lies(c.strides()) && lies(a.strides()) && lies(b.t().strides()) && !lies(b.strides()) {
         both_along(c, a, b.reversed_axes(), accumulate);
     } else {
         run(c, a, b, accumulate);
@@ -136,17 +146,25 @@ pub(super) fn product_here<R: Real>(
 ///
 /// The library would rearrange b value by value, and take twice the time where its rows lie whole multiples of 1 KiB apart. So
 /// it is given b's transpose, or that of a, where this is much the smaller one: c's transpose comes out of that.
-fn both_along<R: Real>(mut c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
+fn both_along<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
     let ((m, k), n) = (a.dim(), b.nrows());
-    let width = COLUMNS.min(n);
+    // The last ones take what is left: a single column would be summed in another order.
+    let count = (n / COLUMNS).max(1);
     let turns_a = m * (k + n) < n * k;
-    let len = if turns_a { m * (k + width) } else { width * k };
+    let widest = n - (count - 1) * COLUMNS;
+    let len = if turns_a { m * (k + widest) } else { widest * k };
     with_scratch(len, |scratch| {
         let (factor, result) = scratch.split_at_mut(if turns_a { m * k } else { len });
         if turns_a {
             transpose(matrix_mut(factor, m), a, false);
         }
-        for (b, c) in b.axis_chunks_iter(Axis(0), width).zip(c.axis_chunks_iter_mut(Axis(1), width)) {
+        let (mut rest_of_b, mut rest_of_c) = (b, c);
+        for i in 0..count {
+            let width = if i + 1 < count { COLUMNS } else { widest };
+            let (b, others) = rest_of_b.split_at(Axis(0), width);
+            rest_of_b = others;
+            let (c, others) = rest_of_c.split_at(Axis(1), width);
+            rest_of_c = others;
             if turns_a {
                 let mut result = matrix_mut(&mut result[..b.nrows() * m], m);
                 run(result.view_mut(), b, matrix(factor, m), false);
@@ -159,6 +177,7 @@ fn both_along<R: Real>(mut c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: Arr
         }
     });
 }
+
 /// Values as rows of `width`, which is not 0.
 fn matrix<R>(values: &[R], width: usize) -> ArrayView2<'_, R> {
     ArrayView2::from_shape((values.len() / width, width), values).expect("as many values as rows times width")
@@ -184,7 +203,7 @@ fn with_scratch<R: Real>(len: usize, f: impl FnOnce(&mut [R])) {
     SCRATCH.set(memory);
 }
 
-/// The library's product, of sizes that were checked and are not 0.
+/// The library's product.
 fn run<R: Real>(mut c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
     let ((m, k), n) = (a.dim(), b.ncols());
     let (c_strides, a_strides, b_strides) = (strides(c.strides()), strides(a.strides()), strides(b.strides()));
@@ -218,4 +237,74 @@ fn run<R: Real>(mut c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2
 
 fn strides(strides: &[isize]) -> [isize; 2] {
     [strides[0], strides[1]]
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, s};
+
+    use super::*;
+    use crate::random::{Philox, Purpose};
+
+    /// Rows, inner dimension and columns: tails of stripes, of blocks and of parts; products that are shared and that are not.
+    const SIZES: [[usize; 3]; 14] = [
+        [1, 1, 1],
+        [16, 3, 17],
+        [17, 33, 15],
+        [65, 2, 300],
+        [300, 512, 65],
+        [129, 513, 130],
+        [64, 1100, 64],
+        [1, 1025, 2000],
+        [2000, 1025, 1],
+        [7, 1300, 600],
+        [600, 1300, 7],
+        [48, 600, 500],
+        [500, 600, 48],
+        [256, 256, 272],
+    ];
+
+    fn random(rows: usize, columns: usize, stream: u32) -> Array2<f32> {
+        let numbers = Philox::new(1, Purpose::Sampling, stream);
+        Array2::from_shape_fn((rows, columns), |(i, j)| numbers.uniform((i * columns + j) as u64) as f32 - 0.5)
+    }
+
+    /// Products of factors that lie along or across the inner dimension, in matrices that are wider than they.
+    fn products(m: usize, k: usize, n: usize, threads: usize, accumulate: bool) -> Vec<Array2<f32>> {
+        let (a, b) = (random(m, k + 3, 0), random(k, n + 5, 1));
+        let (a, b) = (a.slice(s![.., ..k]), b.slice(s![.., ..n]));
+        let (across_a, along_b) = (a.t().to_owned(), b.t().to_owned());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let of = |a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>| {
+            let mut c = random(m, n + 1, 2);
+            pool.install(|| product(c.slice_mut(s![.., ..n]), a, b, accumulate));
+            assert_eq!(c.column(n), random(m, n + 1, 2).column(n), "what lies beside the product stays");
+            c.slice_move(s![.., ..n])
+        };
+        vec![of(a, b), of(a, along_b.t()), of(across_a.t(), b), of(across_a.t(), along_b.t())]
+    }
+
+    #[test]
+    fn a_product_is_its_definition_and_has_the_same_bits_for_any_number_of_threads() {
+        for [m, k, n] in SIZES {
+            for accumulate in [false, true] {
+                let of_one = products(m, k, n, 1, accumulate);
+                let [a, b] = [random(m, k + 3, 0), random(k, n + 5, 1)].map(|x| x.mapv(f64::from));
+                let mut expected = a.slice(s![.., ..k]).dot(&b.slice(s![.., ..n]));
+                if accumulate {
+                    expected += &random(m, n + 1, 2).slice(s![.., ..n]).mapv(f64::from);
+                }
+                for (form, found) in of_one.iter().enumerate() {
+                    // Values below 1/2: products below 1/4, whose sums of k have roundings of no more than that many units.
+                    let most = (k as f64).mul_add(0.25 * f64::from(f32::EPSILON), f64::from(f32::EPSILON));
+                    let away = (&found.mapv(f64::from) - &expected).iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+                    assert!(away <= most, "{m} x {k} x {n}, form {form}, {accumulate}: {away} away, at most {most}");
+                }
+                for threads in [2, 3, 5] {
+                    let found = products(m, k, n, threads, accumulate);
+                    assert!(found == of_one, "{m} x {k} x {n}, {accumulate}: {threads} threads differ from one");
+                }
+            }
+        }
+    }
 }

@@ -58,9 +58,9 @@ impl Flash {
         match g.head_size {
             _ if size_of::<S>() != 2 => None,
             64 => Some(Flash {
-                forward: [128, tiles(64)],
+                forward: [64, tiles(64)],
                 backward_keys: [64, tiles(64) + statistics(64)],
-                backward_queries: [64, tiles(64)],
+                backward_queries: [64, tiles(32)],
             }),
             // The keys' kernel holds its own 64 keys and values besides.
             128 => Some(Flash {

@@ -2,7 +2,7 @@
 //! (kernels/update_trust.cu).
 
 use super::plan::{Kind, Pass};
-use super::{Arrays, Prepared, gather_pieces};
+use super::{Arrays, Prepared, a_warp_each, gather_pieces};
 use crate::backend::Together;
 use crate::backend::cuda::launch::{Arg, Grid, args};
 use crate::error::Result;
@@ -53,7 +53,7 @@ impl Prepared {
         if warps == 0 {
             return Ok(());
         }
-        let grid = Grid::new(warps.div_ceil(8).min(self.device.multiprocessors() * 16), 256);
+        let grid = a_warp_each(warps);
         let (rates, [first, second]) = (self.rates[1].address_of(0), arrays.slots);
         let list = args![arrays.parameters, arrays.copy, first, second, rates, Arg::of(pass)];
         // SAFETY: the arrays hold as many elements as are updated, of the types that the kernel's name says.
