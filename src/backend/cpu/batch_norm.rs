@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::{sum, vectorize};
+use super::parallel::{sum, two_sums, vectorize};
 use crate::backend::ops::{BatchNorm, BatchNormBackward, BatchNormForward, BatchNormInference};
 use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::Result;
@@ -30,6 +30,33 @@ fn channel_sum<R: Real>([batch, channels, spatial]: [usize; 3], channel: usize, 
     )
 }
 
+/// Two such sums at once, of what `f(a, b)` gives for the elements of two tensors.
+#[inline(always)]
+fn two_channel_sums<R: Real>(
+    [batch, channels, spatial]: [usize; 3],
+    channel: usize,
+    [a, b]: [&[R]; 2],
+    f: impl Fn(R, R) -> (R, R),
+) -> (f64, f64) {
+    vectorize(
+        #[inline(always)]
+        || {
+            let mut totals = (0.0, 0.0);
+            for sample in 0..batch {
+                let range = (sample * channels + channel) * spatial..(sample * channels + channel + 1) * spatial;
+                let (a, b) = (&a[range.clone()], &b[range]);
+                let (first, second) = two_sums(
+                    [a, b, b],
+                    #[inline(always)]
+                    |a, b, _| f(a, b),
+                );
+                totals = (totals.0 + first.f64(), totals.1 + second.f64());
+            }
+            totals
+        },
+    )
+}
+
 /// `y = f(channel, position)` for every element, samples in parallel.
 fn by_channel<R: Real>(
     y: &mut [R],
@@ -37,10 +64,15 @@ fn by_channel<R: Real>(
     f: impl Fn(usize, std::ops::Range<usize>, &mut [R]) + Sync,
 ) {
     y.par_chunks_mut(channels * spatial).enumerate().for_each(|(sample, y)| {
-        for (channel, y) in y.chunks_exact_mut(spatial).enumerate() {
-            let start = (sample * channels + channel) * spatial;
-            f(channel, start..start + spatial, y);
-        }
+        vectorize(
+            #[inline(always)]
+            || {
+                for (channel, y) in y.chunks_exact_mut(spatial).enumerate() {
+                    let start = (sample * channels + channel) * spatial;
+                    f(channel, start..start + spatial, y);
+                }
+            },
+        );
     });
 }
 
@@ -88,10 +120,15 @@ impl<R: Real> BatchNorm for Cpu<R> {
         }
         let weight = &arena.parameters[arena.range(args.weight)];
         let bias = &arena.parameters[arena.range(args.bias)];
-        by_channel(y, dimensions, |channel, range, y| {
-            let (scale, m, b) = (std[channel] * weight[channel], mean[channel], bias[channel]);
-            y.iter_mut().zip(&x[range]).for_each(|(y, &x)| *y = (x - m) * scale + b);
-        });
+        by_channel(
+            y,
+            dimensions,
+            #[inline(always)]
+            |channel, range, y| {
+                let (scale, m, b) = (std[channel] * weight[channel], mean[channel], bias[channel]);
+                y.iter_mut().zip(&x[range]).for_each(|(y, &x)| *y = (x - m) * scale + b);
+            },
+        );
         Ok(())
     }
 
@@ -109,11 +146,16 @@ impl<R: Real> BatchNorm for Cpu<R> {
         let weight = &arena.parameters[arena.range(args.weight)];
         let bias = &arena.parameters[arena.range(args.bias)];
         let epsilon = R::from_f64(args.epsilon);
-        by_channel(y, [args.batch, args.channels, args.spatial], |channel, range, y| {
-            let scale = weight[channel] / (variance[channel] + epsilon).sqrt();
-            let (m, b) = (mean[channel], bias[channel]);
-            y.iter_mut().zip(&x[range]).for_each(|(y, &x)| *y = (x - m) * scale + b);
-        });
+        by_channel(
+            y,
+            [args.batch, args.channels, args.spatial],
+            #[inline(always)]
+            |channel, range, y| {
+                let scale = weight[channel] / (variance[channel] + epsilon).sqrt();
+                let (m, b) = (mean[channel], bias[channel]);
+                y.iter_mut().zip(&x[range]).for_each(|(y, &x)| *y = (x - m) * scale + b);
+            },
+        );
         Ok(())
     }
 
@@ -133,19 +175,13 @@ impl<R: Real> BatchNorm for Cpu<R> {
             .into_par_iter()
             .map(|channel| {
                 let (m, s) = (mean[channel], std[channel]);
-                let bias = channel_sum(
+                two_channel_sums(
                     dimensions,
                     channel,
+                    [x, dy],
                     #[inline(always)]
-                    |i| dy[i],
-                );
-                let weight = channel_sum(
-                    dimensions,
-                    channel,
-                    #[inline(always)]
-                    |i| dy[i] * ((x[i] - m) * s),
-                );
-                (bias, weight)
+                    |x, dy| (dy, dy * ((x - m) * s)),
+                )
             })
             .collect();
         let (weight_range, bias_range) =
@@ -161,14 +197,20 @@ impl<R: Real> BatchNorm for Cpu<R> {
         if args.dx.is_some() {
             let weight = &arena.parameters[arena.range(args.weight)];
             let inverse = 1.0 / (args.batch * args.spatial) as f64;
-            by_channel(dx, dimensions, |channel, range, dx| {
-                let (m, s) = (mean[channel], std[channel]);
-                let scale = weight[channel] * s;
-                let (bias, slope) = (R::from_f64(sums[channel].0 * inverse), R::from_f64(sums[channel].1 * inverse));
-                for ((dx, &x), &dy) in dx.iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
-                    *dx = scale * (dy - bias - (x - m) * s * slope);
-                }
-            });
+            by_channel(
+                dx,
+                dimensions,
+                #[inline(always)]
+                |channel, range, dx| {
+                    let (m, s) = (mean[channel], std[channel]);
+                    let scale = weight[channel] * s;
+                    let (bias, slope) =
+                        (R::from_f64(sums[channel].0 * inverse), R::from_f64(sums[channel].1 * inverse));
+                    for ((dx, &x), &dy) in dx.iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
+                        *dx = scale * (dy - bias - (x - m) * s * slope);
+                    }
+                },
+            );
         }
         Ok(())
     }
