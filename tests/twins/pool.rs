@@ -46,6 +46,12 @@ fn pooling_is_its_definition_for_any_number_of_threads() {
         case(3, [6, 11], [3, 2], [1, 1], [1, 1]),
         case(2, [8, 8], [1, 2], [3, 3], [0, 0]),
         case(17, [7, 7], [7, 7], [1, 1], [0, 0]),
+        // Outputs a row on either side of 8, which the CPU works on side by side where nothing is padded.
+        case(18, [28, 28], [2, 2], [2, 2], [0, 0]),
+        case(5, [4, 16], [2, 2], [2, 2], [0, 0]),
+        case(5, [4, 15], [3, 2], [1, 2], [0, 0]),
+        case(4, [5, 13], [2, 3], [2, 1], [0, 0]),
+        case(4, [9, 40], [3, 4], [2, 4], [0, 0]),
     ];
     for geometry in cases {
         let [oh, ow] = geometry.output().unwrap();
@@ -72,4 +78,66 @@ fn pooling_is_its_definition_for_any_number_of_threads() {
         assert_eq!(found[..2], exact[..2], "{what}");
         judge(&what, &found, &plain, &exact);
     }
+}
+
+#[test]
+fn the_first_of_equal_values_and_the_first_that_is_no_number_is_the_largest() {
+    let geometry = PoolGeometry { planes: 1, input: [2, 20], kernel: [2, 2], stride: [2, 2], padding: [0, 0] };
+    let nan = f64::NAN;
+    // Ten windows: ties in every order, one and two that are no numbers, infinities, and zeros of both signs.
+    let above = [
+        1.,
+        1.,
+        0.,
+        2.,
+        3.,
+        1.,
+        nan,
+        1.,
+        1.,
+        nan,
+        nan,
+        nan,
+        5.,
+        6.,
+        f64::NEG_INFINITY,
+        f64::NEG_INFINITY,
+        -0.,
+        0.,
+        4.,
+        4.,
+    ];
+    let below = [
+        1.,
+        1.,
+        2.,
+        0.,
+        1.,
+        3.,
+        2.,
+        3.,
+        nan,
+        2.,
+        7.,
+        8.,
+        nan,
+        7.,
+        f64::NEG_INFINITY,
+        f64::NEG_INFINITY,
+        0.,
+        -0.,
+        5.,
+        5.,
+    ];
+    let x: Vec<f64> = above.into_iter().chain(below).collect();
+    let largest = [1., 2., 3., nan, nan, nan, nan, f64::NEG_INFINITY, -0., 5.];
+    let places = [0, 3, 4, 6, 9, 10, 32, 14, 16, 38];
+    let found = same_bits("pooling of what is no number", || {
+        let mut bed = Bed::<Cpu<f32>>::cpu();
+        let (x, y, positions) = (bed.real(&x), bed.empty(largest.len()), bed.whole(&[-1; 10]));
+        let ran = bed.run(&MaxPoolForward { x, y, positions, geometry }).unwrap();
+        assert_eq!(ran.get_whole(positions), places);
+        vec![ran.get(y).iter().map(|&y| if y.is_nan() { -99.0 } else { y }).collect::<Vec<f64>>()]
+    });
+    assert_eq!(found[0], largest.map(|y| if y.is_nan() { -99.0 } else { y }));
 }
