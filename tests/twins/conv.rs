@@ -56,6 +56,10 @@ fn a_convolution_is_its_definition_for_any_number_of_threads() {
         case(4, [2, 4, 1], [8, 8], [1, 1], [2, 2], [0, 0]),
         case(2, [3, 2, 1], [4, 5], [6, 7], [1, 1], [1, 1]),
         case(1, [2, 3, 1], [2, 1], [3, 3], [2, 2], [3, 3]),
+        // As wide as the input, a step at a time: taps beyond it on every side, and all of it.
+        case(2, [2, 3, 1], [1, 6], [5, 3], [1, 1], [2, 1]),
+        case(2, [2, 3, 1], [6, 2], [3, 7], [1, 1], [3, 3]),
+        case(2, [4, 4, 2], [5, 7], [2, 5], [1, 1], [0, 2]),
     ];
     for geometry in cases {
         let Conv2dGeometry { batch, channels, filters, input: [height, width], .. } = geometry;

@@ -75,12 +75,45 @@ fn tap_rows(
     }
 }
 
+/// Where windows lie one apart and rows of the output are as wide as those of the input: the positions of the output, and the
+/// places of the input, that tap (ky, kx) brings together in one piece; columns at the edges apart, which have none.
+fn shifted(g: &Conv2dGeometry, sides: [usize; 2], [ky, kx]: [usize; 2]) -> Option<[std::ops::Range<usize>; 2]> {
+    let width = g.input[1];
+    if g.stride != [1, 1] || sides[1] != width {
+        return None;
+    }
+    let (forth, back) = (ky * width + kx, g.padding[0] * width + g.padding[1]);
+    let positions = sides[0] * width;
+    let first = back.saturating_sub(forth).min(positions);
+    let end = (g.input[0] * width + back).saturating_sub(forth).clamp(first, positions);
+    // A tap that lies beyond the input everywhere has no place there.
+    let start = if first < end { first + forth - back } else { 0 };
+    Some([first..end, start..start + (end - first)])
+}
+
+/// Sets to 0 what tap column kx finds beyond the sides of the input, in every row of `line`.
+fn clear_edges<R: Real>(g: &Conv2dGeometry, kx: usize, line: &mut [R]) {
+    let width = g.input[1];
+    let [left, right] = [g.padding[1].saturating_sub(kx).min(width), kx.saturating_sub(g.padding[1]).min(width)];
+    for row in line.chunks_exact_mut(width) {
+        row[..left].fill(R::zero());
+        row[width - right..].fill(R::zero());
+    }
+}
+
 /// Writes the columns of one group of one sample: `columns` `[taps, positions]`, `=`.
 fn to_columns<R: Real>(g: &Conv2dGeometry, s: &Sizes, x: &[R], columns: &mut [R]) {
     let (plane, [kh, kw]) = (g.input[0] * g.input[1], g.kernel);
     for (tap, line) in columns.chunks_exact_mut(s.positions).enumerate() {
         let (c, ky, kx) = (tap / (kh * kw), tap / kw % kh, tap % kw);
         let x = &x[c * plane..(c + 1) * plane];
+        if let Some([positions, places]) = shifted(g, s.output_sides, [ky, kx]) {
+            line[..positions.start].fill(R::zero());
+            line[positions.end..].fill(R::zero());
+            line[positions].copy_from_slice(&x[places]);
+            clear_edges(g, kx, line);
+            continue;
+        }
         tap_rows(g, s.output_sides, [ky, kx], |oy, iy, inside| {
             let line = &mut line[oy * s.output_sides[1]..(oy + 1) * s.output_sides[1]];
             let Some(iy) = iy else {
@@ -102,12 +135,20 @@ fn to_columns<R: Real>(g: &Conv2dGeometry, s: &Sizes, x: &[R], columns: &mut [R]
     }
 }
 
-/// Adds the columns of one group of one sample to where they came from: `x` `+=`.
-fn from_columns<R: Real>(g: &Conv2dGeometry, s: &Sizes, columns: &[R], x: &mut [R]) {
+/// Adds the columns of one group of one sample to where they came from: `x` `+=`; columns that came from nowhere may be set to 0.
+fn from_columns<R: Real>(g: &Conv2dGeometry, s: &Sizes, columns: &mut [R], x: &mut [R]) {
     let (plane, [kh, kw]) = (g.input[0] * g.input[1], g.kernel);
-    for (tap, line) in columns.chunks_exact(s.positions).enumerate() {
+    for (tap, line) in columns.chunks_exact_mut(s.positions).enumerate() {
         let (c, ky, kx) = (tap / (kh * kw), tap / kw % kh, tap % kw);
         let x = &mut x[c * plane..(c + 1) * plane];
+        if let Some([positions, places]) = shifted(g, s.output_sides, [ky, kx]) {
+            clear_edges(g, kx, line);
+            vectorize(
+                #[inline(always)]
+                || x[places].iter_mut().zip(&line[positions]).for_each(|(x, &c)| *x += c),
+            );
+            continue;
+        }
         tap_rows(g, s.output_sides, [ky, kx], |oy, iy, inside| {
             let (Some(iy), false) = (iy, inside.is_empty()) else { return };
             let line = &line[oy * s.output_sides[1]..][inside.clone()];
