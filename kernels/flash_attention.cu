@@ -12,8 +12,7 @@
 //
 // 4 batch heads time^2 D operations (half of that where causal). Bytes: 2 (heads D) a position read and as many written, and
 // every block reads the keys and values that it sees, 4 D bytes a key, mostly from the L2 cache: time / rows times over.
-// D = 64: 128 queries, 4 warps of 32 queries, 64 keys, 32 KiB; two blocks on a multiprocessor, bound by registers.
-// D = 128: 64 queries, 4 warps of 16, 64 keys, 64 KiB; two blocks, as above.
+// 64 queries, 4 warps of 16, 64 keys. D = 64: 32 KiB; three blocks on a multiprocessor, bound by registers. D = 128: 64 KiB; two.
 #include "flash_attention.cuh"
 
 template <typename T, int D, int WARPS, int TILES, int KEYS, bool EXTRAS>

@@ -9,8 +9,8 @@
 // Operations: 8 batch heads time^2 D for the keys' kernel, 6 for the queries' (half of these where causal). Bytes: a block of
 // 64 keys reads 4 D bytes of each query that sees it, a block of 64 queries 4 D bytes of each key that it sees, mostly from
 // the L2 cache; beside that 2 D bytes a row and tensor once. Both kernels: 4 warps of 16 rows; two blocks on a multiprocessor,
-// bound by registers. D = 64: 33 KiB of shared memory for the keys' kernel and 32 KiB for the queries'. D = 128: 64.5 KiB and
-// 32 KiB.
+// bound by registers. D = 64: 33 KiB of shared memory for the keys' kernel; 16 KiB for the queries', whose tiles hold 32 keys.
+// D = 128: 64.5 KiB and 32 KiB.
 #include "flash_attention.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;

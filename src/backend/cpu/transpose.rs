@@ -1,7 +1,5 @@
 //! Matrices turned on their side, in blocks that registers hold.
 
-use std::any::TypeId;
-
 use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 
 use super::parallel::vectorize;
@@ -38,7 +36,7 @@ pub(super) fn transpose<R: Real>(to: ArrayViewMut2<'_, R>, from: ArrayView2<'_, 
 
 fn with_processor<R: Real>(to: ArrayViewMut2<'_, R>, from: ArrayView2<'_, R>, put: impl Fn(&mut R, R)) {
     #[cfg(target_arch = "x86_64")]
-    if TypeId::of::<R>() == TypeId::of::<f32>()
+    if std::any::TypeId::of::<R>() == std::any::TypeId::of::<f32>()
         && let Some(processor) = pulp::x86::V3::try_new()
     {
         return vectorize(
