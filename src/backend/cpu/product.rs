@@ -100,6 +100,9 @@ impl Stripe {
 /// Shapes that do not fit: a mistake of the calling operation.
 pub(super) fn product<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
     let stripes = Stripe::cut(a, b);
+    if stripes.len() == 1 {
+        return product_here(c, a, b, accumulate);
+    }
     let parts = Stripe::split(&stripes, c);
     stripes.par_iter().zip(parts).for_each(|(stripe, part)| stripe.multiply(part, a, b, accumulate));
 }
@@ -266,7 +269,7 @@ mod tests {
 
     fn random(rows: usize, columns: usize, stream: u32) -> Array2<f32> {
         let numbers = Philox::new(1, Purpose::Sampling, stream);
-        Array2::from_shape_fn((rows, columns), |(i, j)| numbers.uniform((i * columns + j) as u64) as f32 - 0.5)
+        Array2::from_shape_fn((rows, columns), |(i, j)| numbers.uniform((i * columns + j) as u64) - 0.5)
     }
 
     /// Products of factors that lie along or across the inner dimension, in matrices that are wider than they.
