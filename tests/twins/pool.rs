@@ -83,54 +83,23 @@ fn pooling_is_its_definition_for_any_number_of_threads() {
 #[test]
 fn the_first_of_equal_values_and_the_first_that_is_no_number_is_the_largest() {
     let geometry = PoolGeometry { planes: 1, input: [2, 20], kernel: [2, 2], stride: [2, 2], padding: [0, 0] };
-    let nan = f64::NAN;
-    // Ten windows: ties in every order, one and two that are no numbers, infinities, and zeros of both signs.
-    let above = [
-        1.,
-        1.,
-        0.,
-        2.,
-        3.,
-        1.,
-        nan,
-        1.,
-        1.,
-        nan,
-        nan,
-        nan,
-        5.,
-        6.,
-        f64::NEG_INFINITY,
-        f64::NEG_INFINITY,
-        -0.,
-        0.,
-        4.,
-        4.,
+    // Windows, their upper and their lower row: ties in every order, one and two that are no numbers, infinities, zeros of both signs.
+    let (none, least) = (f64::NAN, f64::NEG_INFINITY);
+    let windows = [
+        [[1., 1.], [1., 1.]],
+        [[0., 2.], [2., 0.]],
+        [[3., 1.], [1., 3.]],
+        [[none, 1.], [2., 3.]],
+        [[1., none], [none, 2.]],
+        [[none, none], [7., 8.]],
+        [[5., 6.], [none, 7.]],
+        [[least, least], [least, least]],
+        [[-0., 0.], [0., -0.]],
+        [[4., 4.], [5., 5.]],
     ];
-    let below = [
-        1.,
-        1.,
-        2.,
-        0.,
-        1.,
-        3.,
-        2.,
-        3.,
-        nan,
-        2.,
-        7.,
-        8.,
-        nan,
-        7.,
-        f64::NEG_INFINITY,
-        f64::NEG_INFINITY,
-        0.,
-        -0.,
-        5.,
-        5.,
-    ];
-    let x: Vec<f64> = above.into_iter().chain(below).collect();
-    let largest = [1., 2., 3., nan, nan, nan, nan, f64::NEG_INFINITY, -0., 5.];
+    let x: Vec<f64> =
+        [0, 1].into_iter().flat_map(|row| windows.into_iter().flat_map(move |window| window[row])).collect();
+    let largest = [1., 2., 3., none, none, none, none, least, -0., 5.];
     let places = [0, 3, 4, 6, 9, 10, 32, 14, 16, 38];
     let found = same_bits("pooling of what is no number", || {
         let mut bed = Bed::<Cpu<f32>>::cpu();

@@ -1,56 +1,32 @@
 //! Batch normalization.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::{sum, two_sums, vectorize};
+use super::parallel::{sum_of, two_sums, vectorize};
 use crate::backend::ops::{BatchNorm, BatchNormBackward, BatchNormForward, BatchNormInference};
 use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::Result;
 use crate::real::Real;
 
-/// `sum over samples and positions of f(element)` for one channel; samples in order, their sums in f64.
+/// Sums over all elements of one channel, of what `sums` gives for the elements of one sample; samples in order, added in f64.
 #[inline(always)]
-fn channel_sum<R: Real>([batch, channels, spatial]: [usize; 3], channel: usize, f: impl Fn(usize) -> R) -> f64 {
-    vectorize(
-        #[inline(always)]
-        || {
-            let mut total = 0.0;
-            for sample in 0..batch {
-                let start = (sample * channels + channel) * spatial;
-                total += sum(
-                    spatial,
-                    #[inline(always)]
-                    |i| f(start + i),
-                )
-                .f64();
-            }
-            total
-        },
-    )
-}
-
-/// Two such sums at once, of what `f(a, b)` gives for the elements of two tensors.
-#[inline(always)]
-fn two_channel_sums<R: Real>(
+fn channel_sums<R: Real, const N: usize>(
     [batch, channels, spatial]: [usize; 3],
     channel: usize,
-    [a, b]: [&[R]; 2],
-    f: impl Fn(R, R) -> (R, R),
-) -> (f64, f64) {
+    sums: impl Fn(Range<usize>) -> [R; N],
+) -> [f64; N] {
     vectorize(
         #[inline(always)]
         || {
-            let mut totals = (0.0, 0.0);
+            let mut totals = [0.0; N];
             for sample in 0..batch {
-                let range = (sample * channels + channel) * spatial..(sample * channels + channel + 1) * spatial;
-                let (a, b) = (&a[range.clone()], &b[range]);
-                let (first, second) = two_sums(
-                    [a, b, b],
-                    #[inline(always)]
-                    |a, b, _| f(a, b),
-                );
-                totals = (totals.0 + first.f64(), totals.1 + second.f64());
+                let start = (sample * channels + channel) * spatial;
+                for (total, sum) in totals.iter_mut().zip(sums(start..start + spatial)) {
+                    *total += sum.f64();
+                }
             }
             totals
         },
@@ -61,7 +37,7 @@ fn two_channel_sums<R: Real>(
 fn by_channel<R: Real>(
     y: &mut [R],
     [_, channels, spatial]: [usize; 3],
-    f: impl Fn(usize, std::ops::Range<usize>, &mut [R]) + Sync,
+    f: impl Fn(usize, Range<usize>, &mut [R]) + Sync,
 ) {
     y.par_chunks_mut(channels * spatial).enumerate().for_each(|(sample, y)| {
         vectorize(
@@ -92,18 +68,31 @@ impl<R: Real> BatchNorm for Cpu<R> {
         let moments: Vec<(f64, f64)> = (0..args.channels)
             .into_par_iter()
             .map(|channel| {
-                let m = channel_sum(
+                let [total] = channel_sums(
                     dimensions,
                     channel,
                     #[inline(always)]
-                    |i| x[i],
-                ) / count as f64;
+                    |range| {
+                        [sum_of(
+                            &x[range],
+                            #[inline(always)]
+                            |x| x,
+                        )]
+                    },
+                );
+                let m = total / count as f64;
                 let center = R::from_f64(m);
-                let squares = channel_sum(
+                let [squares] = channel_sums(
                     dimensions,
                     channel,
                     #[inline(always)]
-                    |i| (x[i] - center) * (x[i] - center),
+                    |range| {
+                        [sum_of(
+                            &x[range],
+                            #[inline(always)]
+                            |x| (x - center) * (x - center),
+                        )]
+                    },
                 );
                 (m, squares / count as f64)
             })
@@ -171,22 +160,29 @@ impl<R: Real> BatchNorm for Cpu<R> {
         let [x, dy, mean, std] = [args.x, args.dy, args.mean, args.reciprocal_std].map(|act| activations.range(act));
         let [x, dy, mean, std, dx] = disjoint(&mut activations.values, [x, dy, mean, std, dx_range], "batch norm")?;
         let (x, dy): (&[R], &[R]) = (x, dy);
-        let sums: Vec<(f64, f64)> = (0..args.channels)
+        let sums: Vec<[f64; 2]> = (0..args.channels)
             .into_par_iter()
             .map(|channel| {
                 let (m, s) = (mean[channel], std[channel]);
-                two_channel_sums(
+                channel_sums(
                     dimensions,
                     channel,
-                    [x, dy],
                     #[inline(always)]
-                    |x, dy| (dy, dy * ((x - m) * s)),
+                    |range| {
+                        let (x, dy) = (&x[range.clone()], &dy[range]);
+                        two_sums(
+                            [x, dy, dy],
+                            #[inline(always)]
+                            |x, dy, _| (dy, dy * ((x - m) * s)),
+                        )
+                        .into()
+                    },
                 )
             })
             .collect();
         let (weight_range, bias_range) =
             (arena.gradient_range(args.dweight.param), arena.gradient_range(args.dbias.param));
-        for (channel, &(bias, weight)) in sums.iter().enumerate() {
+        for (channel, &[bias, weight]) in sums.iter().enumerate() {
             for (at, grad, value) in [(bias_range.start, args.dbias, bias), (weight_range.start, args.dweight, weight)]
             {
                 let gradient = &mut arena.gradients[at + channel];
@@ -205,7 +201,7 @@ impl<R: Real> BatchNorm for Cpu<R> {
                     let (m, s) = (mean[channel], std[channel]);
                     let scale = weight[channel] * s;
                     let (bias, slope) =
-                        (R::from_f64(sums[channel].0 * inverse), R::from_f64(sums[channel].1 * inverse));
+                        (R::from_f64(sums[channel][0] * inverse), R::from_f64(sums[channel][1] * inverse));
                     for ((dx, &x), &dy) in dx.iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
                         *dx = scale * (dy - bias - (x - m) * s * slope);
                     }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::linear::{matrix, matrix_mut};
-use super::parallel::{sum, vectorize};
+use super::parallel::{sum_of, vectorize};
 use super::product::product_here;
 use crate::backend::ops::{Conv, Conv2dBackward, Conv2dForward, Conv2dGeometry};
 use crate::backend::{Memory, StepContext, disjoint};
@@ -289,10 +289,10 @@ fn bias_gradient<R: Real>(gradient: &mut [R], dy: &[R], s: &Sizes, accumulate: b
                 let mut total = R::zero();
                 for sample in dy.chunks_exact(s.output) {
                     let plane = &sample[f * s.positions..(f + 1) * s.positions];
-                    total += sum(
-                        plane.len(),
+                    total += sum_of(
+                        plane,
                         #[inline(always)]
-                        |i| plane[i],
+                        |x| x,
                     );
                 }
                 total

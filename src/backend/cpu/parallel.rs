@@ -257,21 +257,3 @@ pub(super) fn two_sums<R: Real>([a, b, c]: [&[R]; 3], f: impl Fn(R, R, R) -> (R,
     }
     (sum_lanes(first), sum_lanes(second))
 }
-
-/// `sum of f(i) for i < len`, in lanes that are added up at the end: the same bits at any vector width.
-#[inline(always)]
-pub(super) fn sum<R: Real>(len: usize, f: impl Fn(usize) -> R) -> R {
-    let mut lanes = [R::zero(); LANES];
-    let whole = len / LANES * LANES;
-    let mut start = 0;
-    while start < whole {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += f(start + lane);
-        }
-        start += LANES;
-    }
-    for (lane, i) in (whole..len).enumerate() {
-        lanes[lane] += f(i);
-    }
-    sum_lanes(lanes)
-}
