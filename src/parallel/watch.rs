@@ -33,6 +33,8 @@ pub use failure::{Cause, Failure, Named};
 
 /// How long a rank may be silent or stuck where nobody says otherwise.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a rank's own error is held back where nobody says otherwise.
+const SETTLE: Duration = Duration::from_millis(250);
 
 /// What is done when another rank failed, before this process ends. It may hang: the process ends all the same.
 pub type Handler = Box<dyn FnOnce(&Failure) + Send>;
@@ -41,6 +43,9 @@ pub type Handler = Box<dyn FnOnce(&Failure) + Send>;
 pub struct WatchOptions {
     /// How long a rank may be silent or stuck until the others stop.
     pub timeout: Duration,
+    /// How long rank 0 holds a rank's own error back, no longer than a share of the timeout: it may be the result of a death that is
+    /// seen a moment later.
+    pub settle: Duration,
     /// What a user should do after a failure: the end of the sentence. Empty: nothing.
     pub advice: String,
     /// A file of this rank that the sentence is added to.
@@ -50,9 +55,15 @@ pub struct WatchOptions {
 }
 
 impl WatchOptions {
-    /// With a handler that does nothing.
+    /// Errors held back for 250 ms, and a handler that does nothing.
     pub fn new(timeout: Duration) -> Self {
-        WatchOptions { timeout, advice: "go on with --resume".into(), log: None, on_failure: Box::new(|_| {}) }
+        WatchOptions {
+            timeout,
+            settle: SETTLE,
+            advice: "go on with --resume".into(),
+            log: None,
+            on_failure: Box::new(|_| {}),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -129,19 +130,19 @@ fn a_rank_that_comes_twice_is_refused_but_may_come_again_where_the_first_went() 
     let listener = Listener::open(&here(0)).unwrap();
     let at = here(listener.port().unwrap());
     let rank_zero = thread::spawn(move || Rendezvous::host(&world(0, 3), listener, LONG));
-    let knock = |timeout| {
-        let at = at.clone();
-        thread::spawn(move || Rendezvous::join(&world(1, 3), &at, timeout))
-    };
     // It gives up before all have come, and hangs up.
-    let gave_up = knock(Duration::from_millis(200)).join().unwrap().unwrap_err().to_string();
+    let gave_up = Rendezvous::join(&world(1, 3), &at, Duration::from_millis(200)).unwrap_err().to_string();
     assert!(gave_up.contains("other ranks have not come in time"), "{gave_up}");
-    let first = knock(LONG);
-    thread::sleep(Duration::from_millis(200));
-    let second = knock(LONG).join().unwrap().unwrap_err().to_string();
-    assert!(second.contains("rank 1 has come already"), "{second}");
+    // Of two that come, whichever is later.
+    let (answer, answers) = channel();
+    for _ in 0..2 {
+        let (at, answer) = (at.clone(), answer.clone());
+        thread::spawn(move || answer.send(Rendezvous::join(&world(1, 3), &at, LONG)));
+    }
+    let refused = answers.recv().unwrap().unwrap_err().to_string();
+    assert!(refused.contains("rank 1 has come already"), "{refused}");
     Rendezvous::join(&world(2, 3), &at, LONG).unwrap();
-    assert_eq!(first.join().unwrap().unwrap().rank(), 1);
+    assert_eq!(answers.recv().unwrap().unwrap().rank(), 1);
     assert_eq!(rank_zero.join().unwrap().unwrap().size(), 3);
 }
 

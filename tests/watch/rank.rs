@@ -48,16 +48,19 @@ fn run(trouble: &str) -> warpstep::Result<i32> {
     let mut id = if world.rank == 0 { vec![42; 128] } else { Vec::new() };
     rendezvous.broadcast(&mut id)?;
     assert_eq!(id, [42; 128]);
+    let usual = WatchOptions::new(world.timeout.unwrap_or(TIMEOUT));
     let watch = Watch::start(
         rendezvous,
         &host,
         WatchOptions {
+            // However late a busy machine lets the victim die.
+            settle: if trouble == "killed and missed" { Duration::from_secs(10) } else { usual.settle },
             log: Some(folder.join(format!("rank-{}.log", world.rank))),
             on_failure: Box::new(move |failure| {
                 let _ = std::fs::write(&aborted, format!("{:?}", failure.cause));
                 std::thread::sleep(Duration::from_secs(if hangs { 3600 } else { 0 }));
             }),
-            ..WatchOptions::new(world.timeout.unwrap_or(TIMEOUT))
+            ..usual
         },
     )?;
     for step in 1..=STEP {

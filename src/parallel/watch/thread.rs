@@ -16,8 +16,6 @@ use super::{Told, WatchOptions};
 
 /// How long a rank that woke from a long pause is thought to be ended for it.
 const AFTER_WAKING: Duration = Duration::from_secs(5);
-/// How long rank 0 holds a rank's own error back: it may be the result of a death that is seen a moment later.
-const SETTLE: Duration = Duration::from_millis(250);
 
 pub(super) struct Watcher {
     rank: usize,
@@ -110,7 +108,7 @@ impl Watcher {
         let bell = libc::pollfd { fd: self.bell.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let mut interests = vec![bell];
         interests.extend(self.links.iter().flatten().map(Link::interest));
-        let time = if self.pending.is_some() { SETTLE / 10 } else { self.period };
+        let time = if self.pending.is_some() { self.options.settle / 10 } else { self.period };
         wait(&mut interests, time.min(self.period));
         // However often it rang, once is enough.
         while matches!(self.bell.read(&mut [0; 64]), Ok(bytes) if bytes > 0) {}
@@ -160,7 +158,7 @@ impl Watcher {
             Order::Fail(text) => {
                 let step = self.shared.beat().step;
                 self.send(0, &Message::Error { text, step });
-                self.leaving = Some(Leaving::Failed(now + patience + SETTLE));
+                self.leaving = Some(Leaving::Failed(now + patience + self.options.settle));
             }
         }
         None
@@ -270,7 +268,7 @@ impl Watcher {
     }
 
     fn settle(&self) -> Duration {
-        SETTLE.min(self.limits.silent / 4)
+        self.options.settle.min(self.limits.silent / 4)
     }
 
     fn send(&mut self, rank: usize, message: &Message) {
