@@ -1,23 +1,88 @@
-//! Attention in row blocks: scores of a block are computed, used and forgotten; the backward computes them again.
+//! Attention in row blocks: scores of a block are computed, used and forgotten; the backward computes them again. What a causal
+//! row must not see is not computed at all, but for what shares a vector or a tile with it.
 //!
 //! A piece of parallel work is one sample and one key head with the query heads that share it, so no two pieces write the
 //! same memory.
+
+use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayView4, ArrayViewMut, ArrayViewMut2, ArrayViewMut4, Axis, RemoveAxis, s};
 use rayon::prelude::*;
 
 use super::Cpu;
 use super::attention_scores::Shape;
+use super::panels::{Panels, Part};
 use super::parallel::{LANES, Lanes, dot, rows_in_piece, vectorize};
-use super::product::{product, product_here};
 use crate::backend::ops::{Attention, AttentionBackward, AttentionForward, Rotary};
 use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::{Error, Result};
 use crate::real::Real;
 
+/// What a thread keeps from piece to piece of the forward.
+struct Forward<R> {
+    scores: Vec<Lanes<R>>,
+    factors: Vec<Lanes<R>>,
+    keys_across: Panels<R>,
+    values: Panels<R>,
+}
+
+/// What a thread keeps from piece to piece of the backward.
+struct Backward<R> {
+    p: Vec<Lanes<R>>,
+    dp: Vec<Lanes<R>>,
+    factors: Vec<Lanes<R>>,
+    keys: Panels<R>,
+    keys_across: Panels<R>,
+    values_across: Panels<R>,
+    queries: Panels<R>,
+    dout: Panels<R>,
+}
+
 impl<R: Real> Shape<R> {
-    fn multiply(&self, c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
-        if self.wide { product(c, a, b, accumulate) } else { product_here(c, a, b, accumulate) }
+    /// Room for rows of one head.
+    fn panels(&self) -> Panels<R> {
+        Panels::new(self.geometry.time, self.geometry.head_size)
+    }
+
+    /// Room for rows of one head on their side.
+    fn panels_across(&self) -> Panels<R> {
+        Panels::new(self.geometry.head_size, self.geometry.time)
+    }
+
+    fn forward_scratch(&self) -> Forward<R> {
+        let (keys_across, values) = (self.panels_across(), self.panels());
+        Forward { scores: self.scratch(), factors: self.factors(), keys_across, values }
+    }
+
+    fn backward_scratch(&self) -> Backward<R> {
+        Backward {
+            p: self.scratch(),
+            dp: self.scratch(),
+            factors: self.factors(),
+            keys: self.panels(),
+            keys_across: self.panels_across(),
+            values_across: self.panels_across(),
+            queries: self.panels(),
+            dout: self.panels(),
+        }
+    }
+
+    /// Of a product of queries and keys: what some rows of the block that begins at row `first` can see.
+    fn scores_of(&self, first: usize) -> impl Fn(Range<usize>) -> Part + Sync {
+        move |rows| Part { depth: 0..self.geometry.head_size, width: self.visible(first + rows.end - 1) }
+    }
+
+    /// Of a product of scores and what they weigh: the keys that some rows can see.
+    fn weighed_by(&self, first: usize) -> impl Fn(Range<usize>) -> Part + Sync {
+        move |rows| Part { depth: 0..self.visible(first + rows.end - 1), width: self.geometry.head_size }
+    }
+
+    /// Of a product of the transpose of the scores of `count` rows and what these rows have: those that can see some keys.
+    fn seen_by(&self, first: usize, count: usize) -> impl Fn(Range<usize>) -> Part + Sync {
+        move |keys| {
+            let from = if self.geometry.causal { keys.start.saturating_sub(first) } else { 0 };
+            Part { depth: from..count, width: self.geometry.head_size }
+        }
     }
 
     /// One sample and key head of the forward.
@@ -27,23 +92,25 @@ impl<R: Real> Shape<R> {
         qkv: &ArrayView4<'_, R>,
         y: Vec<ArrayViewMut2<'_, R>>,
         log_sum_exp: &mut [R],
-        scratch: &mut [Vec<Lanes<R>>; 2],
+        scratch: &mut Forward<R>,
     ) -> Result<()> {
         let g = &self.geometry;
-        let [scores, factors] = scratch;
+        let Forward { scores, factors, keys_across, values } = scratch;
         let column = |column: usize| qkv.slice(s![sample, .., column, ..]);
-        let (key, value) = (column(g.heads + group), column(g.heads + g.kv_heads + group));
+        keys_across.pack_transposed(column(g.heads + group));
+        values.pack(column(g.heads + g.kv_heads + group));
         let first_head = group * y.len();
         for (i, mut y) in y.into_iter().enumerate() {
             let query = column(first_head + i);
             for [first, rows, keys] in self.blocks() {
                 let query = query.slice(s![first..first + rows, ..]);
                 let scores = &mut scores[..rows * self.stride()];
-                self.multiply(block_mut(scores, rows, keys)?, query, key.slice(s![..keys, ..]).t(), false);
+                let forms = [false, self.wide];
+                keys_across.multiply(block_mut(scores, rows, keys)?, query, 0, self.scores_of(first), forms);
                 let lse = &mut log_sum_exp[i * g.time + first..][..rows];
                 self.softmax(scores, lse, [sample, first_head + i, first], factors);
                 let out = y.slice_mut(s![first..first + rows, ..]);
-                self.multiply(out, block(scores, rows, keys)?, value.slice(s![..keys, ..]), false);
+                values.multiply(out, block(scores, rows, keys)?, 0, self.weighed_by(first), forms);
             }
         }
         Ok(())
@@ -56,34 +123,40 @@ impl<R: Real> Shape<R> {
         [qkv, y, dy]: [&ArrayView4<'_, R>; 3],
         gradients: Gradients<'_, R>,
         log_sum_exp: &[R],
-        scratch: &mut [Vec<Lanes<R>>; 3],
+        scratch: &mut Backward<R>,
     ) -> Result<()> {
         let g = &self.geometry;
-        let [p, dp, factors] = scratch;
         let column = |column: usize| qkv.slice(s![sample, .., column, ..]);
         let (key, value) = (column(g.heads + group), column(g.heads + g.kv_heads + group));
+        scratch.keys.pack(key);
+        scratch.keys_across.pack_transposed(key);
+        scratch.values_across.pack_transposed(value);
         let Gradients { queries, key: mut dkey, value: mut dvalue } = gradients;
         let first_head = group * queries.len();
         for (i, mut dquery) in queries.into_iter().enumerate() {
             let head = first_head + i;
-            let (y, dy) = (y.slice(s![sample, .., head, ..]), dy.slice(s![sample, .., head, ..]));
+            let query = column(head);
+            let (y, dout) = (y.slice(s![sample, .., head, ..]), dy.slice(s![sample, .., head, ..]));
+            scratch.queries.pack(query);
+            scratch.dout.pack(dout);
             // The last block first: it sees every key, so it can overwrite and the others add.
             for [first, rows, keys] in self.blocks().rev() {
                 let adds = i > 0 || first + rows < g.time;
-                let (p, dp) = (&mut p[..rows * self.stride()], &mut dp[..rows * self.stride()]);
-                let query = column(head);
+                let (p, dp) = (&mut scratch.p[..rows * self.stride()], &mut scratch.dp[..rows * self.stride()]);
                 let query = query.slice(s![first..first + rows, ..]);
-                let dout = dy.slice(s![first..first + rows, ..]);
-                let (key, value) = (key.slice(s![..keys, ..]), value.slice(s![..keys, ..]));
-                self.multiply(block_mut(p, rows, keys)?, query, key.t(), false);
-                self.multiply(block_mut(dp, rows, keys)?, dout, value.t(), false);
+                let dout = dout.slice(s![first..first + rows, ..]);
+                let (scores_of, forms) = (self.scores_of(first), [false, self.wide]);
+                scratch.keys_across.multiply(block_mut(p, rows, keys)?, query, 0, &scores_of, forms);
+                scratch.values_across.multiply(block_mut(dp, rows, keys)?, dout, 0, &scores_of, forms);
                 let deltas = row_products(&y.slice(s![first..first + rows, ..]), &dout);
                 let lse = &log_sum_exp[i * g.time + first..][..rows];
-                self.score_gradients(p, dp, [lse, &deltas], [sample, head, first], factors);
+                self.score_gradients(p, dp, [lse, &deltas], [sample, head, first], &mut scratch.factors);
                 let (p, ds) = (block(p, rows, keys)?, block(dp, rows, keys)?);
-                self.multiply(dvalue.slice_mut(s![..keys, ..]), p.t(), dout, adds);
-                self.multiply(dquery.slice_mut(s![first..first + rows, ..]), ds, key, false);
-                self.multiply(dkey.slice_mut(s![..keys, ..]), ds.t(), query, adds);
+                let (seen_by, added) = (self.seen_by(first, rows), [adds, self.wide]);
+                scratch.dout.multiply(dvalue.slice_mut(s![..keys, ..]), p.t(), first, &seen_by, added);
+                scratch.queries.multiply(dkey.slice_mut(s![..keys, ..]), ds.t(), first, &seen_by, added);
+                let dquery = dquery.slice_mut(s![first..first + rows, ..]);
+                scratch.keys.multiply(dquery, ds, 0, self.weighed_by(first), forms);
             }
         }
         Ok(())
@@ -177,7 +250,7 @@ impl<R: Real> Attention for Cpu<R> {
         }
         let sums = log_sum_exp.par_chunks_mut((sharing * g.time).max(1));
         pieces.into_par_iter().zip(sums).try_for_each_init(
-            || [shape.scratch(), vec![[R::zero(); LANES]; shape.stride()]],
+            || shape.forward_scratch(),
             |scratch, ((place, y), lse)| shape.forward_piece(place, &qkv, y, lse, scratch),
         )
     }
@@ -213,7 +286,7 @@ impl<R: Real> Attention for Cpu<R> {
         }
         let sums = log_sum_exp.par_chunks((sharing * g.time).max(1));
         pieces.into_par_iter().zip(sums).try_for_each_init(
-            || [shape.scratch(), shape.scratch(), vec![[R::zero(); LANES]; shape.stride()]],
+            || shape.backward_scratch(),
             |scratch, ((place, gradients), lse)| shape.backward_piece(place, [&qkv, &y, &dy], gradients, lse, scratch),
         )
     }

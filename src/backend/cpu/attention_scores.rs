@@ -56,6 +56,11 @@ impl<R: Real> Shape<R> {
         vec![[R::zero(); LANES]; BLOCK.min(self.geometry.time) * self.stride()]
     }
 
+    /// Vectors of lanes for what dropout multiplies a row by.
+    pub(super) fn factors(&self) -> Vec<Lanes<R>> {
+        vec![[R::zero(); LANES]; self.stride()]
+    }
+
     /// Row blocks: first row, number of rows, number of keys that they can see.
     pub(super) fn blocks(&self) -> impl DoubleEndedIterator<Item = [usize; 3]> + use<R> {
         let (time, causal) = (self.geometry.time, self.geometry.causal);
@@ -68,7 +73,7 @@ impl<R: Real> Shape<R> {
 
     /// The keys that a row can see, padding apart.
     #[inline(always)]
-    fn visible(&self, row: usize) -> usize {
+    pub(super) fn visible(&self, row: usize) -> usize {
         if self.geometry.causal { row + 1 } else { self.geometry.time }
     }
 

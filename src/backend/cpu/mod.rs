@@ -16,6 +16,7 @@ mod layer_norm;
 mod linear;
 mod loss;
 mod mel;
+mod panels;
 mod parallel;
 mod pool;
 mod product;
