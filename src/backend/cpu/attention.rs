@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::attention_scores::Shape;
-use super::panels::{Panels, Part};
+use super::panels::{Panels, Part, room};
 use super::parallel::{LANES, Lanes, dot, rows_in_piece, vectorize};
 use crate::backend::ops::{Attention, AttentionBackward, AttentionForward, Rotary};
 use crate::backend::{Memory, StepContext, disjoint};
@@ -22,8 +22,8 @@ use crate::real::Real;
 struct Forward<R> {
     scores: Vec<Lanes<R>>,
     factors: Vec<Lanes<R>>,
-    keys_across: Panels<R>,
-    values: Panels<R>,
+    keys_across: Vec<Lanes<R>>,
+    values: Vec<Lanes<R>>,
 }
 
 /// What a thread keeps from piece to piece of the backward.
@@ -31,22 +31,22 @@ struct Backward<R> {
     p: Vec<Lanes<R>>,
     dp: Vec<Lanes<R>>,
     factors: Vec<Lanes<R>>,
-    keys: Panels<R>,
-    keys_across: Panels<R>,
-    values_across: Panels<R>,
-    queries: Panels<R>,
-    dout: Panels<R>,
+    keys: Vec<Lanes<R>>,
+    keys_across: Vec<Lanes<R>>,
+    values_across: Vec<Lanes<R>>,
+    queries: Vec<Lanes<R>>,
+    dout: Vec<Lanes<R>>,
 }
 
 impl<R: Real> Shape<R> {
     /// Room for rows of one head.
-    fn panels(&self) -> Panels<R> {
-        Panels::new(self.geometry.time, self.geometry.head_size)
+    fn panels(&self) -> Vec<Lanes<R>> {
+        vec![[R::zero(); LANES]; room(self.geometry.time, self.geometry.head_size)]
     }
 
     /// Room for rows of one head on their side.
-    fn panels_across(&self) -> Panels<R> {
-        Panels::new(self.geometry.head_size, self.geometry.time)
+    fn panels_across(&self) -> Vec<Lanes<R>> {
+        vec![[R::zero(); LANES]; room(self.geometry.head_size, self.geometry.time)]
     }
 
     fn forward_scratch(&self) -> Forward<R> {
@@ -97,8 +97,8 @@ impl<R: Real> Shape<R> {
         let g = &self.geometry;
         let Forward { scores, factors, keys_across, values } = scratch;
         let column = |column: usize| qkv.slice(s![sample, .., column, ..]);
-        keys_across.pack_transposed(column(g.heads + group));
-        values.pack(column(g.heads + g.kv_heads + group));
+        let keys_across = Panels::pack_transposed(keys_across, column(g.heads + group));
+        let values = Panels::pack(values, column(g.heads + g.kv_heads + group));
         let first_head = group * y.len();
         for (i, mut y) in y.into_iter().enumerate() {
             let query = column(first_head + i);
@@ -128,35 +128,35 @@ impl<R: Real> Shape<R> {
         let g = &self.geometry;
         let column = |column: usize| qkv.slice(s![sample, .., column, ..]);
         let (key, value) = (column(g.heads + group), column(g.heads + g.kv_heads + group));
-        scratch.keys.pack(key);
-        scratch.keys_across.pack_transposed(key);
-        scratch.values_across.pack_transposed(value);
+        let keys = Panels::pack(&mut scratch.keys, key);
+        let keys_across = Panels::pack_transposed(&mut scratch.keys_across, key);
+        let values_across = Panels::pack_transposed(&mut scratch.values_across, value);
         let Gradients { queries, key: mut dkey, value: mut dvalue } = gradients;
         let first_head = group * queries.len();
         for (i, mut dquery) in queries.into_iter().enumerate() {
             let head = first_head + i;
             let query = column(head);
             let (y, dout) = (y.slice(s![sample, .., head, ..]), dy.slice(s![sample, .., head, ..]));
-            scratch.queries.pack(query);
-            scratch.dout.pack(dout);
+            let queries = Panels::pack(&mut scratch.queries, query);
+            let douts = Panels::pack(&mut scratch.dout, dout);
             // The last block first: it sees every key, so it can overwrite and the others add.
-            for [first, rows, keys] in self.blocks().rev() {
+            for [first, rows, seen] in self.blocks().rev() {
                 let adds = i > 0 || first + rows < g.time;
                 let (p, dp) = (&mut scratch.p[..rows * self.stride()], &mut scratch.dp[..rows * self.stride()]);
                 let query = query.slice(s![first..first + rows, ..]);
                 let dout = dout.slice(s![first..first + rows, ..]);
                 let (scores_of, forms) = (self.scores_of(first), [false, self.wide]);
-                scratch.keys_across.multiply(block_mut(p, rows, keys)?, query, 0, &scores_of, forms);
-                scratch.values_across.multiply(block_mut(dp, rows, keys)?, dout, 0, &scores_of, forms);
+                keys_across.multiply(block_mut(p, rows, seen)?, query, 0, &scores_of, forms);
+                values_across.multiply(block_mut(dp, rows, seen)?, dout, 0, &scores_of, forms);
                 let deltas = row_products(&y.slice(s![first..first + rows, ..]), &dout);
                 let lse = &log_sum_exp[i * g.time + first..][..rows];
                 self.score_gradients(p, dp, [lse, &deltas], [sample, head, first], &mut scratch.factors);
-                let (p, ds) = (block(p, rows, keys)?, block(dp, rows, keys)?);
+                let (p, ds) = (block(p, rows, seen)?, block(dp, rows, seen)?);
                 let (seen_by, added) = (self.seen_by(first, rows), [adds, self.wide]);
-                scratch.dout.multiply(dvalue.slice_mut(s![..keys, ..]), p.t(), first, &seen_by, added);
-                scratch.queries.multiply(dkey.slice_mut(s![..keys, ..]), ds.t(), first, &seen_by, added);
+                douts.multiply(dvalue.slice_mut(s![..seen, ..]), p.t(), first, &seen_by, added);
+                queries.multiply(dkey.slice_mut(s![..seen, ..]), ds.t(), first, &seen_by, added);
                 let dquery = dquery.slice_mut(s![first..first + rows, ..]);
-                scratch.keys.multiply(dquery, ds, 0, self.weighed_by(first), forms);
+                keys.multiply(dquery, ds, 0, self.weighed_by(first), forms);
             }
         }
         Ok(())

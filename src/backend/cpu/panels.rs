@@ -19,9 +19,14 @@ use crate::real::Real;
 const TILE: usize = 8;
 
 /// A right factor `[depth, width]` in panels of [`LANES`] columns, each in one piece, with zeros beyond the last column.
-pub(super) struct Panels<R> {
-    values: Vec<Lanes<R>>,
+pub(super) struct Panels<'m, R> {
+    values: &'m [Lanes<R>],
     depth: usize,
+}
+
+/// How much memory a factor `[depth, width]` takes.
+pub(super) fn room(depth: usize, width: usize) -> usize {
+    depth * width.div_ceil(LANES)
 }
 
 /// What is wanted of some rows of a product.
@@ -32,34 +37,38 @@ pub(super) struct Part {
     pub width: usize,
 }
 
-impl<R: Real> Panels<R> {
-    /// Room for a factor of this size, and zeros.
-    pub fn new(depth: usize, width: usize) -> Self {
-        Panels { values: vec![[R::zero(); LANES]; depth * width.div_ceil(LANES)], depth }
-    }
-
-    /// Takes a factor `[depth, width]`, as large as there is room for, whose rows lie in one piece.
-    pub fn pack(&mut self, from: ArrayView2<'_, R>) {
+impl<'m, R: Real> Panels<'m, R> {
+    /// Packs a factor `[depth, width]` whose rows lie in one piece into [`room`] for it, which may hold anything.
+    pub fn pack(memory: &'m mut [Lanes<R>], from: ArrayView2<'_, R>) -> Self {
+        let depth = from.nrows();
         for (row, from) in from.axis_iter(Axis(0)).enumerate() {
             let (whole, rest) = in_one_piece(from.to_slice()).as_chunks::<LANES>();
-            let mut places = self.values.iter_mut().skip(row).step_by(self.depth);
+            let mut places = memory.iter_mut().skip(row).step_by(depth);
             for (from, place) in whole.iter().zip(&mut places) {
                 *place = *from;
             }
-            if let Some(place) = places.next() {
-                place[..rest.len()].copy_from_slice(rest);
+            if let Some(place) = places.next().filter(|_| !rest.is_empty()) {
+                let (inside, beyond) = place.split_at_mut(rest.len());
+                inside.copy_from_slice(rest);
+                beyond.fill(R::zero());
             }
         }
+        Panels { values: memory, depth }
     }
 
-    /// Takes the transpose of `[width, depth]`, whose rows lie in one piece.
-    pub fn pack_transposed(&mut self, from: ArrayView2<'_, R>) {
-        let panels = self.values.chunks_exact_mut(self.depth.max(1));
+    /// The same with the transpose of `[width, depth]`, whose rows lie in one piece.
+    pub fn pack_transposed(memory: &'m mut [Lanes<R>], from: ArrayView2<'_, R>) -> Self {
+        let depth = from.ncols();
+        let panels = memory.chunks_exact_mut(depth.max(1));
         for (panel, from) in panels.zip(from.axis_chunks_iter(Axis(0), LANES)) {
-            let panel = ArrayViewMut2::from_shape((self.depth, LANES), panel.as_flattened_mut());
-            let panel = panel.expect("a panel is as deep as its factor");
+            let panel = panel.as_flattened_mut();
+            if from.nrows() < LANES {
+                panel.fill(R::zero());
+            }
+            let panel = ArrayViewMut2::from_shape((depth, LANES), panel).expect("a panel is as deep as its factor");
             transpose(panel.slice_move(s![.., ..from.nrows()]), from, false);
         }
+        Panels { values: memory, depth }
     }
 
     /// `c = a b`, or `c += a b` with `accumulate`: `[m, k] x [k, n] -> [m, n]`, b being the rows of this factor from `first` on. `part`
@@ -80,7 +89,7 @@ impl<R: Real> Panels<R> {
         assert!(first + a.ncols() <= self.depth, "inner dimensions");
         assert!(c.ncols().div_ceil(LANES) * self.depth <= self.values.len(), "outer dimensions");
         if TypeId::of::<R>() == TypeId::of::<f32>() {
-            let b = &bytemuck::cast_slice::<Lanes<R>, Lanes<f32>>(&self.values)[first..];
+            let b = &bytemuck::cast_slice::<Lanes<R>, Lanes<f32>>(self.values)[first..];
             let whole = Product { a: Factor::<f32>::of(a), b, depth: self.depth, part, accumulate };
             whole.run(c, shared, |rows| pulp::Arch::new().dispatch(rows));
         } else {
@@ -346,10 +355,11 @@ mod tests {
             let sum = (0..k).fold(R::zero(), |sum, l| a[(i, l)].mul_add(b[(FIRST + l, j)], sum));
             *c = if accumulate { *c + sum } else { sum };
         }
-        let mut packed = Panels::new(FIRST + k, n);
-        let mut turned = Panels::new(FIRST + k, n);
-        packed.pack(b.view());
-        turned.pack_transposed(b.t().as_standard_layout().view());
+        // Memory holds anything.
+        let memory = vec![[R::neg_infinity(); LANES]; room(FIRST + k, n)];
+        let [mut straight, mut across] = [memory.clone(), memory];
+        let packed = Panels::pack(&mut straight, b.view());
+        let turned = Panels::pack_transposed(&mut across, b.t().as_standard_layout().view());
         assert_eq!(packed.values, turned.values, "{m} x {k} x {n}");
         let wanted = |rows: Range<usize>| if whole { Part { depth: 0..k, width: n } } else { part(rows, k, n) };
         for across in [false, true] {
@@ -383,15 +393,15 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     fn narrower_vectors_give_the_same_bits() {
         let Some(processor) = pulp::x86::V3::try_new() else { return };
-        let (a, mut b) = (random::<f32>(21, 40, 0), Panels::new(40, 35));
-        b.pack(random(40, 35, 1).view());
+        let (a, mut memory) = (random::<f32>(21, 40, 0), vec![[0.0; LANES]; room(40, 35)]);
+        let b = Panels::pack(&mut memory, random(40, 35, 1).view());
         for across in [false, true] {
             let columns = a.t().as_standard_layout().into_owned();
             let a = if across { columns.t() } else { a.view() };
             let part = |_: Range<usize>| Part { depth: 0..40, width: 35 };
             let (mut wide, mut narrow) = (random::<f32>(21, 35, 2), random::<f32>(21, 35, 2));
             b.multiply(wide.view_mut(), a, 0, part, [true, false]);
-            let whole = Product { a: Factor::<f32>::of(a), b: &b.values, depth: 40, part, accumulate: true };
+            let whole = Product { a: Factor::<f32>::of(a), b: b.values, depth: 40, part, accumulate: true };
             whole.run(narrow.view_mut(), false, |rows| Simd::vectorize(processor, rows));
             assert_eq!(wide, narrow);
         }
@@ -399,8 +409,8 @@ mod tests {
 
     #[test]
     fn columns_that_nobody_wants_are_left_as_they_were() {
-        let mut b = Panels::new(4, 40);
-        b.pack(random::<f32>(4, 40, 0).view());
+        let mut memory = vec![[0.0; LANES]; room(4, 40)];
+        let b = Panels::pack(&mut memory, random::<f32>(4, 40, 0).view());
         let mut c = Array2::from_elem((9, 40), 7.0);
         let a = random::<f32>(9, 4, 1);
         b.multiply(c.view_mut(), a.view(), 0, |_| Part { depth: 0..4, width: 17 }, [false, false]);
