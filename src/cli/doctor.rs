@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::doctor::{CudaReport, DeviceReport, LibraryReport, examine};
-use crate::backend::cuda::emulated;
+use crate::backend::cuda::{compile_all, emulated};
 use crate::error::Error;
 
 /// Options of `doctor`.
@@ -24,6 +24,10 @@ pub(crate) struct Options {
     /// Print a JSON object
     #[arg(long)]
     json: bool,
+    /// Only compile every kernel with NVRTC for devices of this compute capability, 9.0 for instance, into the cache where a
+    /// build without nvcc looks for them: before its first run, or where there is no GPU
+    #[arg(long, value_name = "CAPABILITY", conflicts_with_all = ["device", "json"], value_parser = capability)]
+    compile: Option<(i32, i32)>,
 }
 
 /// The processor.
@@ -46,8 +50,23 @@ struct Report {
     works: bool,
 }
 
+/// `9.0`.
+fn capability(text: &str) -> Result<(i32, i32), String> {
+    let expected = || format!("found {text:?}, expected a compute capability, as 9.0");
+    let (major, minor) = text.split_once('.').ok_or_else(expected)?;
+    Ok((major.parse().map_err(|_| expected())?, minor.parse().map_err(|_| expected())?))
+}
+
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    if let Some((major, minor)) = options.compile {
+        let files = compile_all((major, minor))?;
+        writeln!(
+            std::io::stdout(),
+            "the kernels of {files} files are compiled for compute capability {major}.{minor}"
+        )?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let only = match options.device.as_deref() {
         None | Some("auto" | "cpu") => None,
         Some("emulated") if emulated::is_active() => None,

@@ -3,10 +3,14 @@
 use std::path::PathBuf;
 
 use cudarc::nvrtc;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Set to 1: kernels that were embedded are passed over, as if Warpstep had been built without nvcc.
+const NVRTC: &str = "WARPSTEP_NVRTC";
 
 /// What a module is loaded from.
 pub(super) enum Image {
@@ -26,26 +30,40 @@ pub fn is_embedded() -> bool {
 /// # Errors
 /// No kernel embedded and NVRTC missing, or refusing the source.
 pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
-    if let Some((_, fatbin)) = FATBINS.iter().find(|(name, _)| *name == file) {
+    let passed_over = std::env::var(NVRTC).is_ok_and(|value| value == "1");
+    if let Some((_, fatbin)) = FATBINS.iter().find(|(name, _)| *name == file && !passed_over) {
         return Ok(Image::Fatbin(fatbin));
     }
     let Some((_, source)) = SOURCES.iter().find(|(name, _)| *name == file) else {
         return Err(Error::Device(format!("there is no kernels/{file}.cu in this build")));
     };
+    compiled(file, source, capability).map(Image::Ptx)
+}
+
+/// Compiles every kernel with NVRTC for devices of this compute capability, into the cache where a run looks for what was not
+/// embedded: ahead of the first run, or on a machine that has no GPU. Gives the number of files.
+///
+/// # Errors
+/// NVRTC missing, or refusing a source.
+pub fn compile_all(capability: (i32, i32)) -> Result<usize> {
+    SOURCES.par_iter().try_for_each(|(file, source)| compiled(file, source, capability).map(drop))?;
+    Ok(SOURCES.len())
+}
+
+/// PTX with a 0 at its end, from the cache or from NVRTC.
+fn compiled(file: &str, source: &str, capability: (i32, i32)) -> Result<Vec<u8>> {
     let source = with_headers(source);
-    // Functions without a space, lambdas among them, are the device's: there is no other here.
-    let options =
-        format!("--gpu-architecture=compute_{}{} -std=c++17 -fmad=false -default-device", capability.0, capability.1);
+    let options = options(capability);
     let key = blake3::hash(format!("{options}\n{source}").as_bytes()).to_hex();
     let cached = cache_folder().map(|folder| folder.join(format!("{file}-{}.ptx", &key[..16])));
     if let Some(ptx) = cached.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|ptx| ptx.ends_with(&[0])) {
-        return Ok(Image::Ptx(ptx));
+        return Ok(ptx);
     }
     let ptx = compile(file, &source, &options)?;
     if let Some(path) = cached {
         keep(&path, &ptx);
     }
-    Ok(Image::Ptx(ptx))
+    Ok(ptx)
 }
 
 /// The source with its `#include "x.cuh"` lines replaced by what they name, each once.
@@ -71,6 +89,11 @@ fn with_headers(source: &str) -> String {
     let mut out = String::new();
     expand(source, &mut Vec::new(), &mut out);
     out
+}
+
+/// What NVRTC is told. Functions without a space, lambdas among them, are the device's: there is no other here.
+fn options(capability: (i32, i32)) -> String {
+    format!("--gpu-architecture=compute_{}{} -std=c++17 -fmad=false -default-device", capability.0, capability.1)
 }
 
 fn compile(file: &str, source: &str, options: &str) -> Result<Vec<u8>> {
@@ -126,5 +149,41 @@ mod tests {
             assert!(!whole.contains("#include"), "{name}");
             assert_eq!(whole.matches("struct StepState {").count(), 1, "{name}");
         }
+    }
+
+    /// The kernels of the first PTX that these bytes hold.
+    fn kernels(bytes: &[u8]) -> Vec<String> {
+        let text = String::from_utf8_lossy(bytes);
+        let first = text[text.find(".version").unwrap()..].split('\0').next().unwrap();
+        let entries = first.lines().filter_map(|line| line.split_once(".entry "));
+        let mut names: Vec<String> = entries.map(|(_, rest)| rest.trim_end_matches('(').to_owned()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn nvrtc_compiles_every_source_to_the_kernels_that_nvcc_embedded() {
+        // A process's library path is that of its start: scripts/test names NVRTC's folder, and this program starts again with it.
+        if let Some(folder) = std::env::var_os("WARPSTEP_TEST_NVRTC") {
+            let test = "backend::cuda::module::tests::nvrtc_compiles_every_source_to_the_kernels_that_nvcc_embedded";
+            let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+            again.args([test, "--exact", "--nocapture"]).env("LD_LIBRARY_PATH", folder);
+            let output = again.env_remove("WARPSTEP_TEST_NVRTC").output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            let told = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && !text.contains("skipped: no NVRTC"), "{text}\n{told}");
+            return;
+        }
+        // SAFETY: as in `compile`.
+        if !is_embedded() || !unsafe { nvrtc::sys::is_culib_present() } {
+            println!("skipped: no NVRTC here, or no embedded kernels to compare with");
+            return;
+        }
+        SOURCES.par_iter().for_each(|(name, source)| {
+            let (_, fatbin) = FATBINS.iter().find(|(file, _)| file == name).unwrap();
+            let embedded = kernels(fatbin);
+            assert!(!embedded.is_empty(), "{name}");
+            assert_eq!(kernels(&compile(name, &with_headers(source), &options((9, 0))).unwrap()), embedded, "{name}");
+        });
     }
 }
