@@ -1,9 +1,11 @@
 //! The kernels: embedded fatbins, or CUDA source that NVRTC compiles on this machine, once, into a cache on disk.
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::nvrtc;
-use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
@@ -34,10 +36,23 @@ pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
     if let Some((_, fatbin)) = FATBINS.iter().find(|(name, _)| *name == file && !passed_over) {
         return Ok(Image::Fatbin(fatbin));
     }
-    let Some((_, source)) = SOURCES.iter().find(|(name, _)| *name == file) else {
+    let Some((file, source)) = SOURCES.iter().find(|(name, _)| *name == file) else {
         return Err(Error::Device(format!("there is no kernels/{file}.cu in this build")));
     };
-    compiled(file, source, capability).map(Image::Ptx)
+    let source = Source::new(file, source, capability);
+    if let Some(ptx) = source.kept() {
+        return Ok(Image::Ptx(ptx));
+    }
+    static AHEAD: Once = Once::new();
+    if let Some(folder) = cache_folder().filter(|_| is_present()) {
+        // All of them, side by side: a run needs most, and would wait for each as it comes to it. What fails is told by the one that
+        // is asked for.
+        AHEAD.call_once(|| {
+            eprintln!("NVRTC compiles the kernels, once, into {}: this may take half a minute", folder.display());
+            let _ = compile_all(capability);
+        });
+    }
+    source.ptx().map(Image::Ptx)
 }
 
 /// Compiles every kernel with NVRTC for devices of this compute capability, into the cache where a run looks for what was not
@@ -46,24 +61,88 @@ pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
 /// # Errors
 /// NVRTC missing, or refusing a source.
 pub fn compile_all(capability: (i32, i32)) -> Result<usize> {
-    SOURCES.par_iter().try_for_each(|(file, source)| compiled(file, source, capability).map(drop))?;
+    let next = AtomicUsize::new(0);
+    let some = || -> Result<()> {
+        while let Some((file, source)) = SOURCES.get(next.fetch_add(1, Ordering::Relaxed)) {
+            Source::new(file, source, capability).ptx()?;
+        }
+        Ok(())
+    };
+    // No pool's threads: one of these may wait for this.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(SOURCES.len());
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(some)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })?;
     Ok(SOURCES.len())
 }
 
-/// PTX with a 0 at its end, from the cache or from NVRTC.
-fn compiled(file: &str, source: &str, capability: (i32, i32)) -> Result<Vec<u8>> {
-    let source = with_headers(source);
-    let options = options(capability);
-    let key = blake3::hash(format!("{options}\n{source}").as_bytes()).to_hex();
-    let cached = cache_folder().map(|folder| folder.join(format!("{file}-{}.ptx", &key[..16])));
-    if let Some(ptx) = cached.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|ptx| ptx.ends_with(&[0])) {
-        return Ok(ptx);
+/// What NVRTC is given.
+struct Source {
+    file: &'static str,
+    /// With its headers.
+    text: String,
+    options: String,
+    /// Where its PTX is kept.
+    cached: Option<PathBuf>,
+}
+
+impl Source {
+    fn new(file: &'static str, source: &str, capability: (i32, i32)) -> Self {
+        let text = with_headers(source);
+        // Functions without a space, lambdas among them, are the device's: there is no other here.
+        let options = format!(
+            "--gpu-architecture=compute_{}{} -std=c++17 -fmad=false -default-device",
+            capability.0, capability.1
+        );
+        let key = blake3::hash(format!("{options}\n{text}").as_bytes()).to_hex();
+        let cached = cache_folder().map(|folder| folder.join(format!("{file}-{}.ptx", &key[..16])));
+        Source { file, text, options, cached }
     }
-    let ptx = compile(file, &source, &options)?;
-    if let Some(path) = cached {
-        keep(&path, &ptx);
+
+    /// Its PTX with a 0 at its end, where that was compiled before.
+    fn kept(&self) -> Option<Vec<u8>> {
+        std::fs::read(self.cached.as_ref()?).ok().filter(|ptx| ptx.ends_with(&[0]))
     }
-    Ok(ptx)
+
+    /// The same, compiled where it was not.
+    fn ptx(&self) -> Result<Vec<u8>> {
+        if let Some(ptx) = self.kept() {
+            return Ok(ptx);
+        }
+        let ptx = self.compile()?;
+        if let Some(path) = &self.cached {
+            keep(path, &ptx);
+        }
+        Ok(ptx)
+    }
+
+    fn compile(&self) -> Result<Vec<u8>> {
+        if !is_present() {
+            return Err(Error::Device(
+                "this Warpstep was built without nvcc, and NVRTC is not installed either: install it \
+                 (`pip install nvidia-cuda-nvrtc` and name its folder in LD_LIBRARY_PATH, or NVIDIA's CUDA toolkit), or \
+                 build Warpstep where nvcc is on the path"
+                    .into(),
+            ));
+        }
+        let options = nvrtc::CompileOptions {
+            options: self.options.split(' ').map(str::to_owned).collect(),
+            name: Some(format!("{}.cu", self.file)),
+            ..Default::default()
+        };
+        let ptx = nvrtc::compile_ptx_with_opts(&self.text, options)
+            .map_err(|error| Error::Device(format!("NVRTC does not compile kernels/{}.cu: {error:?}", self.file)))?;
+        let mut bytes = ptx.to_src().into_bytes();
+        bytes.push(0);
+        Ok(bytes)
+    }
+}
+
+/// Whether there is an NVRTC.
+fn is_present() -> bool {
+    // SAFETY: asks whether a library of this name loads; nothing of it is called.
+    unsafe { nvrtc::sys::is_culib_present() }
 }
 
 /// The source with its `#include "x.cuh"` lines replaced by what they name, each once.
@@ -91,33 +170,6 @@ fn with_headers(source: &str) -> String {
     out
 }
 
-/// What NVRTC is told. Functions without a space, lambdas among them, are the device's: there is no other here.
-fn options(capability: (i32, i32)) -> String {
-    format!("--gpu-architecture=compute_{}{} -std=c++17 -fmad=false -default-device", capability.0, capability.1)
-}
-
-fn compile(file: &str, source: &str, options: &str) -> Result<Vec<u8>> {
-    // SAFETY: asks whether a library of this name loads; nothing of it is called.
-    if !unsafe { nvrtc::sys::is_culib_present() } {
-        return Err(Error::Device(
-            "this Warpstep was built without nvcc, and NVRTC is not installed either: install it \
-             (`pip install nvidia-cuda-nvrtc` and name its folder in LD_LIBRARY_PATH, or NVIDIA's CUDA toolkit), or build \
-             Warpstep where nvcc is on the path"
-                .into(),
-        ));
-    }
-    let options = nvrtc::CompileOptions {
-        options: options.split(' ').map(str::to_owned).collect(),
-        name: Some(format!("{file}.cu")),
-        ..Default::default()
-    };
-    let ptx = nvrtc::compile_ptx_with_opts(source, options)
-        .map_err(|error| Error::Device(format!("NVRTC does not compile kernels/{file}.cu: {error:?}")))?;
-    let mut bytes = ptx.to_src().into_bytes();
-    bytes.push(0);
-    Ok(bytes)
-}
-
 /// Where what is made on this machine is kept, to be found by the next run.
 pub(super) fn cache_folder() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
@@ -140,6 +192,8 @@ fn keep(path: &std::path::Path, ptx: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use rayon::prelude::*;
+
     use super::*;
 
     #[test]
@@ -174,8 +228,7 @@ mod tests {
             assert!(output.status.success() && !text.contains("skipped: no NVRTC"), "{text}\n{told}");
             return;
         }
-        // SAFETY: as in `compile`.
-        if !is_embedded() || !unsafe { nvrtc::sys::is_culib_present() } {
+        if !is_embedded() || !is_present() {
             println!("skipped: no NVRTC here, or no embedded kernels to compare with");
             return;
         }
@@ -183,7 +236,7 @@ mod tests {
             let (_, fatbin) = FATBINS.iter().find(|(file, _)| file == name).unwrap();
             let embedded = kernels(fatbin);
             assert!(!embedded.is_empty(), "{name}");
-            assert_eq!(kernels(&compile(name, &with_headers(source), &options((9, 0))).unwrap()), embedded, "{name}");
+            assert_eq!(kernels(&Source::new(name, source, (9, 0)).compile().unwrap()), embedded, "{name}");
         });
     }
 }
