@@ -4,10 +4,9 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{run, stderr, tensor_hashes};
+use common::{device, run, stderr, tensor_hashes};
 use half::bf16;
 use tempfile::TempDir;
-use warpstep::backend::cuda::{emulated, is_embedded};
 use warpstep::train::checkpoint::{Which, find};
 use warpstep::train::metrics::{Record, SplitName, read_metrics};
 use warpstep::train::tensors;
@@ -38,18 +37,6 @@ every_steps = 50
 [checkpoint]
 every_steps = 50
 "#;
-
-/// What `run.device` is for these tests; none where there is no device.
-fn device() -> Option<&'static str> {
-    if std::env::var("WARPSTEP_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
-        return Some("cuda");
-    }
-    let found = is_embedded() && emulated::find_library().is_some();
-    if !found {
-        println!("skipped: no CUDA device: the emulator was not built, or Warpstep was built without nvcc");
-    }
-    found.then_some("emulated")
-}
 
 /// Trains into a folder of its own, with further arguments.
 fn train(folder: &Path, name: &str, device: &str, more: &[&str]) -> PathBuf {

@@ -7,9 +7,9 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use common::device;
 use serde_json::Value;
 use tempfile::TempDir;
-use warpstep::backend::cuda::{emulated, is_embedded};
 use warpstep::random::{Philox, Purpose};
 
 const RUN: &str = r#"
@@ -31,18 +31,6 @@ clip = { global_norm = 1.0 }
 [evaluate]
 every_steps = 8
 "#;
-
-/// What `run.device` is for these tests; none where there is no device.
-fn device() -> Option<&'static str> {
-    if std::env::var("WARPSTEP_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
-        return Some("cuda");
-    }
-    let found = is_embedded() && emulated::find_library().is_some();
-    if !found {
-        println!("skipped: no CUDA device: the emulator was not built, or Warpstep was built without nvcc");
-    }
-    found.then_some("emulated")
-}
 
 /// The run file: 200 steps on a real device, as few as it says on the emulated one, which is slow.
 fn long(run: &str) -> String {

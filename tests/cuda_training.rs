@@ -6,9 +6,9 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
+use common::device;
 use serde_json::Value;
 use tempfile::TempDir;
-use warpstep::backend::cuda::{emulated, is_embedded};
 
 const RUN: &str = r#"
 [run]
@@ -37,18 +37,6 @@ every_steps = 100
 [checkpoint]
 every_steps = 100
 "#;
-
-/// What `run.device` is for these tests; none where there is no device.
-fn device() -> Option<&'static str> {
-    if std::env::var("WARPSTEP_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
-        return Some("cuda");
-    }
-    let found = is_embedded() && emulated::find_library().is_some();
-    if !found {
-        println!("skipped: no CUDA device: the emulator was not built, or Warpstep was built without nvcc");
-    }
-    found.then_some("emulated")
-}
 
 struct Place {
     folder: TempDir,

@@ -3,21 +3,15 @@
 mod common;
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
-use common::{stderr, stdout, warpstep};
+use common::{stderr, stdout, warpstep_apart};
 use serde_json::Value;
 use warpstep::backend::cuda::{emulated, is_driver_present, is_embedded};
 
 /// `doctor` with these folders on the library path, and nothing else of this test's surroundings.
 fn doctor(folders: &str, arguments: &[&str]) -> Output {
-    let mut command: Command = warpstep();
-    command.arg("doctor").args(arguments).env("LD_LIBRARY_PATH", folders).env_remove("WARPSTEP_EMULATED");
-    // Cargo may leave several builds of the emulator: the program takes the one that this test sees.
-    if let Some(library) = emulated::find_library() {
-        command.env("WARPSTEP_EMULATOR", library);
-    }
-    command.output().unwrap()
+    warpstep_apart().arg("doctor").args(arguments).env("LD_LIBRARY_PATH", folders).output().unwrap()
 }
 
 fn report(output: &Output) -> Value {

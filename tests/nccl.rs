@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 use std::time::Duration;
 
-use devices::is_there;
+use common::has_emulated_device;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -169,7 +169,7 @@ fn assert_same(what: &str, found: &Path, expected: &Path) {
 
 #[test]
 fn one_process_through_nccl_has_the_bits_of_one_without() {
-    if !is_there() {
+    if !has_emulated_device() {
         return;
     }
     for run in [MLP, GPT] {
@@ -181,7 +181,7 @@ fn one_process_through_nccl_has_the_bits_of_one_without() {
 
 #[test]
 fn two_and_four_processes_have_the_curve_of_one() {
-    if !is_there() {
+    if !has_emulated_device() {
         return;
     }
     for run in [MLP, GPT] {
@@ -195,7 +195,7 @@ fn two_and_four_processes_have_the_curve_of_one() {
 
 #[test]
 fn reproducible_runs_have_the_same_bits_in_one_two_and_four_processes() {
-    if !is_there() {
+    if !has_emulated_device() {
         return;
     }
     let set = ["run.reproducible=true", "parallel.parts=4"];
@@ -211,7 +211,7 @@ fn reproducible_runs_have_the_same_bits_in_one_two_and_four_processes() {
 
 #[test]
 fn a_run_goes_on_in_another_number_of_processes_with_the_same_bits() {
-    if !is_there() {
+    if !has_emulated_device() {
         return;
     }
     let set = ["run.reproducible=true", "parallel.parts=4", "optimizer.rule=\"adamw\"", "optimizer.ema=0.9"];
@@ -234,7 +234,7 @@ fn wait_for_steps(run: &Path, steps: usize) {
 
 #[test]
 fn a_process_that_is_killed_ends_the_others_with_a_sentence() {
-    if !is_there() {
+    if !has_emulated_device() {
         return;
     }
     for killed in [0, 1] {
@@ -256,7 +256,7 @@ fn a_process_that_is_killed_ends_the_others_with_a_sentence() {
 
 #[test]
 fn a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint() {
-    if !is_there() {
+    if !has_emulated_device() {
         return;
     }
     let place = Place::new(MLP);
@@ -274,7 +274,7 @@ fn a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint() {
 
 #[test]
 fn gradients_sent_as_bf16_stay_near() {
-    if !is_there() {
+    if !has_emulated_device() {
         return;
     }
     let place = Place::new(MLP);

@@ -7,10 +7,9 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
-use common::{stderr, stdout, warpstep};
-use warpstep::backend::cuda::{emulated, is_embedded};
+use common::{has_emulated_device, stderr, stdout, tensor_hashes, warpstep_apart};
 
 const RUN: &str = r#"
 [run]
@@ -39,20 +38,16 @@ every_steps = 12
 
 /// The program with a cache of its own.
 fn program(cache: &Path) -> Command {
-    let mut command = warpstep();
-    command.env("XDG_CACHE_HOME", cache).env_remove("LD_LIBRARY_PATH").env_remove("WARPSTEP_EMULATED");
-    if let Some(library) = emulated::find_library() {
-        command.env("WARPSTEP_EMULATOR", library);
-    }
+    let mut command = warpstep_apart();
+    command.env("XDG_CACHE_HOME", cache);
     command
 }
 
-fn has_emulated_device() -> bool {
-    let found = is_embedded() && emulated::find_library().is_some();
-    if !found {
-        println!("skipped: no emulated device: the emulator was not built, or Warpstep was built without nvcc");
-    }
-    found
+/// Trains into `out`, with the kernels that were embedded or, where `nvrtc` is 1, with those of the cache.
+fn train(cache: &Path, out: &Path, nvrtc: &str) -> Output {
+    let file = out.with_extension("toml");
+    std::fs::write(&file, RUN).unwrap();
+    program(cache).arg("train").arg(&file).arg("--out").arg(out).env("WARPSTEP_NVRTC", nvrtc).output().unwrap()
 }
 
 /// The files of the cache and when each was written.
@@ -83,19 +78,15 @@ fn kernels_that_nvrtc_compiled_ahead_train_to_the_bits_of_those_that_were_embedd
     if !has_emulated_device() {
         return;
     }
-    let file = place.path().join("run.toml");
-    std::fs::write(&file, RUN).unwrap();
-    let train = |name: &str, nvrtc: &str| {
+    let parameters = |name: &str, nvrtc: &str| {
         let out = place.path().join(name);
-        let mut command = program(&cache);
-        let output = command.arg("train").arg(&file).arg("--out").arg(&out).env("WARPSTEP_NVRTC", nvrtc).output();
-        let output = output.unwrap();
+        let output = train(&cache, &out, nvrtc);
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-        common::tensor_hashes(&out)
+        tensor_hashes(&out)
     };
-    let embedded = train("embedded", "0");
+    let embedded = parameters("embedded", "0");
     assert!(!embedded.is_empty());
-    assert!(train("compiled", "1") == embedded, "NVRTC's kernels do not have the bits of nvcc's");
+    assert!(parameters("compiled", "1") == embedded, "NVRTC's kernels do not have the bits of nvcc's");
 }
 
 #[test]
@@ -109,11 +100,7 @@ fn without_nvrtc_a_build_that_holds_no_kernels_says_what_installs_it() {
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("pip install nvidia-cuda-nvrtc"), "{}", stderr(&output));
     if has_emulated_device() {
-        let file = place.path().join("run.toml");
-        std::fs::write(&file, RUN).unwrap();
-        let mut train = program(place.path());
-        train.arg("train").arg(&file).arg("--out").arg(place.path().join("run")).env("WARPSTEP_NVRTC", "1");
-        let output = train.output().unwrap();
+        let output = train(place.path(), &place.path().join("run"), "1");
         assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
         assert!(stderr(&output).contains("pip install nvidia-cuda-nvrtc"), "{}", stderr(&output));
     }

@@ -5,17 +5,6 @@
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 
-use warpstep::backend::cuda::{emulated, is_embedded};
-
-/// Whether there is an emulated device to run on.
-pub fn is_there() -> bool {
-    let found = is_embedded() && emulated::find_library().is_some();
-    if !found {
-        println!("skipped: the emulator was not built, or Warpstep was built without nvcc");
-    }
-    found
-}
-
 /// What one process on an emulated device is asked: races and unwritten reads are looked for where kernels themselves are tested.
 pub fn on_device(command: &mut Command) -> &mut Command {
     command.args(["--device", "emulated"]).env("WARPSTEP_EMULATOR_CHECKS", "off")

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use warpstep::backend::cuda::{emulated, is_embedded};
 use warpstep::train::checkpoint::{Which, find};
 use warpstep::train::tensors;
 
@@ -20,6 +21,34 @@ pub fn fresh_seed() -> u64 {
 pub fn warpstep() -> Command {
     let named = std::env::var_os("WARPSTEP_BIN").filter(|path| !path.is_empty());
     Command::new(named.unwrap_or_else(|| env!("CARGO_BIN_EXE_warpstep").into()))
+}
+
+/// The same, started as if from outside of this test: neither on the emulated device nor with a library path, which it may be given.
+pub fn warpstep_apart() -> Command {
+    let mut command = warpstep();
+    command.env_remove("LD_LIBRARY_PATH").env_remove("WARPSTEP_EMULATED");
+    // Cargo may leave several builds of the emulator: the program takes the one that this test sees.
+    if let Some(library) = emulated::find_library() {
+        command.env("WARPSTEP_EMULATOR", library);
+    }
+    command
+}
+
+/// Whether the program can run on the emulated device; a line that says so, where it cannot.
+pub fn has_emulated_device() -> bool {
+    let found = is_embedded() && emulated::find_library().is_some();
+    if !found {
+        println!("skipped: no CUDA device: the emulator was not built, or Warpstep was built without nvcc");
+    }
+    found
+}
+
+/// What `run.device` is for tests that take a real device where `WARPSTEP_TEST_DEVICE=cuda` asks for it; none where there is none.
+pub fn device() -> Option<&'static str> {
+    if std::env::var("WARPSTEP_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
+        return Some("cuda");
+    }
+    has_emulated_device().then_some("emulated")
 }
 
 /// Runs `warpstep` to its end.

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 use warpstep::train::metrics::{SplitName, read_metrics};
 
-use crate::common::{fresh_seed, stderr, tensor_hashes, warpstep};
+use crate::common::{fresh_seed, has_emulated_device, stderr, tensor_hashes, warpstep};
 use crate::{devices, mpi};
 
 /// AdamW with both clips, accumulation and an average.
@@ -51,7 +51,7 @@ impl On {
     pub fn is_there(self) -> bool {
         match self {
             On::Cpus => mpi::is_there(),
-            On::Devices => devices::is_there(),
+            On::Devices => has_emulated_device(),
         }
     }
 }

@@ -180,3 +180,12 @@ fn both<'a, R>(to: &'a mut [R], from: &'a [R], elements: Range<usize>) -> Result
         _ => Err(does_not_fit(len, elements.start, elements.len())),
     }
 }
+
+/// A matrix of values from -1/2 to 1/2, the same ones for the same stream.
+#[cfg(test)]
+fn random<R: Real>(rows: usize, columns: usize, stream: u32) -> ndarray::Array2<R> {
+    use crate::random::{Philox, Purpose};
+    let numbers = Philox::new(1, Purpose::Sampling, stream);
+    let value = |(i, j)| R::from_f32(numbers.uniform((i * columns + j) as u64) - 0.5);
+    ndarray::Array2::from_shape_fn((rows, columns), value)
+}

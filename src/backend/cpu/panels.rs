@@ -12,7 +12,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::parallel::{LANES, Lanes, vectorize};
-use super::transpose::transpose;
+use super::transpose::{in_one_piece, transpose};
 use crate::real::Real;
 
 /// Rows that are worked on at once at most: parts of a product begin at multiples of it.
@@ -307,16 +307,12 @@ fn put<T: Real>(to: &mut [T], sums: &[T], accumulate: bool) {
     }
 }
 
-fn in_one_piece<T>(piece: Option<T>) -> T {
-    piece.expect("the rows of a matrix lie in one piece")
-}
-
 #[cfg(test)]
 mod tests {
     use ndarray::Array2;
 
+    use super::super::random;
     use super::*;
-    use crate::random::{Philox, Purpose};
 
     /// Rows, inner dimension and columns: tails of tiles and of panels, and none.
     const SIZES: [[usize; 3]; 9] = [
@@ -330,11 +326,6 @@ mod tests {
         [0, 3, 5],
         [12, 0, 20],
     ];
-
-    fn random<R: Real>(rows: usize, columns: usize, stream: u32) -> Array2<R> {
-        let numbers = Philox::new(1, Purpose::Sampling, stream);
-        Array2::from_shape_fn((rows, columns), |(i, j)| R::from_f32(numbers.uniform((i * columns + j) as u64) - 0.5))
-    }
 
     /// Causal as far as the sizes let it: row i is a sum over what lies before `i + 2`, in columns before `i + 3`.
     fn part(rows: Range<usize>, k: usize, n: usize) -> Part {

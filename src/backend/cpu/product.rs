@@ -246,8 +246,8 @@ fn strides(strides: &[isize]) -> [isize; 2] {
 mod tests {
     use ndarray::{Array2, s};
 
+    use super::super::random;
     use super::*;
-    use crate::random::{Philox, Purpose};
 
     /// Rows, inner dimension and columns: tails of stripes, of blocks and of parts; products that are shared and that are not.
     const SIZES: [[usize; 3]; 14] = [
@@ -267,11 +267,6 @@ mod tests {
         [256, 256, 272],
     ];
 
-    fn random(rows: usize, columns: usize, stream: u32) -> Array2<f32> {
-        let numbers = Philox::new(1, Purpose::Sampling, stream);
-        Array2::from_shape_fn((rows, columns), |(i, j)| numbers.uniform((i * columns + j) as u64) - 0.5)
-    }
-
     /// Products of factors that lie along or across the inner dimension, in matrices that are wider than they.
     fn products(m: usize, k: usize, n: usize, threads: usize, accumulate: bool) -> Vec<Array2<f32>> {
         let (a, b) = (random(m, k + 3, 0), random(k, n + 5, 1));
@@ -281,7 +276,7 @@ mod tests {
         let of = |a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>| {
             let mut c = random(m, n + 1, 2);
             pool.install(|| product(c.slice_mut(s![.., ..n]), a, b, accumulate));
-            assert_eq!(c.column(n), random(m, n + 1, 2).column(n), "what lies beside the product stays");
+            assert_eq!(c.column(n), random::<f32>(m, n + 1, 2).column(n), "what lies beside the product stays");
             c.slice_move(s![.., ..n])
         };
         vec![of(a, b), of(a, along_b.t()), of(across_a.t(), b), of(across_a.t(), along_b.t())]
@@ -292,10 +287,10 @@ mod tests {
         for [m, k, n] in SIZES {
             for accumulate in [false, true] {
                 let of_one = products(m, k, n, 1, accumulate);
-                let [a, b] = [random(m, k + 3, 0), random(k, n + 5, 1)].map(|x| x.mapv(f64::from));
+                let [a, b] = [random::<f32>(m, k + 3, 0), random(k, n + 5, 1)].map(|x| x.mapv(f64::from));
                 let mut expected = a.slice(s![.., ..k]).dot(&b.slice(s![.., ..n]));
                 if accumulate {
-                    expected += &random(m, n + 1, 2).slice(s![.., ..n]).mapv(f64::from);
+                    expected += &random::<f32>(m, n + 1, 2).slice(s![.., ..n]).mapv(f64::from);
                 }
                 for (form, found) in of_one.iter().enumerate() {
                     // Values below 1/2: products below 1/4, whose sums of k have roundings of no more than that many units.

@@ -98,7 +98,11 @@ fn in_blocks<R: Real>(
     }
 }
 
-fn in_one_piece<T>(piece: Option<T>) -> T {
+/// A row of a matrix as a slice.
+///
+/// # Panics
+/// Its values lie apart: a mistake of the caller.
+pub(super) fn in_one_piece<T>(piece: Option<T>) -> T {
     piece.expect("the rows of a matrix lie in one piece")
 }
 
