@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use device::device_with;
-use warpstep::backend::cuda::{Cuda, DeviceOptions};
+use warpstep::backend::cuda::{Cuda, DeviceOptions, SmallProducts};
 use warpstep::backend::{Backend, Memory, StepContext};
 use warpstep::model::layers::{Linear, Sequential};
 use warpstep::model::{Input, Loss, Mode, Model, Value};
@@ -40,9 +40,18 @@ fn products() -> PathBuf {
     cache().join("warpstep/products")
 }
 
-/// Every entry and its text.
+/// Every choice of an algorithm and its text.
 fn entries() -> Vec<(PathBuf, String)> {
-    let Ok(found) = std::fs::read_dir(products()) else { return Vec::new() };
+    entries_in(&products())
+}
+
+/// Every choice of a way: the library's products, or kernels of our own.
+fn ways() -> Vec<(PathBuf, String)> {
+    entries_in(&cache().join("warpstep/ways"))
+}
+
+fn entries_in(folder: &Path) -> Vec<(PathBuf, String)> {
+    let Ok(found) = std::fs::read_dir(folder) else { return Vec::new() };
     let mut entries: Vec<_> = found
         .map(|entry| entry.unwrap().path())
         .map(|path| (path.clone(), std::fs::read_to_string(path).unwrap_or_default()))
@@ -51,8 +60,8 @@ fn entries() -> Vec<(PathBuf, String)> {
     entries
 }
 
-/// An entry with these words for the algorithm.
-fn with_words(text: &str, words: [u64; 8]) -> String {
+/// An entry with these words for the choice.
+fn with_words(text: &str, words: &[u64]) -> String {
     let head: Vec<&str> = text.lines().take(2).collect();
     let mut text = head.join("\n") + "\n";
     words.iter().for_each(|word| text += &format!("{word:016x}\n"));
@@ -122,7 +131,7 @@ fn an_algorithm_that_was_kept_is_the_one_that_runs() {
     }
     for (path, text) in entries() {
         let [mark, ..] = words(&text);
-        std::fs::write(path, with_words(&text, [mark, 3, 0, 0, 0, 0, 0, 0])).unwrap();
+        std::fs::write(path, with_words(&text, &[mark, 3, 0, 0, 0, 0, 0, 0])).unwrap();
     }
     let split = gradients(MEASURED()).unwrap();
     assert!(split != proposed, "the entry was not heeded");
@@ -143,7 +152,7 @@ fn damaged_and_foreign_entries_are_measured_anew() {
         |text| text.replacen('0', "1", 1),
         |text| text.to_owned() + "\n",
         // Whole, but of another library.
-        |text| with_words(text, [1, 2, 3, 4, 5, 6, 7, 8]),
+        |text| with_words(text, &[1, 2, 3, 4, 5, 6, 7, 8]),
     ];
     for (number, spoil) in spoil.into_iter().enumerate() {
         for (path, text) in &whole {
@@ -153,7 +162,7 @@ fn damaged_and_foreign_entries_are_measured_anew() {
         let again = entries();
         assert_eq!(again.len(), whole.len(), "{number}");
         for ((path, text), (_, before)) in again.iter().zip(&whole) {
-            assert_eq!(*text, with_words(before, words(text)), "{number}: {} is whole again", path.display());
+            assert_eq!(*text, with_words(before, &words(text)), "{number}: {} is whole again", path.display());
             assert_ne!(*text, spoil(before), "{number}");
         }
         assert!(gradients(MEASURED()) == bits, "{number}");
@@ -168,4 +177,37 @@ fn without_a_cache_the_librarys_first_proposal_runs() {
     let measured = gradients(MEASURED());
     assert!(measured == gradients(PROPOSED()));
     assert_eq!(std::fs::read_to_string(products()).unwrap(), "in the way");
+}
+
+#[test]
+fn small_maps_take_the_way_that_was_kept() {
+    let _alone = alone();
+    let options = |small_products| DeviceOptions { tf32: true, small_products, ..MEASURED() };
+    let Some(never) = gradients(options(SmallProducts::Never)) else { return };
+    let always = gradients(options(SmallProducts::Always)).unwrap();
+    assert!(always != never, "the same bits from other kernels");
+    assert_eq!(ways(), [], "what is not measured is not kept");
+    let measured = gradients(options(SmallProducts::Measured)).unwrap();
+    let kept = ways();
+    // Two layers, forward and backward; whether gradients are added to is no question of its own.
+    assert_eq!(kept.len(), 4, "{kept:?}");
+    assert!(gradients(options(SmallProducts::Measured)) == Some(measured), "other bits from the ways that were kept");
+    assert_eq!(ways(), kept);
+    for (way, expected) in [&never, &always].into_iter().enumerate() {
+        for (path, text) in &kept {
+            std::fs::write(path, with_words(text, &[way as u64])).unwrap();
+        }
+        assert!(gradients(options(SmallProducts::Measured)).as_ref() == Some(expected), "way {way} was not heeded");
+    }
+    // No third way is there.
+    for (path, text) in &kept {
+        std::fs::write(path, with_words(text, &[2])).unwrap();
+    }
+    gradients(options(SmallProducts::Measured)).unwrap();
+    for ((_, text), (_, before)) in ways().iter().zip(&kept) {
+        assert!([0, 1].iter().any(|&way| *text == with_words(before, &[way])), "{text}");
+    }
+    let proposed = DeviceOptions { measure: false, ..options(SmallProducts::Measured) };
+    let library = DeviceOptions { small_products: SmallProducts::Never, ..proposed };
+    assert!(gradients(proposed) == gradients(library), "a way was heeded where nothing is to be measured");
 }

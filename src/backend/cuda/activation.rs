@@ -11,7 +11,7 @@ use crate::error::Result;
 const FILE: &str = "activation";
 
 /// As the kernels number them.
-fn number(kind: ActivationKind) -> i32 {
+pub(super) fn number(kind: ActivationKind) -> i32 {
     match kind {
         ActivationKind::Relu => 0,
         ActivationKind::GeluTanh => 1,

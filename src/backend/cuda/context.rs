@@ -33,6 +33,8 @@ pub struct DeviceOptions {
     pub persistent_update: bool,
     /// Whether products take functions of single values and sums of gradients along.
     pub fusion: Fusion,
+    /// Whether affine maps that are small are done by kernels of our own.
+    pub small_products: SmallProducts,
     /// Whether a product's algorithm is chosen by measuring, once a shape, and kept in the cache (`$XDG_CACHE_HOME/warpstep` or
     /// `~/.cache/warpstep`); otherwise it is what the library proposes first, which is the same on every machine of a kind.
     pub measure: bool,
@@ -47,6 +49,7 @@ impl Default for DeviceOptions {
             graphs: true,
             persistent_update: true,
             fusion: Fusion::ByArchitecture,
+            small_products: SmallProducts::Measured,
             measure: !super::emulated::is_active(),
         }
     }
@@ -58,6 +61,18 @@ pub enum Fusion {
     /// Where that is known to be faster: in 16 bits, or in products that are small, on Hopper's and Blackwell's server chips.
     ByArchitecture,
     /// Wherever the library can.
+    Always,
+    /// Nowhere.
+    Never,
+}
+
+/// Whether affine maps of a few million multiply-adds are done by kernels of our own, a launch each way (kernels/linear_small.cu),
+/// where cuBLASLt takes several. In f32 they are done by cuBLASLt: those kernels multiply in tf32, or 16 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SmallProducts {
+    /// Where that was measured to be faster, once a shape; kept as algorithms are. Nowhere where nothing is to be measured.
+    Measured,
+    /// Wherever they can.
     Always,
     /// Nowhere.
     Never,
@@ -78,6 +93,8 @@ pub struct Device {
     pub(super) operation: Mutex<Option<&'static str>>,
     blas: std::sync::OnceLock<super::blas::Blas>,
     dnn: std::sync::OnceLock<super::convolution::Dnn>,
+    /// What was chosen of two ways (ways.rs).
+    pub(super) ways: Mutex<HashMap<String, usize>>,
     step_state: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
     watch: Mutex<Option<Watch>>,
@@ -192,6 +209,7 @@ impl Device {
             operation: Mutex::default(),
             blas: std::sync::OnceLock::new(),
             dnn: std::sync::OnceLock::new(),
+            ways: Mutex::default(),
             step_state: 0,
             scratch: Mutex::default(),
             watch: Mutex::default(),

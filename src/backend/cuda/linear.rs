@@ -1,5 +1,7 @@
-//! The affine map: products by cuBLASLt. Biases are added in their epilogues; functions of single values, their slopes and the
+//! The affine map: products by cuBLASLt, or where it is small and that is faster, by kernels of our own (small.rs). Biases are added in their epilogues; functions of single values, their slopes and the
 //! gradients of biases go with them where the device is faster for it, otherwise each is a pass of our own.
+
+mod small;
 
 use super::launch::{Grid, args};
 use super::product::{Epilogue, Matrix, Product};
@@ -10,14 +12,83 @@ use crate::error::Result;
 
 const FILE: &str = "linear";
 
+/// An affine map by its addresses.
+#[derive(Clone, Copy)]
+struct Forward {
+    x: u64,
+    weight: u64,
+    bias: Option<u64>,
+    y: u64,
+    /// The function, and where what goes into it is kept.
+    activation: Option<(ActivationKind, Option<u64>)>,
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+/// Its gradients by their addresses.
+#[derive(Clone, Copy)]
+struct Backward {
+    x: u64,
+    weight: u64,
+    dy: u64,
+    dx: Option<u64>,
+    /// The function that made x, and what its slope is taken of.
+    slope: Option<(ActivationKind, u64)>,
+    dweight: u64,
+    dbias: Option<u64>,
+    /// Whether the gradients of weight and bias are added to.
+    add: [bool; 2],
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
 impl<S: Storage> Linear for Cuda<S> {
     fn linear_forward(&self, memory: &mut Memory<'_, Self>, args: &LinearForward, _: &StepContext) -> Result<()> {
         let LinearForward { rows, inputs, outputs, .. } = *args;
-        let y = Self::act(memory, args.y);
-        let bias = args.bias.map(|bias| Self::param(memory, bias));
+        let of = Forward {
+            x: Self::act(memory, args.x),
+            weight: Self::param(memory, args.weight),
+            bias: args.bias.map(|bias| Self::param(memory, bias)),
+            y: Self::act(memory, args.y),
+            activation: args
+                .activation
+                .map(|FusedActivation { kind, kept }| (kind, kept.map(|kept| Self::act(memory, kept)))),
+            rows,
+            inputs,
+            outputs,
+        };
+        if self.takes_small_forward(&of)? { self.small_forward(&of) } else { self.forward_by_library(&of) }
+    }
+
+    fn linear_backward(&self, memory: &mut Memory<'_, Self>, args: &LinearBackward, step: &StepContext) -> Result<()> {
+        let LinearBackward { rows, inputs, outputs, .. } = *args;
+        let of = Backward {
+            x: Self::act(memory, args.x),
+            weight: Self::param(memory, args.weight),
+            dy: Self::act(memory, args.dy),
+            dx: args.dx.map(|dx| Self::act(memory, dx)),
+            slope: args.slope.map(|FusedSlope { kind, of }| (kind, Self::act(memory, of))),
+            dweight: Self::grad(memory, args.dweight),
+            dbias: args.dbias.map(|dbias| Self::grad(memory, dbias)),
+            add: [!step.overwrites(args.dweight), args.dbias.is_some_and(|dbias| !step.overwrites(dbias))],
+            rows,
+            inputs,
+            outputs,
+        };
+        if self.takes_small_backward(&of)? { self.small_backward(&of) } else { self.backward_by_library(&of) }
+    }
+}
+
+const NAME_FORWARD: &str = "linear_forward";
+
+impl<S: Storage> Cuda<S> {
+    fn forward_by_library(&self, of: &Forward) -> Result<()> {
+        let Forward { x, weight, bias, y, activation, rows, inputs, outputs } = *of;
         let product = |out, epilogue| Product {
-            left: Matrix::rows(Self::act(memory, args.x), inputs),
-            right: Matrix::rows(Self::param(memory, args.weight), inputs).transposed(),
+            left: Matrix::rows(x, inputs),
+            right: Matrix::rows(weight, inputs).transposed(),
             out: Matrix::rows(out, outputs),
             size: [rows, inputs, outputs],
             add: false,
@@ -25,11 +96,10 @@ impl<S: Storage> Linear for Cuda<S> {
             types: [S::NAME, S::NAME],
         };
         let plain = bias.map_or(Epilogue::None, Epilogue::Bias);
-        let Some(FusedActivation { kind, kept }) = args.activation else {
+        let Some((kind, kept)) = activation else {
             // SAFETY: activations and parameters of the sizes that the operation says.
             return unsafe { self.device().product(NAME_FORWARD, &product(y, plain)) };
         };
-        let kept = kept.map(|kept| Self::act(memory, kept));
         // ReLU's kept matrix would be a mask of bits in the library, which is not what operations name.
         let epilogue = match (kind, kept) {
             (ActivationKind::GeluTanh, kept) => Some(Epilogue::Gelu { bias, kept }),
@@ -49,31 +119,25 @@ impl<S: Storage> Linear for Cuda<S> {
         self.apply(kind, before, y, rows * outputs)
     }
 
-    fn linear_backward(&self, memory: &mut Memory<'_, Self>, args: &LinearBackward, step: &StepContext) -> Result<()> {
-        if let Some(dx) = args.dx {
-            let dx = Self::act(memory, dx);
-            self.input_gradient(memory, args, dx)?;
+    fn backward_by_library(&self, of: &Backward) -> Result<()> {
+        if let Some(dx) = of.dx {
+            self.input_gradient(of, dx)?;
         }
-        self.parameter_gradients(memory, args, step)
+        self.parameter_gradients(of)
     }
-}
 
-const NAME_FORWARD: &str = "linear_forward";
-
-impl<S: Storage> Cuda<S> {
     /// `dx = (dy W) f'(u)`.
-    fn input_gradient(&self, memory: &Memory<'_, Self>, args: &LinearBackward, dx: u64) -> Result<()> {
-        let LinearBackward { rows, inputs, outputs, .. } = *args;
+    fn input_gradient(&self, of: &Backward, dx: u64) -> Result<()> {
+        let Backward { rows, inputs, outputs, slope, .. } = *of;
         let product = |epilogue| Product {
-            left: Matrix::rows(Self::act(memory, args.dy), outputs),
-            right: Matrix::rows(Self::param(memory, args.weight), inputs),
+            left: Matrix::rows(of.dy, outputs),
+            right: Matrix::rows(of.weight, inputs),
             out: Matrix::rows(dx, inputs),
             size: [rows, outputs, inputs],
             add: false,
             epilogue,
             types: [S::NAME, S::NAME],
         };
-        let slope = args.slope.map(|FusedSlope { kind, of }| (kind, Self::act(memory, of)));
         // DGELU alone: with BGRAD besides, the bias gradient of the layer before would come in the type of dx, not in f32.
         if let Some((ActivationKind::GeluTanh, of)) = slope {
             // SAFETY: activations and parameters of the sizes that the operation says.
@@ -90,23 +154,21 @@ impl<S: Storage> Cuda<S> {
     }
 
     /// `dW (+)= dy^T x`, `db (+)= sum of dy over rows`, both f32.
-    fn parameter_gradients(&self, memory: &Memory<'_, Self>, args: &LinearBackward, step: &StepContext) -> Result<()> {
-        let LinearBackward { rows, inputs, outputs, .. } = *args;
-        let dy = Self::act(memory, args.dy);
+    fn parameter_gradients(&self, of: &Backward) -> Result<()> {
+        let Backward { rows, inputs, outputs, dy, add: [add_weight, add], .. } = *of;
         let product = |epilogue| Product {
             left: Matrix::rows(dy, outputs).transposed(),
-            right: Matrix::rows(Self::act(memory, args.x), inputs),
-            out: Matrix::rows(Self::grad(memory, args.dweight), inputs),
+            right: Matrix::rows(of.x, inputs),
+            out: Matrix::rows(of.dweight, inputs),
             size: [outputs, rows, inputs],
-            add: !step.overwrites(args.dweight),
+            add: add_weight,
             epilogue,
             types: [S::NAME, "f32"],
         };
-        let Some(dbias) = args.dbias else {
+        let Some(sums) = of.dbias else {
             // SAFETY: activations and parameters of the sizes that the operation says; the gradient holds f32.
             return unsafe { self.device().product(NAME_WEIGHT, &product(Epilogue::None)) };
         };
-        let (add, sums) = (!step.overwrites(dbias), Self::grad(memory, dbias));
         // The product's sums are f32, as its values are, and `=`: what is to be added goes through a vector besides.
         let direct = if add { self.device().scratch(outputs * size_of::<f32>())? } else { sums };
         // SAFETY: as above; there is room for `outputs` sums.

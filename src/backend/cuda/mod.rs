@@ -23,6 +23,7 @@ mod elementwise;
 mod embedding;
 pub mod emulated;
 mod gather;
+mod kept;
 mod launch;
 mod layer_norm;
 pub mod libraries;
@@ -40,13 +41,14 @@ mod recording;
 mod step;
 mod team;
 pub mod update;
+mod ways;
 
 /// The bindings, so that a program that owns its device memory can name the same release of them.
 pub use cudarc;
 
 pub use buffer::Buffer;
 pub use communication::Communication;
-pub use context::{Device, DeviceOptions, Fusion, LESS_MEMORY};
+pub use context::{Device, DeviceOptions, Fusion, LESS_MEMORY, SmallProducts};
 pub use context::{device_count, is_driver_present};
 pub use module::{compile_all, is_embedded};
 pub use nvml::Clocks;

@@ -135,7 +135,7 @@ impl Shape {
 }
 
 /// Multiply-adds of a product that takes a few microseconds.
-const SMALL: usize = 1 << 27;
+pub(super) const SMALL: usize = 1 << 27;
 
 impl Device {
     /// Queues a product.

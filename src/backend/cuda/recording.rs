@@ -2,7 +2,7 @@
 
 use cudarc::driver::{CudaGraph, sys};
 
-use super::context::driver_error;
+use super::context::{Device, driver_error};
 use super::profile::ranged;
 use super::{Cuda, Storage};
 use crate::backend::{Activations, Arena, Memory, Op, StepContext};
@@ -94,7 +94,7 @@ pub(super) fn run<S: Storage>(
         return Ok(());
     };
     if memory.activations.recording.entries[at].graph.is_none() {
-        let graph = record(backend, || each(backend, program, memory, step))?;
+        let graph = record(device, || each(backend, program, memory, step))?;
         memory.activations.recording.entries[at].graph = Some(graph);
     }
     let Some(graph) = &memory.activations.recording.entries[at].graph else { return Ok(()) };
@@ -102,8 +102,8 @@ pub(super) fn run<S: Storage>(
 }
 
 /// Records what `work` queues.
-pub(super) fn record<S: Storage>(backend: &Cuda<S>, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
-    let stream = backend.device().stream();
+pub(super) fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    let stream = device.stream();
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     stream.begin_capture(mode).map_err(|error| driver_error("record the step", error))?;
     let worked = work();

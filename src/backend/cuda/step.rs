@@ -277,7 +277,7 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
             }
             Some(Recorded { graphs, .. }) => {
                 if graphs[at].is_none() {
-                    graphs[at] = Some(recording::record(backend, work)?);
+                    graphs[at] = Some(recording::record(device, work)?);
                 }
                 if let Some(graph) = &graphs[at] {
                     graph.launch().map_err(|error| device.failure("replay the step", error))?;

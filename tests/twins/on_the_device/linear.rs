@@ -1,4 +1,4 @@
-use warpstep::backend::cuda::Fusion;
+use warpstep::backend::cuda::{Fusion, SmallProducts};
 
 use super::*;
 
@@ -108,9 +108,58 @@ fn fused_forms_in_tf32_differ_by_its_rounding_alone() {
     compare_with::<f32>(options, "linear with activation in tf32", &fused_cases(), [3.0 / 2048.0, 40.0 / 2048.0]);
 }
 
+/// A factor in tf32 as above, in sums of up to 800 products.
+const TF32: [f64; 2] = [8.0 / 2048.0, 100.0 / 2048.0];
+
+/// Around the sides of the kernels' tiles (16, 32) and what a warp takes at once of the inner dimension (16, and twice that by every
+/// warp), and rows that can and cannot be had in accesses of four values.
+#[test]
+fn small_maps_hold_by_kernels_of_our_own() {
+    use ActivationKind::*;
+    let sizes = [
+        [16, 32, 32], [17, 33, 31], [15, 36, 33], [128, 784, 40], [33, 520, 10], [300, 20, 68], [1, 1100, 1], [70, 64, 260],
+    ];
+    let kinds = [Relu, GeluTanh, Gelu, Silu, Sigmoid, Tanh];
+    let plain = sizes.iter().flat_map(|&[rows, inputs, outputs]| {
+        [false, true].map(|accumulate| Affine { rows, inputs, outputs, accumulate })
+    });
+    let plain: Vec<_> = plain.collect();
+    let mut fused = fused_cases();
+    fused.extend(sizes.into_iter().zip(kinds.into_iter().cycle()).enumerate().map(|(number, (size, kind))| {
+        let [bias, kept, accumulate] = [0, 1, 2].map(|bit| number >> bit & 1 == 1);
+        Fused { size, kind, bias, kept, accumulate }
+    }));
+    let options = DeviceOptions { tf32: true, small_products: SmallProducts::Always, ..DeviceOptions::default() };
+    compare_with::<f32>(options, "small linear in tf32", &plain, TF32);
+    compare_with::<bf16>(options, "small linear", &plain, BF16);
+    compare_with::<f16>(options, "small linear", &plain, F16);
+    compare_with::<f32>(options, "small linear with activation in tf32", &fused, TF32);
+    compare_with::<bf16>(options, "small linear with activation", &fused, BF16);
+    compare_with::<f16>(options, "small linear with activation", &fused, F16);
+}
+
+#[test]
+fn a_small_map_takes_a_launch_forward_and_one_backward() {
+    let options = DeviceOptions { small_products: SmallProducts::Always, ..DeviceOptions::default() };
+    let Some(found) = kernels_with(options, [9, 7, 9], true) else { return };
+    assert_eq!(found, ["linear_small_bf16", "linear_small_backward_bf16"]);
+    // In f32 as it is, they have no arithmetic for it.
+    let device = device_with(options).unwrap();
+    device.start_timing();
+    let draw = Draw { seed: fresh_seed(), round: |x| x };
+    let case = Affine { rows: 9, inputs: 7, outputs: 9, accumulate: false };
+    case.run(Bed::new(Cuda::<f32>::new(device.clone())), &draw);
+    let names: Vec<_> = device.finish_timing().unwrap().into_iter().map(|time| time.name).collect();
+    assert!(names.iter().all(|name| !name.starts_with("linear_small")), "{names:?}");
+}
+
 /// What kernels ran, by their names.
 fn kernels_of(fusion: Fusion, size: [usize; 3], accumulate: bool) -> Option<Vec<String>> {
-    let device = device_with(DeviceOptions { fusion, ..DeviceOptions::default() })?;
+    kernels_with(DeviceOptions { fusion, ..DeviceOptions::default() }, size, accumulate)
+}
+
+fn kernels_with(options: DeviceOptions, size: [usize; 3], accumulate: bool) -> Option<Vec<String>> {
+    let device = device_with(options)?;
     let draw = Draw { seed: fresh_seed(), round: |x| bf16::from_f64(x).to_f64() };
     device.start_timing();
     let case = Fused { size, kind: ActivationKind::GeluTanh, bias: true, kept: true, accumulate };

@@ -1,0 +1,164 @@
+//! Affine maps that are too small to fill the device with a library's tiles (kernels/linear_small.cu): one launch forward and one
+//! backward, with the function, its slope and the bias.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::super::activation::number;
+use super::super::context::SmallProducts;
+use super::super::launch::{Arg, Grid};
+use super::super::product::SMALL;
+use super::super::ways::Way;
+use super::super::{Cuda, Storage};
+use super::{Backward, Forward};
+use crate::error::Result;
+
+const FILE: &str = "linear_small";
+
+/// `struct Forward` of kernels/linear_small.cu.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ForwardArgs {
+    x: u64,
+    weight: u64,
+    bias: u64,
+    y: u64,
+    kept: u64,
+    rows: u64,
+    inputs: u64,
+    outputs: u64,
+    kind: i32,
+    padding: u32,
+}
+
+const _: () = assert!(size_of::<ForwardArgs>() == 72 && std::mem::offset_of!(ForwardArgs, kind) == 64);
+
+/// `struct Backward`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct BackwardArgs {
+    x: u64,
+    weight: u64,
+    dy: u64,
+    slope_of: u64,
+    dx: u64,
+    dweight: u64,
+    dbias: u64,
+    rows: u64,
+    inputs: u64,
+    outputs: u64,
+    kind: i32,
+    add_weight: i32,
+    add_bias: i32,
+    padding: u32,
+}
+
+const _: () = assert!(size_of::<BackwardArgs>() == 96 && std::mem::offset_of!(BackwardArgs, add_bias) == 88);
+
+/// Sides of the tiles: rows of y and dx, of dweight, and columns of all.
+const ROWS: usize = 16;
+const WEIGHT_ROWS: usize = 32;
+const COLUMNS: usize = 32;
+/// Places of the inner dimension that a warp takes before it waits for them.
+const PLACES: usize = 32;
+/// Bytes that a gradient's address is a multiple of in an arena.
+const ALIGNMENT: usize = 512;
+/// Warps of a block, at most.
+const FORWARD_WARPS: usize = 16;
+const BACKWARD_WARPS: usize = 8;
+
+/// So many warps that each has its part of the inner dimension under way at once, if there can be.
+fn threads(depth: usize, most: usize) -> u32 {
+    32 * depth.div_ceil(PLACES).clamp(1, most) as u32
+}
+
+impl<S: Storage> Cuda<S> {
+    /// Whether the kernels can do it, and whether that is to be measured.
+    fn asks(&self, [rows, inputs, outputs]: [usize; 3]) -> (bool, bool) {
+        let sides = [rows, inputs, outputs];
+        let in_type = S::HAS_MASTER || self.device().options().tf32;
+        let can = in_type && !sides.contains(&0) && sides.iter().product::<usize>() <= SMALL;
+        match self.device().options().small_products {
+            SmallProducts::Never => (false, false),
+            SmallProducts::Always => (can, false),
+            SmallProducts::Measured => (can, true),
+        }
+    }
+
+    pub(super) fn takes_small_forward(&self, of: &Forward) -> Result<bool> {
+        let Forward { rows, inputs, outputs, bias, activation, .. } = *of;
+        let (can, measures) = self.asks([rows, inputs, outputs]);
+        if !(can && measures) {
+            return Ok(can);
+        }
+        let function = activation.map(|(kind, kept)| (kind, kept.is_some()));
+        let size = [rows, inputs, outputs];
+        let question = format!("linear_forward {} {size:?} {} {function:?}", S::NAME, bias.is_some());
+        // Both write y and what is kept `=`.
+        let ways: [Way<'_>; 2] = [&|_| self.forward_by_library(of), &|_| self.small_forward(of)];
+        Ok(self.device().faster(&question, 0, ways)? == 1)
+    }
+
+    pub(super) fn takes_small_backward(&self, of: &Backward) -> Result<bool> {
+        let Backward { rows, inputs, outputs, dx, slope, dbias, .. } = *of;
+        let (can, measures) = self.asks([rows, inputs, outputs]);
+        if !(can && measures) {
+            return Ok(can);
+        }
+        let (size, function) = ([rows, inputs, outputs], slope.map(|(kind, _)| kind));
+        let question =
+            format!("linear_backward {} {size:?} {} {} {function:?}", S::NAME, dx.is_some(), dbias.is_some());
+        // Gradients may be added to: what is measured goes elsewhere, `=`.
+        let weight = (outputs * inputs * size_of::<f32>()).next_multiple_of(ALIGNMENT);
+        let to = |room| Backward { dweight: room, dbias: dbias.map(|_| room + weight as u64), add: [false; 2], ..*of };
+        let ways: [Way<'_>; 2] =
+            [&|room| self.backward_by_library(&to(room)), &|room| self.small_backward(&to(room))];
+        Ok(self.device().faster(&question, weight + outputs * size_of::<f32>(), ways)? == 1)
+    }
+
+    pub(super) fn small_forward(&self, of: &Forward) -> Result<()> {
+        let Forward { rows, inputs, outputs, activation, .. } = *of;
+        let list = ForwardArgs {
+            x: of.x,
+            weight: of.weight,
+            bias: of.bias.unwrap_or(0),
+            y: of.y,
+            kept: activation.and_then(|(_, kept)| kept).unwrap_or(0),
+            rows: rows as u64,
+            inputs: inputs as u64,
+            outputs: outputs as u64,
+            kind: activation.map_or(-1, |(kind, _)| number(kind)),
+            padding: 0,
+        };
+        let blocks = rows.div_ceil(ROWS) * outputs.div_ceil(COLUMNS);
+        let grid = Grid::new(blocks, threads(inputs, FORWARD_WARPS));
+        // SAFETY: activations and parameters of the sizes that the operation says.
+        unsafe { self.launch(FILE, "linear_small", grid, &mut [Arg::of(&list)]) }
+    }
+
+    pub(super) fn small_backward(&self, of: &Backward) -> Result<()> {
+        let Backward { rows, inputs, outputs, slope, add: [add_weight, add_bias], .. } = *of;
+        let list = BackwardArgs {
+            x: of.x,
+            weight: of.weight,
+            dy: of.dy,
+            slope_of: slope.map_or(0, |(_, of)| of),
+            dx: of.dx.unwrap_or(0),
+            dweight: of.dweight,
+            dbias: of.dbias.unwrap_or(0),
+            rows: rows as u64,
+            inputs: inputs as u64,
+            outputs: outputs as u64,
+            kind: slope.map_or(-1, |(kind, _)| number(kind)),
+            add_weight: add_weight.into(),
+            add_bias: add_bias.into(),
+            padding: 0,
+        };
+        let across = inputs.div_ceil(COLUMNS);
+        let of_dx = if of.dx.is_some() { rows.div_ceil(ROWS) * across } else { 0 };
+        let blocks = of_dx + outputs.div_ceil(WEIGHT_ROWS) * across;
+        let depth = if of.dx.is_some() { rows.max(outputs) } else { rows };
+        let grid = Grid::new(blocks, threads(depth, BACKWARD_WARPS));
+        // SAFETY: as above; the gradients hold f32, and none is read by the launch besides the one of dx's blocks.
+        unsafe { self.launch(FILE, "linear_small_backward", grid, &mut [Arg::of(&list)]) }
+    }
+}
