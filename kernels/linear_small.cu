@@ -9,26 +9,16 @@
 #include "activation.cuh"
 
 // A factor: `rows` of the tile's side, `depth` values of the inner dimension. Along: value (row, k) lies at row * stride + k; across:
-// at k * stride + row. `whole`: four neighbours can be had in one access wherever the first one's index is a multiple of 4.
+// at k * stride + row. `whole`: four neighbours can be had in one access wherever the first one's index is a multiple of 4. What is
+// small has fewer values than an int counts.
 template <typename T> struct Factor {
     const T* from;
-    i64 stride, rows, depth;
+    int stride, rows, depth;
     bool whole;
-    __device__ __forceinline__ Factor(const T* from, i64 stride, i64 rows, i64 depth)
+    __device__ __forceinline__ Factor(const T* from, int stride, int rows, int depth)
         : from(from), stride(stride), rows(rows), depth(depth),
           whole(stride % 4 == 0 && reinterpret_cast<u64>(from) % (4 * sizeof(T)) == 0) {}
 };
-
-// The first `count` of four values from p, zeros past them.
-template <typename T> __device__ __forceinline__ Pack<T, 4> load_four(const T* p, i64 count, bool whole) {
-    if (whole && count >= 4) return load<T, 4>(p);
-    Pack<T, 4> values{};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (i < count) values.at[i] = p[i];
-    }
-    return values;
-}
 
 // A lane's values of a factor: ROWS rows at four places of the inner dimension. Lane l, g = l / 4, c = l % 4, holds of 16 places
 // those at 4 c to 4 c + 3, and of 8 ROWS rows g, g + 8, .. (along), or 4 g to 4 g + 3 (across, ROWS being 4): sums over the inner
@@ -37,21 +27,30 @@ template <typename T, int ROWS, bool ALONG> struct Strip {
     static_assert(ALONG || ROWS == 4, "four neighbours across");
     Pack<T, 4> packs[ROWS];
 
-    __device__ __forceinline__ void load(const Factor<T>& of, i64 first_row, i64 first_k) {
-        const int lane = threadIdx.x % 32, g = lane / 4, k = lane % 4 * 4;
-        const i64 row = first_row + (ALONG ? g : 4 * g), at = first_k + k, step = ALONG ? 8 * of.stride : of.stride;
-        const T* p = of.from + (ALONG ? row * of.stride + at : at * of.stride + row);
-        // The same for the warp, so that all of its loads are under way before one is waited for.
-        if (of.whole && first_row + 8 * ROWS <= of.rows && first_k + 16 <= of.depth) {
+    static __device__ __forceinline__ int row(int first) { return first + (ALONG ? threadIdx.x % 32 / 4 : threadIdx.x % 32 / 4 * 4); }
+    static __device__ __forceinline__ int place(int first) { return first + threadIdx.x % 4 * 4; }
+    static __device__ __forceinline__ int step(const Factor<T>& of) { return ALONG ? 8 * of.stride : of.stride; }
+    static __device__ __forceinline__ const T* start(const Factor<T>& of, int first_row, int first_k) {
+        return of.from + (ALONG ? row(first_row) * of.stride + place(first_k) : place(first_k) * of.stride + row(first_row));
+    }
+
+    // All of them are there, in accesses of four.
+    __device__ __forceinline__ void load_whole(const Factor<T>& of, int first_row, int first_k) {
+        const T* p = start(of, first_row, first_k);
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) packs[i] = ::load<T, 4>(p + i * step);
-            return;
-        }
+        for (int i = 0; i < ROWS; ++i) packs[i] = load<T, 4>(p + i * step(of));
+    }
+    // Zeros where the factor ends.
+    __device__ __forceinline__ void load_some(const Factor<T>& of, int first_row, int first_k) {
+        const T* p = start(of, first_row, first_k);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-            const bool is_row = row + 8 * i < of.rows, is_place = at + i < of.depth;
-            const i64 count = ALONG ? (is_row ? of.depth - at : 0) : (is_place ? of.rows - row : 0);
-            packs[i] = load_four(p + i * step, count, of.whole);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const bool is_there = ALONG ? row(first_row) + 8 * i < of.rows && place(first_k) + j < of.depth
+                                            : row(first_row) + j < of.rows && place(first_k) + i < of.depth;
+                packs[i].at[j] = is_there ? p[i * step(of) + j] : T{};
+            }
         }
     }
     __device__ __forceinline__ T value(int row, int k) const { return ALONG ? packs[row].at[k] : packs[k].at[row]; }
@@ -104,35 +103,59 @@ constexpr int ROOM = 16 * 16 * PITCH;
 // Steps of 16 places of the inner dimension that a warp has under way at once.
 constexpr int AHEAD = 2;
 
-// The tile of 16 ROWS / 2 by 32 values at `first_row`, `first_column` of left right'; `finish(row, column, value)` gets each that is
-// part of the result, once. `see(strip)` is shown what a warp takes of the left factor. blockDim.x / 32 warps; `room` holds a tile
-// each, and may be used again after a barrier.
+// sums += left right' over 16 places of the inner dimension.
+template <typename T, int ROWS, bool LEFT, bool RIGHT>
+__device__ __forceinline__ void multiply_strips(float (&sums)[ROWS / 2][4][4], const Strip<T, ROWS, LEFT>& left,
+                                                const Strip<T, 4, RIGHT>& right) {
+    Four<T> rows[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) rows[row] = four(left, row);
+#pragma unroll
+    for (int column = 0; column < 4; ++column) {
+        const Four<T> of_right = four(right, column);
+#pragma unroll
+        for (int tile = 0; tile < ROWS / 2; ++tile) multiply(sums[tile][column], rows[2 * tile], rows[2 * tile + 1], of_right);
+    }
+}
+
+// The tile of 8 ROWS by 32 values at `first_row`, `first_column` of left right'; `finish(row, column, value)` gets each that is part
+// of the result, once. `see(strip)` is shown what a warp takes of the left factor. blockDim.x / 32 warps; `room` holds a tile each.
 template <int ROWS, bool LEFT, bool RIGHT, typename T, typename See, typename Finish>
-__device__ __forceinline__ void multiply_tile(const Factor<T>& left, const Factor<T>& right, i64 first_row, i64 first_column,
+__device__ __forceinline__ void multiply_tile(const Factor<T>& left, const Factor<T>& right, int first_row, int first_column,
                                               float* room, See see, Finish finish) {
     constexpr int TILES = ROWS / 2, TILE = 8 * ROWS * PITCH;
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, turn = 16 * warps;
     float sums[TILES][4][4] = {};
-    for (i64 k = 16 * warp; k < left.depth; k += 16 * AHEAD * warps) {
+    const bool is_whole = left.whole && right.whole && first_row + 8 * ROWS <= left.rows && first_column + COLUMNS <= right.rows;
+    int k = 16 * warp;
+    // The loads of AHEAD steps are under way before one is waited for.
+    for (; is_whole && k + (AHEAD - 1) * turn + 16 <= left.depth; k += AHEAD * turn) {
         Strip<T, ROWS, LEFT> a[AHEAD];
         Strip<T, 4, RIGHT> b[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            a[i].load(left, first_row, k + 16 * i * warps);
-            b[i].load(right, first_column, k + 16 * i * warps);
+            a[i].load_whole(left, first_row, k + i * turn);
+            b[i].load_whole(right, first_column, k + i * turn);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             see(a[i]);
-#pragma unroll
-            for (int column = 0; column < 4; ++column) {
-                const Four<T> of_right = four(b[i], column);
-#pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) {
-                    multiply(sums[tile][column], four(a[i], 2 * tile), four(a[i], 2 * tile + 1), of_right);
-                }
-            }
+            multiply_strips(sums, a[i], b[i]);
         }
+    }
+#pragma unroll 1
+    for (; k < left.depth; k += turn) {
+        Strip<T, ROWS, LEFT> a;
+        Strip<T, 4, RIGHT> b;
+        if (is_whole && k + 16 <= left.depth) {
+            a.load_whole(left, first_row, k);
+            b.load_whole(right, first_column, k);
+        } else {
+            a.load_some(left, first_row, k);
+            b.load_some(right, first_column, k);
+        }
+        see(a);
+        multiply_strips(sums, a, b);
     }
     float* own = room + warp * TILE;
 #pragma unroll
@@ -146,36 +169,37 @@ __device__ __forceinline__ void multiply_tile(const Factor<T>& left, const Facto
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < 8 * ROWS * COLUMNS; i += blockDim.x) {
         const int row = i / COLUMNS, column = i % COLUMNS;
         if (first_row + row >= left.rows || first_column + column >= right.rows) continue;
         float total = 0.0f;
+#pragma unroll 4
         for (int of = 0; of < warps; ++of) total += room[of * TILE + row * PITCH + column];
         finish(first_row + row, first_column + column, total);
     }
 }
 
-__device__ __forceinline__ i64 tiles(i64 len, int side) { return (len + side - 1) / side; }
+__device__ __forceinline__ int tiles(int len, int side) { return (len + side - 1) / side; }
 
 // x: [rows, inputs], weight: [outputs, inputs], bias: [outputs] or null, y: [rows, outputs]; kept: as y, what goes into the function,
 // or null. kind: of the function, or -1.
 template <typename T> struct Forward {
     const T *x, *weight, *bias;
     T *y, *kept;
-    i64 rows, inputs, outputs;
-    int kind;
+    int rows, inputs, outputs, kind;
 };
-static_assert(sizeof(Forward<float>) == 72, "as the host's");
+static_assert(sizeof(Forward<float>) == 56, "as the host's");
 
 // y = f(x weight' + bias), `=`. Grid: a block for 16 x 32 values of y, 32 to 512 threads. Reads x once for 32 outputs and weight once
 // for 16 rows.
 template <typename T> __device__ __forceinline__ void forward(const Forward<T>& of) {
     __shared__ float room[ROOM];
-    const i64 across = tiles(of.outputs, COLUMNS), row = blockIdx.x / across * 16, column = blockIdx.x % across * COLUMNS;
+    const int across = tiles(of.outputs, COLUMNS), tile = blockIdx.x, row = tile / across * 16, column = tile % across * COLUMNS;
     const Factor<T> x(of.x, of.inputs, of.rows, of.inputs), weight(of.weight, of.inputs, of.outputs, of.inputs);
-    multiply_tile<2, true, true>(x, weight, row, column, room, [](const auto&) {}, [&](i64 r, i64 o, float value) {
+    multiply_tile<2, true, true>(x, weight, row, column, room, [](const auto&) {}, [&](int r, int o, float value) {
         if (of.bias != nullptr) value += to_f32(of.bias[o]);
-        const i64 at = r * of.outputs + o;
+        const int at = r * of.outputs + o;
         if (of.kept != nullptr) of.kept[at] = from_f32<T>(value);
         of.y[at] = from_f32<T>(of.kind < 0 ? value : value_of(of.kind, value));
     });
@@ -187,28 +211,29 @@ template <typename T> struct Backward {
     const T *x, *weight, *dy, *slope_of;
     T* dx;
     float *dweight, *dbias;
-    i64 rows, inputs, outputs;
-    int kind, add_weight, add_bias;
+    int rows, inputs, outputs, kind, add_weight, add_bias;
 };
-static_assert(sizeof(Backward<float>) == 96, "as the host's");
+static_assert(sizeof(Backward<float>) == 80, "as the host's");
 
 // dx = dy weight f'(slope_of), `=`; dweight (+)= dy' x; dbias (+)= sums of dy over rows: `+=` where the flags say so. Grid: first a
 // block for 16 x 32 values of dx, where it is asked for, then a block for 32 x 32 values of dweight; 32 to 256 threads.
 template <typename T> __device__ __forceinline__ void backward(const Backward<T>& of) {
     __shared__ float room[ROOM];
     __shared__ float bias[8][32];
-    const i64 across = tiles(of.inputs, COLUMNS), of_dx = of.dx == nullptr ? 0 : tiles(of.rows, 16) * across;
-    if (blockIdx.x < of_dx) {
-        const i64 row = blockIdx.x / across * 16, column = blockIdx.x % across * COLUMNS;
+    const int across = tiles(of.inputs, COLUMNS), of_dx = of.dx == nullptr ? 0 : tiles(of.rows, 16) * across;
+    int tile = blockIdx.x;
+    if (tile < of_dx) {
+        const int row = tile / across * 16, column = tile % across * COLUMNS;
         const Factor<T> dy(of.dy, of.outputs, of.rows, of.outputs), weight(of.weight, of.inputs, of.inputs, of.outputs);
-        multiply_tile<2, true, false>(dy, weight, row, column, room, [](const auto&) {}, [&](i64 r, i64 i, float value) {
-            const i64 at = r * of.inputs + i;
+        multiply_tile<2, true, false>(dy, weight, row, column, room, [](const auto&) {}, [&](int r, int i, float value) {
+            const int at = r * of.inputs + i;
             if (of.slope_of != nullptr) value = slope_of(of.kind, to_f32(of.slope_of[at]), value);
             of.dx[at] = from_f32<T>(value);
         });
         return;
     }
-    const i64 block = blockIdx.x - of_dx, row = block / across * 32, column = block % across * COLUMNS;
+    tile -= of_dx;
+    const int row = tile / across * 32, column = tile % across * COLUMNS;
     const Factor<T> dy(of.dy, of.outputs, of.outputs, of.rows), x(of.x, of.inputs, of.inputs, of.rows);
     // One block of a row of tiles sums what all of them read.
     const bool sums_bias = of.dbias != nullptr && column == 0;
@@ -221,7 +246,7 @@ template <typename T> __device__ __forceinline__ void backward(const Backward<T>
             for (int k = 0; k < 4; ++k) sums[r] += to_f32(strip.value(r, k));
         }
     };
-    multiply_tile<4, false, false>(dy, x, row, column, room, see, [&](i64 o, i64 i, float value) {
+    multiply_tile<4, false, false>(dy, x, row, column, room, see, [&](int o, int i, float value) {
         float* to = of.dweight + o * of.inputs + i;
         *to = of.add_weight ? *to + value : value;
     });
@@ -234,7 +259,7 @@ template <typename T> __device__ __forceinline__ void backward(const Backward<T>
         if (threadIdx.x % 4 == 0) bias[warp][threadIdx.x % 32 / 4 * 4 + r] = sums[r];
     }
     __syncthreads();
-    const i64 output = row + threadIdx.x;
+    const int output = row + static_cast<int>(threadIdx.x);
     if (threadIdx.x < 32 && output < of.outputs) {
         float total = 0.0f;
         for (int i = 0; i < warps; ++i) total += bias[i][threadIdx.x];

@@ -171,6 +171,31 @@ static_assert(sizeof(Classes<float>) == 56, "as the host's");
 // The loss of a row, and whether its largest logit is the target's.
 struct Judged { float loss, right; };
 
+// What a row's gradient is made of: softmax times `inverse`, less `uniform`, and less `certain` at the target.
+struct Slopes {
+    float inverse, uniform, certain;
+    template <typename T> __device__ __forceinline__ Slopes(const Classes<T>& of, const Counted& found, float sum) {
+        const float scale = loss_scale(of.step) / static_cast<float>(found.counted);
+        inverse = scale / sum;
+        uniform = of.smoothing / static_cast<float>(of.classes) * scale;
+        certain = (1.0f - of.smoothing) * scale;
+    }
+};
+
+// The loss of a row from its target's logit and, where labels are smooth, the sum of all logits less the largest.
+template <typename T>
+__device__ __forceinline__ Judged judge(const Classes<T>& of, const Peak& peak, int target, float target_logit, float total) {
+    const float log_sum = logf(peak.sum), picked = target_logit - peak.most - log_sum;
+    const float mean = total / static_cast<float>(of.classes) - log_sum;
+    const float loss = of.smoothing != 0.0f ? -((1.0f - of.smoothing) * picked + of.smoothing * mean) : -picked;
+    return Judged{loss, peak.at == target ? 1.0f : 0.0f};
+}
+
+// A row that has no loss: it is left out, or some target is out of range, which not a number tells.
+__device__ __forceinline__ Judged unjudged(const Counted& found) {
+    return Judged{found.broken ? __int_as_float(0x7fc00000) : 0.0f, 0.0f};
+}
+
 // Softmax and cross-entropy of one row by WARPS warps, of which the caller is thread `first`; the result is valid in thread 0.
 // Reads the logits twice (the second time from cache, where a row fits) and writes them never; 3 sizeof(T) bytes a value at most.
 // `peaks` holds WARPS values, `totals` 32; without a block's barriers where WARPS is 1.
@@ -186,8 +211,7 @@ __device__ __forceinline__ Judged cross_entropy_row(const Classes<T>& of, i64 ro
         if (d != nullptr) {
             for (i64 i = first; i < of.classes; i += THREADS) d[i] = from_f32<T>(0.0f);
         }
-        // A target out of range has no loss: not a number tells it.
-        return Judged{found.broken ? __int_as_float(0x7fc00000) : 0.0f, 0.0f};
+        return unjudged(found);
     }
     Peak own{-__int_as_float(0x7f800000), 0.0f, NOWHERE};
     over_row<AHEAD>(x, of.classes, first, THREADS, [&](i64 at, const auto& values) { take(own, values, at); });
@@ -196,9 +220,7 @@ __device__ __forceinline__ Judged cross_entropy_row(const Classes<T>& of, i64 ro
     // The target's logit was read by all before the gradient takes its place.
     if (WARPS == 1) __syncwarp();
     else __syncthreads();
-    const float scale = loss_scale(of.step) / static_cast<float>(found.counted);
-    const float inverse = scale / row_peak.sum, uniform = of.smoothing / static_cast<float>(of.classes) * scale;
-    const float certain = (1.0f - of.smoothing) * scale;
+    const Slopes slope(of, found, row_peak.sum);
     const Exponential e(row_peak.most);
     const bool is_plain = e.is_plain(), is_smooth = of.smoothing != 0.0f;
     float total = 0.0f;
@@ -213,20 +235,82 @@ __device__ __forceinline__ Judged cross_entropy_row(const Classes<T>& of, i64 ro
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const float power = is_plain ? e.of(values[j]) : expf(values[j] - row_peak.most);
-                slopes[j] = power * inverse - uniform;
+                slopes[j] = power * slope.inverse - slope.uniform;
             }
             if (static_cast<u64>(target - at) < N) {
 #pragma unroll
-                for (int j = 0; j < N; ++j) slopes[j] -= at + j == target ? certain : 0.0f;
+                for (int j = 0; j < N; ++j) slopes[j] -= at + j == target ? slope.certain : 0.0f;
             }
             if (d != nullptr) put(d + at, slopes);
         });
     }
     if (is_smooth) total = WARPS == 1 ? warp_sum(total) : block_sum(total, totals);
-    const float log_sum = logf(row_peak.sum), picked = picked_logit - row_peak.most - log_sum;
-    const float mean = total / static_cast<float>(of.classes) - log_sum;
-    const float loss = is_smooth ? -((1.0f - of.smoothing) * picked + of.smoothing * mean) : -picked;
-    return Judged{loss, row_peak.at == target ? 1.0f : 0.0f};
+    return judge(of, row_peak, target, picked_logit, total);
+}
+
+// Rows of so few classes are taken by a thread each: a warp would spend its time merging what its lanes found.
+constexpr int FEW_CLASSES = 32;
+
+// Softmax and cross-entropy of one row of few classes by the calling thread.
+template <typename T> __device__ __forceinline__ Judged cross_entropy_few(const Classes<T>& of, i64 row, const Counted& found) {
+    constexpr int AHEAD = 8;
+    const int classes = static_cast<int>(of.classes);
+    const T* x = of.logits + row * classes;
+    T* d = of.dlogits == nullptr ? nullptr : of.dlogits + row * classes;
+    const int target = of.targets[row];
+    if (target == of.ignore || found.broken) {
+        for (int i = 0; i < classes && d != nullptr; ++i) d[i] = from_f32<T>(0.0f);
+        return unjudged(found);
+    }
+    // Calls `pass` with each logit and its class, AHEAD of them under way at once.
+    const auto each = [&](auto pass) {
+#pragma unroll 1
+        for (int i = 0; i < classes; i += AHEAD) {
+            float values[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) values[j] = i + j < classes ? to_f32(x[i + j]) : 0.0f;
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) {
+                if (i + j < classes) pass(values[j], i + j);
+            }
+        }
+    };
+    Peak peak{-__int_as_float(0x7f800000), 0.0f, NOWHERE};
+    each([&](float value, int at) {
+        if (value > peak.most || peak.at == NOWHERE) {
+            peak.most = value;
+            peak.at = at;
+        }
+    });
+    const Exponential e(peak.most);
+    const bool is_plain = e.is_plain();
+    float total = 0.0f;
+    each([&](float value, int) {
+        // Equal ones too, since the difference of two infinities is no number.
+        peak.sum += is_plain ? e.of(value) : value == peak.most ? 1.0f : expf(value - peak.most);
+        total += value - peak.most;
+    });
+    const float picked_logit = to_f32(x[target]);
+    const Slopes slope(of, found, peak.sum);
+    if (d != nullptr) {
+        each([&](float value, int at) {
+            const float less = at == target ? slope.uniform + slope.certain : slope.uniform;
+            // An infinite logit has no slope: not a number tells it.
+            const float share = is_plain ? e.of(value) : expf(value - peak.most);
+            d[at] = from_f32<T>(share * slope.inverse - less);
+        });
+    }
+    return judge(of, peak, target, picked_logit, total);
+}
+
+// Every row of few classes, by a thread each. losses, rights: [rows]. Grid: ceil(rows / 256) blocks of 256 threads.
+template <typename T>
+__device__ __forceinline__ void cross_entropy_few(const Classes<T>& of, const Counted* found, float* losses, float* rights) {
+    const i64 row = thread_index();
+    if (row >= of.rows) return;
+    const Judged judged = cross_entropy_few(of, row, *found);
+    losses[row] = judged.loss;
+    rights[row] = judged.right;
 }
 
 // Every row, by WARPS warps each. losses, rights: [rows]. Grid: a block of 32 WARPS threads a row; where a warp takes a row, blocks
@@ -305,14 +389,20 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 // A small batch, whose launches take longer than its work: count, losses and their sum in one launch, the same bits. At most
-// FEW_ROWS rows. One block of 1024 threads, a warp a row.
+// FEW_ROWS rows. One block of 1024 threads, a warp a row, or a thread where classes are few.
 constexpr int FEW_ROWS = 1024;
 template <typename T> __device__ __forceinline__ void cross_entropy_small(const Classes<T>& of, float* metrics) {
     __shared__ float losses[FEW_ROWS], rights[FEW_ROWS];
     __shared__ int counts[32];
     __shared__ double sums[32];
     const Counted found = count(of.targets, of.rows, of.classes, of.ignore, counts);
-    for (i64 row = threadIdx.x / 32; row < of.rows; row += 32) {
+    const bool is_few = of.classes <= FEW_CLASSES;
+    for (i64 row = threadIdx.x; is_few && row < of.rows; row += blockDim.x) {
+        const Judged judged = cross_entropy_few(of, row, found);
+        losses[row] = judged.loss;
+        rights[row] = judged.right;
+    }
+    for (i64 row = threadIdx.x / 32; !is_few && row < of.rows; row += 32) {
         const int first = threadIdx.x % 32;
         const Judged judged = cross_entropy_row<T, 1>(of, row, first, found, nullptr, nullptr);
         if (first == 0) {
@@ -330,6 +420,10 @@ template <typename T> __device__ __forceinline__ void cross_entropy_small(const 
         cross_entropy<T, WARPS>(of, found, losses, rights);                                                            \
     }
 #define DEFINE(SUFFIX, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        cross_entropy_few_##SUFFIX(Classes<T> of, const Counted* found, float* losses, float* rights) {                \
+        cross_entropy_few(of, found, losses, rights);                                                                  \
+    }                                                                                                                  \
     CROSS_ENTROPY(narrow, 1, 256, 4, SUFFIX, T)                                                                        \
     CROSS_ENTROPY(wide, 16, 512, 2, SUFFIX, T)                                                                         \
     extern "C" __global__ void __launch_bounds__(1024)                                                                 \

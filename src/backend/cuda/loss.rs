@@ -11,7 +11,8 @@ use crate::error::Result;
 const FILE: &str = "loss";
 /// Bytes of `Counted` in the kernels, kept apart from the f32 that follow it.
 const COUNTED: usize = 16;
-/// Rows of more classes than this are worked on by a block, not a warp.
+/// Rows of more classes than these are worked on by a warp rather than a thread, and by a block rather than a warp.
+const FEW_CLASSES: usize = 32;
 const NARROW: usize = 1024;
 /// At most so many rows and values go through one launch: `FEW_ROWS` of the kernels is no smaller.
 const FEW_ROWS: usize = 512;
@@ -60,7 +61,9 @@ impl<S: Storage> Loss for Cuda<S> {
         let (losses, rights) = (found + COUNTED as u64, found + (COUNTED + 4 * rows) as u64);
         let count = args![of.targets, found, rows, classes, ignore_index];
         let list = args![Arg::of(&of), found, losses, rights];
-        let (kernel, grid) = if classes <= NARROW {
+        let (kernel, grid) = if classes <= FEW_CLASSES {
+            ("cross_entropy_few", Grid::new(rows.div_ceil(256), 256))
+        } else if classes <= NARROW {
             ("cross_entropy_narrow", Grid::new(rows.div_ceil(8), 256))
         } else {
             ("cross_entropy_wide", Grid::new(rows, 512))

@@ -23,14 +23,13 @@ struct ForwardArgs {
     bias: u64,
     y: u64,
     kept: u64,
-    rows: u64,
-    inputs: u64,
-    outputs: u64,
+    rows: i32,
+    inputs: i32,
+    outputs: i32,
     kind: i32,
-    padding: u32,
 }
 
-const _: () = assert!(size_of::<ForwardArgs>() == 72 && std::mem::offset_of!(ForwardArgs, kind) == 64);
+const _: () = assert!(size_of::<ForwardArgs>() == 56 && std::mem::offset_of!(ForwardArgs, kind) == 52);
 
 /// `struct Backward`.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -43,16 +42,15 @@ struct BackwardArgs {
     dx: u64,
     dweight: u64,
     dbias: u64,
-    rows: u64,
-    inputs: u64,
-    outputs: u64,
+    rows: i32,
+    inputs: i32,
+    outputs: i32,
     kind: i32,
     add_weight: i32,
     add_bias: i32,
-    padding: u32,
 }
 
-const _: () = assert!(size_of::<BackwardArgs>() == 96 && std::mem::offset_of!(BackwardArgs, add_bias) == 88);
+const _: () = assert!(size_of::<BackwardArgs>() == 80 && std::mem::offset_of!(BackwardArgs, add_bias) == 76);
 
 /// Sides of the tiles: rows of y and dx, of dweight, and columns of all.
 const ROWS: usize = 16;
@@ -123,11 +121,10 @@ impl<S: Storage> Cuda<S> {
             bias: of.bias.unwrap_or(0),
             y: of.y,
             kept: activation.and_then(|(_, kept)| kept).unwrap_or(0),
-            rows: rows as u64,
-            inputs: inputs as u64,
-            outputs: outputs as u64,
+            rows: rows as i32,
+            inputs: inputs as i32,
+            outputs: outputs as i32,
             kind: activation.map_or(-1, |(kind, _)| number(kind)),
-            padding: 0,
         };
         let blocks = rows.div_ceil(ROWS) * outputs.div_ceil(COLUMNS);
         let grid = Grid::new(blocks, threads(inputs, FORWARD_WARPS));
@@ -145,13 +142,12 @@ impl<S: Storage> Cuda<S> {
             dx: of.dx.unwrap_or(0),
             dweight: of.dweight,
             dbias: of.dbias.unwrap_or(0),
-            rows: rows as u64,
-            inputs: inputs as u64,
-            outputs: outputs as u64,
+            rows: rows as i32,
+            inputs: inputs as i32,
+            outputs: outputs as i32,
             kind: slope.map_or(-1, |(kind, _)| number(kind)),
             add_weight: add_weight.into(),
             add_bias: add_bias.into(),
-            padding: 0,
         };
         let across = inputs.div_ceil(COLUMNS);
         let of_dx = if of.dx.is_some() { rows.div_ceil(ROWS) * across } else { 0 };
