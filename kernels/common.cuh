@@ -117,16 +117,21 @@ __device__ __forceinline__ double block_min(double x, double* scratch) {
 __device__ __forceinline__ i64 thread_index() { return static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ i64 thread_count() { return static_cast<i64>(gridDim.x) * blockDim.x; }
 
-// What changes from one replay of a step to the next; the host writes the first four before each (backend/cuda/step.rs).
+// What changes from one replay of a step to the next; the host writes it before each (backend/cuda/step.rs).
 struct StepState {
     u64 micro_step;  // micro-batches before this one: positions dropout
     u64 part;        // of the micro-batch, all being as large: positions dropout within it
     double learning_rate;
     double divisor;
-    float loss_scale;
-    u32 good_steps;  // since the loss scale last changed
 };
-static_assert(sizeof(StepState) == 40, "as the host's");
+static_assert(sizeof(StepState) == 32, "as the host's");
+
+// What losses are multiplied by before gradients are made of them, from one step to the next (kernels/loss_scale.cu).
+struct LossScale {
+    float scale;
+    u32 good_steps;  // since it last changed
+};
+static_assert(sizeof(LossScale) == 8, "as the host's");
 
 // Instantiates a kernel template for the three storage types under C names: name_f32, name_bf16, name_f16.
 #define FOR_EACH_STORAGE(DEFINE) DEFINE(f32, float) DEFINE(bf16, bf16) DEFINE(f16, f16)

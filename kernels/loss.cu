@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 // What gradients are multiplied by: losses themselves are not. Null: 1.
-__device__ __forceinline__ float loss_scale(const StepState* step) { return step == nullptr ? 1.0f : step->loss_scale; }
+__device__ __forceinline__ float scale_of(const LossScale* of) { return of == nullptr ? 1.0f : of->scale; }
 
 // Where the largest of no values stands.
 constexpr int NOWHERE = 0x7fffffff;
@@ -164,7 +164,7 @@ template <typename T> struct Classes {
     i64 rows, classes;
     float smoothing;
     int ignore;
-    const StepState* step;
+    const LossScale* scale;
 };
 static_assert(sizeof(Classes<float>) == 56, "as the host's");
 
@@ -175,7 +175,7 @@ struct Judged { float loss, right; };
 struct Slopes {
     float inverse, uniform, certain;
     template <typename T> __device__ __forceinline__ Slopes(const Classes<T>& of, const Counted& found, float sum) {
-        const float scale = loss_scale(of.step) / static_cast<float>(found.counted);
+        const float scale = scale_of(of.scale) / static_cast<float>(found.counted);
         inverse = scale / sum;
         uniform = of.smoothing / static_cast<float>(of.classes) * scale;
         certain = (1.0f - of.smoothing) * scale;
@@ -334,9 +334,9 @@ __device__ __forceinline__ void cross_entropy(const Classes<T>& of, const Counte
 // x, target, dx: [len] (dx may be null), losses and rights: [blocks]. Grid: any, 256 threads; the grid follows from len alone.
 template <typename T>
 __device__ void pointwise(const T* x, const T* target, T* dx, float* losses, float* rights, i64 len, int binary,
-                          const StepState* step) {
+                          const LossScale* loss_scale) {
     __shared__ float sums[32];
-    const float scale = loss_scale(step) / static_cast<float>(len);
+    const float scale = scale_of(loss_scale) / static_cast<float>(len);
     float loss = 0.0f, right = 0.0f;
     for (i64 i = thread_index(); i < len; i += thread_count()) {
         const float value = to_f32(x[i]), t = to_f32(target[i]);
@@ -432,8 +432,8 @@ template <typename T> __device__ __forceinline__ void cross_entropy_small(const 
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         pointwise_loss_##SUFFIX(const T* x, const T* target, T* dx, float* losses, float* rights, i64 len,             \
-                                int binary, const StepState* step) {                                                   \
-        pointwise(x, target, dx, losses, rights, len, binary, step);                                                   \
+                                int binary, const LossScale* loss_scale) {                                                   \
+        pointwise(x, target, dx, losses, rights, len, binary, loss_scale);                                                   \
     }
 FOR_EACH_STORAGE(DEFINE)
 #undef DEFINE

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
 use super::module::{Image, image};
-use super::step::StepState;
+use super::step::{KeptScale, Scalars};
 use crate::error::{Error, Result};
 
 /// The libraries that are named in errors with what installs them.
@@ -95,7 +96,10 @@ pub struct Device {
     dnn: std::sync::OnceLock<super::convolution::Dnn>,
     /// What was chosen of two ways (ways.rs).
     pub(super) ways: Mutex<HashMap<String, usize>>,
-    step_state: u64,
+    /// Where the scalars of work stand that is no step of a queue, and of whatever is queued now.
+    own_state: u64,
+    state: AtomicU64,
+    loss_scale: u64,
     scratch: Mutex<Vec<(u64, usize)>>,
     watch: Mutex<Option<Watch>>,
     around_waits: Mutex<Option<Around>>,
@@ -210,16 +214,20 @@ impl Device {
             blas: std::sync::OnceLock::new(),
             dnn: std::sync::OnceLock::new(),
             ways: Mutex::default(),
-            step_state: 0,
+            own_state: 0,
+            state: AtomicU64::new(0),
+            loss_scale: 0,
             scratch: Mutex::default(),
             watch: Mutex::default(),
             around_waits: Mutex::default(),
             mel_tables: Mutex::default(),
         };
-        device.step_state = device.allocate(size_of::<StepState>())?;
+        device.own_state = device.allocate(size_of::<Scalars>())?;
+        device.state = AtomicU64::new(device.own_state);
+        device.loss_scale = device.allocate(size_of::<KeptScale>())?;
         // Losses are scaled by trainers, which say so.
-        let state = StepState { loss_scale: 1.0, ..StepState::default() };
-        device.write(device.step_state, bytemuck::bytes_of(&state))?;
+        device.write(device.loss_scale, bytemuck::bytes_of(&KeptScale { scale: 1.0, good_steps: 0 }))?;
+        device.write(device.own_state, bytemuck::bytes_of(&Scalars::default()))?;
         Ok(Arc::new(device))
     }
 
@@ -292,9 +300,23 @@ impl Device {
         Ok(self.dnn.get_or_init(|| dnn))
     }
 
-    /// Address of the device's `StepState`.
+    /// Address of the `StepState` of what is queued now.
     pub(super) fn step_state(&self) -> u64 {
-        self.step_state
+        self.state.load(Ordering::Relaxed)
+    }
+
+    /// Queues work whose scalars stand elsewhere than those of all other work: steps have theirs on the way while another is
+    /// computed.
+    pub(super) fn with_state<T>(&self, address: u64, work: impl FnOnce() -> T) -> T {
+        self.state.store(address, Ordering::Relaxed);
+        let done = work();
+        self.state.store(self.own_state, Ordering::Relaxed);
+        done
+    }
+
+    /// Address of the device's `LossScale`.
+    pub(super) fn loss_scale(&self) -> u64 {
+        self.loss_scale
     }
 
     /// Whether what is queued is recorded, not run.
@@ -533,7 +555,8 @@ const STATIC_SHARED: u32 = 48 << 10;
 
 impl Drop for Device {
     fn drop(&mut self) {
-        self.release(self.step_state);
+        self.release(self.own_state);
+        self.release(self.loss_scale);
         if let Some(blas) = self.blas.take() {
             blas.close(self);
         }

@@ -31,10 +31,10 @@ struct Classes {
     classes: u64,
     smoothing: f32,
     ignore: i32,
-    step: u64,
+    scale: u64,
 }
 
-const _: () = assert!(size_of::<Classes>() == 56 && std::mem::offset_of!(Classes, step) == 48);
+const _: () = assert!(size_of::<Classes>() == 56 && std::mem::offset_of!(Classes, scale) == 48);
 
 impl<S: Storage> Loss for Cuda<S> {
     /// A target out of range makes the loss not a number: the device cannot return an error.
@@ -50,7 +50,7 @@ impl<S: Storage> Loss for Cuda<S> {
             classes: classes as u64,
             smoothing: args.label_smoothing as f32,
             ignore: ignore_index,
-            step: self.loss_scale_state(),
+            scale: self.loss_scale_or_null(),
         };
         if rows <= FEW_ROWS && rows * classes <= FEW_VALUES {
             let list = args![Arg::of(&of), metrics];
@@ -108,8 +108,8 @@ impl<S: Storage> Cuda<S> {
         let losses = self.device().scratch(8 * parts)?;
         let rights = losses + (4 * parts) as u64;
         let [x, target, metrics] = [x, target, metrics].map(|act| Self::act(memory, act));
-        let (dx, state) = (Self::act_or_null(memory, gradient), self.loss_scale_state());
-        let list = args![x, target, dx, losses, rights, len, binary, state];
+        let (dx, scale) = (Self::act_or_null(memory, gradient), self.loss_scale_or_null());
+        let list = args![x, target, dx, losses, rights, len, binary, scale];
         // SAFETY: the activations hold `len` values each, scratch two f32 for each block.
         unsafe { self.launch(FILE, "pointwise_loss", Grid::new(parts, 256), list)? };
         self.finish_loss([losses, rights, 0, metrics], parts, len)

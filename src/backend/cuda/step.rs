@@ -2,9 +2,9 @@
 //!
 //! A batch is written to page-locked memory and copied by a stream of its own into one of two fixed places on the device, while
 //! the step before is computed with the other; where the data set lies on the device, the numbers of its samples are copied and
-//! the samples gathered. The step itself (scalars in, forward, loss, backward, norm, update, average, figures out) is recorded
-//! once for each place and replayed in turn. What it found is copied into page-locked memory behind it, and read by the host
-//! when its event has passed.
+//! the samples gathered. The step's scalars go the same way. The step itself (forward, loss, backward, norm, update, average, figures
+//! out) is recorded once for each place and replayed in turn. What it found is written to page-locked memory by its last kernel, and
+//! read by the host when its event has passed.
 
 mod batch;
 mod work;
@@ -30,16 +30,7 @@ use crate::optim::StepOutcome;
 
 const FILE: &str = "loss_scale";
 
-/// `struct StepState` of kernels/common.cuh: what changes from one step to the next, on the device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub(super) struct StepState {
-    pub scalars: Scalars,
-    pub loss_scale: f32,
-    pub good_steps: u32,
-}
-
-/// The part of it that the host writes before each replay.
+/// `struct StepState` of kernels/common.cuh: what changes from one replay of a step to the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Scalars {
@@ -48,6 +39,14 @@ pub(super) struct Scalars {
     /// The update kernels' `UpdateParams` begin here.
     pub learning_rate: f64,
     pub divisor: f64,
+}
+
+/// `struct LossScale` of kernels/common.cuh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct KeptScale {
+    pub scale: f32,
+    pub good_steps: u32,
 }
 
 /// Where the update's scalars stand within the step's.
@@ -62,7 +61,7 @@ struct Report {
 }
 
 const _: () = {
-    assert!(size_of::<Scalars>() == 32 && size_of::<StepState>() == 40);
+    assert!(size_of::<Scalars>() == 32 && size_of::<KeptScale>() == 8);
     assert!(size_of::<Report>() == 4 * METRICS + size_of::<Outcome>());
 };
 
@@ -73,13 +72,15 @@ struct Slot {
     batch: Pinned,
     /// The numbers of samples on the device, where it gathers them.
     rows: Option<Buffer<u32>>,
+    /// The step's scalars, and where they stand on the device: another step's are read meanwhile.
     scalars: Pinned,
+    state: Buffer<Scalars>,
     report: Pinned,
     /// What this process tells all others at the end of a step.
     told: Pinned,
     /// What all processes told, where the step's work leaves it.
     team: Option<Pinned>,
-    /// Passes when the batch is on the device.
+    /// Passes when the batch and the scalars are on the device.
     copied: CudaEvent,
     /// Passes when the work is done.
     done: CudaEvent,
@@ -91,10 +92,14 @@ impl Slot {
     /// A slot for steps of an arena of so many tensors.
     fn new(device: &Arc<Device>, tensors: usize) -> Result<Self> {
         let event = || device.context().new_event(None).map_err(|error| driver_error("make an event", error));
+        let state = Buffer::zeros(device, 1)?;
+        // It is set to 0 on another stream than it is written on.
+        device.synchronize()?;
         Ok(Slot {
             batch: Pinned::new(device, 1)?,
             rows: None,
             scalars: Pinned::new(device, size_of::<Scalars>())?,
+            state,
             report: Pinned::new(device, size_of::<Report>() + tensors * size_of::<f64>())?,
             told: Pinned::new(device, size_of::<Told>())?,
             team: None,
@@ -252,7 +257,7 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
         prepare_team(device, queue, at, turn)?;
     }
     let slot = &mut queue.slots[at];
-    slot.scalars.bytes_mut()[..size_of::<Scalars>()].copy_from_slice(bytemuck::bytes_of(&scalars));
+    slot.copy_scalars(device, &scalars)?;
     let tells = turn.as_ref().is_some_and(|turn| turn.pass.ends_step);
     slot.leaves = [pass.as_ref().is_some_and(|pass| pass.metrics.is_some()), update.is_some(), tells];
     let key = Key {
@@ -265,7 +270,10 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
         }),
     };
     let (slot, team) = (&queue.slots[at], queue.team.as_ref());
-    let mut work = || Parts { pass: &mut pass, turn: &mut turn, update: &mut update }.queue(backend, slot, team, arena);
+    let mut work = || {
+        let parts = Parts { pass: &mut pass, turn: &mut turn, update: &mut update };
+        device.with_state(slot.state.address_of(0), || parts.queue(backend, slot, team, arena))
+    };
     if !device.options().graphs || device.is_timing() {
         work()?;
     } else {
@@ -323,18 +331,18 @@ impl<S: Storage> Cuda<S> {
         S::NAME == "f16"
     }
 
-    /// Address of the step's state where a loss is to be scaled by what stands there; else 0.
-    pub(super) fn loss_scale_state(&self) -> u64 {
-        if self.scales_losses() { self.device().step_state() } else { 0 }
+    /// Address of what a loss is to be scaled by; else 0.
+    pub(super) fn loss_scale_or_null(&self) -> u64 {
+        if self.scales_losses() { self.device().loss_scale() } else { 0 }
     }
 
     pub(super) fn read_loss_scale(&self) -> Result<Option<LossScale>> {
         if !self.scales_losses() {
             return Ok(None);
         }
-        let mut state = StepState::default();
-        self.device().read(self.device().step_state(), bytemuck::bytes_of_mut(&mut state))?;
-        Ok(Some(LossScale { scale: state.loss_scale, good_steps: state.good_steps }))
+        let mut kept = KeptScale::default();
+        self.device().read(self.device().loss_scale(), bytemuck::bytes_of_mut(&mut kept))?;
+        Ok(Some(LossScale { scale: kept.scale, good_steps: kept.good_steps }))
     }
 
     pub(super) fn write_loss_scale(&self, to: LossScale) -> Result<()> {
@@ -344,7 +352,7 @@ impl<S: Storage> Cuda<S> {
         if !(to.scale.is_finite() && to.scale > 0.0) {
             return Err(Error::Device(format!("a loss scale of {}: expected a finite number above 0", to.scale)));
         }
-        let state = StepState { scalars: Scalars::default(), loss_scale: to.scale, good_steps: to.good_steps };
-        self.device().write(self.device().step_state(), bytemuck::bytes_of(&state))
+        let kept = KeptScale { scale: to.scale, good_steps: to.good_steps };
+        self.device().write(self.device().loss_scale(), bytemuck::bytes_of(&kept))
     }
 }

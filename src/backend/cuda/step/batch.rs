@@ -9,7 +9,7 @@ use super::super::context::{Device, driver_error};
 use super::super::gather::Sides;
 use super::super::pinned::Pinned;
 use super::super::{Cuda, Storage};
-use super::Slot;
+use super::{Scalars, Slot};
 use crate::backend::Activations;
 use crate::backend::step::{Feed, Fill, Gather, Pass, check_len};
 use crate::error::Result;
@@ -18,9 +18,20 @@ impl Slot {
     /// Brings the batch into the inputs that are selected. No work is left that reads them.
     pub fn copy<S: Storage>(&mut self, device: &Arc<Device>, pass: &Pass<'_, Cuda<S>>) -> Result<()> {
         match &pass.feed {
-            Feed::Values(fills) => self.copy_values(device, pass.activations, fills)?,
-            Feed::Rows(gather) => self.gather(device, pass.activations, gather)?,
+            Feed::Values(fills) => self.copy_values(device, pass.activations, fills),
+            Feed::Rows(gather) => self.gather(device, pass.activations, gather),
         }
+    }
+
+    /// Brings the scalars to their place, and has the work that is queued next wait for them and for the batch. No work is left that
+    /// reads them.
+    pub fn copy_scalars(&mut self, device: &Device, scalars: &Scalars) -> Result<()> {
+        let bytes = bytemuck::bytes_of(scalars);
+        self.scalars.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+        let (from, stream) = (&self.scalars.bytes()[..bytes.len()], device.copy_stream().cu_stream());
+        // SAFETY: the state has their size; the page-locked memory stays as it is until `done` has passed.
+        unsafe { result::memcpy_htod_async(self.state.address_of(0), from, stream) }
+            .map_err(|error| driver_error("copy a step's scalars to the device", error))?;
         self.copied.record(device.copy_stream()).map_err(|error| driver_error("copy a batch to the device", error))?;
         device.stream().wait(&self.copied).map_err(|error| driver_error("wait for a batch", error))
     }

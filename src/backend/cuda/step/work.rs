@@ -1,11 +1,11 @@
 //! What the recording of a step holds, queued in its order.
 
 use super::super::launch::{Grid, args};
-use super::super::pinned::copy_out;
+use super::super::pinned::{copy_out, report};
 use super::super::team::Team;
 use super::super::update::{EarlyNorm, Outcome};
 use super::super::{Cuda, Storage, recording};
-use super::{FILE, Report, Scalars, Slot, UPDATE_PARAMS};
+use super::{FILE, Report, Slot, UPDATE_PARAMS};
 use crate::backend::ops::METRICS;
 use crate::backend::step::{Pass, Turn, UpdateWork};
 use crate::backend::{Alone, Arena, Memory, PassOfStep};
@@ -31,10 +31,9 @@ impl<S: Storage> Parts<'_, '_, S> {
     /// Queues everything of the work that is the same each time.
     pub fn queue(self, backend: &Cuda<S>, slot: &Slot, team: Option<&Team>, arena: &mut Arena<Cuda<S>>) -> Result<()> {
         let device = backend.device();
-        device.write(device.step_state(), &slot.scalars.bytes()[..size_of::<Scalars>()])?;
         if self.update.is_some() && backend.scales_losses() {
-            // SAFETY: the state of the step.
-            unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state()])? };
+            // SAFETY: the state of the step, and the loss scale.
+            unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state(), device.loss_scale()])? };
         }
         // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
         let early = match (&self.pass, &self.turn, &self.update) {
@@ -64,21 +63,12 @@ impl<S: Storage> Parts<'_, '_, S> {
             copy_out(device, told, 0, team.address(), team.bytes())?;
         }
         let Left { metrics, outcome, squares } = left;
-        if let Some(metrics) = metrics {
-            copy_out(
-                device,
-                &slot.report,
-                std::mem::offset_of!(Report, metrics),
-                metrics,
-                size_of::<[f32; METRICS]>(),
-            )?;
-        }
-        if let Some(outcome) = outcome {
-            copy_out(device, &slot.report, std::mem::offset_of!(Report, outcome), outcome, size_of::<Outcome>())?;
-            // The plan has as many tensors as the arena.
-            copy_out(device, &slot.report, size_of::<Report>(), squares.0, squares.1)?;
-        }
-        Ok(())
+        let metrics = metrics.map(|from| (from, std::mem::offset_of!(Report, metrics), size_of::<[f32; METRICS]>()));
+        let outcome = outcome.map(|from| (from, std::mem::offset_of!(Report, outcome), size_of::<Outcome>()));
+        // The plan has as many tensors as the arena.
+        let squares = outcome.map(|_| (squares.0, size_of::<Report>(), squares.1));
+        let pieces: Vec<_> = [metrics, outcome, squares].into_iter().flatten().collect();
+        report(device, &slot.report, &pieces)
     }
 }
 
@@ -141,8 +131,8 @@ fn queue_update<S: Storage>(
     }
     if backend.scales_losses() {
         let skipped = outcome + std::mem::offset_of!(Outcome, skipped) as u64;
-        // SAFETY: the state of the step, and a flag of the outcome.
-        unsafe { device.launch(FILE, "adapt_loss_scale", Grid::new(1, 1), args![device.step_state(), skipped])? };
+        // SAFETY: the loss scale, and a flag of the outcome.
+        unsafe { device.launch(FILE, "adapt_loss_scale", Grid::new(1, 1), args![device.loss_scale(), skipped])? };
     }
     (left.outcome, left.squares) = (Some(outcome), (first, tensors * size_of::<f64>()));
     Ok(())
