@@ -9,11 +9,11 @@ mod emulator;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::{bf16, f16};
-use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, Storage};
+use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, SmallProducts, Storage};
 use warpstep::backend::ops::Update;
 use warpstep::data::{Batch, Inputs, Targets};
 use warpstep::model::Input;
-use warpstep::model::presets::{Fit, Goal, GptOptions, ModelOptions, Preset};
+use warpstep::model::presets::{Fit, Goal, GptOptions, MlpOptions, ModelOptions, Preset};
 use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule};
 use warpstep::train::step::{StepReport, Trainer, TrainerParts};
 
@@ -95,6 +95,48 @@ fn a_step_is_one_graph_launch_without_waiting_or_allocating() {
             assert_eq!(host.copies_in, 3 * launches, "{host:?}");
         }
     }
+}
+
+#[test]
+fn a_small_networks_step_is_as_many_launches_as_it_depends_on_one_after_the_other() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let options = DeviceOptions { small_products: SmallProducts::Always, ..DeviceOptions::default() };
+    let Some(device) = device::device_with(options) else { return };
+    let Some(emulator) = Emulator::find() else { return };
+    let (samples, inputs, classes) = (24, 20, 10);
+    let fit =
+        Fit { vocabulary: None, context: None, goal: Goal::Classes(classes), padding: None, outputs: classes };
+    let preset = Preset::Mlp(MlpOptions { hidden: vec![16, 12], ..MlpOptions::default() });
+    let mut trainer = Trainer::new(TrainerParts {
+        backend: Cuda::<bf16>::new(device),
+        model: ModelOptions { preset, loss: None, label_smoothing: 0.0 }.build(&fit).unwrap(),
+        input: Input::Real(vec![inputs]),
+        batch_size: samples,
+        accumulate: 1,
+        optimizer: &OptimizerOptions {
+            clip: Clip { value: None, norm: NormClip::Global { max_norm: 1.0 } },
+            ..OptimizerOptions::new(Rule::Sgd, 0.1)
+        },
+        ema: None,
+        seed: 5,
+    })
+    .unwrap();
+    let batch = Batch {
+        inputs: Inputs::Real((0..samples * inputs).map(|i| (i % 7) as f32 - 3.0).collect()),
+        targets: Targets::Index((0..samples).map(|i| (i % classes) as i32).collect()),
+        samples,
+    };
+    let run = |trainer: &mut Trainer<Cuda<bf16>>, steps: usize| {
+        (0..steps).for_each(|_| trainer.queue(&batch, Some(0.1)).unwrap());
+        while trainer.finished(true).unwrap().is_some() {}
+    };
+    run(&mut trainer, 4);
+    emulator.reset();
+    run(&mut trainer, 5);
+    let host = emulator.host();
+    // Three layers forward, the loss, three backward, the update, and what it found; no copy between.
+    assert_eq!((host.graph_launches, host.graph_kernels, host.launches), (5, 5 * 9, 0), "{host:?}");
+    assert_eq!((host.copies, host.copies_out, host.library_calls, host.fills), (0, 0, 0, 0), "{host:?}");
 }
 
 fn the_same_reports<S: Storage>() {
