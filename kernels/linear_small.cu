@@ -191,11 +191,10 @@ template <typename T> struct Forward {
 };
 static_assert(sizeof(Forward<float>) == 56, "as the host's");
 
-// y = f(x weight' + bias), `=`. Grid: a block for 16 x 32 values of y, 32 to 512 threads. Reads x once for 32 outputs and weight once
-// for 16 rows.
-template <typename T> __device__ __forceinline__ void forward(const Forward<T>& of) {
-    __shared__ float room[ROOM];
-    const int across = tiles(of.outputs, COLUMNS), tile = blockIdx.x, row = tile / across * 16, column = tile % across * COLUMNS;
+// y = f(x weight' + bias), `=`: 16 x 32 values of y by a block, 32 to 512 threads. Reads x once for 32 outputs and weight once for 16
+// rows. `room` holds ROOM floats of shared memory.
+template <typename T> __device__ __forceinline__ void forward(const Forward<T>& of, int tile, float* room) {
+    const int across = tiles(of.outputs, COLUMNS), row = tile / across * 16, column = tile % across * COLUMNS;
     const Factor<T> x(of.x, of.inputs, of.rows, of.inputs), weight(of.weight, of.inputs, of.outputs, of.inputs);
     multiply_tile<2, true, true>(x, weight, row, column, room, [](const auto&) {}, [&](int r, int o, float value) {
         if (of.bias != nullptr) value += to_f32(of.bias[o]);
@@ -215,13 +214,11 @@ template <typename T> struct Backward {
 };
 static_assert(sizeof(Backward<float>) == 80, "as the host's");
 
-// dx = dy weight f'(slope_of), `=`; dweight (+)= dy' x; dbias (+)= sums of dy over rows: `+=` where the flags say so. Grid: first a
-// block for 16 x 32 values of dx, where it is asked for, then a block for 32 x 32 values of dweight; 32 to 256 threads.
-template <typename T> __device__ __forceinline__ void backward(const Backward<T>& of) {
-    __shared__ float room[ROOM];
-    __shared__ float bias[8][32];
+// dx = dy weight f'(slope_of), `=`; dweight (+)= dy' x; dbias (+)= sums of dy over rows: `+=` where the flags say so. First a tile for
+// 16 x 32 values of dx, where it is asked for, then one for 32 x 32 values of dweight, each by a block of 32 to 256 threads. `room`
+// holds ROOM floats of shared memory, `bias` those of a block's warps.
+template <typename T> __device__ __forceinline__ void backward(const Backward<T>& of, int tile, float* room, float (*bias)[32]) {
     const int across = tiles(of.inputs, COLUMNS), of_dx = of.dx == nullptr ? 0 : tiles(of.rows, 16) * across;
-    int tile = blockIdx.x;
     if (tile < of_dx) {
         const int row = tile / across * 16, column = tile % across * COLUMNS;
         const Factor<T> dy(of.dy, of.outputs, of.rows, of.outputs), weight(of.weight, of.inputs, of.inputs, of.outputs);
@@ -267,8 +264,15 @@ template <typename T> __device__ __forceinline__ void backward(const Backward<T>
     }
 }
 
+// A block a tile.
 #define DEFINE(SUFFIX, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(512) linear_small_##SUFFIX(Forward<T> of) { forward(of); }            \
-    extern "C" __global__ void __launch_bounds__(256) linear_small_backward_##SUFFIX(Backward<T> of) { backward(of); }
+    extern "C" __global__ void __launch_bounds__(512) linear_small_##SUFFIX(Forward<T> of) {                           \
+        __shared__ float room[ROOM];                                                                                   \
+        forward(of, blockIdx.x, room);                                                                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256) linear_small_backward_##SUFFIX(Backward<T> of) {                 \
+        __shared__ float room[ROOM], bias[8][32];                                                                      \
+        backward(of, blockIdx.x, room, bias);                                                                          \
+    }
 FOR_EACH_STORAGE(DEFINE)
 #undef DEFINE
