@@ -1,5 +1,5 @@
 //! Compiles `kernels/*.cu` with nvcc, each to a fatbin (machine code for sm_80, sm_90a and sm_100, PTX of compute_80 for the
-//! rest), and writes the table that `backend/cuda/module.rs` embeds. Only what changed is compiled again. Without nvcc the
+//! rest; what is Hopper's alone for sm_90a), and writes the table that `backend/cuda/module.rs` embeds. Only what changed is compiled again. Without nvcc the
 //! table holds the CUDA source instead, which NVRTC compiles at run time. Never asks for a GPU.
 
 use std::error::Error;
@@ -16,6 +16,10 @@ const TARGETS: &[&str] = &[
     "arch=compute_100,code=sm_100",
     "arch=compute_80,code=compute_80",
 ];
+
+/// The same for kernels of the instructions that compute capability 9.0 alone has: files whose names end with `HOPPER`.
+const HOPPER_TARGETS: &[&str] = &["arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"];
+const HOPPER: &str = "_hopper";
 
 /// Fused multiply-adds are explicit in the source, so that the CPU can do the same; warnings are errors. What ptxas tells of
 /// registers and spills is kept beside each fatbin, for scripts/kernel-report.
@@ -202,7 +206,7 @@ fn compile_all(nvcc: &Path, sources: &[PathBuf], headers: &[PathBuf], out: &Path
     let mut stale = Vec::new();
     for source in sources {
         let mut hasher = DefaultHasher::new();
-        (FLAGS, TARGETS, &version).hash(&mut hasher);
+        (FLAGS, targets(source), &version).hash(&mut hasher);
         hash_whole(&fs::read_to_string(source)?, &headers, &mut Vec::new(), &mut hasher);
         let stamp = format!("{:016x}", hasher.finish());
         let fatbin = out.join(stem(source)).with_extension("fatbin");
@@ -240,10 +244,14 @@ fn compile_all(nvcc: &Path, sources: &[PathBuf], headers: &[PathBuf], out: &Path
     if failures.is_empty() { Ok(()) } else { Err(failures.join("\n").into()) }
 }
 
+fn targets(source: &Path) -> &'static [&'static str] {
+    if stem(source).ends_with(HOPPER) { HOPPER_TARGETS } else { TARGETS }
+}
+
 fn compile(nvcc: &Path, source: &Path, fatbin: &Path) -> std::result::Result<(), String> {
     let mut command = Command::new(nvcc);
     command.args(FLAGS);
-    for target in TARGETS {
+    for target in targets(source) {
         command.arg("-gencode").arg(target);
     }
     let output = command.arg("-o").arg(fatbin).arg(source).output().map_err(|error| error.to_string())?;

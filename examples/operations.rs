@@ -1,14 +1,16 @@
 //! What each operation of a training step must move and compute, and, on a device, what it takes beside that.
 //!
 //! `cargo run --release --example operations` prints a table of floors on an H100, in Markdown;
-//! `cargo run --release --example operations -- --device cuda gpt2` measures (`cpu` and `emulated` are devices too).
+//! `cargo run --release --example operations -- --device cuda gpt2` measures (`cpu` and `emulated` are devices too);
+//! `--device cuda --groups gpt2` with attention's products of four warps together, `--device cuda --library mlp` with all products by
+//! NVIDIA's library.
 //!
 //! Bytes are those of `Program::costs`: every operand once, as it is stored. The floor is the bytes at the speed of a copy, or
 //! the arithmetic at that of the tensor cores, whichever takes longer.
 
 use half::bf16;
 use warpstep::backend::cpu::Cpu;
-use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, emulated};
+use warpstep::backend::cuda::{AttentionProducts, Cuda, Device, DeviceOptions, SmallProducts, emulated};
 use warpstep::backend::ops::{ActivationKind, Update};
 use warpstep::backend::profile::Profiled;
 use warpstep::backend::{Backend, Memory, StepContext};
@@ -223,6 +225,9 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1).peekable();
     let named = arguments.next_if(|argument| argument == "--device");
     let device = named.map(|_| arguments.next().unwrap_or_default());
+    let mut flag = |name: &str| arguments.next_if(|argument| argument == name).is_some();
+    let attention = if flag("--groups") { AttentionProducts::Groups } else { AttentionProducts::Warps };
+    let small_products = if flag("--library") { SmallProducts::Never } else { SmallProducts::Measured };
     let names: Vec<String> = arguments.collect();
     let known = works();
     if let Some(wrong) = names.iter().find(|name| known.iter().all(|work| work.name != **name)) {
@@ -238,7 +243,7 @@ fn main() -> Result<()> {
             None => work.floors::<Cuda<f32>>(H100_TF32, 0)?,
             Some("cpu") => work.measure(&Cpu::<f32>::new(), 5)?,
             Some("cuda" | "emulated") => {
-                let options = DeviceOptions { tf32: !work.bf16, ..DeviceOptions::default() };
+                let options = DeviceOptions { tf32: !work.bf16, attention, small_products, ..DeviceOptions::default() };
                 let device = Device::open(options)?;
                 let count = if emulated::is_active() { 2 } else { 20 };
                 if work.bf16 {

@@ -10,7 +10,7 @@
 #pragma once
 #include "attention.cuh"
 
-extern __shared__ __align__(128) u8 shared_memory[];
+extern __shared__ __align__(1024) u8 shared_memory[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
@@ -53,6 +53,16 @@ template <> __device__ __forceinline__ void multiply<f16>(float (&d)[4], const u
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two tiles of sums side by side, rounded, as a left factor.
+template <typename T>
+__device__ __forceinline__ void round_left(u32 (&left)[4], const float (&first)[4], const float (&second)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        left[i] = pack<T>(first[2 * i], first[2 * i + 1]);
+        left[2 + i] = pack<T>(second[2 * i], second[2 * i + 1]);
+    }
 }
 
 __device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 address) {
@@ -168,75 +178,98 @@ __device__ __forceinline__ void store_left(T* to, i64 stride, const float (&sums
     __syncwarp();
 }
 
-// Scores: sums[m][n] += left[m] (16 rows of D) times the rows of `tile`, [8 N][D]. What is read serves all M.
-template <typename T, int D, int M, int N>
-__device__ __forceinline__ void times_rows(float (&sums)[M][N][4], const u32 (&left)[M][D / 16][4], u32 tile,
-                                           const TileReader<D>& reader) {
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-#pragma unroll
-        for (int n = 0; n < N / 2; ++n) {
-            u32 right[4];
-            reader.right_of_rows(right, tile, n, k);
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-                multiply<T>(sums[m][2 * n], left[m][k], right[0], right[1]);
-                multiply<T>(sums[m][2 * n + 1], left[m][k], right[2], right[3]);
-            }
-        }
-    }
-}
-
-// `times_rows` with a left factor of 16 rows, from `row` on, of another tile.
-template <typename T, int D, int N>
-__device__ __forceinline__ void times_rows_of(float (&sums)[1][N][4], u32 left_tile, int row, u32 tile,
-                                              const TileReader<D>& reader) {
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-        u32 left[4];
-        reader.left(left, left_tile, row, k);
-#pragma unroll
-        for (int n = 0; n < N / 2; ++n) {
-            u32 right[4];
-            reader.right_of_rows(right, tile, n, k);
-            multiply<T>(sums[0][2 * n], left, right[0], right[1]);
-            multiply<T>(sums[0][2 * n + 1], left, right[2], right[3]);
-        }
-    }
-}
-
-// sums[m] += weights[m], rounded to T, times `tile`: weights of 16 rows and 8 N columns, the tile [8 N][D].
-template <typename T, int D, int M, int N>
-__device__ __forceinline__ void times_columns(float (&sums)[M][D / 8][4], const float (&weights)[M][N][4], u32 tile,
-                                              const TileReader<D>& reader) {
-#pragma unroll
-    for (int k = 0; k < N / 2; ++k) {
-        u32 left[M][4];
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&w)[4] = weights[m][2 * k + i / 2];
-                left[m][i] = pack<T>(w[2 * (i % 2)], w[2 * (i % 2) + 1]);
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < D / 16; ++n) {
-            u32 right[4];
-            reader.right_of_columns(right, tile, n, k);
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-                multiply<T>(sums[m][2 * n], left[m], right[0], right[1]);
-                multiply<T>(sums[m][2 * n + 1], left[m], right[2], right[3]);
-            }
-        }
-    }
-}
-
 template <int N> __device__ __forceinline__ void clear(float (&sums)[N][4]) {
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) sums[i / 4][i % 4] = 0.0f;
 }
+
+// Products by the tensor cores' instructions of a warp, which reads the right factors into registers. flash_attention_groups.cuh has
+// those of four warps together.
+template <typename T, int D> struct WarpProducts {
+    // Whether a warp may leave a tile out that others work on.
+    static constexpr bool ALONE = true;
+    TileReader<D> reader;
+
+    // Before the barrier that makes what this thread copied everybody's.
+    static __device__ __forceinline__ void publish() {}
+
+    // Scores: sums[m][n] = left[m] (16 rows of D) times the rows of `tile`, [8 N][D]. What is read serves all M.
+    template <int M, int N>
+    __device__ __forceinline__ void times_rows(float (&sums)[M][N][4], const u32 (&left)[M][D / 16][4], u32 tile) const {
+#pragma unroll
+        for (int m = 0; m < M; ++m) clear(sums[m]);
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+            for (int n = 0; n < N / 2; ++n) {
+                u32 right[4];
+                reader.right_of_rows(right, tile, n, k);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    multiply<T>(sums[m][2 * n], left[m][k], right[0], right[1]);
+                    multiply<T>(sums[m][2 * n + 1], left[m][k], right[2], right[3]);
+                }
+            }
+        }
+    }
+
+    // Two of these that do not depend on each other.
+    template <int M, int N>
+    __device__ __forceinline__ void times_rows(float (&sums)[M][N][4], const u32 (&left)[M][D / 16][4], u32 tile,
+                                               float (&others)[M][N][4], const u32 (&other_left)[M][D / 16][4],
+                                               u32 other_tile) const {
+        times_rows(sums, left, tile);
+        times_rows(others, other_left, other_tile);
+    }
+
+    // `times_rows` with a left factor of 16 rows, from `row` on, of another tile.
+    template <int N>
+    __device__ __forceinline__ void times_rows_of(float (&sums)[1][N][4], u32 left_tile, int row, u32 tile) const {
+        clear(sums[0]);
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            u32 left[4];
+            reader.left(left, left_tile, row, k);
+#pragma unroll
+            for (int n = 0; n < N / 2; ++n) {
+                u32 right[4];
+                reader.right_of_rows(right, tile, n, k);
+                multiply<T>(sums[0][2 * n], left, right[0], right[1]);
+                multiply<T>(sums[0][2 * n + 1], left, right[2], right[3]);
+            }
+        }
+    }
+
+    // sums[m] += weights[m], rounded to T, times `tile`: weights of 16 rows and 8 N columns, the tile [8 N][D].
+    template <int M, int N>
+    __device__ __forceinline__ void times_columns(float (&sums)[M][D / 8][4], const float (&weights)[M][N][4], u32 tile) const {
+#pragma unroll
+        for (int k = 0; k < N / 2; ++k) {
+            u32 left[M][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) round_left<T>(left[m], weights[m][2 * k], weights[m][2 * k + 1]);
+#pragma unroll
+            for (int n = 0; n < D / 16; ++n) {
+                u32 right[4];
+                reader.right_of_columns(right, tile, n, k);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    multiply<T>(sums[m][2 * n], left[m], right[0], right[1]);
+                    multiply<T>(sums[m][2 * n + 1], left[m], right[2], right[3]);
+                }
+            }
+        }
+    }
+
+    // Two of these that do not depend on each other.
+    template <int M, int N>
+    __device__ __forceinline__ void times_columns(float (&sums)[M][D / 8][4], const float (&weights)[M][N][4], u32 tile,
+                                                  float (&others)[M][D / 8][4], const float (&other_weights)[M][N][4],
+                                                  u32 other_tile) const {
+        times_columns(sums, weights, tile);
+        times_columns(others, other_weights, other_tile);
+    }
+};
 
 // Scores of rows `query` and `query + 8` with keys `key + 8 n` and `key + 8 n + 1` (all of this lane): minus infinity where
 // the key is not seen.

@@ -104,8 +104,7 @@ fn a_small_networks_step_is_as_many_launches_as_it_depends_on_one_after_the_othe
     let Some(device) = device::device_with(options) else { return };
     let Some(emulator) = Emulator::find() else { return };
     let (samples, inputs, classes) = (24, 20, 10);
-    let fit =
-        Fit { vocabulary: None, context: None, goal: Goal::Classes(classes), padding: None, outputs: classes };
+    let fit = Fit { vocabulary: None, context: None, goal: Goal::Classes(classes), padding: None, outputs: classes };
     let preset = Preset::Mlp(MlpOptions { hidden: vec![16, 12], ..MlpOptions::default() });
     let mut trainer = Trainer::new(TrainerParts {
         backend: Cuda::<bf16>::new(device),

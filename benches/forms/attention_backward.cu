@@ -1,15 +1,19 @@
-// Forms of the backward of attention (kernels/flash_attention_backward.cu): queries or keys a tile, blocks on a multiprocessor.
-// 16 x 1024 tokens, 12 heads of 64, causal, bf16.
-#include "flash_attention_backward.cu"
+// Forms of the backward of attention (kernels/flash_attention_backward.cuh): queries or keys a tile, blocks on a multiprocessor, and
+// products of four warps together. 16 x 1024 tokens, 12 heads of 64, causal, bf16.
+#include "flash_attention_backward.cuh"
+#include "flash_attention_groups.cuh"
 
 #include "bed.cuh"
 
-#define FORM(PART, NAME, TILE, BLOCKS)                                                                                 \
+#define FORM_BY(PRODUCTS, PART, NAME, TILE, BLOCKS)                                                                    \
     __global__ void __launch_bounds__(THREADS, BLOCKS)                                                                 \
         PART##_##NAME(const bf16* qkv, const bf16* dy, const float* log_sum_exp, const float* deltas, bf16* dqkv,      \
                       AttentionShape shape) {                                                                          \
-        flash_attention_backward_##PART<bf16, 64, TILE, false>(qkv, dy, log_sum_exp, deltas, dqkv, shape);             \
+        flash_attention_backward_##PART<bf16, 64, TILE, false, PRODUCTS>(qkv, dy, log_sum_exp, deltas, dqkv, shape);   \
     }
+typedef WarpProducts<bf16, 64> Alone;
+typedef GroupProducts<bf16> Together;
+#define FORM(...) FORM_BY(Alone, __VA_ARGS__)
 FORM(keys, taken, 64, 2)
 FORM(keys, narrow, 32, 2)
 FORM(keys, narrow_three_blocks, 32, 3)
@@ -20,6 +24,13 @@ FORM(queries, three_blocks, 64, 3)
 FORM(queries, narrow_three_blocks, 32, 3)
 FORM(queries, narrow_four_blocks, 32, 4)
 FORM(queries, narrowest_four_blocks, 16, 4)
+FORM_BY(Together, keys, groups, 64, 2)
+FORM_BY(Together, keys, groups_narrow, 32, 2)
+FORM_BY(Together, keys, groups_narrow_three_blocks, 32, 3)
+FORM_BY(Together, queries, groups, 64, 2)
+FORM_BY(Together, queries, groups_three_blocks, 64, 3)
+FORM_BY(Together, queries, groups_narrow_three_blocks, 32, 3)
+FORM_BY(Together, queries, groups_narrow_four_blocks, 32, 4)
 
 int main() {
     constexpr int BATCH = 16, TIME = 1024, HEADS = 12, D = 64;
@@ -59,4 +70,11 @@ int main() {
     time("queries_narrow_three_blocks", queries_narrow_three_blocks, 32, false, found);
     time("queries_narrow_four_blocks", queries_narrow_four_blocks, 32, false, found);
     time("queries_narrowest_four_blocks", queries_narrowest_four_blocks, 16, false, found);
+    time("keys_groups", keys_groups, 64, true, found);
+    time("keys_groups_narrow", keys_groups_narrow, 32, true, found);
+    time("keys_groups_narrow_three_blocks", keys_groups_narrow_three_blocks, 32, true, found);
+    time("queries_groups", queries_groups, 64, false, found);
+    time("queries_groups_three_blocks", queries_groups_three_blocks, 64, false, found);
+    time("queries_groups_narrow_three_blocks", queries_groups_narrow_three_blocks, 32, false, found);
+    time("queries_groups_narrow_four_blocks", queries_groups_narrow_four_blocks, 32, false, found);
 }

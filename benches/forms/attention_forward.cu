@@ -1,14 +1,18 @@
-// Forms of the forward of attention (kernels/flash_attention.cu): warps a block, 16 queries a warp and tile, keys a tile, blocks on a
-// multiprocessor. 16 x 1024 tokens, 12 heads of 64, causal, bf16.
-#include "flash_attention.cu"
+// Forms of the forward of attention (kernels/flash_attention_forward.cuh): warps a block, 16 queries a warp and tile, keys a tile,
+// blocks on a multiprocessor, and products of four warps together. 16 x 1024 tokens, 12 heads of 64, causal, bf16.
+#include "flash_attention_forward.cuh"
+#include "flash_attention_groups.cuh"
 
 #include "bed.cuh"
 
-#define FORM(NAME, WARPS, TILES, KEYS, BLOCKS)                                                                         \
+#define FORM_BY(PRODUCTS, NAME, WARPS, TILES, KEYS, BLOCKS)                                                            \
     __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                              \
         NAME(const bf16* qkv, bf16* y, float* log_sum_exp, AttentionShape shape) {                                     \
-        flash_attention_forward<bf16, 64, WARPS, TILES, KEYS, false>(qkv, y, log_sum_exp, shape);                      \
+        flash_attention_forward<bf16, 64, WARPS, TILES, KEYS, false, PRODUCTS>(qkv, y, log_sum_exp, shape);            \
     }
+typedef WarpProducts<bf16, 64> Alone;
+typedef GroupProducts<bf16> Together;
+#define FORM(...) FORM_BY(Alone, __VA_ARGS__)
 FORM(taken, 4, 1, 64, 3)
 FORM(two_tiles, 4, 2, 64, 2)
 FORM(narrow_tiles, 4, 2, 32, 2)
@@ -19,6 +23,9 @@ FORM(four_blocks, 4, 1, 64, 4)
 FORM(four_blocks_narrow_tiles, 4, 1, 32, 4)
 FORM(large_blocks, 8, 2, 64, 1)
 FORM(wide_tiles, 4, 1, 128, 2)
+FORM_BY(Together, groups_two_blocks, 4, 1, 64, 2)
+FORM_BY(Together, groups, 4, 1, 64, 3)
+FORM_BY(Together, groups_four_blocks, 4, 1, 64, 4)
 
 int main() {
     constexpr int BATCH = 16, TIME = 1024, HEADS = 12, D = 64;
@@ -51,5 +58,8 @@ int main() {
     time("four_blocks_narrow_tiles", four_blocks_narrow_tiles, 4, 1, 32, y);
     time("large_blocks", large_blocks, 8, 2, 64, y);
     time("wide_tiles", wide_tiles, 4, 1, 128, y);
+    time("groups_two_blocks", groups_two_blocks, 4, 1, 64, y);
+    time("groups", groups, 4, 1, 64, y);
+    time("groups_four_blocks", groups_four_blocks, 4, 1, 64, y);
     time("taken", taken, 4, 1, 64, expected);
 }

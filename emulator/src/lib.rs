@@ -8,8 +8,10 @@
 //!
 //! - PTX of `compute_80` as nvcc 13 writes it: arithmetic with its roundings, packed halves, predicates and divergence, jumps by
 //!   tables, functions that are called, vectors, atomics, asynchronous copies, `ldmatrix` and `mma`, shuffles, votes, named
-//!   barriers, fences, and cooperative launches with barriers of the whole grid. An instruction that is not known is an error
-//!   with its line when the module is loaded, never passed over.
+//!   barriers, fences, and cooperative launches with barriers of the whole grid. Of what compute capability 9.0 has besides,
+//!   `wgmma` with 16-bit factors, the left one in registers, the right one swizzled over 128 bytes; it is done at once, so sums
+//!   that are read too early are not found. An instruction that is not known is an error with its line when the module is
+//!   loaded, never passed over.
 //! - Every access of a kernel is checked: bounds, freed memory, alignment, memory of other devices, reads of what nothing wrote,
 //!   and data races between lanes, warps and blocks, by the memory model's release and acquire.
 //! - Streams, events, graphs, several devices with memory of their own.
@@ -18,8 +20,7 @@
 //!
 //! - Time. Work is done when it is queued, in order; nothing overlaps, and clocks say nothing of a GPU's speed.
 //! - Machine code: what ptxas makes of the PTX (registers, spills, contraction) is not seen.
-//! - Caches and their hints, textures, clusters, `mbarrier`, the tensor memory accelerator and `wgmma`, recursion, calls by
-//!   address, `printf`.
+//! - Caches and their hints, textures, clusters, `mbarrier`, the tensor memory accelerator, recursion, calls by address, `printf`.
 //! - Approximate instructions give the nearest value, `mma` sums in f64 and rounds once: within what the ISA allows, but not the
 //!   bits of any one GPU.
 //! - Locks that lanes of one warp take from each other: they can turn for ever here.

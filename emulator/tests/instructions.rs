@@ -301,6 +301,75 @@ fn warps_multiply_matrices() {
     }
 }
 
+/// Sums of four columns' tiles that a warp's part of `wgmma` leaves, by row and column. The left factor is 1 where row = column; the
+/// right one lies in 16 rows of 64 values, (64 + column) 2^row, in the order of the 128-byte swizzle.
+fn group_product(along: bool) -> Vec<Vec<f32>> {
+    let one = |row: u64, column: u64| if row == column { 1.0 } else { 0.0 };
+    let lanes: Vec<[u64; 3]> = (0..32)
+        .map(|lane: u64| {
+            let (g, t) = (lane / 4, lane % 4);
+            let left = |row: u64, column: u64| pair(one(row, column), one(row, column + 1));
+            let low = left(g, 2 * t) | left(g + 8, 2 * t) << 32;
+            let high = left(g, 2 * t + 8) | left(g + 8, 2 * t + 8) << 32;
+            [low, high, pair(64.0 + 2.0 * lane as f32, 65.0 + 2.0 * lane as f32)]
+        })
+        .collect();
+    // A lane writes its two columns of every row: the exponent of a value in bf16 starts at bit 7.
+    let rows: String = (0..16)
+        .map(|row| {
+            format!(
+                "xor.b32 %r8, %r7, {}; add.u32 %r9, %r3, {}; mad.lo.u32 %r9, %r8, 16, %r9; add.u32 %r8, %r2, {};
+                 st.shared.u32 [%r9], %r8;\n",
+                row % 8,
+                row * 128,
+                row << 7 | row << 23
+            )
+        })
+        .collect();
+    let sums = 32;
+    let mut found = vec![vec![0.0; 8 * sums / 4]; 16];
+    for index in 0..sums {
+        // All but the one that is looked at are registers of their own.
+        let list: Vec<String> = (0..sums).map(|i| format!("%s{i}")).collect();
+        let body = format!(
+            ".shared .align 1024 .b8 tile[2048]; .reg .f32 %s<{sums}>; .reg .b32 %a<4>;
+             mov.b64 {{%a0, %a1}}, %rd1; mov.b64 {{%a2, %a3}}, %rd2; cvt.u32.u64 %r2, %rd3;
+             mov.u32 %r1, %tid.x; shr.u32 %r7, %r1, 2; and.b32 %r4, %r1, 3;
+             mov.u32 %r5, tile; mad.lo.u32 %r3, %r4, 4, %r5;
+             {rows}
+             shr.u32 %r5, %r5, 4; cvt.u64.u32 %rd4, %r5; or.b64 %rd4, %rd4, 0x4000004000010000;
+             bar.sync 0; fence.proxy.async.shared::cta; setp.ne.b32 %p4, 0, 0; wgmma.fence.sync.aligned;
+             wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{{}}}, {{%a0, %a1, %a2, %a3}}, %rd4, %p4, 1, 1, {};
+             wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; mov.f32 %f0, %s{index};",
+            list[..if along { sums } else { 8 }].join(", "),
+            u8::from(along),
+            width = if along { 64 } else { 16 },
+        );
+        if !along && index >= 8 {
+            break;
+        }
+        for (lane, bits) in run(&body, F32, &lanes).into_iter().enumerate() {
+            let (row, column) = (lane / 4 + 8 * (index % 4 / 2), 8 * (index / 4) + 2 * (lane % 4) + index % 2);
+            found[row][column] = f32::from_bits(bits as u32);
+        }
+    }
+    found
+}
+
+#[test]
+fn warps_multiply_together_what_lies_swizzled_in_shared_memory() {
+    for (row, found) in group_product(true).iter().enumerate() {
+        for (column, &found) in found.iter().enumerate() {
+            assert_eq!(found, (64 + column) as f32 * (1u32 << row) as f32, "rows of the tile: D[{row}, {column}]");
+        }
+    }
+    for (row, found) in group_product(false).iter().enumerate() {
+        for (column, &found) in found[..16].iter().enumerate() {
+            assert_eq!(found, (64 + row) as f32 * (1u32 << column) as f32, "columns of the tile: D[{row}, {column}]");
+        }
+    }
+}
+
 #[test]
 fn bytes_and_fields_are_picked() {
     let operands = [0x3322_1100u64, 0x7766_5544];

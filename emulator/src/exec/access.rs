@@ -1,6 +1,7 @@
 //! Loads, stores and atomics, with every check of them.
 
 mod copies;
+mod groups;
 mod traffic;
 
 use super::trace::{Conflict, Knowledge, Who};

@@ -80,6 +80,38 @@ pub(super) fn multiply(warp: &mut Warp, matrix: Matrix, d: &[u32], a: &[u32], b:
     }
 }
 
+/// A warp's 16 rows of `wgmma`: the left factor is in registers as `mma`'s is, the sums as those of its products side by side;
+/// `right(k, column)` gives the bits of the other.
+pub(super) fn multiply_group(
+    warp: &mut Warp,
+    factors: MatrixType,
+    [d, a]: [&[u32]; 2],
+    right: impl Fn(usize, usize) -> u16,
+    add: bool,
+) {
+    let mut left = [[0.0; 16]; 16];
+    for lane in 0..32 {
+        let (group, inside) = (lane / 4, lane % 4);
+        for (index, &register) in a.iter().enumerate() {
+            let (row, at) = (group + 8 * (index % 2), 2 * inside + 8 * (index / 2));
+            [left[row][at], left[row][at + 1]] = halves(factors, warp.registers[register as usize][lane]);
+        }
+    }
+    for (tile, registers) in d.chunks(4).enumerate() {
+        let factor = |k: usize, column: usize| halves(factors, u64::from(right(k, 8 * tile + column)))[0];
+        let right: [[f64; 8]; 16] = std::array::from_fn(|k| std::array::from_fn(|column| factor(k, column)));
+        for (index, &register) in registers.iter().enumerate() {
+            let sums = &mut warp.registers[register as usize];
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                let (row, column) = (lane / 4 + 8 * (index / 2), 2 * (lane % 4) + index % 2);
+                let start = if add { f64::from(f32::from_bits(*sum as u32)) } else { 0.0 };
+                let product: f64 = left[row].iter().zip(&right).map(|(left, right)| left * right[column]).sum();
+                *sum = u64::from(((start + product) as f32).to_bits());
+            }
+        }
+    }
+}
+
 /// `movmatrix`: lane 4i + j holds values 2j and 2j + 1 of row i, and gets them of column i.
 pub(super) fn transpose(a: &Lanes) -> Lanes {
     let value = |row: usize, column: usize| a[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff;

@@ -236,8 +236,14 @@ impl Decoder<'_, '_> {
             "cp" => self.copy_async(),
             "ldmatrix" => self.load_matrix(),
             "mma" => self.matrix(),
+            "wgmma" => self.group_matrix(),
             "shfl" | "vote" | "match" | "activemask" | "redux" => self.warp(ty),
             "bar" | "barrier" => self.barrier(),
+            // Between the ways that a thread's own accesses and others go.
+            "fence" if op.has("proxy") => {
+                op.only(0, &["proxy", "async", "alias", "global", "shared", "shared::cta"])?;
+                self.one(Op::Nothing, Class::Synchronize)
+            }
             "membar" | "fence" => {
                 op.only(0, &["sc", "acq_rel", "acquire", "release", "cta", "gl", "gpu", "sys"])?;
                 self.one(Op::Fence { within: op.has("cta") }, Class::Synchronize)

@@ -258,6 +258,17 @@ pub(crate) enum Op {
         b: Vec<Reg>,
         c: Vec<Reg>,
     },
+    /// `wgmma.mma_async`: sums of 16 rows a warp and `width` columns, the right factor in shared memory as `right` describes it.
+    GroupMatrix {
+        width: u16,
+        factors: MatrixType,
+        /// Whether its columns lie along rows of memory, rather than the inner dimension.
+        along: bool,
+        d: Vec<Reg>,
+        a: Vec<Reg>,
+        right: Reg,
+        add: Pred,
+    },
     IsSpace {
         d: u32,
         a: Reg,

@@ -3,8 +3,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::context::{AttentionProducts, Device};
 use super::launch::{Arg, Grid, args};
-use super::{Cuda, Storage};
+use super::{Cuda, Storage, emulated};
 use crate::backend::ops::{
     Attention, AttentionBackward, AttentionDropout, AttentionForward, AttentionGeometry, Padding, Rotary,
 };
@@ -41,35 +42,64 @@ impl From<Shape> for Arg {
     }
 }
 
-/// How the flash form parts an attention of one head size: rows of a block, and bytes of shared memory, by kernel.
+/// A kernel of the flash form: its file and name, rows of a block, and bytes of shared memory.
+#[derive(Clone, Copy, Debug)]
+struct Kernel {
+    file: &'static str,
+    name: &'static str,
+    rows: usize,
+    shared: usize,
+}
+
+/// The kernels of the flash form for one head size.
 #[derive(Clone, Copy, Debug)]
 struct Flash {
-    forward: [usize; 2],
-    backward_keys: [usize; 2],
-    backward_queries: [usize; 2],
+    forward: Kernel,
+    backward_keys: Kernel,
+    backward_queries: Kernel,
 }
 
 impl Flash {
-    /// As the constants of kernels/flash_attention.cu and flash_attention_backward.cu have it.
-    fn of<S: Storage>(g: &AttentionGeometry) -> Option<Self> {
+    /// As the constants of kernels/flash_attention.cu, flash_attention_backward.cu and flash_attention_hopper.cu have it.
+    fn of<S: Storage>(device: &Device, g: &AttentionGeometry) -> Option<Self> {
         // Tiles of 16-bit values, twice, each of keys and values, or of queries and gradients with two statistics a row.
         let tiles = |rows: usize| 2 * 2 * rows * g.head_size * 2;
         let statistics = |rows: usize| 2 * 2 * rows * size_of::<f32>();
+        let (forward, backward) = ("flash_attention", "flash_attention_backward");
+        let kernel = |file, name, shared| Kernel { file, name, rows: 64, shared };
         match g.head_size {
             _ if size_of::<S>() != 2 => None,
-            64 => Some(Flash {
-                forward: [64, tiles(64)],
-                backward_keys: [64, tiles(64) + statistics(64)],
-                backward_queries: [64, tiles(32)],
+            64 if device.multiplies_by_groups() => Some(Flash {
+                forward: kernel(HOPPER, "group_attention_forward", tiles(64)),
+                backward_keys: kernel(HOPPER, "group_attention_backward_keys", tiles(64) + statistics(64)),
+                backward_queries: kernel(HOPPER, "group_attention_backward_queries", tiles(64)),
             }),
-            // The keys' kernel holds its own 64 keys and values besides.
+            64 => Some(Flash {
+                forward: kernel(forward, "flash_attention_forward", tiles(64)),
+                backward_keys: kernel(backward, "flash_attention_backward_keys", tiles(64) + statistics(64)),
+                backward_queries: kernel(backward, "flash_attention_backward_queries", tiles(32)),
+            }),
             128 => Some(Flash {
-                forward: [64, tiles(64)],
-                backward_keys: [64, tiles(32) + statistics(32) + 2 * 64 * 128 * 2],
-                backward_queries: [64, tiles(32)],
+                forward: kernel(forward, "flash_attention_forward", tiles(64)),
+                // Its own 64 keys and values besides.
+                backward_keys: kernel(
+                    backward,
+                    "flash_attention_backward_keys",
+                    tiles(32) + statistics(32) + 2 * 64 * 128 * 2,
+                ),
+                backward_queries: kernel(backward, "flash_attention_backward_queries", tiles(32)),
             }),
             _ => None,
         }
+    }
+}
+
+const HOPPER: &str = "flash_attention_hopper";
+
+impl Device {
+    fn multiplies_by_groups(&self) -> bool {
+        let has_them = self.compute_capability() == (9, 0) || emulated::is_active();
+        has_them && self.options().attention == AttentionProducts::Groups
     }
 }
 
@@ -131,22 +161,21 @@ impl<S: Storage> Cuda<S> {
         unsafe { self.launch(FILE, &format!("{kernel}_{columns}"), Grid::new(blocks, 256), list) }
     }
 
-    /// Queues a kernel of the flash form; `part` is rows of a block and bytes of shared memory.
+    /// Queues a kernel of the flash form.
     ///
     /// # Safety
     /// As [`Cuda::launch`].
     unsafe fn flash(
         &self,
-        [file, kernel]: [&'static str; 2],
+        kernel: Kernel,
         (g, heads): (&AttentionGeometry, usize),
-        [rows, shared]: [usize; 2],
         extras: bool,
         list: &mut [Arg],
     ) -> Result<()> {
         let form = if extras { "extras_" } else { "" };
-        let grid = Grid::new(heads * g.time.div_ceil(rows), 128).with_shared(shared);
+        let grid = Grid::new(heads * g.time.div_ceil(kernel.rows), 128).with_shared(kernel.shared);
         // SAFETY: as the caller promises.
-        unsafe { self.launch(file, &format!("{kernel}_{form}{}", g.head_size), grid, list) }
+        unsafe { self.launch(kernel.file, &format!("{}_{form}{}", kernel.name, g.head_size), grid, list) }
     }
 }
 
@@ -164,11 +193,10 @@ impl<S: Storage> Attention for Cuda<S> {
         let list = args![qkv, y, log_sum_exp, shape];
         // SAFETY: activations of the sizes that the operation says, tokens `batch * time` where they are given.
         unsafe {
-            match Flash::of::<S>(g) {
+            match Flash::of::<S>(self.device(), g) {
                 Some(flash) => {
                     let extras = args.dropout.is_some() || args.padding.is_some();
-                    let kernel = ["flash_attention", "flash_attention_forward"];
-                    self.flash(kernel, (g, heads), flash.forward, extras, list)
+                    self.flash(flash.forward, (g, heads), extras, list)
                 }
                 None => self.plain("attention_forward", g, heads, list),
             }
@@ -191,14 +219,11 @@ impl<S: Storage> Attention for Cuda<S> {
         // SAFETY: as in the forward; dqkv is as qkv; the scratch holds an f32 for each row of a head.
         unsafe {
             self.launch(FILE, "attention_deltas", Grid::new(rows.div_ceil(32), 256), args![y, dy, deltas, shape])?;
-            match Flash::of::<S>(g) {
+            match Flash::of::<S>(self.device(), g) {
                 Some(flash) => {
                     let extras = args.dropout.is_some() || args.padding.is_some();
-                    let file = "flash_attention_backward";
-                    let keys = [file, "flash_attention_backward_keys"];
-                    self.flash(keys, (g, g.batch * g.kv_heads), flash.backward_keys, extras, list)?;
-                    let queries = [file, "flash_attention_backward_queries"];
-                    self.flash(queries, (g, heads), flash.backward_queries, extras, list)
+                    self.flash(flash.backward_keys, (g, g.batch * g.kv_heads), extras, list)?;
+                    self.flash(flash.backward_queries, (g, heads), extras, list)
                 }
                 None => {
                     self.plain("attention_backward_keys", g, g.batch * g.kv_heads, list)?;

@@ -36,6 +36,8 @@ pub struct DeviceOptions {
     pub fusion: Fusion,
     /// Whether affine maps that are small are done by kernels of our own.
     pub small_products: SmallProducts,
+    /// How attention in 16 bits multiplies.
+    pub attention: AttentionProducts,
     /// Whether a product's algorithm is chosen by measuring, once a shape, and kept in the cache (`$XDG_CACHE_HOME/warpstep` or
     /// `~/.cache/warpstep`); otherwise it is what the library proposes first, which is the same on every machine of a kind.
     pub measure: bool,
@@ -51,6 +53,7 @@ impl Default for DeviceOptions {
             persistent_update: true,
             fusion: Fusion::ByArchitecture,
             small_products: SmallProducts::Measured,
+            attention: AttentionProducts::Warps,
             measure: !super::emulated::is_active(),
         }
     }
@@ -77,6 +80,16 @@ pub enum SmallProducts {
     Always,
     /// Nowhere.
     Never,
+}
+
+/// How attention in 16 bits multiplies, where its heads are of 64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionProducts {
+    /// By instructions of a warp, which every device has.
+    Warps,
+    /// By instructions of four warps together, which compute capability 9.0 has (kernels/flash_attention_hopper.cu); by those of a
+    /// warp elsewhere. The kernels pass on the emulated device; no GPU has run them yet.
+    Groups,
 }
 
 /// A GPU, the stream that work is queued on, and the kernels that were loaded.

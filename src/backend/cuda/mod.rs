@@ -48,7 +48,7 @@ pub use cudarc;
 
 pub use buffer::Buffer;
 pub use communication::Communication;
-pub use context::{Device, DeviceOptions, Fusion, LESS_MEMORY, SmallProducts};
+pub use context::{AttentionProducts, Device, DeviceOptions, Fusion, LESS_MEMORY, SmallProducts};
 pub use context::{device_count, is_driver_present};
 pub use module::{compile_all, is_embedded};
 pub use nvml::Clocks;

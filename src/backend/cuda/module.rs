@@ -14,6 +14,14 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 /// Set to 1: kernels that were embedded are passed over, as if Warpstep had been built without nvcc.
 const NVRTC: &str = "WARPSTEP_NVRTC";
 
+/// The compute capability that files are for whose names end with `_hopper`.
+const HOPPER: (i32, i32) = (9, 0);
+
+/// Whether devices of this compute capability have the instructions of a file of kernels.
+fn is_for(file: &str, capability: (i32, i32)) -> bool {
+    capability == HOPPER || !file.ends_with("_hopper")
+}
+
 /// What a module is loaded from.
 pub(super) enum Image {
     /// A fatbin that was compiled when Warpstep was built.
@@ -61,20 +69,21 @@ pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
 /// # Errors
 /// NVRTC missing, or refusing a source.
 pub fn compile_all(capability: (i32, i32)) -> Result<usize> {
+    let sources: Vec<_> = SOURCES.iter().filter(|(file, _)| is_for(file, capability)).collect();
     let next = AtomicUsize::new(0);
     let some = || -> Result<()> {
-        while let Some((file, source)) = SOURCES.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some((file, source)) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
             Source::new(file, source, capability).ptx()?;
         }
         Ok(())
     };
     // No pool's threads: one of these may wait for this.
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(SOURCES.len());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(sources.len());
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..threads).map(|_| scope.spawn(some)).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })?;
-    Ok(SOURCES.len())
+    Ok(sources.len())
 }
 
 /// What NVRTC is given.
@@ -91,8 +100,11 @@ impl Source {
     fn new(file: &'static str, source: &str, capability: (i32, i32)) -> Self {
         let text = with_headers(source);
         // Functions without a space, lambdas among them, are the device's: there is no other here.
+        let capability = if is_for(file, capability) { capability } else { HOPPER };
+        // What is Hopper's alone has a name of its own.
+        let own = if capability == HOPPER { "a" } else { "" };
         let options = format!(
-            "--gpu-architecture=compute_{}{} -std=c++17 -fmad=false -default-device",
+            "--gpu-architecture=compute_{}{}{own} -std=c++17 -fmad=false -default-device",
             capability.0, capability.1
         );
         let key = blake3::hash(format!("{options}\n{text}").as_bytes()).to_hex();

@@ -4,6 +4,7 @@
 //! forms are judged as FlashAttention's tests judge: by an f64 reference (the CPU twin), with at most twice the error of the plain
 //! computation that rounds every tensor to 16 bits, and two roundings of the largest value besides.
 
+use warpstep::backend::cuda::AttentionProducts;
 use warpstep::random::{Philox, Purpose, to_unit};
 
 use super::*;
@@ -125,8 +126,8 @@ impl Case for Attend {
 }
 
 /// Holds a 16-bit type to the rule at the head of this file, and the statistics, which are f32, to f32's.
-fn judge_rounded<S: Storage>(cases: &[Attend], epsilon: f64) {
-    let Some(device) = device() else { return };
+fn judge_rounded<S: Storage>(products: AttentionProducts, cases: &[Attend], epsilon: f64) {
+    let Some(device) = device_with(by(products)) else { return };
     let draw = Draw { seed: fresh_seed(), round: |x| S::from_f64(x).f64() };
     for case in cases {
         let what = format!("{case:?} in {}", S::NAME);
@@ -150,12 +151,16 @@ fn judge_rounded<S: Storage>(cases: &[Attend], epsilon: f64) {
     }
 }
 
+fn by(attention: AttentionProducts) -> DeviceOptions {
+    DeviceOptions { attention, ..DeviceOptions::default() }
+}
+
 fn judge_bf16(cases: &[Attend]) {
-    judge_rounded::<bf16>(cases, 1.0 / 256.0);
+    judge_rounded::<bf16>(AttentionProducts::Warps, cases, 1.0 / 256.0);
 }
 
 fn judge_f16(cases: &[Attend]) {
-    judge_rounded::<f16>(cases, 1.0 / 2048.0);
+    judge_rounded::<f16>(AttentionProducts::Warps, cases, 1.0 / 2048.0);
 }
 
 const LENGTHS: [usize; 8] = [1, 15, 16, 17, 63, 64, 65, 130];
@@ -217,6 +222,27 @@ fn flash_attention_drops_and_hides_what_the_cpu_does() {
         with(19, 64, false).with_dropout(0.3).in_part(1),
         with(30, 128, true).with_padding().with_dropout(0.1),
     ]);
+}
+
+/// The same cases as those of a warp's instructions, for heads of 64.
+#[test]
+fn products_of_four_warps_together_hold_the_precision_of_a_warps() {
+    let mut cases = LENGTHS.map(|time| [true, false].map(|causal| attend(1, time, [1, 1], 64, causal))).concat();
+    let with = |time, causal| attend(2, time, [2, 1], 64, causal);
+    cases.extend([
+        attend(2, 70, [3, 1], 64, true),
+        attend(1, 200, [1, 1], 64, true),
+        with(33, true).with_dropout(0.3),
+        with(66, false).with_padding(),
+        with(130, true).with_padding().with_dropout(0.5),
+    ]);
+    judge_rounded::<bf16>(AttentionProducts::Groups, &cases, 1.0 / 256.0);
+    let some = [attend(1, 130, [2, 2], 64, true), with(65, false).with_dropout(0.3).in_part(1), with(30, true)];
+    judge_rounded::<f16>(AttentionProducts::Groups, &some, 1.0 / 2048.0);
+    for part in ["forward", "backward_keys", "backward_queries"] {
+        let Some(counts) = counts_of(&format!("group_attention_{part}_64_bf16")) else { return };
+        assert!(counts.launches > 0 && counts.local == 0, "{part}: {counts:?}");
+    }
 }
 
 #[test]

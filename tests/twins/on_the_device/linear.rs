@@ -117,7 +117,14 @@ const TF32: [f64; 2] = [8.0 / 2048.0, 100.0 / 2048.0];
 fn small_maps_hold_by_kernels_of_our_own() {
     use ActivationKind::*;
     let sizes = [
-        [16, 32, 32], [17, 33, 31], [15, 36, 33], [128, 784, 40], [33, 520, 10], [300, 20, 68], [1, 1100, 1], [70, 64, 260],
+        [16, 32, 32],
+        [17, 33, 31],
+        [15, 36, 33],
+        [128, 784, 40],
+        [33, 520, 10],
+        [300, 20, 68],
+        [1, 1100, 1],
+        [70, 64, 260],
     ];
     let kinds = [Relu, GeluTanh, Gelu, Silu, Sigmoid, Tanh];
     let plain = sizes.iter().flat_map(|&[rows, inputs, outputs]| {

@@ -26,10 +26,11 @@ impl Case for Classes {
 
 #[test]
 fn cross_entropy_and_its_gradient() {
-    let cases: Vec<_> = [(1, 1), (2, 2), (9, 10), (700, 10), (3, 32), (600, 31), (5, 33), (17, 65), (550, 64), (5, 1025), (3, 3001)]
-        .into_iter()
-        .flat_map(|(rows, classes)| [0.0, 0.1].map(|label_smoothing| Classes { rows, classes, label_smoothing }))
-        .collect();
+    let cases: Vec<_> =
+        [(1, 1), (2, 2), (9, 10), (700, 10), (3, 32), (600, 31), (5, 33), (17, 65), (550, 64), (5, 1025), (3, 3001)]
+            .into_iter()
+            .flat_map(|(rows, classes)| [0.0, 0.1].map(|label_smoothing| Classes { rows, classes, label_smoothing }))
+            .collect();
     in_all_types("cross-entropy", &cases);
 }
 

@@ -150,6 +150,7 @@ impl Run<'_> {
                 matrix::multiply(warp, *matrix, d, a, b, c);
                 self.trace.lanes_meet(&mut warp.knows, active);
             }
+            Op::GroupMatrix { .. } => self.group_matrix(block, warp, active, at, lane)?,
             Op::MoveMatrix { d, a } => {
                 if active != u32::MAX {
                     *lane = (!active).trailing_zeros() as usize;

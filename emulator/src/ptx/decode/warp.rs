@@ -34,6 +34,36 @@ impl Decoder<'_, '_> {
         self.one(Op::Matrix { matrix, d, a, b, c }, Class::Matrix)
     }
 
+    /// Products of warpgroups, of 16-bit factors whose left one is in registers; they are done where they stand, so that there is
+    /// nothing to wait for.
+    pub(super) fn group_matrix(&mut self) -> Decoded {
+        let op = self.op;
+        let (shape, factors) = match op.mods[..] {
+            ["fence" | "commit_group" | "wait_group", "sync", "aligned"] => {
+                return self.one(Op::Nothing, Class::Synchronize);
+            }
+            ["mma_async", "sync", "aligned", shape, "f32", "f16", "f16"] => (shape, MatrixType::F16),
+            ["mma_async", "sync", "aligned", shape, "f32", "bf16", "bf16"] => (shape, MatrixType::Bf16),
+            _ => return self.unknown(),
+        };
+        let width = shape.strip_prefix("m64n").and_then(|rest| rest.strip_suffix("k16")).and_then(|n| n.parse().ok());
+        let (Some(width), Operand::Vector(_)) = (width, self.operand(1)?) else { return self.unknown() };
+        let (d, a, right, add) = (self.registers(0)?, self.registers(1)?, self.source(2, "b64")?, self.pred(3)?);
+        let constant = |at: usize| match self.operand(at) {
+            Ok(Operand::Bits(bits)) => Some(*bits),
+            _ => None,
+        };
+        let along = match [constant(4), constant(5), constant(6)] {
+            [Some(1), Some(1), Some(along @ (0 | 1))] => along == 1,
+            _ => return self.unknown(),
+        };
+        // Along rows of 128 bytes there are 64 values.
+        if d.len() != usize::from(width) / 2 || a.len() != 4 || (along && width > 64) {
+            return self.unknown();
+        }
+        self.one(Op::GroupMatrix { width, factors, along, d, a, right, add }, Class::Matrix)
+    }
+
     pub(super) fn warp(&mut self, ty: &str) -> Decoded {
         let op = self.op;
         let class = Class::Synchronize;

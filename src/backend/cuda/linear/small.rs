@@ -108,8 +108,7 @@ impl<S: Storage> Cuda<S> {
         // Gradients may be added to: what is measured goes elsewhere, `=`.
         let weight = (outputs * inputs * size_of::<f32>()).next_multiple_of(ALIGNMENT);
         let to = |room| Backward { dweight: room, dbias: dbias.map(|_| room + weight as u64), add: [false; 2], ..*of };
-        let ways: [Way<'_>; 2] =
-            [&|room| self.backward_by_library(&to(room)), &|room| self.small_backward(&to(room))];
+        let ways: [Way<'_>; 2] = [&|room| self.backward_by_library(&to(room)), &|room| self.small_backward(&to(room))];
         Ok(self.device().faster(&question, weight + outputs * size_of::<f32>(), ways)? == 1)
     }
 

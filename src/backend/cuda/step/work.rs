@@ -33,7 +33,14 @@ impl<S: Storage> Parts<'_, '_, S> {
         let device = backend.device();
         if self.update.is_some() && backend.scales_losses() {
             // SAFETY: the state of the step, and the loss scale.
-            unsafe { device.launch(FILE, "scale_divisor", Grid::new(1, 1), args![device.step_state(), device.loss_scale()])? };
+            unsafe {
+                device.launch(
+                    FILE,
+                    "scale_divisor",
+                    Grid::new(1, 1),
+                    args![device.step_state(), device.loss_scale()],
+                )?
+            };
         }
         // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
         let early = match (&self.pass, &self.turn, &self.update) {
