@@ -70,15 +70,15 @@ template <int WARPS> __device__ Peak merge_row(Peak own, Peak* shared) {
 
 // A row, cut where accesses of 16 bytes begin and end: rows of odd width start anywhere.
 template <typename T> struct RowCut {
-    i64 head;   // values before the first whole access
-    i64 packs;  // whole accesses
-    __device__ __forceinline__ RowCut(const T* row, i64 len) {
-        const i64 past = static_cast<i64>(reinterpret_cast<u64>(row) % 16 / sizeof(T));
+    int head;    // values before the first whole access
+    int packs;  // whole accesses
+    __device__ __forceinline__ RowCut(const T* row, int len) {
+        const int past = static_cast<int>(reinterpret_cast<u64>(row) % 16 / sizeof(T));
         head = past == 0 ? 0 : per_access<T>() - past;
         head = head < len ? head : len;
         packs = (len - head) / per_access<T>();
     }
-    __device__ __forceinline__ i64 tail() const { return head + packs * per_access<T>(); }
+    __device__ __forceinline__ int tail() const { return head + packs * per_access<T>(); }
 };
 
 // e^(x - most) by the chip's power of 2, whose argument is one multiply-add: `base` is most log2(e), rounded alike for all values
@@ -91,7 +91,7 @@ struct Exponential {
 };
 
 // Takes N neighbouring values in: one exponential each, and one more where the largest so far is passed.
-template <int N> __device__ __forceinline__ void take(Peak& own, const float (&values)[N], i64 at) {
+template <int N> __device__ __forceinline__ void take(Peak& own, const float (&values)[N], int at) {
     float most = values[0];
 #pragma unroll
     for (int j = 1; j < N; ++j) most = fmaxf(most, values[j]);
@@ -101,7 +101,7 @@ template <int N> __device__ __forceinline__ void take(Peak& own, const float (&v
         for (int j = N - 2; j >= 0; --j) where = values[j] == most ? j : where;
         own.sum = own.at == NOWHERE ? 0.0f : own.sum * expf(own.most - most);
         own.most = most;
-        own.at = static_cast<int>(at) + where;
+        own.at = at + where;
     }
     const Exponential e(own.most);
     float sum = 0.0f;
@@ -119,30 +119,30 @@ template <int N> __device__ __forceinline__ void take(Peak& own, const float (&v
 // Calls `pass` with every value of the row that is this thread's share, and where it stands: pass(first value of N, values).
 // AHEAD accesses are under way at once.
 template <int AHEAD, typename T, typename F>
-__device__ __forceinline__ void over_row(const T* x, i64 len, int first, int step, F pass) {
+__device__ __forceinline__ void over_row(const T* x, int len, int first, int step, F pass) {
     constexpr int N = per_access<T>();
     const RowCut<T> cut(x, len);
-    for (i64 i = first; i < cut.head; i += step) {
+    for (int i = first; i < cut.head; i += step) {
         const float value[1] = {to_f32(x[i])};
         pass(i, value);
     }
-    const auto one = [&](const Pack<T, N>& loaded, i64 at) {
+    const auto one = [&](const Pack<T, N>& loaded, int at) {
         float values[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) values[j] = to_f32(loaded.at[j]);
         pass(at, values);
     };
-    i64 pack = first;
+    int pack = first;
     for (; pack + (AHEAD - 1) * step < cut.packs; pack += AHEAD * step) {
         Pack<T, N> loaded[AHEAD];
-        const i64 at = cut.head + pack * N;
+        const int at = cut.head + pack * N;
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) loaded[k] = load<T, N>(x + at + k * step * N);
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) one(loaded[k], at + k * step * N);
     }
     for (; pack < cut.packs; pack += step) one(load<T, N>(x + cut.head + pack * N), cut.head + pack * N);
-    for (i64 i = cut.tail() + first; i < len; i += step) {
+    for (int i = cut.tail() + first; i < len; i += step) {
         const float value[1] = {to_f32(x[i])};
         pass(i, value);
     }
@@ -204,17 +204,18 @@ __device__ __forceinline__ Judged cross_entropy_row(const Classes<T>& of, i64 ro
                                                     float* totals) {
     // Rows that a warp takes are short.
     constexpr int THREADS = 32 * WARPS, AHEAD = WARPS == 1 ? 1 : 4;
+    const int classes = static_cast<int>(of.classes);
     const T* x = of.logits + row * of.classes;
     T* d = of.dlogits == nullptr ? nullptr : of.dlogits + row * of.classes;
     const int target = of.targets[row];
     if (target == of.ignore || found.broken) {
         if (d != nullptr) {
-            for (i64 i = first; i < of.classes; i += THREADS) d[i] = from_f32<T>(0.0f);
+            for (int i = first; i < classes; i += THREADS) d[i] = from_f32<T>(0.0f);
         }
         return unjudged(found);
     }
     Peak own{-__int_as_float(0x7f800000), 0.0f, NOWHERE};
-    over_row<AHEAD>(x, of.classes, first, THREADS, [&](i64 at, const auto& values) { take(own, values, at); });
+    over_row<AHEAD>(x, classes, first, THREADS, [&](int at, const auto& values) { take(own, values, at); });
     const Peak row_peak = merge_row<WARPS>(own, peaks);
     const float picked_logit = to_f32(x[target]);
     // The target's logit was read by all before the gradient takes its place.
@@ -222,27 +223,34 @@ __device__ __forceinline__ Judged cross_entropy_row(const Classes<T>& of, i64 ro
     else __syncthreads();
     const Slopes slope(of, found, row_peak.sum);
     const Exponential e(row_peak.most);
-    const bool is_plain = e.is_plain(), is_smooth = of.smoothing != 0.0f;
+    const bool is_smooth = of.smoothing != 0.0f;
     float total = 0.0f;
-    if (d != nullptr || is_smooth) {
-        over_row<AHEAD>(x, of.classes, first, THREADS, [&](i64 at, const auto& values) {
+    // A loop for each way to take exponentials: within one, each value would be a branch.
+    const auto with = [&](auto power) {
+        over_row<AHEAD>(x, classes, first, THREADS, [&](int at, const auto& values) {
             constexpr int N = sizeof(values) / sizeof(float);
-            float slopes[N];
             if (is_smooth) {
 #pragma unroll
                 for (int j = 0; j < N; ++j) total += values[j] - row_peak.most;
             }
+            if (d == nullptr) return;
+            float slopes[N];
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                const float power = is_plain ? e.of(values[j]) : expf(values[j] - row_peak.most);
-                slopes[j] = power * slope.inverse - slope.uniform;
-            }
-            if (static_cast<u64>(target - at) < N) {
-#pragma unroll
-                for (int j = 0; j < N; ++j) slopes[j] -= at + j == target ? slope.certain : 0.0f;
-            }
-            if (d != nullptr) put(d + at, slopes);
+            for (int j = 0; j < N; ++j) slopes[j] = fmaf(power(values[j]), slope.inverse, -slope.uniform);
+            put(d + at, slopes);
         });
+        if (d == nullptr) return;
+        // The target's own once all are there, rather than a question for each.
+        if (WARPS == 1) __syncwarp();
+        else __syncthreads();
+        if (first == 0) {
+            d[target] = from_f32<T>(fmaf(power(picked_logit), slope.inverse, -slope.uniform) - slope.certain);
+        }
+    };
+    if (e.is_plain()) {
+        with([&](float value) { return e.of(value); });
+    } else {
+        with([&](float value) { return expf(value - row_peak.most); });
     }
     if (is_smooth) total = WARPS == 1 ? warp_sum(total) : block_sum(total, totals);
     return judge(of, row_peak, target, picked_logit, total);
@@ -294,10 +302,9 @@ template <typename T> __device__ __forceinline__ Judged cross_entropy_few(const 
     const Slopes slope(of, found, peak.sum);
     if (d != nullptr) {
         each([&](float value, int at) {
-            const float less = at == target ? slope.uniform + slope.certain : slope.uniform;
             // An infinite logit has no slope: not a number tells it.
             const float share = is_plain ? e.of(value) : expf(value - peak.most);
-            d[at] = from_f32<T>(share * slope.inverse - less);
+            d[at] = from_f32<T>(fmaf(share, slope.inverse, -slope.uniform) - (at == target ? slope.certain : 0.0f));
         });
     }
     return judge(of, peak, target, picked_logit, total);
@@ -389,8 +396,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 // A small batch, whose launches take longer than its work: count, losses and their sum in one launch, the same bits. At most
-// FEW_ROWS rows. One block of 1024 threads, a warp a row, or a thread where classes are few.
-constexpr int FEW_ROWS = 1024;
+// FEW_ROWS rows. One block of 512 threads, a warp a row, or a thread where classes are few.
+constexpr int FEW_ROWS = 512;
 template <typename T> __device__ __forceinline__ void cross_entropy_small(const Classes<T>& of, float* metrics) {
     __shared__ float losses[FEW_ROWS], rights[FEW_ROWS];
     __shared__ int counts[32];
@@ -402,7 +409,7 @@ template <typename T> __device__ __forceinline__ void cross_entropy_small(const 
         losses[row] = judged.loss;
         rights[row] = judged.right;
     }
-    for (i64 row = threadIdx.x / 32; !is_few && row < of.rows; row += 32) {
+    for (i64 row = threadIdx.x / 32; !is_few && row < of.rows; row += blockDim.x / 32) {
         const int first = threadIdx.x % 32;
         const Judged judged = cross_entropy_row<T, 1>(of, row, first, found, nullptr, nullptr);
         if (first == 0) {
@@ -426,7 +433,7 @@ template <typename T> __device__ __forceinline__ void cross_entropy_small(const 
     }                                                                                                                  \
     CROSS_ENTROPY(narrow, 1, 256, 4, SUFFIX, T)                                                                        \
     CROSS_ENTROPY(wide, 16, 512, 2, SUFFIX, T)                                                                         \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                 \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                                               \
         cross_entropy_small_##SUFFIX(Classes<T> of, float* metrics) {                                                  \
         cross_entropy_small(of, metrics);                                                                              \
     }                                                                                                                  \

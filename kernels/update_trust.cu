@@ -77,18 +77,35 @@ __device__ void lamb_pieces(const P* parameters, const float* first, const float
 }
 
 // The learning rate of each tensor under LARS (`lamb` 0) or LAMB (1). weights, others: [pieces]; rates: [tensors].
-// Grid: ceil(tensors / 256) blocks of 256 threads.
+// Grid: a block of 256 threads a tensor. Pieces are added in order, out of shared memory: read from memory one after the other, each
+// would wait for the one before.
 extern "C" __global__ void __launch_bounds__(256)
     tensor_rates(const double* weights, const double* others, u32 tensor_count, Pass pass, int lamb, float* rates) {
-    const u32 t = blockIdx.x * blockDim.x + threadIdx.x;
+    constexpr u32 TILE = 256;
+    __shared__ double tiles[2][TILE];
+    const u32 t = blockIdx.x;
+    // A grid has a block at least.
     if (t >= tensor_count || pass.outcome->skipped) return;
     const Tensor tensor = pass.tensors[t];
     const GroupOptions group = pass.groups[tensor.group];
     double w = 0.0, o = 0.0;
-    for (u32 p = 0; p < tensor.pieces; ++p) {
-        w += weights[tensor.first_piece + p];
-        o += others[tensor.first_piece + p];
+    for (u32 start = 0; start < tensor.pieces; start += TILE) {
+        const u32 count = min(TILE, tensor.pieces - start), at = tensor.first_piece + start + threadIdx.x;
+        if (threadIdx.x < count) {
+            tiles[0][threadIdx.x] = weights[at];
+            tiles[1][threadIdx.x] = others[at];
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+#pragma unroll 8
+            for (u32 p = 0; p < count; ++p) {
+                w += tiles[0][p];
+                o += tiles[1][p];
+            }
+        }
+        __syncthreads();
     }
+    if (threadIdx.x != 0) return;
     w = sqrt(w);
     o = sqrt(o);
     double rate = 0.0;

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(256) early_backward(::Backward<float> of) {
     begin();
     backward(of, blockIdx.x, room, bias);
 }
-__global__ void __launch_bounds__(1024) early_loss(Classes<float> of, float* metrics) {
+__global__ void __launch_bounds__(512) early_loss(Classes<float> of, float* metrics) {
     begin();
     cross_entropy_small(of, metrics);
 }
@@ -222,7 +222,7 @@ void queue_launch(cudaStream_t stream, const Network& of, int number, bool early
         const int threads = 32 * warps(width(number), 16);
         queue(stream, early ? early_forward : linear_small_f32, forward_tiles(number), threads, 0, early, false, step.forward[number]);
     } else if (number == 3) {
-        queue(stream, early ? early_loss : cross_entropy_small_f32, 1, 1024, 0, early, false, step.classes, step.metrics);
+        queue(stream, early ? early_loss : cross_entropy_small_f32, 1, 512, 0, early, false, step.classes, step.metrics);
     } else if (number < 7) {
         const int layer = 6 - number, threads = 32 * warps(std::max(BATCH, layer == 0 ? 0 : width(layer + 1)), 8);
         const auto kernel = early ? early_backward : linear_small_backward_f32;

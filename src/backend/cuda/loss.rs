@@ -14,7 +14,7 @@ const COUNTED: usize = 16;
 /// Rows of more classes than these are worked on by a warp rather than a thread, and by a block rather than a warp.
 const FEW_CLASSES: usize = 32;
 const NARROW: usize = 1024;
-/// At most so many rows and values go through one launch: `FEW_ROWS` of the kernels is no smaller.
+/// At most so many rows and values go through one launch.
 const FEW_ROWS: usize = 512;
 const FEW_VALUES: usize = 1 << 14;
 /// Blocks of a loss over single values: their number must not depend on the device.
@@ -55,7 +55,7 @@ impl<S: Storage> Loss for Cuda<S> {
         if rows <= FEW_ROWS && rows * classes <= FEW_VALUES {
             let list = args![Arg::of(&of), metrics];
             // SAFETY: logits and dlogits hold `rows * classes` values, targets `rows`, the metrics four f32.
-            return unsafe { self.launch(FILE, "cross_entropy_small", Grid::new(1, 1024), list) };
+            return unsafe { self.launch(FILE, "cross_entropy_small", Grid::new(1, 512), list) };
         }
         let found = device.scratch(COUNTED + 8 * rows)?;
         let (losses, rights) = (found + COUNTED as u64, found + (COUNTED + 4 * rows) as u64);

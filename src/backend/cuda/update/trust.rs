@@ -43,7 +43,7 @@ impl Prepared {
         let rates = self.rates[usize::from(lamb)].address_of(0);
         let finish = args![weights, others, self.tensors.len() as u32, Arg::of(pass), lamb, rates];
         // SAFETY: as above.
-        unsafe { self.device.launch(FILE, "tensor_rates", Grid::new(self.tensors.len().div_ceil(256), 256), finish) }
+        unsafe { self.device.launch(FILE, "tensor_rates", Grid::new(self.tensors.len(), 256), finish) }
     }
 
     /// LAMB's learning rates, and its step along the directions that the pass before left in the slots.
