@@ -25,14 +25,24 @@ struct Norm {
 };
 static_assert(sizeof(Norm) == 80, "as the host's");
 
-// All threads of the grid wait for each other, and see what each wrote before. The word's upper bit turns over once all blocks
-// have come: block 0 adds what is left of 2^31, so that the next barrier finds it ready whatever the number of blocks.
-__device__ __forceinline__ void grid_barrier(u32* word) {
+// Rows of the norm that a warp has in flight: half of what it has of a piece, since few blocks have one.
+constexpr int ROWS_AHEAD = 8;
+
+// All threads of the grid wait for each other, and see what each wrote before; in between a block may do what others do not wait
+// for. The word's upper bit turns over once all blocks have come: block 0 adds what is left of 2^31, so that the next barrier finds
+// it ready whatever the number of blocks. What `arrive` gives is `wait`'s.
+__device__ __forceinline__ u32 arrive(u32* word) {
+    u32 before = 0;
     __syncthreads();
     if (threadIdx.x == 0) {
         const u32 share = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-        u32 before, now;
         asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(share) : "memory");
+    }
+    return before;
+}
+__device__ __forceinline__ void wait(const u32* word, u32 before) {
+    if (threadIdx.x == 0) {
+        u32 now;
         do {
             asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
         } while (((before ^ now) & 0x80000000u) == 0);
@@ -54,9 +64,14 @@ __device__ __forceinline__ void persistent(P* parameters, G* gradients, S* copy,
     const u64 applied_before = pass.outcome->applied;
     const Scale scale = plain_scale(pass.params, norm.clip);
     for (u32 index = blockIdx.x; index < norm.piece_count; index += gridDim.x) {
-        norm_piece(gradients, norm.pieces, index, scale, norm.squares, norm.clamped, sums, counts);
+        norm_piece<ROWS_AHEAD>(gradients, norm.pieces, index, scale, norm.squares, norm.clamped, sums, counts);
     }
-    grid_barrier(norm.barrier);
+    const u32 before = arrive(norm.barrier);
+    // The constants of a step that is not skipped; one that is needs none.
+    for (u32 g = threadIdx.x; g < norm.group_count; g += blockDim.x) {
+        steps[g] = rule_step(pass.groups[g], pass.params->learning_rate, applied_before + 1);
+    }
+    wait(norm.barrier, before);
     const double total_norm =
         sqrt(sum_pieces<TILE>(pass.tensors, norm.tensor_count, norm.squares, norm.piece_count, tensor_squares, tile));
     const bool skipped = !isfinite(total_norm);
@@ -84,9 +99,6 @@ __device__ __forceinline__ void persistent(P* parameters, G* gradients, S* copy,
     if (skipped && !pass.zero_gradients) return;
     for (u32 t = threadIdx.x; t < norm.tensor_count; t += blockDim.x) {
         coefficients[t] = static_cast<float>(tensor_coefficient(norm.clip, tensor_squares[t], global));
-    }
-    for (u32 g = threadIdx.x; g < norm.group_count; g += blockDim.x) {
-        steps[g] = rule_step(pass.groups[g], pass.params->learning_rate, applied);
     }
     __syncthreads();
     Pass own = pass;

@@ -107,8 +107,9 @@ struct Itself {
 
 // The sum of f(i)^2 for i in [start, start + len), len <= SPAN, by one warp, in f64; the same bits in every lane. Value i belongs
 // to sum (i - start) % 128, each sum takes its values in order, then halves of the sums are added: 64, 32, .. 1. ALIGNED: `start`
-// lies on 16 bytes, so that a lane holds sums 4 lane .. 4 lane + 3; else sums lane, lane + 32, ..: the same additions.
-template <bool ALIGNED, typename F> __device__ __forceinline__ double span_squares(u64 start, u32 len, F& f) {
+// lies on 16 bytes, so that a lane holds sums 4 lane .. 4 lane + 3; else sums lane, lane + 32, ..: the same additions. AHEAD rows of
+// 128 values in flight hide the latency of memory.
+template <bool ALIGNED, int AHEAD, typename F> __device__ __forceinline__ double span_squares(u64 start, u32 len, F& f) {
     const u32 lane = threadIdx.x % 32, rows = len / 128, rest = len % 128;
     double s[4] = {0.0, 0.0, 0.0, 0.0};
     const auto row = [&](u32 r, float (&x)[4]) {
@@ -125,13 +126,12 @@ template <bool ALIGNED, typename F> __device__ __forceinline__ double span_squar
         for (int j = 0; j < 4; ++j) s[j] = fma(static_cast<double>(x[j]), static_cast<double>(x[j]), s[j]);
     };
     u32 r = 0;
-    // Four rows in flight hide the latency of memory.
-    for (; r + 4 <= rows; r += 4) {
-        float x[4][4];
+    for (; r + AHEAD <= rows; r += AHEAD) {
+        float x[AHEAD][4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) row(r + k, x[k]);
+        for (int k = 0; k < AHEAD; ++k) row(r + k, x[k]);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) add(x[k]);
+        for (int k = 0; k < AHEAD; ++k) add(x[k]);
     }
     for (; r < rows; ++r) {
         float x[4];
@@ -162,20 +162,20 @@ template <bool ALIGNED, typename F> __device__ __forceinline__ double span_squar
 template <typename F> __device__ __forceinline__ double warp_squares(u64 len, F f) {
     double total = 0.0;
     for (u64 start = 0; start < len; start += SPAN) {
-        total += span_squares<false>(start, static_cast<u32>(min(len - start, static_cast<u64>(SPAN))), f);
+        total += span_squares<false, 4>(start, static_cast<u32>(min(len - start, static_cast<u64>(SPAN))), f);
     }
     return total;
 }
 
 // The same sum by a block of 256 threads, eight spans at a time, of an array that begins on 16 bytes; valid in thread 0.
 // `scratch` holds 8 values and may be used again after the call. All threads call it.
-template <typename F> __device__ __forceinline__ double block_squares(u64 len, F& f, double* scratch) {
+template <int AHEAD = 4, typename F> __device__ __forceinline__ double block_squares(u64 len, F& f, double* scratch) {
     const u32 warp = threadIdx.x / 32;
     double total = 0.0;
     for (u64 start = 0; start < len; start += 8 * SPAN) {
         const u64 own = start + warp * SPAN;
         double sum = 0.0;
-        if (own < len) sum = span_squares<true>(own, static_cast<u32>(min(len - own, static_cast<u64>(SPAN))), f);
+        if (own < len) sum = span_squares<true, AHEAD>(own, static_cast<u32>(min(len - own, static_cast<u64>(SPAN))), f);
         if (threadIdx.x % 32 == 0) scratch[warp] = sum;
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -198,12 +198,12 @@ struct Checked {
 
 // One piece of the norm by a block of 256 threads: the sum of squares of its scaled gradients, and how many values the value clip
 // changed. `sums` and `counts` hold 8 values.
-template <typename G>
+template <int AHEAD = 4, typename G>
 __device__ __forceinline__ void norm_piece(const G* gradients, const Piece* pieces, u32 index, const Scale& scale,
                                            double* squares, u32* clamped, double* sums, u32* counts) {
     const Piece piece = pieces[index];
     auto own = mapped(gradients + piece.offset, Checked{scale, 0});
-    const double sum = block_squares(piece.len, own, sums);
+    const double sum = block_squares<AHEAD>(piece.len, own, sums);
     const u32 changed = block_sum(own.map.changed, counts);
     if (threadIdx.x == 0) {
         squares[index] = sum;

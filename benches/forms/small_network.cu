@@ -63,14 +63,14 @@ template <int LAYER> __device__ __forceinline__ void forward_of(const Step& of, 
         forward(of.forward[LAYER], tile, room);
         __syncthreads();
     }
-    grid_barrier(of.norm.barrier);
+    wait(of.norm.barrier, arrive(of.norm.barrier));
 }
 template <int LAYER> __device__ __forceinline__ void backward_of(const Step& of, float* room, float (*bias)[32]) {
     for (int tile = blockIdx.x; tile < backward_tiles(LAYER); tile += gridDim.x) {
         backward(of.backward[LAYER], tile, room, bias);
         __syncthreads();
     }
-    grid_barrier(of.norm.barrier);
+    wait(of.norm.barrier, arrive(of.norm.barrier));
 }
 
 extern __shared__ float dynamic_room[];
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(256, 2) whole(const Step* given) {
     forward_of<1>(of, room);
     forward_of<2>(of, room);
     if (blockIdx.x == 0) cross_entropy_small(of.classes, of.metrics);
-    grid_barrier(of.norm.barrier);
+    wait(of.norm.barrier, arrive(of.norm.barrier));
     backward_of<2>(of, room, bias);
     backward_of<1>(of, room, bias);
     backward_of<0>(of, room, bias);
