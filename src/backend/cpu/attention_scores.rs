@@ -77,6 +77,11 @@ impl<R: Real> Shape<R> {
         if self.geometry.causal { row + 1 } else { self.geometry.time }
     }
 
+    /// Vectors of lanes that hold the keys which some of `rows` rows from `first` on can see; the products read no further.
+    fn seen(&self, first: usize, rows: usize) -> usize {
+        self.visible(first + rows.max(1) - 1).div_ceil(LANES)
+    }
+
     /// Hides what a row of scores must not see. `scores` are the vectors that hold `visible` keys.
     #[inline(always)]
     fn hide(&self, scores: &mut [Lanes<R>], sample: usize, visible: usize) {
@@ -124,7 +129,7 @@ impl<R: Real> Shape<R> {
         [sample, head, first]: [usize; 3],
         factors: &mut [Lanes<R>],
     ) {
-        let stride = self.stride();
+        let (stride, seen) = (self.stride(), self.seen(first, log_sum_exp.len()));
         let vectors = |i: usize| self.visible(first + i).div_ceil(LANES);
         let mut totals = [R::zero(); BLOCK];
         // Three passes over the rows, each of them short, so that the processor works on several rows at once.
@@ -143,7 +148,7 @@ impl<R: Real> Shape<R> {
                     *total = exponentials(&mut line[..vectors(i)], max, self.scale);
                 }
                 for (i, (line, &total)) in scores.chunks_exact_mut(stride).zip(&totals).enumerate() {
-                    let (line, hidden) = line.split_at_mut(vectors(i));
+                    let (line, hidden) = line[..seen].split_at_mut(vectors(i));
                     hidden.fill([R::zero(); LANES]);
                     let inverse = if total == R::zero() { R::zero() } else { R::one() / total };
                     if self.dropout.is_some() {
@@ -173,16 +178,15 @@ impl<R: Real> Shape<R> {
         [sample, head, first]: [usize; 3],
         factors: &mut [Lanes<R>],
     ) {
-        let stride = self.stride();
-        let scale = self.scale;
+        let (stride, seen, scale) = (self.stride(), self.seen(first, deltas.len()), self.scale);
         vectorize(
             #[inline(always)]
             || {
                 let lines = p.chunks_exact_mut(stride).zip(dp.chunks_exact_mut(stride));
                 for (i, ((p, dp), (&lse, &delta))) in lines.zip(log_sum_exp.iter().zip(deltas)).enumerate() {
                     let visible = self.visible(first + i);
-                    let (p, p_hidden) = p.split_at_mut(visible.div_ceil(LANES));
-                    let (dp, dp_hidden) = dp.split_at_mut(visible.div_ceil(LANES));
+                    let (p, p_hidden) = p[..seen].split_at_mut(visible.div_ceil(LANES));
+                    let (dp, dp_hidden) = dp[..seen].split_at_mut(visible.div_ceil(LANES));
                     p_hidden.fill([R::zero(); LANES]);
                     dp_hidden.fill([R::zero(); LANES]);
                     self.hide(p, sample, visible);
