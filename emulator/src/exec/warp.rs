@@ -2,6 +2,8 @@
 
 mod execute;
 
+pub(super) use execute::all_lanes;
+
 use super::trace::Knowledge;
 use super::{BarrierState, Block, Found, Run};
 use crate::fault::FaultKind;

@@ -1,7 +1,7 @@
 //! Asynchronous copies to shared memory, and matrices out of it.
 
 use super::{Access, Places};
-use crate::exec::warp::{PendingCopy, Warp, lanes};
+use crate::exec::warp::{PendingCopy, Warp, all_lanes, lanes};
 use crate::exec::{Block, Run};
 use crate::fault::{FaultKind, Space};
 use crate::ptx::{Lanes, Op};
@@ -99,10 +99,7 @@ impl Run<'_> {
     ) -> Result<(), Box<FaultKind>> {
         let kernel = self.kernel;
         let Op::LoadMatrix { transposed, d, base, offset } = &kernel.code[at].op else { return Ok(()) };
-        if active != u32::MAX {
-            *lane = (!active).trailing_zeros() as usize;
-            return Err(FaultKind::AbsentLane { instruction: "ldmatrix", lane: *lane as u32 }.into());
-        }
+        all_lanes(active, "ldmatrix", lane)?;
         let places = Places::new(Some(Space::Shared), &warp.registers[*base as usize], *offset, active);
         let access = Access { bytes: 16, write: false, strong: false, instruction: at };
         for (matrix, d) in d.iter().enumerate() {

@@ -5,7 +5,7 @@
 //! copies and these products, are not checked.
 
 use super::{Access, Places};
-use crate::exec::warp::Warp;
+use crate::exec::warp::{Warp, all_lanes};
 use crate::exec::{Block, Run, matrix};
 use crate::fault::{FaultKind, Space};
 use crate::ptx::Op;
@@ -46,10 +46,7 @@ impl Run<'_> {
     ) -> Result<(), Box<FaultKind>> {
         let kernel = self.kernel;
         let Op::GroupMatrix { width, factors, along, d, a, right, add } = &kernel.code[at].op else { return Ok(()) };
-        if active != u32::MAX {
-            *lane = (!active).trailing_zeros() as usize;
-            return Err(FaultKind::AbsentLane { instruction: "wgmma", lane: *lane as u32 }.into());
-        }
+        all_lanes(active, "wgmma", lane)?;
         let described = Described::new(warp.registers[*right as usize][0])?;
         // Rows of the tile, and pieces of them: the inner dimension lies along rows, or its 16 places are rows.
         let (rows, pieces) = if *along { (16, *width as u64 / 8) } else { (*width as u64, 2) };

@@ -143,19 +143,13 @@ impl Run<'_> {
             Op::CopyWait { but } => self.finish_copies(block, warp, *but as usize, lane)?,
             Op::LoadMatrix { .. } => self.load_matrix(block, warp, active, at, lane)?,
             Op::Matrix { matrix, d, a, b, c } => {
-                if active != u32::MAX {
-                    *lane = (!active).trailing_zeros() as usize;
-                    return Err(FaultKind::AbsentLane { instruction: "mma", lane: *lane as u32 }.into());
-                }
+                all_lanes(active, "mma", lane)?;
                 matrix::multiply(warp, *matrix, d, a, b, c);
                 self.trace.lanes_meet(&mut warp.knows, active);
             }
             Op::GroupMatrix { .. } => self.group_matrix(block, warp, active, at, lane)?,
             Op::MoveMatrix { d, a } => {
-                if active != u32::MAX {
-                    *lane = (!active).trailing_zeros() as usize;
-                    return Err(FaultKind::AbsentLane { instruction: "movmatrix", lane: *lane as u32 }.into());
-                }
+                all_lanes(active, "movmatrix", lane)?;
                 out = matrix::transpose(&warp.registers[*a as usize]);
                 warp.write(*d, active, &out);
                 self.trace.lanes_meet(&mut warp.knows, active);
@@ -278,6 +272,15 @@ impl Run<'_> {
         state.expected = expected;
         Ok(if *arrive { Next::On } else { Next::Wait(number as u8) })
     }
+}
+
+/// An instruction that the whole warp executes together; without a lane, a fault of that lane.
+pub(in crate::exec) fn all_lanes(active: u32, instruction: &'static str, lane: &mut usize) -> Result<(), FaultKind> {
+    if active == u32::MAX {
+        return Ok(());
+    }
+    *lane = (!active).trailing_zeros() as usize;
+    Err(FaultKind::AbsentLane { instruction, lane: *lane as u32 })
 }
 
 impl Warp {
