@@ -66,32 +66,6 @@ impl Drop for Pinned {
     }
 }
 
-/// Whether so many bytes from `offset` on are some of `to`.
-fn fits(to: &Pinned, offset: usize, bytes: usize) -> Result<()> {
-    if offset + bytes > to.bytes {
-        return Err(Error::shape(
-            "copy",
-            format!("{} bytes of a report", to.bytes),
-            format!("{bytes} from {offset} on"),
-        ));
-    }
-    Ok(())
-}
-
-/// Queues a copy of what the device found to page-locked memory, which nobody reads before `done` has passed.
-pub(super) fn copy_out(device: &Device, to: &Pinned, offset: usize, from: u64, bytes: usize) -> Result<()> {
-    if bytes == 0 {
-        return Ok(());
-    }
-    fits(to, offset, bytes)?;
-    // SAFETY: the page-locked memory holds as many bytes there, which the device alone writes until `done` has passed.
-    unsafe {
-        let to = std::slice::from_raw_parts_mut(to.at.add(offset), bytes);
-        result::memcpy_dtoh_async(to, from, device.stream().cu_stream())
-    }
-    .map_err(|error| driver_error("copy what a step found", error))
-}
-
 /// `struct Report` of kernels/report.cu.
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 #[repr(C)]
@@ -99,23 +73,33 @@ struct Pieces {
     from: [u64; MOST_PIECES],
     to: [u64; MOST_PIECES],
     words: [u32; MOST_PIECES],
-    pieces: u32,
+    pieces: u64,
 }
 
-const MOST_PIECES: usize = 3;
-const _: () = assert!(size_of::<Pieces>() == 64 && std::mem::offset_of!(Pieces, words) == 48);
+const MOST_PIECES: usize = 4;
+const _: () = assert!(size_of::<Pieces>() == 88 && std::mem::offset_of!(Pieces, pieces) == 80);
 
-/// As [`copy_out`] for up to three pieces (from where, to which offset, how many bytes), by one kernel: page-locked memory has the
-/// address for the device that it has for the host. Pieces are whole words of 4 bytes.
-pub(super) fn report(device: &Device, to: &Pinned, pieces: &[(u64, usize, usize)]) -> Result<()> {
-    let mut of = Pieces::default();
-    for (i, &(from, offset, bytes)) in pieces.iter().enumerate() {
-        fits(to, offset, bytes)?;
-        (of.from[i], of.to[i], of.words[i]) = (from, to.at as u64 + offset as u64, (bytes / 4) as u32);
-        of.pieces = i as u32 + 1;
-    }
+/// A part of what a step found: where it stands, where it goes, and how many bytes, whole words of 4.
+pub(super) struct Piece<'p> {
+    pub from: u64,
+    pub to: &'p Pinned,
+    pub offset: usize,
+    pub bytes: usize,
+}
+
+/// Queues one kernel that writes up to four pieces to page-locked memory, which nobody reads before `done` has passed; that memory
+/// has the address for the device that it has for the host.
+pub(super) fn report(device: &Device, pieces: &[Piece<'_>]) -> Result<()> {
     if pieces.is_empty() {
         return Ok(());
+    }
+    let mut of = Pieces { pieces: pieces.len() as u64, ..Pieces::default() };
+    for (i, &Piece { from, to, offset, bytes }) in pieces.iter().enumerate() {
+        if offset + bytes > to.bytes {
+            let (expected, found) = (format!("{} bytes of a report", to.bytes), format!("{bytes} from {offset} on"));
+            return Err(Error::shape("copy", expected, found));
+        }
+        (of.from[i], of.to[i], of.words[i]) = (from, to.at as u64 + offset as u64, (bytes / 4) as u32);
     }
     // SAFETY: the callers hand on where as many bytes stand; there is room for them, which the device alone writes until `done` has
     // passed.

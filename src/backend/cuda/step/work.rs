@@ -1,7 +1,7 @@
 //! What the recording of a step holds, queued in its order.
 
 use super::super::launch::{Grid, args};
-use super::super::pinned::{copy_out, report};
+use super::super::pinned::{Piece, report};
 use super::super::team::Team;
 use super::super::update::{EarlyNorm, Outcome};
 use super::super::{Cuda, Storage, recording};
@@ -63,19 +63,24 @@ impl<S: Storage> Parts<'_, '_, S> {
         if let Some(update) = self.update {
             queue_update(backend, arena, update, self.turn.as_mut(), early.is_some(), &mut left)?;
         }
-        if let (Some(Turn { exchange, pass: PassOfStep { ends_step: true, .. }, .. }), Some(team), Some(told)) =
+        let mut pieces = Vec::with_capacity(4);
+        if let (Some(Turn { exchange, pass: PassOfStep { ends_step: true, .. }, .. }), Some(team), Some(to)) =
             (self.turn, team, &slot.team)
         {
             exchange.join()?;
-            copy_out(device, told, 0, team.address(), team.bytes())?;
+            pieces.push(Piece { from: team.address(), to, offset: 0, bytes: team.bytes() });
         }
         let Left { metrics, outcome, squares } = left;
-        let metrics = metrics.map(|from| (from, std::mem::offset_of!(Report, metrics), size_of::<[f32; METRICS]>()));
-        let outcome = outcome.map(|from| (from, std::mem::offset_of!(Report, outcome), size_of::<Outcome>()));
-        // The plan has as many tensors as the arena.
-        let squares = outcome.map(|_| (squares.0, size_of::<Report>(), squares.1));
-        let pieces: Vec<_> = [metrics, outcome, squares].into_iter().flatten().collect();
-        report(device, &slot.report, &pieces)
+        let mut piece = |from, offset, bytes| pieces.push(Piece { from, to: &slot.report, offset, bytes });
+        if let Some(metrics) = metrics {
+            piece(metrics, std::mem::offset_of!(Report, metrics), size_of::<[f32; METRICS]>());
+        }
+        if let Some(outcome) = outcome {
+            piece(outcome, std::mem::offset_of!(Report, outcome), size_of::<Outcome>());
+            // The plan has as many tensors as the arena.
+            piece(squares.0, size_of::<Report>(), squares.1);
+        }
+        report(device, &pieces)
     }
 }
 
