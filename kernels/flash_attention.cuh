@@ -145,6 +145,16 @@ template <int N> __device__ __forceinline__ void start_copy_f32(u32 to, const fl
     }
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Starts to copy KEYS keys of a head from `key` on, and then their values, to stage 0 or 1 of `tiles`. `keys` is the head's first.
+template <typename T, int D, int KEYS, int THREADS>
+__device__ __forceinline__ void start_keys(u32 tiles, u32 stage, const T* keys, const HeadPlace& place, const AttentionShape& s, int key) {
+    constexpr u32 TILE_BYTES = KEYS * D * 2;
+    const u32 to = tiles + stage * 2 * TILE_BYTES;
+    const T* from = keys + key * place.packed;
+    start_copy<T, D, KEYS, THREADS>(to, from, place.packed, s.time - key);
+    start_copy<T, D, KEYS, THREADS>(to + TILE_BYTES, from + s.kv_heads * D, place.packed, s.time - key);
+    commit_copies();
+}
 // Waits for what this thread started; a barrier makes it everybody's.
 __device__ __forceinline__ void finish_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 

@@ -153,13 +153,7 @@ __device__ __forceinline__ void flash_attention_backward_queries(const T* qkv, c
     const int own = first + warp * 16, row = own + lane / 4;  // of this warp; of this lane, and 8 more
     const T* keys = qkv + place.key(s);
     const u32 tiles = shared_address(shared_memory);
-    auto start = [&](int key, u32 stage) {
-        const u32 to = tiles + stage * 2 * TILE_BYTES;
-        const T* from = keys + key * place.packed;
-        start_copy<T, D, KEYS, THREADS>(to, from, place.packed, s.time - key);
-        start_copy<T, D, KEYS, THREADS>(to + TILE_BYTES, from + s.kv_heads * D, place.packed, s.time - key);
-        commit_copies();
-    };
+    auto start = [&](int key, u32 stage) { start_keys<T, D, KEYS, THREADS>(tiles, stage, keys, place, s, key); };
     start(0, 0);
     u32 query_rows[1][D / 16][4], gradient_rows[1][D / 16][4];
     load_left<T, D>(query_rows[0], qkv + place.query(s) + own * place.packed, place.packed, s.time - own);

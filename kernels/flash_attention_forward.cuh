@@ -30,13 +30,7 @@ __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, floa
     const int own = first + warp * 16 * TILES;  // the warp's first query
     const T* keys = qkv + place.key(s);
     const u32 tiles = shared_address(shared_memory);
-    auto start = [&](int key, u32 stage) {
-        const u32 to = tiles + stage * 2 * TILE_BYTES;
-        const T* from = keys + key * place.packed;
-        start_copy<T, D, KEYS, THREADS>(to, from, place.packed, s.time - key);
-        start_copy<T, D, KEYS, THREADS>(to + TILE_BYTES, from + s.kv_heads * D, place.packed, s.time - key);
-        commit_copies();
-    };
+    auto start = [&](int key, u32 stage) { start_keys<T, D, KEYS, THREADS>(tiles, stage, keys, place, s, key); };
     start(0, 0);
     u32 query[TILES][D / 16][4];
 #pragma unroll
