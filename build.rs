@@ -1,6 +1,6 @@
 //! Compiles `kernels/*.cu` with nvcc, each to a fatbin (machine code for sm_80, sm_90a and sm_100, PTX of compute_80 for the
-//! rest; what is Hopper's alone for sm_90a), and writes the table that `backend/cuda/module.rs` embeds. Only what changed is compiled again. Without nvcc the
-//! table holds the CUDA source instead, which NVRTC compiles at run time. Never asks for a GPU.
+//! rest; what is Hopper's alone for sm_90a), and writes the table that `backend/cuda/module.rs` embeds. Only what changed is
+//! compiled again. Without nvcc the table holds the CUDA source instead, which NVRTC compiles at run time. Never asks for a GPU.
 
 use std::error::Error;
 use std::fs;
@@ -66,6 +66,8 @@ fn main() -> Result<()> {
     let generated = format!(
         "/// The release of the nvcc that compiled the kernels.\n\
          pub(super) const NVCC: Option<&str> = {release:?};\n\
+         /// How names of sources end whose kernels are compute capability 9.0's alone.\n\
+         const HOPPER_ENDING: &str = {HOPPER:?};\n\
          /// Fatbins by the name of their source; none where no nvcc was found.\n\
          pub(super) const FATBINS: &[(&str, &[u8])] = &[\n{fatbins}];\n\
          /// CUDA sources by name.\n\

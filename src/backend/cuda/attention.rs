@@ -5,6 +5,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::context::{AttentionProducts, Device};
 use super::launch::{Arg, Grid, args};
+use super::module::is_for;
 use super::{Cuda, Storage, emulated};
 use crate::backend::ops::{
     Attention, AttentionBackward, AttentionDropout, AttentionForward, AttentionGeometry, Padding, Rotary,
@@ -98,7 +99,7 @@ const HOPPER: &str = "flash_attention_hopper";
 
 impl Device {
     fn multiplies_by_groups(&self) -> bool {
-        let has_them = self.compute_capability() == (9, 0) || emulated::is_active();
+        let has_them = is_for(HOPPER, self.compute_capability()) || emulated::is_active();
         has_them && self.options().attention == AttentionProducts::Groups
     }
 }

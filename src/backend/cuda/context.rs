@@ -107,8 +107,8 @@ pub struct Device {
     pub(super) operation: Mutex<Option<&'static str>>,
     blas: std::sync::OnceLock<super::blas::Blas>,
     dnn: std::sync::OnceLock<super::convolution::Dnn>,
-    /// What was chosen of two ways (ways.rs).
-    pub(super) ways: Mutex<HashMap<String, usize>>,
+    /// Whether the second of two ways is taken, by question (ways.rs).
+    pub(super) ways: Mutex<HashMap<String, bool>>,
     /// Where the scalars of work stand that is no step of a queue, and of whatever is queued now.
     own_state: u64,
     state: AtomicU64,

@@ -14,12 +14,12 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 /// Set to 1: kernels that were embedded are passed over, as if Warpstep had been built without nvcc.
 const NVRTC: &str = "WARPSTEP_NVRTC";
 
-/// The compute capability that files are for whose names end with `_hopper`.
+/// The compute capability that files are for whose names end with `HOPPER_ENDING`.
 const HOPPER: (i32, i32) = (9, 0);
 
 /// Whether devices of this compute capability have the instructions of a file of kernels.
-fn is_for(file: &str, capability: (i32, i32)) -> bool {
-    capability == HOPPER || !file.ends_with("_hopper")
+pub(super) fn is_for(file: &str, capability: (i32, i32)) -> bool {
+    capability == HOPPER || !file.ends_with(HOPPER_ENDING)
 }
 
 /// What a module is loaded from.

@@ -18,19 +18,19 @@ const REPEATS: usize = 16;
 pub(super) type Way<'a> = &'a dyn Fn(u64) -> Result<()>;
 
 impl Device {
-    /// The number of the faster of two ways; the first where nothing is to be measured, or can be kept. `question` is all that the
+    /// Whether the second of two ways is the faster; no where nothing is to be measured, or can be kept. `question` is all that the
     /// answer depends on besides the device. Both must leave things as they were, done once or many times; what they must not touch
     /// they can put into `bytes` of memory while they are measured.
     ///
     /// # Errors
     /// Those of the ways.
-    pub(super) fn faster(&self, question: &str, bytes: usize, ways: [Way<'_>; 2]) -> Result<usize> {
-        if let Some(&chosen) = self.ways.lock().unwrap_or_else(PoisonError::into_inner).get(question) {
-            return Ok(chosen);
+    pub(super) fn second_is_faster(&self, question: &str, bytes: usize, ways: [Way<'_>; 2]) -> Result<bool> {
+        if let Some(&second) = self.ways.lock().unwrap_or_else(PoisonError::into_inner).get(question) {
+            return Ok(second);
         }
         // Asked again where it can be measured.
         if !self.options().measure || self.is_timing() || self.is_recording()? {
-            return Ok(0);
+            return Ok(false);
         }
         let found = match Entry::new(self, "ways", HEAD, question) {
             Some(entry) => entry.find_or_measure(
@@ -39,9 +39,9 @@ impl Device {
             )?,
             None => None,
         };
-        let chosen = usize::from(found == Some([1]));
-        self.ways.lock().unwrap_or_else(PoisonError::into_inner).insert(question.to_owned(), chosen);
-        Ok(chosen)
+        let second = found == Some([1]);
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner).insert(question.to_owned(), second);
+        Ok(second)
     }
 
     /// None where there is no room to measure.

@@ -70,46 +70,35 @@ fn threads(depth: usize, most: usize) -> u32 {
 }
 
 impl<S: Storage> Cuda<S> {
-    /// Whether the kernels can do it, and whether that is to be measured.
-    fn asks(&self, [rows, inputs, outputs]: [usize; 3]) -> (bool, bool) {
-        let sides = [rows, inputs, outputs];
+    /// Whether a map of this size, known by `what` besides, is done the second way.
+    fn takes_second(&self, size: [usize; 3], what: &str, bytes: usize, ways: [Way<'_>; 2]) -> Result<bool> {
         let in_type = S::HAS_MASTER || self.device().options().tf32;
-        let can = in_type && !sides.contains(&0) && sides.iter().product::<usize>() <= SMALL;
+        let can = in_type && !size.contains(&0) && size.iter().product::<usize>() <= SMALL;
         match self.device().options().small_products {
-            SmallProducts::Never => (false, false),
-            SmallProducts::Always => (can, false),
-            SmallProducts::Measured => (can, true),
+            SmallProducts::Measured if can => {
+                self.device().second_is_faster(&format!("{what} {} {size:?}", S::NAME), bytes, ways)
+            }
+            taken => Ok(can && taken == SmallProducts::Always),
         }
     }
 
     pub(super) fn takes_small_forward(&self, of: &Forward) -> Result<bool> {
-        let Forward { rows, inputs, outputs, bias, activation, .. } = *of;
-        let (can, measures) = self.asks([rows, inputs, outputs]);
-        if !(can && measures) {
-            return Ok(can);
-        }
-        let function = activation.map(|(kind, kept)| (kind, kept.is_some()));
-        let size = [rows, inputs, outputs];
-        let question = format!("linear_forward {} {size:?} {} {function:?}", S::NAME, bias.is_some());
+        let function = of.activation.map(|(kind, kept)| (kind, kept.is_some()));
+        let what = format!("linear_forward {} {function:?}", of.bias.is_some());
         // Both write y and what is kept `=`.
         let ways: [Way<'_>; 2] = [&|_| self.forward_by_library(of), &|_| self.small_forward(of)];
-        Ok(self.device().faster(&question, 0, ways)? == 1)
+        self.takes_second([of.rows, of.inputs, of.outputs], &what, 0, ways)
     }
 
     pub(super) fn takes_small_backward(&self, of: &Backward) -> Result<bool> {
         let Backward { rows, inputs, outputs, dx, slope, dbias, .. } = *of;
-        let (can, measures) = self.asks([rows, inputs, outputs]);
-        if !(can && measures) {
-            return Ok(can);
-        }
-        let (size, function) = ([rows, inputs, outputs], slope.map(|(kind, _)| kind));
-        let question =
-            format!("linear_backward {} {size:?} {} {} {function:?}", S::NAME, dx.is_some(), dbias.is_some());
+        let function = slope.map(|(kind, _)| kind);
+        let what = format!("linear_backward {} {} {function:?}", dx.is_some(), dbias.is_some());
         // Gradients may be added to: what is measured goes elsewhere, `=`.
         let weight = (outputs * inputs * size_of::<f32>()).next_multiple_of(ALIGNMENT);
         let to = |room| Backward { dweight: room, dbias: dbias.map(|_| room + weight as u64), add: [false; 2], ..*of };
         let ways: [Way<'_>; 2] = [&|room| self.backward_by_library(&to(room)), &|room| self.small_backward(&to(room))];
-        Ok(self.device().faster(&question, weight + outputs * size_of::<f32>(), ways)? == 1)
+        self.takes_second([rows, inputs, outputs], &what, weight + outputs * size_of::<f32>(), ways)
     }
 
     pub(super) fn small_forward(&self, of: &Forward) -> Result<()> {
