@@ -70,7 +70,7 @@ template <int WARPS> __device__ Peak merge_row(Peak own, Peak* shared) {
 
 // A row, cut where accesses of 16 bytes begin and end: rows of odd width start anywhere.
 template <typename T> struct RowCut {
-    int head;    // values before the first whole access
+    int head;   // values before the first whole access
     int packs;  // whole accesses
     __device__ __forceinline__ RowCut(const T* row, int len) {
         const int past = static_cast<int>(reinterpret_cast<u64>(row) % 16 / sizeof(T));
@@ -247,11 +247,9 @@ __device__ __forceinline__ Judged cross_entropy_row(const Classes<T>& of, i64 ro
             d[target] = from_f32<T>(fmaf(power(picked_logit), slope.inverse, -slope.uniform) - slope.certain);
         }
     };
-    if (e.is_plain()) {
-        with([&](float value) { return e.of(value); });
-    } else {
-        with([&](float value) { return expf(value - row_peak.most); });
-    }
+    const bool is_needed = d != nullptr || is_smooth;
+    if (is_needed && e.is_plain()) with([&](float value) { return e.of(value); });
+    if (is_needed && !e.is_plain()) with([&](float value) { return expf(value - row_peak.most); });
     if (is_smooth) total = WARPS == 1 ? warp_sum(total) : block_sum(total, totals);
     return judge(of, row_peak, target, picked_logit, total);
 }
@@ -439,8 +437,8 @@ template <typename T> __device__ __forceinline__ void cross_entropy_small(const 
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         pointwise_loss_##SUFFIX(const T* x, const T* target, T* dx, float* losses, float* rights, i64 len,             \
-                                int binary, const LossScale* loss_scale) {                                                   \
-        pointwise(x, target, dx, losses, rights, len, binary, loss_scale);                                                   \
+                                int binary, const LossScale* loss_scale) {                                             \
+        pointwise(x, target, dx, losses, rights, len, binary, loss_scale);                                             \
     }
 FOR_EACH_STORAGE(DEFINE)
 #undef DEFINE
