@@ -2,8 +2,9 @@
 
 #![allow(dead_code)] // each test file uses a part of it
 
-use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
+
+use crate::common::free_port;
 
 /// What one process on an emulated device is asked: races and unwritten reads are looked for where kernels themselves are tested.
 pub fn on_device(command: &mut Command) -> &mut Command {
@@ -33,8 +34,4 @@ pub fn start(world: usize, command: impl Fn() -> Command) -> Vec<Child> {
 /// Starts so many processes and waits for their ends.
 pub fn run(world: usize, command: impl Fn() -> Command) -> Vec<Output> {
     start(world, command).into_iter().map(|process| process.wait_with_output().unwrap()).collect()
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use super::team::free_port;
+use super::common::free_port;
 use warpstep::parallel::rendezvous::{Endpoint, Listener, Rendezvous};
 use warpstep::parallel::world::{Launcher, World, host_name};
 

@@ -31,11 +31,6 @@ pub struct Team {
     ranks: Vec<Child>,
 }
 
-/// A port that is free now.
-pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 impl Team {
     pub fn new(trouble: &str, victim: usize) -> Self {
         Team { folder: tempfile::tempdir().unwrap(), trouble: trouble.into(), victim, ranks: Vec::new() }
