@@ -9,9 +9,9 @@ mod device;
 
 use std::path::PathBuf;
 use std::process::Output;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use common::{stderr, stdout, warpstep};
+use common::{has_emulated_device, stderr, stdout, warpstep};
 use half::{bf16, f16};
 use tempfile::TempDir;
 use warpstep::backend::cuda::{Cuda, Device, Storage, emulated, update};
@@ -22,12 +22,10 @@ use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule, UpdatePlan};
 use warpstep::train::memory::{RunMemory, Wanted};
 use warpstep::train::step::{Trainer, TrainerParts};
 
-/// Free memory is one figure of the whole device: tests that read it take turns.
-static ALONE: Mutex<()> = Mutex::new(());
-
 /// What an allocation of nothing takes, a few times.
 const SLACK: usize = 32;
 
+/// Free memory is one figure of the whole device, which opening a device changes: one test of this program, and no more, opens one.
 fn free(device: &Device) -> usize {
     device.memory().unwrap().0
 }
@@ -55,7 +53,6 @@ fn check<S: Storage>(
     optimizer: &OptimizerOptions,
     ema: Option<f64>,
 ) {
-    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let (mut model, input) = make();
     let wanted = Wanted {
         input: input.clone(),
@@ -226,8 +223,7 @@ fn without_a_gpu_a_run_on_one_is_planned_all_the_same() {
 
 #[test]
 fn where_the_device_is_there_what_is_free_is_told_and_whether_it_fits() {
-    if device::device().is_none() || !emulated::is_active() {
-        println!("skipped: no emulated device");
+    if !has_emulated_device() {
         return;
     }
     let place = Place::new();
@@ -245,8 +241,7 @@ fn where_the_device_is_there_what_is_free_is_told_and_whether_it_fits() {
 
 #[test]
 fn a_run_that_needs_more_memory_than_there_is_says_what_to_change() {
-    if device::device().is_none() || !emulated::is_active() {
-        println!("skipped: no emulated device");
+    if !has_emulated_device() {
         return;
     }
     let place = Place::new();
