@@ -142,6 +142,26 @@ pub enum FaultKind {
         /// The lane read.
         lane: u32,
     },
+    /// An access to registers that products of a warpgroup work on.
+    #[error("an access to registers that wgmma works on until a wgmma.wait_group tells that it is done")]
+    InFlight,
+    /// A product of a warpgroup whose registers were accessed since the last fence.
+    #[error("wgmma works on registers that were accessed since the last wgmma.fence, or there was none")]
+    Unfenced,
+    /// A product of a warpgroup that may read what was in shared memory before.
+    #[error("wgmma reads shared address {address:#x}, which thread {thread} wrote with no fence.proxy.async since")]
+    Unpublished {
+        /// First address of the word.
+        address: u64,
+        /// The thread that wrote it last, by number within its block.
+        thread: u32,
+    },
+    /// A store to shared memory while a product of a warpgroup read it.
+    #[error("shared address {address:#x} changed while wgmma read it")]
+    ChangedInFlight {
+        /// First address of eight values.
+        address: u64,
+    },
     /// More shared memory than a block can have.
     #[error("a block asks for {asked} bytes of shared memory; the limit is {limit}")]
     SharedMemory {

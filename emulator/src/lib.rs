@@ -9,11 +9,12 @@
 //! - PTX of `compute_80` as nvcc 13 writes it: arithmetic with its roundings, packed halves, predicates and divergence, jumps by
 //!   tables, functions that are called, vectors, atomics, asynchronous copies, `ldmatrix` and `mma`, shuffles, votes, named
 //!   barriers, fences, and cooperative launches with barriers of the whole grid. Of what compute capability 9.0 has besides,
-//!   `wgmma` with 16-bit factors, the left one in registers, the right one swizzled over 128 bytes; it is done at once, so sums
-//!   that are read too early are not found. An instruction that is not known is an error with its line when the module is
-//!   loaded, never passed over.
+//!   `wgmma` with 16-bit factors, the left one in registers, the right one swizzled over 128 bytes. An instruction that is not
+//!   known is an error with its line when the module is loaded, never passed over.
 //! - Every access of a kernel is checked: bounds, freed memory, alignment, memory of other devices, reads of what nothing wrote,
-//!   and data races between lanes, warps and blocks, by the memory model's release and acquire.
+//!   and data races between lanes, warps and blocks, by the memory model's release and acquire. So is what `wgmma` asks of a
+//!   program that it runs beside: fences of registers and of shared memory, and nothing touched until it is waited for. (Who wrote
+//!   to shared memory is to publish it: a fence of the reader's alone counts for nothing here.)
 //! - Streams, events, graphs, several devices with memory of their own.
 //!
 //! # What is not

@@ -301,6 +301,78 @@ fn copies_in_flight_are_not_read() {
     run(format!("{copy}\ncp.async.wait_group 0;\nbar.sync 0;\n{other}")).unwrap();
 }
 
+/// A product of 64 threads' warps with a tile of 8 rows of 128 bytes, in parts that a test may leave out or put elsewhere.
+struct GroupProduct {
+    publish: &'static str,
+    meet: &'static str,
+    fence: &'static str,
+    between: &'static str,
+    wait: &'static str,
+    after: &'static str,
+}
+
+impl GroupProduct {
+    const RIGHT: Self = GroupProduct {
+        publish: "fence.proxy.async.shared::cta;",
+        meet: "bar.sync 0;",
+        fence: "wgmma.fence.sync.aligned;",
+        between: "",
+        wait: "wgmma.wait_group.sync.aligned 0;",
+        after: "mov.f32 %f0, %s0;",
+    };
+
+    fn body(&self) -> String {
+        let GroupProduct { publish, meet, fence, between, wait, after } = self;
+        let product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%s0, %s1, %s2, %s3}, {%a0, %a1, %a2, %a3}, %rd5, %p1, 1, 1, 0;";
+        format!(
+            ".reg .f32 %s<4>; .reg .b32 %a<4>; mov.f32 %s0, 0f00000000; mov.f32 %s1, %s0; mov.f32 %s2, %s0; mov.f32 %s3, %s0;
+             mov.b32 %a0, 0; mov.b32 %a1, 0; mov.b32 %a2, 0; mov.b32 %a3, 0; setp.eq.u32 %p1, %a0, 0; mov.u32 %r7, 0;
+             st.shared.u32 [%r3], %r7; st.shared.u32 [%r3+256], %r7; st.shared.u32 [%r3+512], %r7; st.shared.u32 [%r3+768], %r7;
+             {publish} {meet}
+             mov.u32 %r5, tile; shr.u32 %r5, %r5, 4; cvt.u64.u32 %rd5, %r5; or.b64 %rd5, %rd5, 0x4000004000010000;
+             {fence} {product} {product} wgmma.commit_group.sync.aligned; {between}
+             {wait} {after}"
+        )
+    }
+}
+
+#[test]
+fn products_of_warpgroups_run_beside_the_program() {
+    const RIGHT: GroupProduct = GroupProduct::RIGHT;
+    let run = |product: GroupProduct| Bench::new().run(&product.body(), [2, 1, 1], [64, 1, 1], Checks::default());
+    let fault = |product: GroupProduct| run(product).unwrap_err().kind;
+    run(RIGHT).unwrap();
+    // Sums that are read, and a left factor that is written, before they are waited for.
+    assert_eq!(fault(GroupProduct { between: "mov.f32 %f0, %s3;", ..RIGHT }), FaultKind::InFlight);
+    assert_eq!(fault(GroupProduct { between: "add.u32 %a1, %r1, 1;", ..RIGHT }), FaultKind::InFlight);
+    assert_eq!(fault(GroupProduct { wait: "wgmma.wait_group.sync.aligned 1;", ..RIGHT }), FaultKind::InFlight);
+    run(GroupProduct { between: "add.u32 %r4, %r1, 1;", ..RIGHT }).unwrap();
+    // Sums as the left factor of a product that runs beside theirs.
+    let sums_as_factor = "mov.b32 %a0, %s0;";
+    assert_eq!(fault(GroupProduct { between: sums_as_factor, ..RIGHT }), FaultKind::InFlight);
+    // Registers that were written after the fence, or with none.
+    assert_eq!(fault(GroupProduct { fence: "", ..RIGHT }), FaultKind::Unfenced);
+    assert_eq!(
+        fault(GroupProduct { fence: "wgmma.fence.sync.aligned; mov.b32 %a2, %r1;", ..RIGHT }),
+        FaultKind::Unfenced
+    );
+    let again = "wgmma.fence.sync.aligned; mov.f32 %s0, %f0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%s0, %s1, %s2, %s3}, \
+                 {%a0, %a1, %a2, %a3}, %rd5, %p1, 1, 1, 0;";
+    assert_eq!(fault(GroupProduct { after: again, ..RIGHT }), FaultKind::Unfenced);
+    // What threads wrote and did not publish, or published before they wrote.
+    assert!(matches!(fault(GroupProduct { publish: "", ..RIGHT }), FaultKind::Unpublished { .. }));
+    let late = "st.shared.u32 [%r3], %r7; bar.sync 0;";
+    assert!(matches!(fault(GroupProduct { meet: late, ..RIGHT }), FaultKind::Unpublished { .. }));
+    // Another warp's words, with no barrier.
+    assert!(matches!(fault(GroupProduct { meet: "", ..RIGHT }), FaultKind::Unwritten { .. } | FaultKind::Race { .. }));
+    // Stores to what is being read: with nothing that orders them, and between barriers that a warp passes before it waits.
+    let beside = "st.shared.u32 [%r3], %r1;";
+    assert!(matches!(fault(GroupProduct { between: beside, ..RIGHT }), FaultKind::Race { .. }));
+    let others = "bar.sync 0; xor.b32 %r4, %r3, 128; st.shared.u32 [%r4], %r1; bar.sync 0;";
+    assert!(matches!(fault(GroupProduct { between: others, ..RIGHT }), FaultKind::ChangedInFlight { .. }));
+    run(GroupProduct { after: "bar.sync 0; st.shared.u32 [%r3], %r1;", ..RIGHT }).unwrap();
+}
+
 /// A barrier of the whole grid: a counter at the buffer's end. `order` is how it is counted, `fence` what stands around.
 fn grid_barrier(order: &str, load: &str, fence: &str) -> String {
     format!(

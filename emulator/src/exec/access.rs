@@ -4,6 +4,8 @@ mod copies;
 mod groups;
 mod traffic;
 
+pub(super) use groups::{Flight, publish};
+
 use super::trace::{Conflict, Knowledge, Who};
 use super::warp::{Warp, lanes};
 use super::{Block, LOCAL_WINDOW, Run, SHARED_WINDOW, WINDOW};
@@ -265,6 +267,10 @@ impl Run<'_> {
         let range = address as usize..(address + bytes) as usize;
         if write {
             block.shared_written[range.clone()].fill(1);
+            if !block.unpublished.is_empty() {
+                block.unpublished[address as usize / 4..((address + bytes) as usize).div_ceil(4)]
+                    .fill(part.thread as u16 + 1);
+            }
         } else if self.launch.checks.unwritten && !all_written(&block.shared_written[range.clone()]) {
             let range = Some(Range { start: 0, bytes: size });
             return Err(FaultKind::Unwritten { space: Space::Shared, address, bytes, range });

@@ -92,6 +92,8 @@ pub(crate) struct Block {
     pub shared: Vec<u8>,
     pub shared_written: Vec<u8>,
     pub shared_trace: Vec<[u64; 2]>,
+    /// Of each word, where warpgroups multiply: 1 + the thread that wrote it and did not publish it since.
+    pub unpublished: Vec<u16>,
     /// Threads that arrived at each barrier, how many should, the combined predicate and the count.
     pub barriers: [BarrierState; 16],
 }
@@ -296,6 +298,7 @@ impl Run<'_> {
             shared: vec![0; shared],
             shared_written: vec![0; shared],
             shared_trace: vec![[0; 2]; shared.div_ceil(4)],
+            unpublished: vec![0; if self.kernel.in_groups { shared.div_ceil(4) } else { 0 }],
             barriers: Default::default(),
         }
     }
@@ -347,6 +350,7 @@ impl Run<'_> {
         block.number = number;
         block.coordinates = [number % width, number / width % height, number / width / height];
         block.shared_written.fill(0);
+        block.unpublished.fill(0);
         let clock = self.trace.tick();
         block.barriers = Default::default();
         for warp in warps {

@@ -4,6 +4,7 @@ mod execute;
 
 pub(super) use execute::all_lanes;
 
+use super::access::Flight;
 use super::trace::Knowledge;
 use super::{BarrierState, Block, Found, Run};
 use crate::fault::FaultKind;
@@ -39,6 +40,7 @@ pub(crate) struct Warp {
     pub knows: Knowledge,
     pub copies: Vec<PendingCopy>,
     pub groups: std::collections::VecDeque<Vec<PendingCopy>>,
+    pub flight: Flight,
 }
 
 pub(crate) enum Status {
@@ -74,6 +76,7 @@ impl Warp {
             knows: Knowledge::default(),
             copies: Vec::new(),
             groups: std::collections::VecDeque::new(),
+            flight: Flight::new(if kernel.in_groups { kernel.registers } else { 0 }),
         }
     }
 
@@ -89,6 +92,7 @@ impl Warp {
         self.reduction = None;
         self.copies.clear();
         self.groups.clear();
+        self.flight.restart();
         self.local_written.fill(0);
     }
 
@@ -208,6 +212,9 @@ impl Run<'_> {
             let mut next = Next::On;
             if active != 0 {
                 let mut lane = active.trailing_zeros() as usize;
+                if kernel.in_groups {
+                    warp.flight.access(instruction).map_err(|kind| found(kind, block, warp, lane, at))?;
+                }
                 next = self
                     .execute(block, warp, active, at, &mut lane)
                     .map_err(|kind| found(*kind, block, warp, lane, at))?;

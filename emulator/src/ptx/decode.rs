@@ -242,7 +242,8 @@ impl Decoder<'_, '_> {
             // Between the ways that a thread's own accesses and others go.
             "fence" if op.has("proxy") => {
                 op.only(0, &["proxy", "async", "alias", "global", "shared", "shared::cta"])?;
-                self.one(Op::Nothing, Class::Synchronize)
+                let shared = op.has("async") && !op.has("global");
+                self.one(if shared { Op::ProxyFence } else { Op::Nothing }, Class::Synchronize)
             }
             "membar" | "fence" => {
                 op.only(0, &["sc", "acq_rel", "acquire", "release", "cta", "gl", "gpu", "sys"])?;

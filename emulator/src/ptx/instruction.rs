@@ -269,6 +269,14 @@ pub(crate) enum Op {
         right: Reg,
         add: Pred,
     },
+    /// `wgmma.fence`: what it works on from here on holds what was written before.
+    GroupFence,
+    /// `wgmma.commit_group`
+    GroupCommit,
+    /// `wgmma.wait_group`: all groups but the last `but` are done.
+    GroupWait {
+        but: u32,
+    },
     IsSpace {
         d: u32,
         a: Reg,
@@ -324,6 +332,8 @@ pub(crate) enum Op {
         /// Among the threads of a block only.
         within: bool,
     },
+    /// `fence.proxy.async`: what `wgmma` reads of shared memory is what was written before.
+    ProxyFence,
     Nothing,
     Branch {
         to: u32,
@@ -348,4 +358,6 @@ pub(crate) struct Instruction {
     /// File and line of the source.
     pub source: (u32, u32),
     pub text: std::sync::Arc<str>,
+    /// The registers that it names.
+    pub names: std::sync::Arc<[Reg]>,
 }

@@ -63,6 +63,8 @@ pub struct Kernel {
     pub local: usize,
     /// The most threads a block may have.
     pub max_threads: u32,
+    /// Whether warpgroups multiply in it.
+    pub(crate) in_groups: bool,
     pub(crate) code: Vec<Instruction>,
     /// Registers, constants and special registers, one [`Lanes`] each.
     pub(crate) registers: usize,

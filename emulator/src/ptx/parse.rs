@@ -282,6 +282,7 @@ impl<'a> Parser<'a> {
             line,
             source: self.source,
             text: "end of the kernel".into(),
+            names: Arc::default(),
         };
         builder.code.push(exit);
         let kernel: Kernel = builder.finish(name).map_err(|message| ParseError { line, message })?;
@@ -400,9 +401,12 @@ impl<'a> Parser<'a> {
         let text: Arc<str> = self.text(start).into();
         let ops = decode(&opcode, &operands, builder)
             .map_err(|message| ParseError { line, message: format!("{message}: `{text}`") })?;
+        let mut names = Vec::new();
+        operands.iter().for_each(|operand| operand.names(&mut names));
+        let names: Arc<[u32]> = names.into();
         for (op, class) in ops {
-            let source = self.source;
-            builder.code.push(Instruction { op, guard, class, line, source, text: Arc::clone(&text) });
+            let (source, text, names) = (self.source, Arc::clone(&text), Arc::clone(&names));
+            builder.code.push(Instruction { op, guard, class, line, source, text, names });
         }
         Ok(())
     }

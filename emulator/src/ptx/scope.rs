@@ -48,6 +48,21 @@ pub(super) enum Operand {
     Label(String),
 }
 
+impl Operand {
+    /// Adds the registers that it names.
+    pub fn names(&self, to: &mut Vec<u32>) {
+        match self {
+            Operand::Reg { number, .. } | Operand::Address { base: number, .. } => to.push(*number),
+            Operand::Vector(parts) => parts.iter().for_each(|part| part.names(to)),
+            Operand::Pair(first, second) => {
+                first.names(to);
+                second.names(to);
+            }
+            Operand::Pred(_) | Operand::Bits(_) | Operand::Clock | Operand::Sink | Operand::Label(_) => {}
+        }
+    }
+}
+
 /// Collects a kernel's code.
 #[derive(Default)]
 pub(super) struct Builder {
@@ -309,8 +324,10 @@ impl Builder {
             self.static_shared = align(self.static_shared, alignment);
             constants.push((register, self.static_shared as u64));
         }
+        let in_groups = self.code.iter().any(|instruction| matches!(instruction.op, Op::GroupMatrix { .. }));
         Ok(Kernel {
             name: name.to_owned(),
+            in_groups,
             params: self.params,
             static_shared: self.static_shared,
             local: align(self.local, 16),

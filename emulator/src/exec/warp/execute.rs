@@ -1,7 +1,8 @@
 //! What each instruction does to a warp.
 
 use super::{Next, Warp, lanes};
-use crate::exec::{Block, Run, access, matrix};
+use crate::exec::access::{self, publish};
+use crate::exec::{Block, Run, matrix};
 use crate::fault::FaultKind;
 use crate::ptx::{Combine, Lanes, Op, Shuffle, Vote, insert_bits};
 
@@ -148,6 +149,10 @@ impl Run<'_> {
                 self.trace.lanes_meet(&mut warp.knows, active);
             }
             Op::GroupMatrix { .. } => self.group_matrix(block, warp, active, at, lane)?,
+            Op::GroupFence => warp.flight.fence(),
+            Op::GroupCommit => warp.flight.commit(),
+            Op::GroupWait { but } => self.wait_group(block, warp, *but as usize, lane)?,
+            Op::ProxyFence => publish(block, warp.index, active),
             Op::MoveMatrix { d, a } => {
                 all_lanes(active, "movmatrix", lane)?;
                 out = matrix::transpose(&warp.registers[*a as usize]);

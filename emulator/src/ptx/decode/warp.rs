@@ -34,13 +34,15 @@ impl Decoder<'_, '_> {
         self.one(Op::Matrix { matrix, d, a, b, c }, Class::Matrix)
     }
 
-    /// Products of warpgroups, of 16-bit factors whose left one is in registers; they are done where they stand, so that there is
-    /// nothing to wait for.
+    /// Products of warpgroups, of 16-bit factors whose left one is in registers, and what orders them.
     pub(super) fn group_matrix(&mut self) -> Decoded {
         let op = self.op;
         let (shape, factors) = match op.mods[..] {
-            ["fence" | "commit_group" | "wait_group", "sync", "aligned"] => {
-                return self.one(Op::Nothing, Class::Synchronize);
+            ["fence", "sync", "aligned"] => return self.one(Op::GroupFence, Class::Synchronize),
+            ["commit_group", "sync", "aligned"] => return self.one(Op::GroupCommit, Class::Synchronize),
+            ["wait_group", "sync", "aligned"] => {
+                let Operand::Bits(but) = *self.operand(0)? else { return self.unknown() };
+                return self.one(Op::GroupWait { but: but as u32 }, Class::Synchronize);
             }
             ["mma_async", "sync", "aligned", shape, "f32", "f16", "f16"] => (shape, MatrixType::F16),
             ["mma_async", "sync", "aligned", shape, "f32", "bf16", "bf16"] => (shape, MatrixType::Bf16),

@@ -95,7 +95,7 @@ impl Parser<'_> {
             if name != "__assertfail" {
                 return Err(wrong(format!("a call of {name}, which has no body, is not known to the emulated device")));
             }
-            builder.code.push(Instruction { op: Op::Trap, guard, class, line, source, text });
+            builder.code.push(Instruction { op: Op::Trap, guard, class, line, source, text, names: Arc::default() });
             return Ok(());
         };
         if function.params.len() != params.len() || function.results.len() != results.len() {
@@ -105,7 +105,15 @@ impl Parser<'_> {
         if let Some(guard) = guard {
             builder.jump(&over);
             let guard = Some(Pred { negated: !guard.negated, ..guard });
-            builder.code.push(Instruction { op: Op::Branch { to: 0 }, guard, class, line, source, text });
+            builder.code.push(Instruction {
+                op: Op::Branch { to: 0 },
+                guard,
+                class,
+                line,
+                source,
+                text,
+                names: Arc::default(),
+            });
         }
         let names = function.params.into_iter().chain(function.results);
         let bound: Vec<_> = names.zip(params.into_iter().chain(results)).collect();
