@@ -21,6 +21,8 @@ mod parallel;
 mod pool;
 mod product;
 mod profile;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod transpose;
 mod update;
 

@@ -1,12 +1,17 @@
 //! Matrix products.
 
+#[cfg(target_arch = "x86_64")]
+use std::any::TypeId;
 use std::cell::Cell;
 use std::ops::Range;
 
+use bytemuck::{Pod, Zeroable};
 use gemm::Parallelism;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::tiles::{self, Place};
 use super::transpose::transpose;
 use crate::real::Real;
 
@@ -137,12 +142,51 @@ pub(super) fn product_here<R: Real>(
 
 /// The part of a product that [`DEPTH`] or less of the inner dimension makes; no size is 0.
 fn add_part<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
+    #[cfg(target_arch = "x86_64")]
+    let Some(c) = in_tiles(c, a, b, accumulate) else { return };
+    in_the_library(c, a, b, accumulate);
+}
+
+/// Does what [`add_part`] is to do by the library.
+fn in_the_library<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
     let lies = |strides: &[isize]| strides[1] == 1;
     if c.len() > HORIZONTAL && lies(c.strides()) && lies(a.strides()) && lies(b.t().strides()) && !lies(b.strides()) {
         both_along(c, a, b.reversed_axes(), accumulate);
     } else {
         run(c, a, b, accumulate);
     }
+}
+
+/// Does what [`add_part`] is to do where tiles of our own serve better than the library; gives c back where they do not.
+#[cfg(target_arch = "x86_64")]
+fn in_tiles<'c, R: Real>(
+    mut c: ArrayViewMut2<'c, R>,
+    a: ArrayView2<'_, R>,
+    b: ArrayView2<'_, R>,
+    accumulate: bool,
+) -> Option<ArrayViewMut2<'c, R>> {
+    let [c_strides, a_strides, b_strides] = [strides(c.strides()), strides(a.strides()), strides(b.strides())];
+    let lies = c_strides[1] == 1 && b_strides.contains(&1);
+    if TypeId::of::<R>() != TypeId::of::<f32>() || !lies || c.len() <= HORIZONTAL {
+        return Some(c);
+    }
+    let factor = |start: *const R, strides| Place { start: start.cast(), strides };
+    let product = tiles::Product {
+        sizes: [a.nrows(), a.ncols(), b.ncols()],
+        c: Place { start: c.as_mut_ptr().cast(), strides: c_strides },
+        a: factor(a.as_ptr(), a_strides),
+        b: factor(b.as_ptr(), b_strides),
+        accumulate,
+    };
+    if !product.is_for() {
+        return Some(c);
+    }
+    with_scratch(product.memory(), |memory| {
+        // SAFETY: `is_for` found that the processor has what it takes. The pointers and strides are those of live views of f32 whose
+        // shapes `product_here` checked; `c` is borrowed mutably, so it overlaps neither factor; and they lie as was asked above.
+        unsafe { product.run(memory) };
+    });
+    None
 }
 
 /// `c = a b^T` of factors that both lie along the inner dimension, `[m, k]` and `[n, k]`.
@@ -191,16 +235,21 @@ fn matrix_mut<R>(values: &mut [R], width: usize) -> ArrayViewMut2<'_, R> {
     ArrayViewMut2::from_shape((values.len() / width, width), values).expect("as many values as rows times width")
 }
 
+/// A line of the caches.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
 thread_local! {
-    static SCRATCH: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
+    static SCRATCH: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Runs `f` with so many values of memory that the thread keeps for it, which may hold anything.
+/// Runs `f` with so many values of memory that the thread keeps for it, from a multiple of 64 bytes on, which may hold anything.
 fn with_scratch<R: Real>(len: usize, f: impl FnOnce(&mut [R])) {
     let mut memory = SCRATCH.take();
-    let needed = (len * size_of::<R>()).div_ceil(size_of::<f64>());
+    let needed = (len * size_of::<R>()).div_ceil(size_of::<Line>());
     if memory.len() < needed {
-        memory.resize(needed, 0.0);
+        memory.resize(needed, Line::zeroed());
     }
     f(&mut bytemuck::cast_slice_mut(&mut memory[..needed])[..len]);
     SCRATCH.set(memory);
@@ -280,6 +329,37 @@ mod tests {
             c.slice_move(s![.., ..n])
         };
         vec![of(a, b), of(a, along_b.t()), of(across_a.t(), b), of(across_a.t(), along_b.t())]
+    }
+
+    /// A random matrix that is a part of a larger one, along its rows or its columns.
+    fn part(rows: usize, columns: usize, seed: u32, along: bool) -> Array2<f32> {
+        let [rows, columns] = if along { [rows, columns + 5] } else { [columns, rows + 5] };
+        let whole = random(rows, columns, seed);
+        let part = whole.slice_move(s![.., ..columns - 5]);
+        if along { part } else { part.reversed_axes() }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn tiles_have_the_bits_of_the_library() {
+        if !is_x86_feature_detected!("avx512f") {
+            println!("skipped: a processor without AVX-512: no tiles");
+            return;
+        }
+        let mut compared = 0;
+        let sizes = SIZES.iter().map(|&[m, k, n]| [m, k.min(DEPTH), n]);
+        for [m, k, n] in sizes.chain([[101, 96, 64], [300, 512, 33], [5, 140, 87], [30, 97, 9]]) {
+            for [a_along, b_along, accumulate] in (0..8).map(|i| [i & 1 == 1, i & 2 == 2, i & 4 == 4]) {
+                let (a, b) = (part(m, k, 0, a_along), part(k, n, 1, b_along));
+                let [mut found, mut expected] = [part(m, n, 2, true), part(m, n, 2, true)];
+                if in_tiles(found.view_mut(), a.view(), b.view(), accumulate).is_none() {
+                    in_the_library(expected.view_mut(), a.view(), b.view(), accumulate);
+                    assert!(found == expected, "{m} x {k} x {n}, {a_along}, {b_along}, {accumulate}");
+                    compared += 1;
+                }
+            }
+        }
+        assert!(compared >= 40, "{compared} products in tiles");
     }
 
     #[test]
