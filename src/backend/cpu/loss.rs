@@ -3,11 +3,14 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::{LANES, PIECE, fold_lanes, rows_in_piece, sum_lanes, sum_of, vectorize};
+use super::parallel::{LANES, Lanes, PIECE, fold_lanes, sum_lanes, sum_of, vectorize};
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, Loss, METRICS, MeanSquaredError};
 use crate::backend::{Act, Memory, StepContext, disjoint};
 use crate::error::{Error, Result};
 use crate::real::Real;
+
+/// Values in a piece of rows whose exponentials and logarithm are taken: some microseconds.
+const COSTLY: usize = 1 << 9;
 
 /// Sums over a piece: of losses, and of right predictions.
 #[derive(Clone, Copy, Default)]
@@ -25,18 +28,23 @@ fn write_metrics<R: Real>(metrics: &mut [R], partials: &[Partial], counted: usiz
     }
 }
 
+/// The values at a row's end as a vector of their own: what is beyond is no maximum, and its exponential is 0.
+#[inline(always)]
+fn padded<R: Real>(rest: &[R]) -> Lanes<R> {
+    let mut lanes = [R::neg_infinity(); LANES];
+    lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane = x);
+    lanes
+}
+
 /// The largest value of a row.
 #[inline(always)]
 fn row_max<R: Real>(row: &[R]) -> R {
-    let mut lanes = [R::neg_infinity(); LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut lanes = padded(rest);
     for chunk in chunks {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
             *lane = if x > *lane { x } else { *lane };
         }
-    }
-    for (lane, &x) in lanes.iter_mut().zip(rest) {
-        *lane = if x > *lane { x } else { *lane };
     }
     fold_lanes(
         lanes,
@@ -56,9 +64,13 @@ fn exponentials<R: Real>(to: &mut [R], row: &[R], max: R) -> R {
             *lane += *to;
         }
     }
-    for ((to, &x), lane) in to_rest.iter_mut().zip(row_rest).zip(&mut lanes) {
-        *to = (x - max).exp_lane();
-        *lane += *to;
+    if !row_rest.is_empty() {
+        let mut last = padded(row_rest);
+        for (x, lane) in last.iter_mut().zip(&mut lanes) {
+            *x = (*x - max).exp_lane();
+            *lane += *x;
+        }
+        to_rest.copy_from_slice(&last[..to_rest.len()]);
     }
     sum_lanes(lanes)
 }
@@ -129,7 +141,7 @@ impl<R: Real> Loss for Cpu<R> {
         let [logits, dlogits, metrics] = disjoint(&mut activations.values, ranges, "cross-entropy")?;
         let smoothing = R::from_f64(args.label_smoothing);
         let scale = R::from_f64(1.0 / counted.max(1) as f64);
-        let rows = rows_in_piece(classes);
+        let rows = (COSTLY / classes).max(1);
         let piece = |logits: &[R], mut gradient: Option<&mut [R]>, targets: &[i32]| {
             vectorize(
                 #[inline(always)]
