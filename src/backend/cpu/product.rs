@@ -349,7 +349,7 @@ mod tests {
         }
         let mut compared = 0;
         let sizes = SIZES.iter().map(|&[m, k, n]| [m, k.min(DEPTH), n]);
-        for [m, k, n] in sizes.chain([[101, 96, 64], [300, 512, 33], [5, 140, 87], [30, 97, 9]]) {
+        for [m, k, n] in sizes.chain([[101, 96, 64], [300, 512, 33], [5, 140, 87], [30, 97, 9], [50, 99, 251]]) {
             for [a_along, b_along, accumulate] in (0..8).map(|i| [i & 1 == 1, i & 2 == 2, i & 4 == 4]) {
                 let (a, b) = (part(m, k, 0, a_along), part(k, n, 1, b_along));
                 let [mut found, mut expected] = [part(m, n, 2, true), part(m, n, 2, true)];
