@@ -3,8 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::common::free_port;
-use super::common::{fresh_seed, warpstep};
+use super::common::{free_port, fresh_seed, warpstep};
 use super::rank::{HOST, STEP};
 use super::team::{End, Team};
 use warpstep::parallel::world::host_name;

@@ -15,8 +15,8 @@ use super::tiles::{self, Place};
 use super::transpose::transpose;
 use crate::real::Real;
 
-/// Products of fewer multiplications than this are not worth a second thread. (One that waits for some 30 us goes to sleep, and is
-/// missed in what comes next: a few short operations in a row are shared for that too.)
+/// Products of fewer multiplications than this are not worth a second thread. (One that waits for tens of microseconds goes to sleep,
+/// and is missed in what comes next: a few short operations in a row are shared for that too.)
 const PARALLEL_FROM: usize = 1 << 17;
 
 /// Stripes are a multiple of so many rows or columns: whole vectors.

@@ -245,12 +245,8 @@ fn turned(mut rows: [__m512; LANES]) -> [__m512; LANES] {
         next[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
     }
     for i in (0..LANES).step_by(4) {
-        let pairs = [next[i], next[i + 1], next[i + 2], next[i + 3]];
-        let mut doubles = [_mm512_castps_pd(next[0]); 4];
-        for (double, pair) in doubles.iter_mut().zip(pairs) {
-            *double = _mm512_castps_pd(pair);
-        }
-        let [a, b, c, d] = doubles;
+        let (a, b) = (_mm512_castps_pd(next[i]), _mm512_castps_pd(next[i + 1]));
+        let (c, d) = (_mm512_castps_pd(next[i + 2]), _mm512_castps_pd(next[i + 3]));
         rows[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
         rows[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
         rows[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
