@@ -23,13 +23,14 @@ pub fn warpstep() -> Command {
     Command::new(named.unwrap_or_else(|| env!("CARGO_BIN_EXE_warpstep").into()))
 }
 
-/// A port that is free now and that no connection is given by itself: Linux takes those from 32768 on (`ip_local_port_range`).
+/// A port that is free now and that no connection is given by itself: Linux takes those from 32768 on (`ip_local_port_range`). It is
+/// not listened at to find out: a process that another thread starts in that moment would listen on for a while.
 pub fn free_port() -> u16 {
     static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     loop {
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let port = 10_000 + (std::process::id().wrapping_mul(97).wrapping_add(number) % 20_000) as u16;
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        if std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
             return port;
         }
     }
