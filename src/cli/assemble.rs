@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use super::RunFileArgs;
 use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{self, Cpu};
 use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count, emulated, is_embedded};
 use crate::config::{DeviceChoice, Precision, RunFile};
@@ -47,10 +47,8 @@ impl RunFileArgs {
 
 /// Sets the threads of the CPU up.
 fn set_threads(run: &RunFile) {
-    if let Some(threads) = run.threads {
-        // A pool that is there already keeps its threads; results do not depend on their number.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    }
+    // A pool that is there already keeps its threads; results do not depend on their number.
+    let _ = cpu::set_threads(run.threads);
 }
 
 /// A device that was opened.

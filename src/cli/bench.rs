@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::assemble::{choose_auto, enter_emulated};
+use crate::backend::cpu;
 use crate::bench::place::{Place, Precision};
 use crate::bench::results::{Figure, Machine, Results};
 use crate::bench::run::{Observer, Pattern, Request, names, run as take};
@@ -151,9 +152,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 
 /// Makes the pool of threads that was asked for.
 fn set_threads(options: &Options) -> Result<()> {
-    let Some(threads) = options.threads else { return Ok(()) };
-    let set = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    set.map_err(|error| Error::config("--threads", format!("found {threads}: {error}")))
+    cpu::set_threads(options.threads).map_err(|error| match options.threads {
+        Some(threads) => Error::config("--threads", format!("found {threads}: {error}")),
+        None => Error::Device(format!("no threads on the CPU: {error}")),
+    })
 }
 
 fn request(options: &Options) -> Result<Request> {

@@ -29,6 +29,7 @@ mod update;
 pub use update::{average, update, update_bf16};
 
 use std::marker::PhantomData;
+use std::num::NonZero;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -50,6 +51,20 @@ impl<R: Real> Cpu<R> {
     pub fn new() -> Self {
         Cpu { real: PhantomData }
     }
+}
+
+/// Makes the pool of threads that every [`Cpu`] of this process works with: so many, or as many as `RAYON_NUM_THREADS` says, or one a
+/// processor. The calling thread is one of them: what it begins reaches the others without a queue, and it works along rather than be
+/// woken at every end. A pool of one is another thread, since those that load data ahead use the pool while the caller waits for them.
+///
+/// # Errors
+/// There is a pool already, or threads that the system refuses.
+pub fn set_threads(threads: Option<usize>) -> std::result::Result<(), rayon::ThreadPoolBuildError> {
+    let named = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok();
+    let threads = threads.or_else(named).filter(|&threads| threads > 0);
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get));
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    if threads > 1 { pool.use_current_thread().build_global() } else { pool.build_global() }
 }
 
 impl<R: Real> Backend for Cpu<R> {

@@ -181,14 +181,24 @@ impl<R: Real> Scale<R> {
 
     /// As [`Scale::squares`], but not finite where a gradient is not, which the value clip would hide.
     fn checked_squares(&self, gradients: &[R]) -> f64 {
+        let clamps = self.bound.is_finite();
         vectorize(
             #[inline(always)]
             || {
-                squares(
-                    [gradients],
-                    #[inline(always)]
-                    |[g]| (g * self.divide).mul_add(R::zero(), self.of(g)),
-                )
+                // A bound that is infinite changes no value: the same sums, by half the instructions.
+                if clamps {
+                    squares(
+                        [gradients],
+                        #[inline(always)]
+                        |[g]| (g * self.divide).mul_add(R::zero(), self.of(g)),
+                    )
+                } else {
+                    squares(
+                        [gradients],
+                        #[inline(always)]
+                        |[g]| g * self.divide * self.coefficient,
+                    )
+                }
             },
         )
     }

@@ -69,7 +69,7 @@ impl Part<'_> {
             rules: plan.groups.iter().map(|group| group.step(step)).collect(),
         };
         let lars = pass.lars_rates(&pieces, &mut self)?;
-        let found: Vec<Found> = pieces.par_iter_mut().map(|piece| pass.piece(piece, &lars)).collect();
+        let found: Vec<Found> = pieces.par_iter_mut().with_max_len(1).map(|piece| pass.piece(piece, &lars)).collect();
         pass.finish_lamb(&mut pieces, &found, &mut self)?;
         drop(pieces);
         let muon = pass.muon(&mut arrays, &self.elements);
@@ -118,7 +118,7 @@ impl Part<'_> {
         pieces: &[Piece<'_, R>],
         f: impl Fn(&Piece<'_, R>) -> f64 + Sync,
     ) -> Result<Vec<f64>> {
-        let partial: Vec<f64> = pieces.par_iter().map(&f).collect();
+        let partial: Vec<f64> = pieces.par_iter().with_max_len(1).map(&f).collect();
         self.sums_of(&partial)
     }
 
