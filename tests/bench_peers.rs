@@ -37,6 +37,7 @@ fn work() -> Work {
         name: "mlp".into(),
         parameters: 235_146,
         inputs: vec![128, 784],
+        samples: 21_376,
         precision: "f32".into(),
         update: "momentum+global_norm".into(),
         threads: 2,
@@ -96,6 +97,7 @@ fn a_peer_on_other_work_is_refused_by_the_field_that_differs_before_any_turn() {
         ("work", Work { name: "cnn".into(), ..work() }, "cnn"),
         ("number of parameters", Work { parameters: 235_145, ..work() }, "235,145"),
         ("shape of the inputs", Work { inputs: vec![64, 784], ..work() }, "[64, 784]"),
+        ("number of samples to take batches from", Work { samples: 128, ..work() }, "128"),
         ("precision", Work { precision: "bf16".into(), ..work() }, "bf16"),
         ("update", Work { update: "momentum".into(), ..work() }, "momentum"),
         ("number of threads", Work { threads: 1, ..work() }, "1"),
@@ -215,13 +217,14 @@ fn the_scripts_speak_the_protocol() {
         "import sys, time, common\n\
          asked = common.arguments(['eager'])\n\
          print('noise of a library')\n\
-         work = dict(name=asked.work, parameters=235146, inputs=[asked.batch, 784], precision=asked.precision,\n\
-         \x20           update=asked.update, threads=asked.threads)\n\
+         work = dict(name=asked.work, parameters=235146, inputs=[asked.batch, 784], samples=asked.samples,\n\
+         \x20           precision=asked.precision, update=asked.update, threads=asked.threads)\n\
          common.serve('fake', '1', work, lambda: time.sleep(1e-3))\n",
     )
     .unwrap();
     let arguments = [fake.as_os_str().to_owned(), "--work".into(), "mlp".into(), "--threads".into(), "2".into()];
-    let peer = Peer { label: "fake".into(), start: Start::Command(python.into(), arguments.to_vec()) };
+    let arguments = arguments.into_iter().chain(["--samples".into(), "21376".into()]).collect();
+    let peer = Peer { label: "fake".into(), start: Start::Command(python.into(), arguments) };
     let (figure, turns) = against(&peer, &settings());
     assert_eq!((figure.refused.as_deref().filter(|r| !r.starts_with("spread too wide")), turns), (None, 3));
     assert!(figure.theirs.min >= 1e-3 && figure.theirs.count >= 15, "{figure:?}");
@@ -253,11 +256,12 @@ fn peers_are_asked_for_exactly_our_work() {
         Start::Missing(reason) => reason,
     };
     let common = "--threads 2 --precision f32 --update momentum+global_norm";
-    assert_eq!(asked(&work()), format!("--form eager --work mlp --device cpu {common} --batch 128"));
-    let update = Work { name: "update".into(), inputs: vec![50_000_000], ..work() };
+    assert_eq!(asked(&work()), format!("--form eager --work mlp --device cpu {common} --batch 128 --samples 21376"));
+    let update = Work { name: "update".into(), inputs: vec![50_000_000], samples: 0, ..work() };
     assert_eq!(asked(&update), format!("--form eager --work update --device cpu {common} --parameters 50000000"));
-    let gpt = Work { name: "gpt_cpu".into(), inputs: vec![12, 64], ..work() };
-    assert_eq!(asked(&gpt), format!("--form eager --work gpt_cpu --device cpu {common} --batch 12 --context 64"));
+    let gpt = Work { name: "gpt_cpu".into(), inputs: vec![12, 64], samples: 3_072, ..work() };
+    let wanted = format!("--form eager --work gpt_cpu --device cpu {common} --batch 12 --context 64 --samples 3072");
+    assert_eq!(asked(&gpt), wanted);
     for name in NAMES {
         places.peer(name, &work(), &scripts).unwrap();
     }
@@ -332,7 +336,7 @@ fn the_binary_of_llm_c_is_held_to_what_it_prints() {
     let binary = folder.path().join("train_gpt2cu");
     let script = "#!/bin/sh\n\
         while [ $# -gt 0 ]; do case $1 in -i) data=$2;; -b) batch=$2;; -t) context=$2;; -x) steps=$2;; esac; shift 2; done\n\
-        [ $(wc -c < $data) -eq $((1024 + 2 * (20 * batch * context + 1))) ] || { echo 'bad tokens' >&2; exit 1; }\n\
+        [ $(wc -c < $data) -eq $((1024 + 2 * (8 * context + 1))) ] || { echo 'bad tokens' >&2; exit 1; }\n\
         printf '| %-21s | %-50s |\\n' 'micro batch size B' $batch 'sequence length T' $context precision BF16 num_parameters 124475904\n\
         for i in $(seq $steps); do echo \"step $i/$steps | loss 4.1 (+nanz)| norm 1.0 (+nanz)| lr 3.00e-04 | 0.0$i ms | 1.0% bf16 MFU | 9 tok/s\"; done\n";
     std::fs::write(&binary, script).unwrap();
@@ -343,6 +347,7 @@ fn the_binary_of_llm_c_is_held_to_what_it_prints() {
         name: "gpt2".into(),
         parameters: 124_475_904,
         inputs: vec![2, 16],
+        samples: 8,
         precision: "bf16".into(),
         update: "adamw+global_norm".into(),
         threads: 0,

@@ -3,7 +3,7 @@
 A peer is a process. It first declares what it does, or says what is missing:
 
     {"peer": "PyTorch eager", "version": "2.15.0", "work": {"name": "mlp", "parameters": 235146, "inputs": [128, 784],
-     "precision": "f32", "update": "momentum+global_norm", "threads": 2}}
+     "samples": 21376, "precision": "f32", "update": "momentum+global_norm", "threads": 2}}
     {"missing": "torch is not installed: pip install torch"}
 
 Then it reads lines `run SECONDS` and answers each with the seconds of every repetition, `{"times": [..]}`; it ends at the end of
@@ -33,6 +33,8 @@ UPDATES = {
 MAX_NORM, MOMENTUM, BETAS, DECAY = 1.0, 0.9, (0.9, 0.99), 0.1
 # Samples of a batch and tokens of a sample, where none are asked for.
 SHAPES = {"gpt_cpu": (12, 64), "gpt2": (64, 1024)}
+# Batches that the samples in memory make, where no number of samples is asked for.
+BATCHES = 64
 # Seconds that a span between two waits has at least on a GPU: a wait takes long beside the smallest steps. So Warpstep's own.
 LEAST_SPAN = 2e-3
 
@@ -61,6 +63,7 @@ def arguments(forms, binary=False):
     parser.add_argument("--update", help="rule and clip, as adamw+global_norm")
     parser.add_argument("--batch", type=int, help="samples of a batch")
     parser.add_argument("--context", type=int, help="tokens of a sample")
+    parser.add_argument("--samples", type=int, help="samples in memory that batches are taken from, whole batches")
     parser.add_argument("--parameters", type=int, default=50_000_000, help="of the work `update`")
     if binary:
         parser.add_argument("--binary", required=True, help="the program that does the work")
@@ -75,6 +78,8 @@ def arguments(forms, binary=False):
         missing("its optimizers keep no f32 master beside parameters in bf16")
     batch, context = SHAPES.get(found.work, (128, 0))
     found.batch, found.context = found.batch or batch, found.context or context
+    # An update takes no batch.
+    found.samples = 0 if found.work == "update" else found.samples or BATCHES * found.batch
     return found
 
 

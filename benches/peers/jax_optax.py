@@ -136,24 +136,27 @@ def optimizer():
     return optax.chain(clip, optax.adamw(LEARNING_RATE, *BETAS, weight_decay=DECAY, mask=matrices))
 
 
-def model_and_batch(keys):
+def model_and_samples(keys):
     if ASKED.work in GPT:
         sizes = GPT[ASKED.work]
-        shape = (ASKED.batch, ASKED.context)
+        shape = (ASKED.samples, ASKED.context)
         x, y = (jax.random.randint(keys.next(), shape, 0, sizes["vocabulary"]) for _ in range(2))
         return *gpt(keys, ASKED.context, **sizes), x, y
     parameters, forward = (mlp if ASKED.work == "mlp" else cnn)(keys)
-    shape = (ASKED.batch, 784) if ASKED.work == "mlp" else (ASKED.batch, 1, 28, 28)
+    shape = (ASKED.samples, 784) if ASKED.work == "mlp" else (ASKED.samples, 1, 28, 28)
     return parameters, forward, jax.random.uniform(keys.next(), shape), jax.random.randint(keys.next(), shape[:1], 0, 10)
 
 
 def whole_step(keys):
-    """Forward, loss, backward, clip, update: the step, its state, what it is given each time, shape of the batch's inputs."""
-    parameters, forward, x, y = model_and_batch(keys)
+    """A batch, forward, loss, backward, clip, update: the step, its state, what it is given each time, the batch's inputs."""
+    parameters, forward, x, y = model_and_samples(keys)
+    order = jax.random.permutation(keys.next(), ASKED.samples).reshape(-1, ASKED.batch)
     update = optimizer()
 
-    def step(state, x, y):
-        parameters, slots = state
+    def step(state, x, y, order):
+        parameters, slots, number = state
+        rows = order[number]
+        x, y = x[rows], y[rows]
 
         def loss_of(parameters):
             logits = forward(parameters, x).astype(jnp.float32)
@@ -161,9 +164,10 @@ def whole_step(keys):
 
         loss, gradients = jax.value_and_grad(loss_of)(parameters)
         changes, slots = update.update(gradients, slots, parameters)
-        return (optax.apply_updates(parameters, changes), slots), loss
+        return (optax.apply_updates(parameters, changes), slots, (number + 1) % len(order)), loss
 
-    return step, (parameters, update.init(parameters)), (x, y), list(x.shape)
+    state = (parameters, update.init(parameters), jnp.zeros((), jnp.int32))
+    return step, state, (x, y, order), [ASKED.batch, *x.shape[1:]]
 
 
 def update_alone(keys):
@@ -203,6 +207,7 @@ def main():
         "name": ASKED.work,
         "parameters": sum(parameter.size for parameter in parameters),
         "inputs": inputs,
+        "samples": ASKED.samples,
         "precision": precision_of(parameters),
         "update": ASKED.update,
         "threads": threads(),

@@ -3,6 +3,7 @@
 The first two steps of each start are left out. What it does is read from the table that it prints.
 """
 
+import array
 import math
 import os
 import random
@@ -21,11 +22,15 @@ STEP = re.compile(r"^step\s+\d+/\d+ \|.*?\|\s*([0-9.]+) ms \|")
 ROW = re.compile(r"^\| ([^|]+?)\s+\| (.*?)\s*\|$")
 
 
-def write_tokens(path, count, vocabulary):
-    tokens = [random.randrange(vocabulary) for _ in range(count)]
+def write_tokens(path, samples, context, vocabulary):
+    """Samples of `context` tokens, and the last one's target."""
     with open(path, "wb") as file:
-        file.write(struct.pack(f"<{HEADER}i", MARK, VERSION, count, *[0] * (HEADER - 3)))
-        file.write(struct.pack(f"<{count}H", *tokens))
+        file.write(struct.pack(f"<{HEADER}i", MARK, VERSION, samples * context + 1, *[0] * (HEADER - 3)))
+        for count in [context] * samples + [1]:
+            tokens = array.array("H", random.choices(range(vocabulary), k=count))
+            if sys.byteorder == "big":
+                tokens.byteswap()
+            tokens.tofile(file)
 
 
 def run(asked, data, steps):
@@ -47,13 +52,14 @@ def main():
         common.missing(f"{asked.binary} is no program: give llm.c's train_gpt2cu")
     with tempfile.TemporaryDirectory() as folder:
         data = os.path.join(folder, "tokens.bin")
-        write_tokens(data, 20 * asked.batch * asked.context + 1, 50257)
+        write_tokens(data, asked.samples, asked.context, 50257)
         table, times = run(asked, data, 3)
         shape = [int(table["micro batch size B"]), int(table["sequence length T"])]
         work = {
             "name": "gpt2",
             "parameters": int(table["num_parameters"]),
             "inputs": shape,
+            "samples": asked.samples,
             "precision": table["precision"].lower().replace("fp", "f"),
             # Its rule and its clip cannot be chosen.
             "update": "adamw+global_norm",

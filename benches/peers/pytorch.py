@@ -60,17 +60,39 @@ def cnn():
     return nn.Sequential(*stages, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def model_and_batch(asked):
+class Batches:
+    """Batches of samples that lie on the device, in an order of chance; each is gathered into the same two tensors."""
+
+    def __init__(self, asked, x, y):
+        self.tables = [table.to(asked.device) for table in (x, y)]
+        self.order = torch.randperm(asked.samples, device=asked.device).view(-1, asked.batch)
+        self.given = [torch.empty_like(table[: asked.batch]) for table in self.tables]
+        # A step that is captured must find on the device which batch is next.
+        self.number = torch.zeros(1, dtype=torch.long, device=asked.device) if asked.form == "graphed" else 0
+
+    def next(self):
+        if isinstance(self.number, torch.Tensor):
+            rows = self.order.index_select(0, self.number).view(-1)
+            self.number.add_(1).remainder_(len(self.order))
+        else:
+            rows = self.order[self.number]
+            self.number = (self.number + 1) % len(self.order)
+        for table, given in zip(self.tables, self.given):
+            torch.index_select(table, 0, rows, out=given)
+        return self.given
+
+
+def model_and_samples(asked):
     if asked.work in GPT:
         sizes = GPT[asked.work]
-        shape = (asked.batch, asked.context)
-        x, y = (torch.randint(sizes["vocabulary"], shape, device=asked.device) for _ in range(2))
+        shape = (asked.samples, asked.context)
+        x, y = (torch.randint(sizes["vocabulary"], shape) for _ in range(2))
         return Gpt(asked.context, **sizes).to(asked.device), x, y
     model, shape = (mlp(), (784,)) if asked.work == "mlp" else (cnn(), (1, 28, 28))
-    x, y = torch.rand(asked.batch, *shape), torch.randint(10, (asked.batch,))
+    x, y = torch.rand(asked.samples, *shape), torch.randint(10, (asked.samples,))
     if asked.device == "cuda" and len(shape) == 3:
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
-    return model.to(asked.device), x.to(asked.device), y.to(asked.device)
+    return model.to(asked.device), x, y
 
 
 def optimizer(asked, parameters):
@@ -86,8 +108,9 @@ def optimizer(asked, parameters):
 
 
 def whole_step(asked):
-    """Forward, loss, backward, clip, update: the function that does it, the parameters, the batch's inputs."""
-    model, x, y = model_and_batch(asked)
+    """A batch, forward, loss, backward, clip, update: the function that does it, the parameters, the batch's inputs."""
+    model, x, y = model_and_samples(asked)
+    batches = Batches(asked, x, y)
     parameters = list(model.parameters())
     update = optimizer(asked, parameters)
 
@@ -100,14 +123,14 @@ def whole_step(asked):
         loss_of = torch.compile(loss_of)
 
     def step():
-        loss = loss_of(x, y)
+        loss = loss_of(*batches.next())
         update.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
         update.step()
         return loss.detach()
 
-    return step, parameters, list(x.shape)
+    return step, parameters, list(batches.given[0].shape)
 
 
 def update_alone(asked):
@@ -169,6 +192,7 @@ def main():
         "name": asked.work,
         "parameters": sum(p.numel() for p in parameters),
         "inputs": inputs,
+        "samples": asked.samples,
         "precision": precision_of(asked, parameters),
         "update": asked.update,
         "threads": torch.get_num_threads() if asked.device == "cpu" else 0,

@@ -172,16 +172,20 @@ fn arguments_for(work: &Work) -> Vec<String> {
         }
         [] => {}
     }
+    if work.samples > 0 {
+        arguments.push(("--samples", work.samples.to_string()));
+    }
     arguments.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect()
 }
 
 /// Which field of two works differs, in words; nothing where both are the same. `sides` says whose the two are.
 pub fn difference(one: &Work, other: &Work, sides: [&str; 2]) -> Option<String> {
-    let Work { name, parameters, inputs, precision, update, threads } = other;
+    let Work { name, parameters, inputs, samples, precision, update, threads } = other;
     let fields = [
         ("work", one.name.clone(), name.clone()),
         ("number of parameters", grouped(one.parameters), grouped(parameters)),
         ("shape of the inputs", format!("{:?}", one.inputs), format!("{inputs:?}")),
+        ("number of samples to take batches from", grouped(one.samples), grouped(samples)),
         ("precision", one.precision.clone(), precision.clone()),
         ("update", one.update.clone(), update.clone()),
         ("number of threads", one.threads.to_string(), threads.to_string()),

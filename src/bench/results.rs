@@ -61,6 +61,9 @@ pub struct Work {
     pub parameters: u64,
     /// Shape of a batch's inputs, as `[12, 64]`; of the tensors' sum for an update.
     pub inputs: Vec<u64>,
+    /// Samples in memory that batches are taken from, in an order of chance; 0 for an update, which takes none.
+    #[serde(default)]
+    pub samples: u64,
     /// Number type of parameters and arithmetic: `f32`, `tf32`, `bf16`.
     pub precision: String,
     /// Optimizer and clip in words that both sides use: `momentum+global_norm`, `adamw+global_norm`.

@@ -60,15 +60,19 @@ fn copy<T: Copy>(from: &[T], sample: usize, to: &mut [T]) {
     to.copy_from_slice(&from[sample * to.len()..][..to.len()]);
 }
 
+/// How many batches a table has.
+pub fn count(work: &Training) -> usize {
+    let bytes = work.batch * work.specs().0.elements() * size_of::<f32>();
+    (BYTES / bytes).clamp(BATCHES[0], BATCHES[1])
+}
+
 /// Batches of different samples each, which together are a table.
 ///
 /// # Errors
 /// None, for works as they are.
 pub fn batches(work: &Training) -> Result<Vec<Picked>> {
     let (input, target) = work.specs();
-    let bytes = work.batch * input.elements() * size_of::<f32>();
-    let count = (BYTES / bytes).clamp(BATCHES[0], BATCHES[1]);
-    let batches = (0..count as u32).map(|number| work.random_batch(number)).collect();
+    let batches = (0..count(work) as u32).map(|number| work.random_batch(number)).collect();
     let samples: Arc<dyn Dataset> = Arc::new(Samples { batches, each: work.batch, input, target });
     let mut order: Vec<u32> = (0..samples.len() as u32).collect();
     Philox::new(1, Purpose::Shuffle, ORDER).shuffle(&mut order);

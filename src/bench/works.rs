@@ -5,6 +5,7 @@
 
 use super::place::Bed;
 use super::results::Work;
+use super::samples;
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::backend::profile::Kind;
@@ -275,6 +276,7 @@ impl Training {
             name: self.name.to_owned(),
             parameters: parameters as u64,
             inputs,
+            samples: (samples::count(self) * self.batch) as u64,
             precision: precision.to_owned(),
             update: format!("{rule}+global_norm"),
             threads,
@@ -333,6 +335,7 @@ impl Updating {
             name: "update".to_owned(),
             parameters: self.parameters as u64,
             inputs: vec![self.parameters as u64],
+            samples: 0,
             precision: precision.to_owned(),
             update: if self.clip == "none" { self.rule.to_owned() } else { format!("{}+{}", self.rule, self.clip) },
             threads,

@@ -26,24 +26,22 @@ pub fn open(asked: &Asked) -> Result<Box<dyn Step>> {
         "cnn" => Model::Cnn(Cnn::new(&builder)?),
         _ => Model::Gpt(Gpt::new(asked.context, &builder, &device)?),
     };
+    let (samples, classes) = (asked.samples, |samples| indices((samples, 1), 10, &device));
     let (x, y) = match asked.work.as_str() {
         "gpt_cpu" => {
-            let shape = (asked.batch, asked.context);
-            (indices(shape, VOCABULARY, &device)?, indices(shape, VOCABULARY, &device)?.flatten_all()?)
+            let shape = (samples, asked.context);
+            (indices(shape, VOCABULARY, &device)?, indices(shape, VOCABULARY, &device)?)
         }
-        "mlp" => (Tensor::rand(0f32, 1f32, (asked.batch, 784), &device)?, classes(asked, &device)?),
-        _ => (Tensor::rand(0f32, 1f32, (asked.batch, 1, 28, 28), &device)?, classes(asked, &device)?),
+        "mlp" => (Tensor::rand(0f32, 1f32, (samples, 784), &device)?, classes(samples)?),
+        _ => (Tensor::rand(0f32, 1f32, (samples, 1, 28, 28), &device)?, classes(samples)?),
     };
+    let order = asked.order().into_iter().map(|rows| Tensor::new(rows, &device)).collect::<candle_core::Result<_>>()?;
     let update = Update::new(asked, variables.all_vars())?;
-    Ok(Box::new(WholeStep { model, x, y, update }))
+    Ok(Box::new(WholeStep { model, x, y, order, next: 0, update }))
 }
 
 fn indices(shape: (usize, usize), bound: usize, device: &Device) -> Result<Tensor> {
     Ok(Tensor::rand(0f32, bound as f32, shape, device)?.floor()?.clamp(0f32, bound as f32 - 1.0)?.to_dtype(DType::U32)?)
-}
-
-fn classes(asked: &Asked, device: &Device) -> Result<Tensor> {
-    Ok(indices((asked.batch, 1), 10, device)?.flatten_all()?)
 }
 
 enum Model {
@@ -163,19 +161,26 @@ impl Gpt {
 
 struct WholeStep {
     model: Model,
+    /// All samples.
     x: Tensor,
     y: Tensor,
+    /// The samples of each batch, and which is next.
+    order: Vec<Tensor>,
+    next: usize,
     update: Update,
 }
 
 impl Step for WholeStep {
     fn step(&mut self) -> Result<()> {
+        let rows = &self.order[self.next];
+        self.next = (self.next + 1) % self.order.len();
+        let (x, y) = (self.x.index_select(rows, 0)?, self.y.index_select(rows, 0)?.flatten_all()?);
         let logits = match &self.model {
-            Model::Mlp(model) => model.forward(&self.x)?,
-            Model::Cnn(model) => model.forward(&self.x)?,
-            Model::Gpt(model) => model.forward(&self.x)?,
+            Model::Mlp(model) => model.forward(&x)?,
+            Model::Cnn(model) => model.forward(&x)?,
+            Model::Gpt(model) => model.forward(&x)?,
         };
-        let mut gradients = cross_entropy(&logits, &self.y)?.backward()?;
+        let mut gradients = cross_entropy(&logits, &y)?.backward()?;
         self.update.step(&mut gradients)
     }
 
@@ -184,7 +189,8 @@ impl Step for WholeStep {
     }
 
     fn inputs(&self) -> Vec<usize> {
-        self.x.dims().to_vec()
+        let batch = self.order[0].elem_count();
+        std::iter::once(batch).chain(self.x.dims()[1..].iter().copied()).collect()
     }
 }
 

@@ -11,6 +11,8 @@ pub struct Asked {
     pub device: String,
     pub batch: usize,
     pub context: usize,
+    /// Samples in memory that batches are taken from: whole batches. None for an update.
+    pub samples: usize,
     pub parameters: usize,
 }
 
@@ -30,6 +32,9 @@ pub const LAYERS: usize = 4;
 pub const HEADS: usize = 4;
 pub const WIDTH: usize = 128;
 
+/// Batches that the samples in memory make, where no number of samples is asked for.
+const BATCHES: usize = 64;
+
 pub const LEARNING_RATE: f64 = 1e-4;
 pub const MOMENTUM: f64 = 0.9;
 pub const BETAS: [f64; 2] = [0.9, 0.99];
@@ -48,6 +53,7 @@ impl Asked {
             device: "cpu".into(),
             batch: 0,
             context: 64,
+            samples: 0,
             parameters: 50_000_000,
         };
         let mut threads = 0;
@@ -62,6 +68,7 @@ impl Asked {
                 "--device" => asked.device = value,
                 "--batch" => asked.batch = number()?,
                 "--context" => asked.context = number()?,
+                "--samples" => asked.samples = number()?,
                 "--parameters" => asked.parameters = number()?,
                 "--threads" => threads = number()?,
                 _ => bail!("found the argument {name:?}, expected one of `../common.py`"),
@@ -77,7 +84,24 @@ impl Asked {
         if asked.batch == 0 {
             asked.batch = batch;
         }
+        if asked.work == "update" {
+            asked.samples = 0;
+        } else if asked.samples == 0 {
+            asked.samples = BATCHES * asked.batch;
+        }
         Ok(asked)
+    }
+
+    /// The samples of each batch, in an order of chance.
+    pub fn order(&self) -> Vec<Vec<u32>> {
+        let mut samples: Vec<u32> = (0..self.samples as u32).collect();
+        // Every sample changes places with one before it, by the numbers of a linear congruential generator (Knuth's constants).
+        let mut state = 1u64;
+        for last in (1..samples.len()).rev() {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            samples.swap(last, (state >> 33) as usize % (last + 1));
+        }
+        samples.chunks_exact(self.batch).map(<[u32]>::to_vec).collect()
     }
 
     /// Why this is not done here.

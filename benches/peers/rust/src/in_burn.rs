@@ -22,29 +22,35 @@ use crate::framework::{
 /// The work that is asked for.
 pub fn open(asked: &Asked) -> Result<Box<dyn Step>> {
     let device = Device::flex().autodiff();
-    let classes = || integers([asked.batch], 10, &device);
-    let reals = |shape: &[usize]| -> Vec<usize> { shape.to_vec() };
+    let samples = asked.samples;
+    let classes = || integers([samples, 1], 10, &device);
     Ok(match asked.work.as_str() {
         "update" => Box::new(UpdateAlone::new(asked, &device)),
         "mlp" => {
-            let x = Tensor::<2>::random([asked.batch, 784], Distribution::Default, &device);
-            let inputs = reals(&x.dims());
-            WholeStep::boxed(asked, Mlp::new(&device), move |model: &Mlp| model.forward(x.clone()), classes(), inputs)
+            let x = Tensor::<2>::random([samples, 784], Distribution::Default, &device);
+            let inputs = batch_of(asked, &x.dims());
+            let forward = move |model: &Mlp, rows| model.forward(x.clone().select(0, rows));
+            WholeStep::boxed(asked, Mlp::new(&device), forward, classes(), inputs)
         }
         "cnn" => {
-            let x = Tensor::<4>::random([asked.batch, 1, 28, 28], Distribution::Default, &device);
-            let inputs = reals(&x.dims());
-            WholeStep::boxed(asked, Cnn::new(&device), move |model: &Cnn| model.forward(x.clone()), classes(), inputs)
+            let x = Tensor::<4>::random([samples, 1, 28, 28], Distribution::Default, &device);
+            let inputs = batch_of(asked, &x.dims());
+            let forward = move |model: &Cnn, rows| model.forward(x.clone().select(0, rows));
+            WholeStep::boxed(asked, Cnn::new(&device), forward, classes(), inputs)
         }
         _ => {
-            let shape = [asked.batch, asked.context];
+            let shape = [samples, asked.context];
             let x: Tensor<2, Int> = integers(shape, VOCABULARY, &device);
-            let y = integers(shape, VOCABULARY, &device).reshape([asked.batch * asked.context]);
-            let inputs = reals(&x.dims());
-            let model = Gpt::new(asked.context, &device);
-            WholeStep::boxed(asked, model, move |model: &Gpt| model.forward(x.clone()), y, inputs)
+            let (y, inputs) = (integers(shape, VOCABULARY, &device), batch_of(asked, &x.dims()));
+            let forward = move |model: &Gpt, rows| model.forward(x.clone().select(0, rows));
+            WholeStep::boxed(asked, Gpt::new(asked.context, &device), forward, y, inputs)
         }
     })
+}
+
+/// The shape of a batch of samples of this shape.
+fn batch_of(asked: &Asked, samples: &[usize]) -> Vec<usize> {
+    std::iter::once(asked.batch).chain(samples[1..].iter().copied()).collect()
 }
 
 fn integers<const D: usize>(shape: [usize; D], bound: usize, device: &Device) -> Tensor<D, Int> {
@@ -224,27 +230,37 @@ impl ModuleVisitor for Scale {
     }
 }
 
+/// `forward` takes a batch of samples by their numbers.
 struct WholeStep<M, F> {
     /// None only while the optimizer holds it.
     model: Option<M>,
     forward: F,
-    y: Tensor<1, Int>,
+    /// The targets of all samples.
+    y: Tensor<2, Int>,
+    /// The samples of each batch, and which is next.
+    order: Vec<Tensor<1, Int>>,
+    next: usize,
     optimizer: ModuleOptimizer,
     inputs: Vec<usize>,
 }
 
-impl<M: Module + 'static, F: Fn(&M) -> Tensor<2> + 'static> WholeStep<M, F> {
-    fn boxed(asked: &Asked, model: M, forward: F, y: Tensor<1, Int>, inputs: Vec<usize>) -> Box<dyn Step> {
+impl<M: Module + 'static, F: Fn(&M, Tensor<1, Int>) -> Tensor<2> + 'static> WholeStep<M, F> {
+    fn boxed(asked: &Asked, model: M, forward: F, y: Tensor<2, Int>, inputs: Vec<usize>) -> Box<dyn Step> {
         let optimizer = optimizer(asked, &model);
-        Box::new(WholeStep { model: Some(model), forward, y, optimizer, inputs })
+        let rows = |rows: Vec<u32>| Tensor::from_ints(rows.as_slice(), &y.device());
+        let order = asked.order().into_iter().map(rows).collect();
+        Box::new(WholeStep { model: Some(model), forward, y, order, next: 0, optimizer, inputs })
     }
 }
 
-impl<M: Module, F: Fn(&M) -> Tensor<2>> Step for WholeStep<M, F> {
+impl<M: Module, F: Fn(&M, Tensor<1, Int>) -> Tensor<2>> Step for WholeStep<M, F> {
     fn step(&mut self) -> Result<()> {
         let Some(model) = self.model.take() else { anyhow::bail!("an earlier step failed") };
-        let logits = (self.forward)(&model);
-        let loss = CrossEntropyLossConfig::new().init(&logits.device()).forward(logits, self.y.clone());
+        let rows = self.order[self.next].clone();
+        self.next = (self.next + 1) % self.order.len();
+        let targets = self.y.clone().select(0, rows.clone()).flatten(0, 1);
+        let logits = (self.forward)(&model, rows);
+        let loss = CrossEntropyLossConfig::new().init(&logits.device()).forward(logits, targets);
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
         let gradients = clipped(&model, gradients);
         self.model = Some(self.optimizer.step(LEARNING_RATE, model, gradients));

@@ -30,6 +30,7 @@ fn main() -> Result<()> {
         "name": asked.work,
         "parameters": step.parameters(),
         "inputs": step.inputs(),
+        "samples": asked.samples,
         "precision": "f32",
         "update": asked.update,
         "threads": rayon::current_num_threads(),
