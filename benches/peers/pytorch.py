@@ -1,7 +1,7 @@
 """The works in PyTorch: fused optimizers, clipping by foreach, scaled_dot_product_attention; eager, compiled or graphed.
 
 `eager` is what people write. `compiled` puts model and loss (or the whole update) through torch.compile. `graphed` captures the
-whole compiled step as one CUDA graph.
+whole compiled step as one CUDA graph, in front of which a batch is gathered.
 """
 
 import common
@@ -67,19 +67,13 @@ class Batches:
         self.tables = [table.to(asked.device) for table in (x, y)]
         self.order = torch.randperm(asked.samples, device=asked.device).view(-1, asked.batch)
         self.given = [torch.empty_like(table[: asked.batch]) for table in self.tables]
-        # A step that is captured must find on the device which batch is next.
-        self.number = torch.zeros(1, dtype=torch.long, device=asked.device) if asked.form == "graphed" else 0
+        self.number = 0
 
-    def next(self):
-        if isinstance(self.number, torch.Tensor):
-            rows = self.order.index_select(0, self.number).view(-1)
-            self.number.add_(1).remainder_(len(self.order))
-        else:
-            rows = self.order[self.number]
-            self.number = (self.number + 1) % len(self.order)
+    def take(self):
+        rows = self.order[self.number]
+        self.number = (self.number + 1) % len(self.order)
         for table, given in zip(self.tables, self.given):
             torch.index_select(table, 0, rows, out=given)
-        return self.given
 
 
 def model_and_samples(asked):
@@ -108,7 +102,7 @@ def optimizer(asked, parameters):
 
 
 def whole_step(asked):
-    """A batch, forward, loss, backward, clip, update: the function that does it, the parameters, the batch's inputs."""
+    """A batch, and forward, loss, backward, clip, update: the functions that do it, the parameters, the batch's inputs."""
     model, x, y = model_and_samples(asked)
     batches = Batches(asked, x, y)
     parameters = list(model.parameters())
@@ -123,14 +117,14 @@ def whole_step(asked):
         loss_of = torch.compile(loss_of)
 
     def step():
-        loss = loss_of(*batches.next())
+        loss = loss_of(*batches.given)
         update.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
         update.step()
         return loss.detach()
 
-    return step, parameters, list(batches.given[0].shape)
+    return batches.take, step, parameters, list(batches.given[0].shape)
 
 
 def update_alone(asked):
@@ -150,7 +144,7 @@ def update_alone(asked):
         # The first step makes the optimizer's state, which the compiler should find there.
         step()
         step = torch.compile(step)
-    return step, parameters, [sum(sizes)]
+    return (lambda: None), step, parameters, [sum(sizes)]
 
 
 def captured(step):
@@ -187,7 +181,7 @@ def main():
     torch.manual_seed(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked.precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    step, parameters, inputs = (update_alone if asked.work == "update" else whole_step)(asked)
+    take, step, parameters, inputs = (update_alone if asked.work == "update" else whole_step)(asked)
     work = {
         "name": asked.work,
         "parameters": sum(p.numel() for p in parameters),
@@ -200,8 +194,12 @@ def main():
     if asked.form == "graphed":
         step = captured(step)
 
+    def once():
+        take()
+        step()
+
     wait = torch.cuda.synchronize if asked.device == "cuda" else None
-    common.serve(f"PyTorch {asked.form}", torch.__version__, work, step, wait)
+    common.serve(f"PyTorch {asked.form}", torch.__version__, work, once, wait)
 
 
 main()
