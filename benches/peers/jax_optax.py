@@ -167,7 +167,7 @@ def whole_step(keys):
         return (optax.apply_updates(parameters, changes), slots, (number + 1) % len(order)), loss
 
     state = (parameters, update.init(parameters), jnp.zeros((), jnp.int32))
-    return step, state, (x, y, order), [ASKED.batch, *x.shape[1:]]
+    return step, state, (x, y, order), [order.shape[1], *x.shape[1:]]
 
 
 def update_alone(keys):
@@ -207,7 +207,7 @@ def main():
         "name": ASKED.work,
         "parameters": sum(parameter.size for parameter in parameters),
         "inputs": inputs,
-        "samples": ASKED.samples,
+        "samples": 0 if ASKED.work == "update" else given[0].shape[0],
         "precision": precision_of(parameters),
         "update": ASKED.update,
         "threads": threads(),

@@ -23,7 +23,7 @@ ROW = re.compile(r"^\| ([^|]+?)\s+\| (.*?)\s*\|$")
 
 
 def write_tokens(path, samples, context, vocabulary):
-    """Samples of `context` tokens, and the last one's target."""
+    """Samples of `context` tokens, and the last one's target; gives how many samples the file holds."""
     with open(path, "wb") as file:
         file.write(struct.pack(f"<{HEADER}i", MARK, VERSION, samples * context + 1, *[0] * (HEADER - 3)))
         for count in [context] * samples + [1]:
@@ -31,6 +31,7 @@ def write_tokens(path, samples, context, vocabulary):
             if sys.byteorder == "big":
                 tokens.byteswap()
             tokens.tofile(file)
+        return (file.tell() - 4 * HEADER) // (2 * context)
 
 
 def run(asked, data, steps):
@@ -52,14 +53,14 @@ def main():
         common.missing(f"{asked.binary} is no program: give llm.c's train_gpt2cu")
     with tempfile.TemporaryDirectory() as folder:
         data = os.path.join(folder, "tokens.bin")
-        write_tokens(data, asked.samples, asked.context, 50257)
+        samples = write_tokens(data, asked.samples, asked.context, 50257)
         table, times = run(asked, data, 3)
         shape = [int(table["micro batch size B"]), int(table["sequence length T"])]
         work = {
             "name": "gpt2",
             "parameters": int(table["num_parameters"]),
             "inputs": shape,
-            "samples": asked.samples,
+            "samples": samples,
             "precision": table["precision"].lower().replace("fp", "f"),
             # Its rule and its clip cannot be chosen.
             "update": "adamw+global_norm",

@@ -102,7 +102,7 @@ def optimizer(asked, parameters):
 
 
 def whole_step(asked):
-    """A batch, and forward, loss, backward, clip, update: the functions that do it, the parameters, the batch's inputs."""
+    """A batch, and forward, loss, backward, clip, update: the functions that do it, the parameters, the batch's inputs, the samples."""
     model, x, y = model_and_samples(asked)
     batches = Batches(asked, x, y)
     parameters = list(model.parameters())
@@ -124,7 +124,7 @@ def whole_step(asked):
         update.step()
         return loss.detach()
 
-    return batches.take, step, parameters, list(batches.given[0].shape)
+    return batches.take, step, parameters, list(batches.given[0].shape), len(batches.tables[0])
 
 
 def update_alone(asked):
@@ -144,7 +144,7 @@ def update_alone(asked):
         # The first step makes the optimizer's state, which the compiler should find there.
         step()
         step = torch.compile(step)
-    return (lambda: None), step, parameters, [sum(sizes)]
+    return (lambda: None), step, parameters, [sum(sizes)], 0
 
 
 def captured(step):
@@ -181,12 +181,12 @@ def main():
     torch.manual_seed(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked.precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    take, step, parameters, inputs = (update_alone if asked.work == "update" else whole_step)(asked)
+    take, step, parameters, inputs, samples = (update_alone if asked.work == "update" else whole_step)(asked)
     work = {
         "name": asked.work,
         "parameters": sum(p.numel() for p in parameters),
         "inputs": inputs,
-        "samples": asked.samples,
+        "samples": samples,
         "precision": precision_of(asked, parameters),
         "update": asked.update,
         "threads": torch.get_num_threads() if asked.device == "cpu" else 0,

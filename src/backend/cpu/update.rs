@@ -185,7 +185,7 @@ impl<R: Real> Scale<R> {
         vectorize(
             #[inline(always)]
             || {
-                // A bound that is infinite changes no value: the same sums, by half the instructions.
+                // An infinite bound changes no value: the same sums, by half the instructions.
                 if clamps {
                     squares(
                         [gradients],

@@ -192,6 +192,10 @@ impl Step for WholeStep {
         let batch = self.order[0].elem_count();
         std::iter::once(batch).chain(self.x.dims()[1..].iter().copied()).collect()
     }
+
+    fn samples(&self) -> usize {
+        self.x.dims()[0]
+    }
 }
 
 struct UpdateAlone {
@@ -225,6 +229,10 @@ impl Step for UpdateAlone {
 
     fn inputs(&self) -> Vec<usize> {
         vec![self.parameters()]
+    }
+
+    fn samples(&self) -> usize {
+        0
     }
 }
 

@@ -274,6 +274,10 @@ impl<M: Module, F: Fn(&M, Tensor<1, Int>) -> Tensor<2>> Step for WholeStep<M, F>
     fn inputs(&self) -> Vec<usize> {
         self.inputs.clone()
     }
+
+    fn samples(&self) -> usize {
+        self.y.dims()[0]
+    }
 }
 
 #[derive(Module, Debug)]
@@ -316,5 +320,9 @@ impl Step for UpdateAlone {
 
     fn inputs(&self) -> Vec<usize> {
         vec![self.parameters()]
+    }
+
+    fn samples(&self) -> usize {
+        0
     }
 }

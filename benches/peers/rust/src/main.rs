@@ -30,7 +30,7 @@ fn main() -> Result<()> {
         "name": asked.work,
         "parameters": step.parameters(),
         "inputs": step.inputs(),
-        "samples": asked.samples,
+        "samples": step.samples(),
         "precision": "f32",
         "update": asked.update,
         "threads": rayon::current_num_threads(),
