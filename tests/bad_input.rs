@@ -77,6 +77,7 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("steps = 4", "epochs = 0.0"), &["run.epochs", "found 0"]),
         (with("steps = 4", "epochs = nan"), &["run.epochs", "finite"]),
         (with("steps = 4", "steps = 4\nthreads = 0"), &["run.threads", "found 0"]),
+        (with("steps = 4", "steps = 4\nthreads = 100000"), &["run.threads", "found 100000, expected 1 to 4096"]),
         (with("steps = 4", "steps = 4\ndevice = \"gpu\""), &["run.device", "\"gpu\"", "cuda:N"]),
         (with("steps = 4", "steps = 4\ndevice = \"cuda:99\""), &["device = \"cpu\""]),
         (with("steps = 4", "steps = 4\nprecision = \"bf16\""), &["run.precision", "f32"]),

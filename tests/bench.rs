@@ -55,6 +55,7 @@ fn every_suite_names_its_figures_and_what_means_none_is_refused() {
         (vec!["--precision", "f8"], "found \"f8\", expected f32, tf32, bf16 or f16"),
         (vec!["--device", "cpu", "--precision", "bf16"], "the CPU computes in f32"),
         (vec!["--seconds", "0"], "--seconds: found 0, expected a number above 0"),
+        (vec!["--device", "cpu", "--threads", "100000"], "--threads: found 100000, expected 1 to 4096"),
         (vec!["--json", "/nowhere/at/all.json", "step/mlp"], "/nowhere/at/all.json"),
     ] {
         let refused = run(&[&["bench"][..], &arguments].concat());

@@ -16,6 +16,7 @@ use toml_edit::{DocumentMut, Item, TableLike};
 use section::Section;
 use tree::{Entry, Node};
 
+use crate::backend::cpu::THREADS;
 use crate::data::DataOptions;
 use crate::error::{Error, Result};
 use crate::model::presets::{ModelOptions, Preset};
@@ -130,8 +131,9 @@ impl RunFile {
         let precision = precision(&mut run, device)?;
         let reproducible = run.or("reproducible", false)?;
         let threads = run.optional("threads")?;
-        if threads == Some(0) {
-            return Err(run.error("threads", "found 0, expected 1 or more"));
+        if let Some(found) = threads.filter(|threads| !THREADS.contains(threads)) {
+            let expected = format!("found {found}, expected {} to {}", THREADS.start(), THREADS.end());
+            return Err(run.error("threads", expected));
         }
 
         let mut data_section = root.section("data")?;

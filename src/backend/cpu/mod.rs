@@ -53,6 +53,9 @@ impl<R: Real> Cpu<R> {
     }
 }
 
+/// How many threads [`set_threads`] can be asked for: more than any machine has processors.
+pub const THREADS: std::ops::RangeInclusive<usize> = 1..=4096;
+
 /// Makes the pool of threads that every [`Cpu`] of this process works with: so many, or as many as `RAYON_NUM_THREADS` says, or one a
 /// processor. The calling thread is one of them: what it begins reaches the others without a queue, and it works along rather than be
 /// woken at every end. A pool of one is another thread, since those that load data ahead use the pool while the caller waits for them.
