@@ -222,8 +222,8 @@ fn the_scripts_speak_the_protocol() {
          common.serve('fake', '1', work, lambda: time.sleep(1e-3))\n",
     )
     .unwrap();
-    let arguments = [fake.as_os_str().to_owned(), "--work".into(), "mlp".into(), "--threads".into(), "2".into()];
-    let arguments = arguments.into_iter().chain(["--samples".into(), "21376".into()]).collect();
+    let asked = ["--work", "mlp", "--threads", "2", "--samples", "21376"].map(OsString::from);
+    let arguments = [fake.into_os_string()].into_iter().chain(asked).collect();
     let peer = Peer { label: "fake".into(), start: Start::Command(python.into(), arguments) };
     let (figure, turns) = against(&peer, &settings());
     assert_eq!((figure.refused.as_deref().filter(|r| !r.starts_with("spread too wide")), turns), (None, 3));

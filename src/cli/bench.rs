@@ -152,9 +152,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 
 /// Makes the pool of threads that was asked for.
 fn set_threads(options: &Options) -> Result<()> {
-    if let Some(found) = options.threads.filter(|threads| !cpu::THREADS.contains(threads)) {
-        let expected = format!("found {found}, expected {} to {}", cpu::THREADS.start(), cpu::THREADS.end());
-        return Err(Error::config("--threads", expected));
+    if let Some(problem) = cpu::wrong_threads(options.threads) {
+        return Err(Error::config("--threads", problem));
     }
     cpu::set_threads(options.threads).map_err(|error| match options.threads {
         Some(threads) => Error::config("--threads", format!("found {threads}: {error}")),

@@ -16,7 +16,7 @@ use toml_edit::{DocumentMut, Item, TableLike};
 use section::Section;
 use tree::{Entry, Node};
 
-use crate::backend::cpu::THREADS;
+use crate::backend::cpu::wrong_threads;
 use crate::data::DataOptions;
 use crate::error::{Error, Result};
 use crate::model::presets::{ModelOptions, Preset};
@@ -131,9 +131,8 @@ impl RunFile {
         let precision = precision(&mut run, device)?;
         let reproducible = run.or("reproducible", false)?;
         let threads = run.optional("threads")?;
-        if let Some(found) = threads.filter(|threads| !THREADS.contains(threads)) {
-            let expected = format!("found {found}, expected {} to {}", THREADS.start(), THREADS.end());
-            return Err(run.error("threads", expected));
+        if let Some(problem) = wrong_threads(threads) {
+            return Err(run.error("threads", problem));
         }
 
         let mut data_section = root.section("data")?;

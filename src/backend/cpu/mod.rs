@@ -53,8 +53,11 @@ impl<R: Real> Cpu<R> {
     }
 }
 
-/// How many threads [`set_threads`] can be asked for: more than any machine has processors.
-pub const THREADS: std::ops::RangeInclusive<usize> = 1..=4096;
+/// What is wrong with so many threads, in words; nothing for 1 to 4096, which is more than any machine has processors.
+pub fn wrong_threads(threads: Option<usize>) -> Option<String> {
+    let found = threads.filter(|threads| !(1..=4096).contains(threads))?;
+    Some(format!("found {found}, expected 1 to 4096"))
+}
 
 /// Makes the pool of threads that every [`Cpu`] of this process works with: so many, or as many as `RAYON_NUM_THREADS` says, or one a
 /// processor. The calling thread is one of them: what it begins reaches the others without a queue, and it works along rather than be

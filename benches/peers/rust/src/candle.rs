@@ -230,10 +230,6 @@ impl Step for UpdateAlone {
     fn inputs(&self) -> Vec<usize> {
         vec![self.parameters()]
     }
-
-    fn samples(&self) -> usize {
-        0
-    }
 }
 
 /// Clip by the global norm, then the rule.

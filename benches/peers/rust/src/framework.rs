@@ -24,8 +24,10 @@ pub trait Step {
     fn parameters(&self) -> usize;
     /// The shape of a batch's inputs, from the tensors.
     fn inputs(&self) -> Vec<usize>;
-    /// Samples that batches are taken from, from the tensors; 0 for an update.
-    fn samples(&self) -> usize;
+    /// Samples that batches are taken from, from the tensors; an update takes none.
+    fn samples(&self) -> usize {
+        0
+    }
 }
 
 /// nanoGPT's configuration for CPUs.

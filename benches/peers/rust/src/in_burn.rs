@@ -28,29 +28,24 @@ pub fn open(asked: &Asked) -> Result<Box<dyn Step>> {
         "update" => Box::new(UpdateAlone::new(asked, &device)),
         "mlp" => {
             let x = Tensor::<2>::random([samples, 784], Distribution::Default, &device);
-            let inputs = batch_of(asked, &x.dims());
+            let sample = x.dims()[1..].to_vec();
             let forward = move |model: &Mlp, rows| model.forward(x.clone().select(0, rows));
-            WholeStep::boxed(asked, Mlp::new(&device), forward, classes(), inputs)
+            WholeStep::boxed(asked, Mlp::new(&device), forward, classes(), sample)
         }
         "cnn" => {
             let x = Tensor::<4>::random([samples, 1, 28, 28], Distribution::Default, &device);
-            let inputs = batch_of(asked, &x.dims());
+            let sample = x.dims()[1..].to_vec();
             let forward = move |model: &Cnn, rows| model.forward(x.clone().select(0, rows));
-            WholeStep::boxed(asked, Cnn::new(&device), forward, classes(), inputs)
+            WholeStep::boxed(asked, Cnn::new(&device), forward, classes(), sample)
         }
         _ => {
             let shape = [samples, asked.context];
             let x: Tensor<2, Int> = integers(shape, VOCABULARY, &device);
-            let (y, inputs) = (integers(shape, VOCABULARY, &device), batch_of(asked, &x.dims()));
+            let (y, sample) = (integers(shape, VOCABULARY, &device), x.dims()[1..].to_vec());
             let forward = move |model: &Gpt, rows| model.forward(x.clone().select(0, rows));
-            WholeStep::boxed(asked, Gpt::new(asked.context, &device), forward, y, inputs)
+            WholeStep::boxed(asked, Gpt::new(asked.context, &device), forward, y, sample)
         }
     })
-}
-
-/// The shape of a batch of samples of this shape.
-fn batch_of(asked: &Asked, samples: &[usize]) -> Vec<usize> {
-    std::iter::once(asked.batch).chain(samples[1..].iter().copied()).collect()
 }
 
 fn integers<const D: usize>(shape: [usize; D], bound: usize, device: &Device) -> Tensor<D, Int> {
@@ -241,15 +236,16 @@ struct WholeStep<M, F> {
     order: Vec<Tensor<1, Int>>,
     next: usize,
     optimizer: ModuleOptimizer,
-    inputs: Vec<usize>,
+    /// The shape of a sample.
+    sample: Vec<usize>,
 }
 
 impl<M: Module + 'static, F: Fn(&M, Tensor<1, Int>) -> Tensor<2> + 'static> WholeStep<M, F> {
-    fn boxed(asked: &Asked, model: M, forward: F, y: Tensor<2, Int>, inputs: Vec<usize>) -> Box<dyn Step> {
+    fn boxed(asked: &Asked, model: M, forward: F, y: Tensor<2, Int>, sample: Vec<usize>) -> Box<dyn Step> {
         let optimizer = optimizer(asked, &model);
         let rows = |rows: Vec<u32>| Tensor::from_ints(rows.as_slice(), &y.device());
         let order = asked.order().into_iter().map(rows).collect();
-        Box::new(WholeStep { model: Some(model), forward, y, order, next: 0, optimizer, inputs })
+        Box::new(WholeStep { model: Some(model), forward, y, order, next: 0, optimizer, sample })
     }
 }
 
@@ -272,7 +268,7 @@ impl<M: Module, F: Fn(&M, Tensor<1, Int>) -> Tensor<2>> Step for WholeStep<M, F>
     }
 
     fn inputs(&self) -> Vec<usize> {
-        self.inputs.clone()
+        self.order[0].dims().into_iter().chain(self.sample.iter().copied()).collect()
     }
 
     fn samples(&self) -> usize {
@@ -320,9 +316,5 @@ impl Step for UpdateAlone {
 
     fn inputs(&self) -> Vec<usize> {
         vec![self.parameters()]
-    }
-
-    fn samples(&self) -> usize {
-        0
     }
 }

@@ -69,6 +69,7 @@ impl Part<'_> {
             rules: plan.groups.iter().map(|group| group.step(step)).collect(),
         };
         let lars = pass.lars_rates(&pieces, &mut self)?;
+        // One at a time: they are of different sizes, and runs of them left a thread waiting.
         let found: Vec<Found> = pieces.par_iter_mut().with_max_len(1).map(|piece| pass.piece(piece, &lars)).collect();
         pass.finish_lamb(&mut pieces, &found, &mut self)?;
         drop(pieces);
