@@ -219,7 +219,7 @@ __device__ void attention_forward(const T* qkv, T* y, float* log_sum_exp, const 
         // A row that sees nothing gets infinity: by that the backward sees nothing either.
         if (work.slice == 0 && tx == 0 && row < queries) {
             log_sum_exp[place.statistic(s) + first + row] =
-                total[i] == 0.0f ? infinity() : fmaf(most[i], s.scale, logf(total[i]));
+                total[i] == 0.0f ? infinity() : fmaf(most[i] * scale, LN_2, logf(total[i]));
         }
     }
     T* out = y + place.out(s) + first * place.width + work.slice;

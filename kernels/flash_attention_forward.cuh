@@ -76,7 +76,8 @@ __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, floa
                 peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
                 // A row that has seen nothing yet: its scores are minus infinity, whatever is taken from them.
                 const float base = peak == -infinity() ? 0.0f : peak * scale;
-                const float shrink = exp2_approx(fmaf(most[m][half], scale, -base));
+                // What came before stands against its own rounded base: where that stays, this is 1 to the bit.
+                const float shrink = exp2_approx(most[m][half] * scale - base);
                 most[m][half] = peak;
                 float sum = 0.0f;
 #pragma unroll
@@ -124,7 +125,7 @@ __device__ __forceinline__ void flash_attention_forward(const T* qkv, T* y, floa
             // A row that sees nothing gets infinity: by that the backward sees nothing either.
             if (lane % 4 == 0 && row < s.time) {
                 log_sum_exp[place.statistic(s) + row] =
-                    sum == 0.0f ? infinity() : fmaf(most[m][half], s.scale, logf(sum));
+                    sum == 0.0f ? infinity() : fmaf(most[m][half] * scale, LN_2, logf(sum));
             }
         }
         const int row = own + 16 * m;

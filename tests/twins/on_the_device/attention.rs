@@ -245,6 +245,28 @@ fn products_of_four_warps_together_hold_the_precision_of_a_warps() {
     }
 }
 
+/// Scores that are all the same and large: what the first keys add is no other than what the last ones do, tile by tile.
+#[test]
+fn tiles_of_equal_scores_weigh_the_same() {
+    let time = 256;
+    let geometry = AttentionGeometry { batch: 1, time, heads: 1, kv_heads: 1, head_size: 64, causal: false };
+    for products in [AttentionProducts::Warps, AttentionProducts::Groups] {
+        let Some(device) = device_with(by(products)) else { return };
+        for key in [12.25, 3.5, 7.75] {
+            let row = |t: usize| [[8.0; 64], [key; 64], [if t < time / 2 { 1.0 } else { -1.0 }; 64]].concat();
+            let mut bed = Bed::new(Cuda::<bf16>::new(device.clone()));
+            let qkv = bed.real(&(0..time).flat_map(row).collect::<Vec<f64>>());
+            let (y, log_sum_exp) = (bed.empty(time * 64), bed.empty_statistic(time));
+            let forward = AttentionForward { qkv, y, log_sum_exp, geometry, dropout: None, padding: None };
+            let found = bed.run(&forward).unwrap();
+            assert!(found.get(y).iter().all(|&value| value == 0.0), "{products:?}, keys of {key}");
+            let expected = 64.0 * key + (time as f64).ln();
+            let sums = &found.get_statistic(log_sum_exp)[..time];
+            assert!(sums.iter().all(|sum| (sum - expected).abs() <= 2e-7 * expected), "{sums:?}, not {expected}");
+        }
+    }
+}
+
 #[test]
 fn flash_attention_reads_and_writes_shared_memory_without_bank_conflicts() {
     let Some(device) = device() else { return };
