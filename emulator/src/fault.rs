@@ -162,6 +162,14 @@ pub enum FaultKind {
         /// First address of eight values.
         address: u64,
     },
+    /// Instructions of a warpgroup that its four warps do not execute alike.
+    #[error(
+        "warp {warp} has executed other wgmma instructions than the first of its four warps, or with another descriptor or predicate"
+    )]
+    ApartInGroup {
+        /// The warp, by number within its block.
+        warp: u32,
+    },
     /// More shared memory than a block can have.
     #[error("a block asks for {asked} bytes of shared memory; the limit is {limit}")]
     SharedMemory {

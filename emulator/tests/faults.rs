@@ -301,18 +301,18 @@ fn copies_in_flight_are_not_read() {
     run(format!("{copy}\ncp.async.wait_group 0;\nbar.sync 0;\n{other}")).unwrap();
 }
 
-/// A product of 64 threads' warps with a tile of 8 rows of 128 bytes, in parts that a test may leave out or put elsewhere.
-struct GroupProduct {
-    publish: &'static str,
-    meet: &'static str,
-    fence: &'static str,
-    between: &'static str,
-    wait: &'static str,
-    after: &'static str,
+/// A product of four warps with a tile of 8 rows of 128 bytes, in parts that a test may leave out or put elsewhere.
+struct GroupProduct<'t> {
+    publish: &'t str,
+    meet: &'t str,
+    fence: &'t str,
+    between: &'t str,
+    wait: &'t str,
+    after: &'t str,
 }
 
-impl GroupProduct {
-    const RIGHT: Self = GroupProduct {
+impl GroupProduct<'_> {
+    const RIGHT: GroupProduct<'static> = GroupProduct {
         publish: "fence.proxy.async.shared::cta;",
         meet: "bar.sync 0;",
         fence: "wgmma.fence.sync.aligned;",
@@ -327,7 +327,7 @@ impl GroupProduct {
         format!(
             ".reg .f32 %s<4>; .reg .b32 %a<4>; mov.f32 %s0, 0f00000000; mov.f32 %s1, %s0; mov.f32 %s2, %s0; mov.f32 %s3, %s0;
              mov.b32 %a0, 0; mov.b32 %a1, 0; mov.b32 %a2, 0; mov.b32 %a3, 0; setp.eq.u32 %p1, %a0, 0; mov.u32 %r7, 0;
-             st.shared.u32 [%r3], %r7; st.shared.u32 [%r3+256], %r7; st.shared.u32 [%r3+512], %r7; st.shared.u32 [%r3+768], %r7;
+             st.shared.u32 [%r3], %r7; st.shared.u32 [%r3+512], %r7;
              {publish} {meet}
              mov.u32 %r5, tile; shr.u32 %r5, %r5, 4; cvt.u64.u32 %rd5, %r5; or.b64 %rd5, %rd5, 0x4000004000010000;
              {fence} {product} {product} wgmma.commit_group.sync.aligned; {between}
@@ -338,10 +338,26 @@ impl GroupProduct {
 
 #[test]
 fn products_of_warpgroups_run_beside_the_program() {
-    const RIGHT: GroupProduct = GroupProduct::RIGHT;
-    let run = |product: GroupProduct| Bench::new().run(&product.body(), [2, 1, 1], [64, 1, 1], Checks::default());
-    let fault = |product: GroupProduct| run(product).unwrap_err().kind;
+    const RIGHT: GroupProduct<'static> = GroupProduct::RIGHT;
+    let run = |product: GroupProduct<'_>| Bench::new().run(&product.body(), [2, 1, 1], [128, 1, 1], Checks::default());
+    let fault = |product: GroupProduct<'_>| run(product).unwrap_err().kind;
     run(RIGHT).unwrap();
+    // Half a warpgroup.
+    let half = Bench::new().run(&RIGHT.body(), [1, 1, 1], [64, 1, 1], Checks::default()).unwrap_err();
+    assert!(matches!(half.kind, FaultKind::Launch(_)), "{half}");
+    // A warp that is not there, whose descriptor is another, or whose predicate is: for all its lanes, or for some.
+    let past = "setp.eq.u32 %p2, %r5, 2; @%p2 bra PAST;";
+    let leaves = format!("shr.u32 %r5, %r1, 5; {past} {}", RIGHT.fence);
+    let absent = GroupProduct { fence: &leaves, after: "PAST: mov.u32 %r5, 0;", ..RIGHT };
+    assert_eq!(fault(absent), FaultKind::ApartInGroup { warp: 2 });
+    for (operand, warp) in [
+        ("shr.u32 %r5, %r1, 5; cvt.u64.u32 %rd6, %r5; shl.b64 %rd6, %rd6, 1; add.u64 %rd5, %rd5, %rd6;", 1),
+        ("setp.lt.u32 %p1, %r1, 96;", 3),
+        ("setp.lt.u32 %p1, %r1, 80;", 2),
+    ] {
+        let fence = format!("{operand} {}", RIGHT.fence);
+        assert_eq!(fault(GroupProduct { fence: &fence, ..RIGHT }), FaultKind::ApartInGroup { warp }, "{operand}");
+    }
     // Sums that are read, and a left factor that is written, before they are waited for.
     assert_eq!(fault(GroupProduct { between: "mov.f32 %f0, %s3;", ..RIGHT }), FaultKind::InFlight);
     assert_eq!(fault(GroupProduct { between: "add.u32 %a1, %r1, 1;", ..RIGHT }), FaultKind::InFlight);

@@ -1,7 +1,7 @@
 //! Loads, stores and atomics, with every check of them.
 
 mod copies;
-mod groups;
+pub(in crate::exec) mod groups;
 mod traffic;
 
 pub(super) use groups::{Flight, publish};

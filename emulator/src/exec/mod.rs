@@ -381,7 +381,13 @@ impl Run<'_> {
         }
         let released = self.release(block, warps);
         if warps.iter().all(|warp| warp.live == 0) {
-            return Ok(true);
+            return match access::groups::apart(warps) {
+                None => Ok(true),
+                Some((warp, instruction)) => {
+                    let kind = FaultKind::ApartInGroup { warp };
+                    Err(Found { kind, block: block.coordinates, thread: warp * 32, instruction })
+                }
+            };
         }
         if ran || released {
             return Ok(false);

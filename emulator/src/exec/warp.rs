@@ -20,7 +20,7 @@ pub(crate) struct PendingCopy {
 
 pub(crate) struct Warp {
     pub index: u32,
-    threads: u32,
+    pub threads: u32,
     pub registers: Vec<Lanes>,
     pub predicates: Vec<u32>,
     /// Lanes that have not left the kernel.

@@ -3,9 +3,11 @@
 //! Each warp's rows of the sums depend on its own rows of the left factor alone, so a warp does its part where it comes to it. On
 //! hardware that part runs beside the program. What that asks of the program is checked ([`Flight`]): the registers of a product are
 //! left alone until it is waited for, and fenced where they were accessed before; what it reads of shared memory stays as it is until
-//! then; and whoever wrote there has published it, for the tensor cores read another way than threads write.
+//! then; and whoever wrote there has published it, for the tensor cores read another way than threads write. All four warps execute
+//! the same of these instructions, with the same descriptors and predicates: that is compared when a block has ended.
 
 use std::collections::VecDeque;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::{Access, Places};
 use crate::exec::warp::{Warp, all_lanes, lanes};
@@ -33,12 +35,14 @@ pub(in crate::exec) struct Flight {
     accessed: Vec<bool>,
     /// By register: how many products work on it.
     worked_on: Vec<u32>,
+    /// What the warp did together with others: the last instruction, and a number for all of them in their order.
+    together: Option<(usize, u64)>,
 }
 
 impl Flight {
     pub fn new(registers: usize) -> Self {
         let (open, groups) = (Vec::new(), VecDeque::new());
-        Flight { open, groups, accessed: vec![true; registers], worked_on: vec![0; registers] }
+        Flight { open, groups, accessed: vec![true; registers], worked_on: vec![0; registers], together: None }
     }
 
     pub fn restart(&mut self) {
@@ -46,6 +50,15 @@ impl Flight {
         self.groups.clear();
         self.accessed.fill(true);
         self.worked_on.fill(0);
+        self.together = None;
+    }
+
+    /// The warp executes an instruction that its warpgroup executes together, with operands that are to be the same.
+    fn executes(&mut self, at: usize, operands: (u64, bool)) {
+        let before = self.together.map_or(0, |(_, all)| all);
+        let mut hasher = DefaultHasher::new();
+        (before, at, operands).hash(&mut hasher);
+        self.together = Some((at, hasher.finish()));
     }
 
     /// An instruction accesses the registers that it names.
@@ -62,11 +75,11 @@ impl Flight {
         Ok(())
     }
 
-    pub fn fence(&mut self) {
+    fn fence(&mut self) {
         self.accessed.fill(false);
     }
 
-    pub fn commit(&mut self) {
+    fn commit(&mut self) {
         self.groups.push_back(std::mem::take(&mut self.open));
     }
 
@@ -141,7 +154,53 @@ pub(in crate::exec) fn publish(block: &mut Block, warp: u32, active: u32) {
     }
 }
 
+/// What a warpgroup's warps have not executed alike: of the first such warp, its number and its last instruction of that kind.
+pub(in crate::exec) fn apart(warps: &[Warp]) -> Option<(u32, usize)> {
+    warps.chunks(4).find_map(|group| {
+        let all = |warp: &Warp| warp.flight.together.map(|(_, all)| all);
+        let other = group.iter().find(|warp| all(warp) != all(&group[0]))?;
+        Some((other.index, other.flight.together.or(group[0].flight.together)?.0))
+    })
+}
+
+/// Fails unless the whole warp of a whole warpgroup is here.
+fn whole_group(warp: &Warp, active: u32, what: &'static str, lane: &mut usize) -> Result<(), Box<FaultKind>> {
+    all_lanes(active, what, lane)?;
+    let (first, threads) = (warp.index / 4 * 128, warp.threads);
+    if threads < first + 128 {
+        let problem = format!("{what} by {} threads: a warpgroup has 128", threads - first);
+        return Err(FaultKind::Launch(problem).into());
+    }
+    Ok(())
+}
+
 impl Run<'_> {
+    pub(in crate::exec) fn group_fence(
+        &mut self,
+        warp: &mut Warp,
+        active: u32,
+        at: usize,
+        lane: &mut usize,
+    ) -> Result<(), Box<FaultKind>> {
+        whole_group(warp, active, "wgmma.fence", lane)?;
+        warp.flight.executes(at, (0, false));
+        warp.flight.fence();
+        Ok(())
+    }
+
+    pub(in crate::exec) fn group_commit(
+        &mut self,
+        warp: &mut Warp,
+        active: u32,
+        at: usize,
+        lane: &mut usize,
+    ) -> Result<(), Box<FaultKind>> {
+        whole_group(warp, active, "wgmma.commit_group", lane)?;
+        warp.flight.executes(at, (0, false));
+        warp.flight.commit();
+        Ok(())
+    }
+
     pub(in crate::exec) fn group_matrix(
         &mut self,
         block: &mut Block,
@@ -152,11 +211,16 @@ impl Run<'_> {
     ) -> Result<(), Box<FaultKind>> {
         let kernel = self.kernel;
         let Op::GroupMatrix { width, factors, along, d, a, right, add } = &kernel.code[at].op else { return Ok(()) };
-        all_lanes(active, "wgmma", lane)?;
+        whole_group(warp, active, "wgmma", lane)?;
         warp.flight.admits(d, a)?;
+        let (bits, add) = (warp.registers[*right as usize], warp.pred(*add));
+        if bits.iter().any(|&other| other != bits[0]) || ![0, u32::MAX].contains(&add) {
+            return Err(FaultKind::ApartInGroup { warp: warp.index }.into());
+        }
+        warp.flight.executes(at, (bits[0], add != 0));
         // The inner dimension lies along rows, or its 16 places are rows.
         let extent = if *along { [16, u64::from(*width) / 8] } else { [u64::from(*width), 2] };
-        let described = Described::new(warp.registers[*right as usize][0], extent)?;
+        let described = Described::new(bits[0], extent)?;
         let read = self.read_described(block, warp, described, at, lane)?;
         for address in (0..described.rows * described.pieces).map(|number| described.address(number)) {
             let words = &block.unpublished[address as usize / 4..][..4];
@@ -168,8 +232,7 @@ impl Run<'_> {
             let (row, place) = if *along { (k, column) } else { (column, k) };
             read[row * extent[1] as usize + place / 8][place % 8]
         };
-        let add = warp.pred(*add) != 0;
-        matrix::multiply_group(warp, *factors, [d, a], right, add);
+        matrix::multiply_group(warp, *factors, [d, a], right, add != 0);
         warp.flight.start(Product { sums: d.clone(), left: a.clone(), right: described, read });
         self.trace.lanes_meet(&mut warp.knows, active);
         Ok(())
@@ -205,9 +268,12 @@ impl Run<'_> {
         &mut self,
         block: &mut Block,
         warp: &mut Warp,
-        but: usize,
+        active: u32,
+        (at, but): (usize, usize),
         lane: &mut usize,
     ) -> Result<(), Box<FaultKind>> {
+        whole_group(warp, active, "wgmma.wait_group", lane)?;
+        warp.flight.executes(at, (0, false));
         while let Some(done) = warp.flight.next_done(but) {
             for Product { right, read, .. } in done {
                 let now = self.read_described(block, warp, right, 0, lane)?;

@@ -149,9 +149,9 @@ impl Run<'_> {
                 self.trace.lanes_meet(&mut warp.knows, active);
             }
             Op::GroupMatrix { .. } => self.group_matrix(block, warp, active, at, lane)?,
-            Op::GroupFence => warp.flight.fence(),
-            Op::GroupCommit => warp.flight.commit(),
-            Op::GroupWait { but } => self.wait_group(block, warp, *but as usize, lane)?,
+            Op::GroupFence => self.group_fence(warp, active, at, lane)?,
+            Op::GroupCommit => self.group_commit(warp, active, at, lane)?,
+            Op::GroupWait { but } => self.wait_group(block, warp, active, (at, *but as usize), lane)?,
             Op::ProxyFence => publish(block, warp.index, active),
             Op::MoveMatrix { d, a } => {
                 all_lanes(active, "movmatrix", lane)?;
