@@ -34,6 +34,13 @@ struct HeadPlace {
           packed(static_cast<i64>(s.heads + 2 * s.kv_heads) * s.head_size),
           width(static_cast<i64>(s.heads) * s.head_size) {}
 
+    // The head that lies `n` on, of the same sample and the same keys.
+    __device__ __forceinline__ HeadPlace sharing(int n) const {
+        HeadPlace other = *this;
+        other.head += n;
+        return other;
+    }
+
     __device__ __forceinline__ i64 row(const AttentionShape& s) const { return static_cast<i64>(sample) * s.time; }
     __device__ __forceinline__ i64 query(const AttentionShape& s) const {
         return row(s) * packed + static_cast<i64>(head) * s.head_size;

@@ -29,8 +29,7 @@ __device__ __forceinline__ void flash_attention_backward_keys(const T* qkv, cons
     const int blocks = (s.time + ROWS - 1) / ROWS;
     const Share share(blocks);
     const int first = share.block * ROWS;
-    const i64 first_head = share.head * s.sharing;
-    const HeadPlace place(s, first_head);
+    const HeadPlace place(s, share.head * s.sharing);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = first + warp * 16, key = own + lane / 4;  // of this warp; of this lane, and 8 more
     // Both stages' tiles, both stages' statistics, what is kept.
@@ -39,7 +38,7 @@ __device__ __forceinline__ void flash_attention_backward_keys(const T* qkv, cons
     const int tiles = (s.time + QUERIES - 1) / QUERIES - first_tile;  // of each head
     auto start = [&](int member, int tile, u32 stage) {
         const int query = (first_tile + tile) * QUERIES;
-        const HeadPlace at(s, first_head + member);
+        const HeadPlace at = place.sharing(member);
         const u32 to = stages + stage * 2 * TILE_BYTES, statistics = stages + 4 * TILE_BYTES + stage * 2 * STATISTICS_BYTES;
         start_copy<T, D, QUERIES, THREADS>(to, qkv + at.query(s) + query * at.packed, at.packed, s.time - query);
         start_copy<T, D, QUERIES, THREADS>(to + TILE_BYTES, dy + at.out(s) + query * at.width, at.width, s.time - query);
@@ -99,7 +98,7 @@ __device__ __forceinline__ void flash_attention_backward_keys(const T* qkv, cons
         const bool whole = !s.causal || query >= own + 15;
         u32 bits[2] = {~0u, ~0u};
         if (EXTRAS && s.step != nullptr) {
-            const HeadPlace at(s, first_head + current);
+            const HeadPlace at = place.sharing(current);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 bits[half] = kept_queries<N>(s, dropout_row(s, at, query + 2 * (lane % 4)) + static_cast<u64>(key + 8 * half));

@@ -321,10 +321,16 @@ impl Device {
     /// Queues work whose scalars stand elsewhere than those of all other work: steps have theirs on the way while another is
     /// computed.
     pub(super) fn with_state<T>(&self, address: u64, work: impl FnOnce() -> T) -> T {
+        /// Names the device's own again, also where `work` panics.
+        struct Back<'d>(&'d Device);
+        impl Drop for Back<'_> {
+            fn drop(&mut self) {
+                self.0.state.store(self.0.own_state, Ordering::Relaxed);
+            }
+        }
         self.state.store(address, Ordering::Relaxed);
-        let done = work();
-        self.state.store(self.own_state, Ordering::Relaxed);
-        done
+        let _back = Back(self);
+        work()
     }
 
     /// Address of the device's `LossScale`.

@@ -155,7 +155,10 @@ impl<S: Storage> Backend for Cuda<S> {
     }
 
     fn allocate<T: bytemuck::Pod + Send + Sync>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros(&self.device, len)
+        let buffer = Buffer::zeros(&self.device, len)?;
+        // It is set to 0 by one stream; batches are written to it by another.
+        self.device.synchronize()?;
+        Ok(buffer)
     }
 
     fn upload<T: bytemuck::Pod + Send + Sync>(&self, to: &mut Buffer<T>, offset: usize, from: &[T]) -> Result<()> {

@@ -59,8 +59,9 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // A copy may be in flight. What fails here was or will be reported where work is waited for.
+        // A copy may be in flight, on either stream. What fails here was or will be reported where work is waited for.
         let _ = self.device.synchronize();
+        let _ = self.device.copy_stream().synchronize();
         // SAFETY: allocated by `new`, freed once, and no work of the device names it any more.
         self.device.record(unsafe { result::free_host(self.at.cast()) });
     }

@@ -239,7 +239,6 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
     let Work { arena, mut pass, mut turn, mut update } = work;
     if let Some(pass) = &mut pass {
         pass.activations.select(at);
-        queue.slots[at].copy(device, pass)?;
     }
     let context = pass.as_ref().map(|pass| pass.context).unwrap_or_default();
     let mut scalars = Scalars { micro_step: context.micro_step, part: context.part, ..Scalars::default() };
@@ -256,7 +255,11 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
     if let Some(turn) = &turn {
         prepare_team(device, queue, at, turn)?;
     }
+    // Last, so that what else is refused leaves no copy in flight.
     let slot = &mut queue.slots[at];
+    if let Some(pass) = &pass {
+        slot.copy(device, pass)?;
+    }
     slot.copy_scalars(device, &scalars)?;
     let tells = turn.as_ref().is_some_and(|turn| turn.pass.ends_step);
     slot.leaves = [pass.as_ref().is_some_and(|pass| pass.metrics.is_some()), update.is_some(), tells];

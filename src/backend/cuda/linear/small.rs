@@ -58,6 +58,8 @@ const WEIGHT_ROWS: usize = 32;
 const COLUMNS: usize = 32;
 /// Places of the inner dimension that a warp takes before it waits for them.
 const PLACES: usize = 32;
+/// The longest side of a map that the kernels' places, which are `int`, are sure to hold.
+const MOST_SIDE: usize = 1 << 24;
 /// Bytes that a gradient's address is a multiple of in an arena.
 const ALIGNMENT: usize = 512;
 /// Warps of a block, at most.
@@ -73,7 +75,10 @@ impl<S: Storage> Cuda<S> {
     /// Whether a map of this size, known by `what` besides, is done the second way.
     fn takes_second(&self, size: [usize; 3], what: &str, bytes: usize, ways: [Way<'_>; 2]) -> Result<bool> {
         let in_type = S::HAS_MASTER || self.device().options().tf32;
-        let can = in_type && !size.contains(&0) && size.iter().product::<usize>() <= SMALL;
+        let can = in_type
+            && !size.contains(&0)
+            && size.iter().product::<usize>() <= SMALL
+            && size.iter().all(|&side| side <= MOST_SIDE);
         match self.device().options().small_products {
             SmallProducts::Measured if can => {
                 self.device().second_is_faster(&format!("{what} {} {size:?}", S::NAME), bytes, ways)

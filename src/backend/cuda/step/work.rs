@@ -131,7 +131,13 @@ fn queue_update<S: Storage>(
     match turn.as_mut() {
         _ if gathered => prepared.queue_gathered(&arrays, params.zero_gradients, address, &mut Alone)?,
         Some(turn) if shared_out => prepared.queue_together(&arrays, params.zero_gradients, address, turn.exchange)?,
-        _ => prepared.queue(&arrays, params.zero_gradients, address)?,
+        turn => {
+            // One launch fills the device: what exchanges beside it would hold places that its blocks wait for.
+            if let (Some(turn), Some(_)) = (turn, prepared.persistent_blocks(&arrays)?) {
+                turn.exchange.join()?;
+            }
+            prepared.queue(&arrays, params.zero_gradients, address)?;
+        }
     }
     let outcome = prepared.outcome_address();
     let (first, tensors) = prepared.tensor_squares();

@@ -17,7 +17,7 @@ impl Prepared {
     }
 
     /// How many blocks the persistent form has; none where several launches are better, or needed.
-    pub(super) fn persistent_blocks(&self, arrays: &Arrays) -> Result<Option<usize>> {
+    pub fn persistent_blocks(&self, arrays: &Arrays) -> Result<Option<usize>> {
         let needs_norms = |kind: Kind| matches!(kind, Kind::Lars | Kind::Lamb | Kind::Muon);
         let element_wise = !self.plan.groups.iter().any(|group| needs_norms(Kind::of(&group.rule)));
         let fits = self.tensors.len() <= MOST_TENSORS && self.groups.len() <= MOST_GROUPS;
