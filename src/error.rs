@@ -45,15 +45,15 @@ pub enum Error {
         /// The shape it was given.
         found: String,
     },
-    /// The operating system refused something.
-    #[error("cannot {action} {}: {source}", path.display())]
+    /// The operating system refused something. The sentence has its words: they are no `source` besides, or would be told twice.
+    #[error("cannot {action} {}: {cause}", path.display())]
     Io {
         /// A verb: `read`, `create`, `rename`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
         /// The system's own words.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A device that is not there, or that failed.
     #[error("{0}")]
@@ -85,7 +85,7 @@ impl Error {
         match self {
             Error::Config { .. } | Error::Data { .. } | Error::Checkpoint { .. } | Error::Shape { .. } => 2,
             Error::Device(_) => 2,
-            Error::Io { source, .. } => match source.kind() {
+            Error::Io { cause, .. } => match cause.kind() {
                 std::io::ErrorKind::NotFound
                 | std::io::ErrorKind::AlreadyExists
                 | std::io::ErrorKind::IsADirectory
@@ -113,8 +113,8 @@ impl Error {
     }
 
     /// A [`Error::Io`]: `action` is a verb, as in `cannot read FILE`.
-    pub fn io(action: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Error::Io { action, path: path.into(), source }
+    pub fn io(action: &'static str, path: impl Into<PathBuf>, cause: std::io::Error) -> Self {
+        Error::Io { action, path: path.into(), cause }
     }
 
     /// A [`Error::Shape`].

@@ -57,6 +57,7 @@ fn check<S: Storage>(
     let wanted = Wanted {
         input: input.clone(),
         batch_size: 5,
+        left: Some(3),
         evaluations: vec![2, 5],
         optimizer,
         average: ema.is_some(),
@@ -78,7 +79,8 @@ fn check<S: Storage>(
         ema,
         seed: 1,
     };
-    let trainer = Trainer::new(parts).unwrap();
+    let mut trainer = Trainer::new(parts).unwrap();
+    trainer.plan_smaller(3).unwrap();
     let taken = before - free(device);
     assert!(taken.abs_diff(memory.total() - later) <= SLACK, "{taken} bytes were taken of {:#?}", memory.parts);
     let before = free(device);

@@ -2,11 +2,12 @@
 
 mod common;
 
-use std::path::Path;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{fresh_seed, run, stderr, stdout, tensor_hashes, warpstep};
+use serde_json::Value;
 use warpstep::random::{Philox, Purpose};
 
 /// Dropout, batch norm, accumulation, an average of weights: everything that has a state.
@@ -59,7 +60,7 @@ fn fifty_runs_killed_at_random_moments_and_resumed_end_with_the_same_bits() {
     let began = Instant::now();
     let output = run(&["train", &file, "--quiet", "--out", &whole.display().to_string()]);
     assert!(output.status.success(), "{}", stderr(&output));
-    let length = began.elapsed();
+    let mut length = began.elapsed();
     let expected = tensor_hashes(&whole);
     let metrics = std::fs::read_to_string(whole.join("metrics.jsonl")).unwrap();
     assert!(!expected.is_empty());
@@ -79,6 +80,9 @@ fn fifty_runs_killed_at_random_moments_and_resumed_end_with_the_same_bits() {
             std::thread::sleep(Duration::from_secs_f64(length.as_secs_f64() * share));
             if child.try_wait().unwrap().is_none() {
                 killed += 1;
+            } else {
+                // The first run went slower, other tests beside it.
+                length = length.mul_f64(0.8);
             }
             child.kill().unwrap();
             child.wait().unwrap();
@@ -167,4 +171,244 @@ fn the_bits_do_not_depend_on_the_number_of_threads() {
         })
         .collect();
     assert!(hashes.iter().all(|h| *h == hashes[0]));
+}
+
+/// A short run, in a folder of its own.
+struct Short {
+    folder: tempfile::TempDir,
+    file: String,
+}
+
+impl Short {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let file = write_run(folder.path());
+        Short { folder, file }
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn try_train(&self, name: &str, more: &[&str]) -> Output {
+        let out = self.out(name).display().to_string();
+        let short = ["--set", "run.steps=24", "--set", "evaluate.every_steps=10"];
+        run(&[&["train", &self.file, "--quiet", "--out", &out][..], &short, more].concat())
+    }
+
+    fn train(&self, name: &str, more: &[&str]) -> PathBuf {
+        let output = self.try_train(name, more);
+        assert!(output.status.success(), "{}", stderr(&output));
+        self.out(name)
+    }
+}
+
+/// Split and step of every line of metrics.jsonl.
+fn records(out: &Path) -> Vec<(String, u64)> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let of = |line: &str| -> (String, u64) {
+        let record: Value = serde_json::from_str(line).unwrap();
+        (record["split"].as_str().unwrap().to_owned(), record["step"].as_u64().unwrap())
+    };
+    text.lines().map(of).collect()
+}
+
+fn summary(out: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(out.join("summary.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn a_run_that_has_ended_is_left_as_it_is() {
+    let short = Short::new();
+    let out = short.train("run", &[]);
+    let files = ["metrics.jsonl", "summary.json", "checkpoints/step-00000024/state.json"];
+    let read = || files.map(|file| std::fs::read(out.join(file)).unwrap());
+    let before = read();
+    short.train("run", &["--resume"]);
+    assert!(read() == before, "resuming changed what a run that had ended left");
+    // Killed before it wrote its summary: the same records and scores again.
+    let (told, lines) = (summary(&out), records(&out));
+    std::fs::remove_file(out.join("summary.json")).unwrap();
+    short.train("run", &["--resume"]);
+    assert_eq!(records(&out), lines);
+    let again = summary(&out);
+    assert_eq!((&again["final"], &again["best"]), (&told["final"], &told["best"]));
+    assert!(again["final"]["train"]["loss"].is_f64(), "{again}");
+}
+
+#[test]
+fn a_copy_of_some_checkpoints_is_gone_on_from() {
+    let short = Short::new();
+    let whole = short.train("whole", &["--set", "checkpoint.keep=9"]);
+    let copy = short.out("copy").join("checkpoints");
+    for step in ["step-00000007", "step-00000014"] {
+        let to = copy.join(step);
+        std::fs::create_dir_all(&to).unwrap();
+        for file in std::fs::read_dir(whole.join("checkpoints").join(step)).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+    }
+    let out = short.train("copy", &["--resume", "--set", "checkpoint.keep=9"]);
+    assert_eq!(tensor_hashes(&out), tensor_hashes(&whole));
+    assert!(copy.join("step-00000007").is_dir(), "a checkpoint that was there before is gone");
+    // It began after step 14.
+    assert_eq!(records(&out)[0], ("train".to_owned(), 15));
+}
+
+/// The remedy for a damaged last checkpoint: `latest` is made to name the one before, which `best` does not.
+#[test]
+fn a_run_goes_back_to_an_older_checkpoint() {
+    let short = Short::new();
+    let out = short.train("run", &["--set", "checkpoint.keep=9"]);
+    let expected = tensor_hashes(&out);
+    let best = std::fs::read_to_string(out.join("checkpoints/best")).unwrap();
+    assert!(best.as_str() > "step-00000007", "{best}");
+    std::fs::write(out.join("checkpoints/latest"), "step-00000007\n").unwrap();
+    let out = short.train("run", &["--resume", "--set", "checkpoint.keep=9"]);
+    assert_eq!(tensor_hashes(&out), expected);
+    assert_eq!(std::fs::read_to_string(out.join("checkpoints/best")).unwrap(), best);
+}
+
+#[test]
+fn a_run_is_replaced_only_by_one_that_can_begin() {
+    let short = Short::new();
+    let out = short.train("run", &[]);
+    let before = tensor_hashes(&out);
+    let refused = short.try_train("run", &["--overwrite", "--set", "data.batch_size=100000"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert_eq!(tensor_hashes(&out), before);
+    // Nor does one that cannot begin leave a folder.
+    assert_eq!(short.try_train("other", &["--set", "data.batch_size=100000"]).status.code(), Some(2));
+    assert!(!short.out("other").exists());
+}
+
+#[test]
+fn two_runs_do_not_train_in_one_folder() {
+    let short = Short::new();
+    let out = short.out("run").display().to_string();
+    let arguments = ["train", &short.file, "--quiet", "--out", &out, "--set", "run.steps=1000000"];
+    let mut first = warpstep().args(arguments).stderr(Stdio::null()).spawn().unwrap();
+    while !short.out("run").join("checkpoints/latest").exists() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let second = run(&[&arguments[..], &["--resume"]].concat());
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert_eq!(second.status.code(), Some(2));
+    assert!(stderr(&second).contains("another process trains in this folder"), "{}", stderr(&second));
+}
+
+#[test]
+fn all_files_of_a_run_are_for_the_same_users() {
+    use std::os::unix::fs::PermissionsExt;
+    let short = Short::new();
+    let out = short.train("run", &[]);
+    let checkpoint = out.join("checkpoints/step-00000024");
+    let mode = |path: PathBuf| std::fs::metadata(path).unwrap().permissions().mode();
+    for file in ["model.safetensors", "optimizer.safetensors", "ema.safetensors"] {
+        assert_eq!(mode(checkpoint.join(file)), mode(out.join("config.toml")), "{file}");
+    }
+}
+
+/// The last evaluations may take long: the last checkpoint comes before them, and a signal during them ends the run.
+#[test]
+fn a_signal_during_the_last_evaluations_ends_the_run() {
+    let short = Short::new();
+    let out = short.out("run").display().to_string();
+    let slow = [
+        "train",
+        &short.file,
+        "--quiet",
+        "--out",
+        &out,
+        "--set",
+        "run.steps=1",
+        "--set",
+        "schedule.warmup_steps=0",
+        "--set",
+        "model.hidden=[3000, 3000]",
+        "--set",
+        "data.split={ test = 0.8 }",
+    ];
+    let child = warpstep().args(slow).stderr(Stdio::null()).spawn().unwrap();
+    while !short.out("run").join("checkpoints/latest").exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = child.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(143));
+    assert_eq!(records(&short.out("run")), [("train".to_owned(), 1)]);
+    let output = run(&[&slow[..], &["--resume"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(records(&short.out("run")), [("train".to_owned(), 1), ("test".to_owned(), 1)]);
+}
+
+/// What is left at the end of a pass over the data is a batch too, where it is asked for.
+#[test]
+fn a_last_batch_that_is_not_full_is_trained_on() {
+    let short = Short::new();
+    let more = ["--set", "data.drop_last=false", "--set", "optimizer.accumulate=1"];
+    let too_many = short.try_train("refused", &["--set", "data.batch_size=4000"]);
+    let text = stderr(&too_many);
+    let (_, after) = text.split_once("the training split holds ").expect(&text);
+    let samples: u64 = after.split_once(' ').unwrap().0.parse().unwrap();
+    // All samples as a batch of their own size, and as what is left of a larger one.
+    let size = format!("data.batch_size={samples}");
+    let whole = short.train("whole", &["--set", &size, "--set", "optimizer.accumulate=1"]);
+    let left = short.train("left", &[&more[..], &["--set", "data.batch_size=4000"]].concat());
+    assert_eq!(tensor_hashes(&left), tensor_hashes(&whole));
+    // Full ones and one that is not, in turn: three a pass. The gradient is that of each one's own mean.
+    let size = format!("data.batch_size={}", samples * 2 / 5);
+    let mixed = [&more[..], &["--set", &size]].concat();
+    let expected = short.train("cpu", &mixed);
+    let one_left = format!("data.batch_size={}", samples - 1);
+    let refused = short.try_train("refused", &[&more[..], &["--set", &one_left]].concat());
+    assert!(
+        stderr(&refused).contains("data.drop_last: with false, what is left for the last batch is 1:"),
+        "{}",
+        stderr(&refused)
+    );
+    assert_eq!(summary(&expected)["steps"], 24);
+    let Some(device) = common::device() else { return };
+    let found = short.train("device", &[&mixed[..], &["--device", device]].concat());
+    let loss = |out: &Path| summary(out)["final"]["train"]["loss"].as_f64().unwrap();
+    assert!((loss(&found) - loss(&expected)).abs() < 1e-4, "{} for {}", loss(&found), loss(&expected));
+}
+
+#[test]
+fn a_run_that_stopped_early_does_not_go_on() {
+    let short = Short::new();
+    // No evaluation improves by so much on the first.
+    let more = ["--set", "early_stopping.patience=1", "--set", "early_stopping.min_delta=1e6"];
+    let out = short.train("run", &more);
+    let (told, lines, expected) = (summary(&out), records(&out), tensor_hashes(&out));
+    assert_eq!(told["steps"], 20);
+    std::fs::remove_file(out.join("summary.json")).unwrap();
+    short.train("run", &[&more[..], &["--resume"]].concat());
+    assert_eq!((summary(&out)["steps"].as_u64(), tensor_hashes(&out)), (Some(20), expected));
+    assert_eq!(records(&out), lines);
+}
+
+/// A signal may come where a step is to be evaluated: it ends the run at once, and the resume evaluates first.
+#[test]
+fn no_evaluation_is_lost_or_done_twice() {
+    let short = Short::new();
+    let out = short.out("run").display().to_string();
+    let each = ["--set", "evaluate.every_steps=1", "--set", "run.steps=300"];
+    let arguments = [&["train", &short.file, "--quiet", "--out", &out][..], &each].concat();
+    let child = warpstep().args(&arguments).stderr(Stdio::null()).spawn().unwrap();
+    while !short.out("run").join("checkpoints/latest").exists() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    let output = run(&[&arguments[..], &["--resume"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let evaluated: Vec<u64> = records(&short.out("run"))
+        .into_iter()
+        .filter(|(split, _)| split == "validation")
+        .map(|(_, step)| step)
+        .collect();
+    assert_eq!(evaluated, (1..=300).collect::<Vec<u64>>());
 }

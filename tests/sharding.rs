@@ -203,6 +203,7 @@ fn memory_falls_from_level_to_level_and_is_what_was_planned() {
             let wanted = Wanted {
                 input: input.clone(),
                 batch_size: 2,
+                left: None,
                 evaluations: vec![8],
                 optimizer: &optimizer,
                 average: true,

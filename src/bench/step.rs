@@ -241,6 +241,7 @@ fn memory<B: Bed>(_: &B, work: &Training, table: &Table) -> Result<usize> {
     let wanted = Wanted {
         input: work.input.clone(),
         batch_size: work.batch,
+        left: None,
         evaluations: Vec::new(),
         optimizer: &work.optimizer,
         average: false,

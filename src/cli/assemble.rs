@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::RunFileArgs;
+use super::{RunArgs, RunFileArgs};
 use crate::backend::Backend;
 use crate::backend::cpu::{self, Cpu};
 use crate::backend::cuda::auto::{Choice, Machine, choose};
@@ -20,6 +20,7 @@ use crate::parallel::world::World;
 use crate::train::checkpoint::{self, Which};
 use crate::train::infer::Predictor;
 use crate::train::looping::model_input;
+use crate::train::options::Length;
 
 /// The token that fills a line of words up.
 const PADDING: i32 = 0;
@@ -27,26 +28,37 @@ const PADDING: i32 = 0;
 impl RunFileArgs {
     /// Reads the run file with the overrides applied, and sets the threads up.
     pub fn read(&self) -> Result<RunFile> {
-        let run = self.parse()?;
-        set_threads(&run);
-        Ok(run)
+        self.with(Vec::new()).inspect(set_threads)
     }
 
-    /// Reads the run file with the overrides applied.
-    pub fn parse(&self) -> Result<RunFile> {
-        let mut set = self.set.clone();
-        if let Some(device) = &self.device {
-            set.push(format!("run.device={device:?}"));
-        }
-        if let Some(threads) = self.threads {
-            set.push(format!("run.threads={threads}"));
-        }
+    /// Reads the run file with the overrides and `more` of them applied.
+    fn with(&self, more: Vec<String>) -> Result<RunFile> {
+        let threads = self.threads.map(|threads| format!("run.threads={threads}"));
+        let set: Vec<String> = self.set.iter().cloned().chain(more).chain(threads).collect();
         RunFile::read(&self.file, &set)
     }
 }
 
+impl RunArgs {
+    /// Reads the run file with the overrides applied, and sets the threads up.
+    pub fn read(&self) -> Result<RunFile> {
+        self.parse(Vec::new()).inspect(set_threads)
+    }
+
+    /// Reads the run file with the overrides and `more` of them applied.
+    pub fn parse(&self, more: Vec<String>) -> Result<RunFile> {
+        let device = self.device.as_ref().map(|device| assign("run.device", device));
+        self.file.with(more.into_iter().chain(device).collect())
+    }
+}
+
+/// An override of `key` by a string, whatever is in it.
+pub fn assign(key: &str, text: &str) -> String {
+    format!("{key}={}", toml_edit::Value::from(text))
+}
+
 /// Sets the threads of the CPU up.
-fn set_threads(run: &RunFile) {
+pub fn set_threads(run: &RunFile) {
     // A pool that is there already keeps its threads; results do not depend on their number.
     let _ = cpu::set_threads(run.threads);
 }
@@ -167,6 +179,17 @@ pub fn open_data(run: &RunFile) -> Result<OpenedData> {
     crate::data::open(&run.data, Some(&run.base), run.train.seed).map_err(|e| run.locate(e))
 }
 
+/// The steps of a run on one process.
+pub fn steps(run: &RunFile, data: &OpenedData) -> Result<u64> {
+    Ok(match run.train.length {
+        Length::Steps(steps) => steps,
+        Length::Epochs(epochs) => {
+            let batches = data.batches_per_epoch(run.train.batch_size)?;
+            ((epochs * batches as f64 / f64::from(run.train.accumulate)).round() as u64).max(1)
+        }
+    })
+}
+
 /// The model of a run file for data that was opened, or remembered.
 pub fn build_model<B: Backend>(run: &RunFile, data: &Preprocess) -> Result<Model<B>> {
     let (vocabulary, context) = match &data.input {
@@ -211,7 +234,9 @@ impl Trained {
     /// Opens a run folder (its best checkpoint where it has one, or its latest) or a checkpoint folder within one.
     pub fn open(path: &Path, which: Option<Which>) -> Result<Self> {
         let (folder, checkpoint) = if path.join("state.json").is_file() {
-            let folder = path.parent().and_then(Path::parent).map(Path::to_owned).unwrap_or_default();
+            // However few of its folders the path names.
+            let whole = std::path::absolute(path).map_err(|e| Error::io("find", path, e))?;
+            let folder = whole.parent().and_then(Path::parent).map(Path::to_owned).unwrap_or_default();
             (folder, path.to_owned())
         } else {
             let checkpoints = path.join("checkpoints");

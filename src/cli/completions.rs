@@ -1,6 +1,5 @@
 //! `warpstep completions`.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory};
@@ -17,6 +16,6 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let mut script = Vec::new();
     clap_complete::generate(options.shell, &mut super::Cli::command(), "warpstep", &mut script);
-    std::io::stdout().lock().write_all(&script)?;
+    super::say(&String::from_utf8_lossy(&script))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,12 +1,11 @@
 //! `warpstep data`.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Subcommand;
 
-use super::RunFileArgs;
 use super::assemble::open_data;
+use super::{RunFileArgs, say};
 
 /// Commands of `data`.
 #[derive(Debug, Subcommand)]
@@ -21,7 +20,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         Options::Inspect(run) => {
             let data = open_data(&run.read()?)?;
             let text = crate::data::inspect(&data)?;
-            std::io::stdout().lock().write_all(text.as_bytes())?;
+            say(&text)?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,11 +1,11 @@
 //! `warpstep doctor`.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Args;
 use serde::Serialize;
 
+use super::say;
 use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::doctor::{CudaReport, DeviceReport, LibraryReport, examine};
 use crate::backend::cuda::{compile_all, emulated};
@@ -61,10 +61,7 @@ fn capability(text: &str) -> Result<(i32, i32), String> {
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     if let Some((major, minor)) = options.compile {
         let files = compile_all((major, minor))?;
-        writeln!(
-            std::io::stdout(),
-            "the kernels of {files} files are compiled for compute capability {major}.{minor}"
-        )?;
+        say(&format!("the kernels of {files} files are compiled for compute capability {major}.{minor}\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     let only = match options.device.as_deref() {
@@ -96,7 +93,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         cuda,
     };
     let text = if options.json { serde_json::to_string(&report)? + "\n" } else { page(&report) };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    say(&text)?;
     Ok(if report.works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

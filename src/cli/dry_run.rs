@@ -7,8 +7,8 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, LESS_MEMORY};
 use crate::backend::ops::Update;
 use crate::config::{DeviceChoice, Precision, RunFile};
-use crate::data::OpenedData;
 use crate::data::options::Resident;
+use crate::data::{OpenedData, SamplerOptions};
 use crate::error::Result;
 use crate::model::{Model, Program};
 use crate::parallel::Shard;
@@ -73,6 +73,8 @@ fn plan<B: Update>(run: &RunFile, data: &OpenedData, world: &World, device: Opti
         input: model_input(data.input()),
         batch_size: run.train.batch_size / share.of,
         share: (share.of > 1).then_some((share, sharding)),
+        left: SamplerOptions { share, ..data.sampler_options(run.train.batch_size, run.train.seed) }
+            .left(data.splits.train.len()),
         evaluations: evaluations(data, run.train.batch_size),
         optimizer: &run.optimizer,
         average: run.train.ema.is_some(),

@@ -7,9 +7,11 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use super::assemble::{Trained, build_model, open_data};
+use super::say;
 use crate::backend::cpu::Cpu;
 use crate::data::TargetSpec;
 use crate::error::Error;
+use crate::optim::OptimizerOptions;
 use crate::train::checkpoint::{self, Which};
 use crate::train::looping::model_input;
 use crate::train::step::{LossSums, Trainer, TrainerParts};
@@ -47,7 +49,7 @@ impl From<WhichArg> for Which {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   warpstep eval runs/digits
-  warpstep eval runs/digits/checkpoints/step-00000500 --split validation")]
+  warpstep eval runs/digits/checkpoints/step-00001000 --split validation")]
 pub(crate) struct Options {
     /// A run folder, or a checkpoint folder within one
     #[arg(value_name = "RUN")]
@@ -76,18 +78,21 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         None => ("validation", splits.validation.as_ref()),
     };
     let dataset = dataset.ok_or_else(|| {
-        Error::config(
-            "--split",
-            format!("the run's data has no {name} split; set data.split.{name}, or choose another"),
-        )
+        let problem = match options.split {
+            Some(_) => format!("the run's data has no {name} split; set data.split.{name}, or choose another"),
+            None => "the run's data has no test and no validation split; give --split train".to_owned(),
+        };
+        Error::config(if options.split.is_some() { "--split" } else { "eval" }, problem)
     })?;
+    // Nothing is updated, and the CPU keeps its parameters in f32, whatever the run did.
+    let optimizer = OptimizerOptions { master: true, ..trained.run.optimizer.clone() };
     let mut trainer = Trainer::new(TrainerParts {
         backend: Cpu::<f32>::new(),
         model: build_model(&trained.run, &data.preprocess)?,
         input: model_input(data.input()),
         batch_size: 1.max(trained.run.train.batch_size.min(2)),
         accumulate: 1,
-        optimizer: &trained.run.optimizer,
+        optimizer: &optimizer,
         ema: None,
         seed: trained.run.train.seed,
     })?;
@@ -104,15 +109,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             "split": name, "samples": dataset.len(), "loss": sums.mean(), "accuracy": accuracy,
             "checkpoint": trained.checkpoint.display().to_string(),
         });
-        println!("{value}");
+        say(&format!("{value}\n"))?;
     } else {
         let accuracy = accuracy.map_or_else(String::new, |a| format!("  accuracy {:.2} %", 100.0 * a));
-        println!(
-            "{name}  {} samples  loss {:.4}{accuracy}  ({})",
-            dataset.len(),
-            sums.mean(),
-            trained.checkpoint.display()
-        );
+        let (samples, loss, checkpoint) = (dataset.len(), sums.mean(), trained.checkpoint.display());
+        say(&format!("{name}  {samples} samples  loss {loss:.4}{accuracy}  ({checkpoint})\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

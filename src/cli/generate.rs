@@ -29,7 +29,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 200)]
     tokens: usize,
     /// Spread of the draws; 0 takes the most probable token
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
     temperature: f64,
     /// Draw from the K most probable tokens only
     #[arg(long, value_name = "K")]
@@ -61,17 +61,20 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         )
         .into());
     };
-    let mut tokens = tokenizer.encode(&options.prompt)?;
+    let mut tokens = tokenizer.encode(&options.prompt).map_err(|e| match e {
+        Error::Data { problem, .. } => Error::config("--prompt", problem),
+        other => other,
+    })?;
     let mut predictor = trained.predictor()?;
     let mut out = std::io::stdout().lock();
-    out.write_all(options.prompt.as_bytes())?;
+    let told = |e| Error::io("write to", "standard output", e);
+    out.write_all(options.prompt.as_bytes()).map_err(told)?;
     let sampling = Sampling { temperature: options.temperature, top_k: options.top_k, seed: options.seed };
     let mut written = Ok(());
     generate(&mut predictor, &mut tokens, options.tokens, [*context, *vocabulary], sampling, |token| {
         written = out.write_all(&tokenizer.decode_bytes(&[token])).and_then(|()| out.flush());
         Ok(written.is_ok())
     })?;
-    written?;
-    writeln!(out)?;
+    written.and_then(|()| writeln!(out)).map_err(told)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -8,7 +8,8 @@ mod rank;
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command as Process, ExitCode, ExitStatus, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -16,7 +17,7 @@ use clap::{Args, Parser};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::{Cli, Command};
+use super::{Cli, Command, count};
 use crate::error::{Error, Result};
 use control::Control;
 use job::{End, Job};
@@ -34,16 +35,16 @@ pub(crate) use rank::{Options as RankOptions, run as run_rank};
 Rank 0 speaks here; the output of every other rank goes to LOGS/rank-N.log. The first rank that fails ends all.")]
 pub(crate) struct Options {
     /// One process a GPU, this many
-    #[arg(long, value_name = "N", conflicts_with = "cpus", required_unless_present = "cpus")]
+    #[arg(long, value_name = "N", conflicts_with = "cpus", required_unless_present = "cpus", value_parser = count)]
     gpus: Option<NonZeroUsize>,
     /// This many processes on the CPU, through mpirun
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count)]
     cpus: Option<NonZeroUsize>,
     /// Start all again from the last checkpoint, up to R times, after a rank failed
     #[arg(long, value_name = "R", default_value_t = 0)]
     restarts: u32,
     /// Seconds that a rank may be silent or stuck until the others stop (60 where not given)
-    #[arg(long, value_name = "S", value_parser = seconds)]
+    #[arg(long, value_name = "S", value_parser = seconds, allow_negative_numbers = true)]
     timeout: Option<f64>,
     /// Folder of the ranks' outputs (`logs` in the run folder where not given)
     #[arg(long, value_name = "DIR")]
@@ -63,12 +64,17 @@ fn seconds(text: &str) -> std::result::Result<f64, String> {
 
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
+    let mut replaced = None;
     let (ours, logs) = match &options.program {
         Some(_) => (false, PathBuf::from("logs")),
         None => match Cli::try_parse_from(std::iter::once(OsString::from("warpstep")).chain(options.arguments.clone()))
         {
             // What every process would say is said once.
-            Ok(Cli { command: Command::Train(train) }) => (true, train.folder()?.join("logs")),
+            Ok(Cli { command: Command::Train(train) }) => {
+                let folder = train.folder()?;
+                replaced = train.overwrites().then(|| Replaced::new(&folder));
+                (true, folder.join("logs"))
+            }
             Ok(_) => {
                 let found = options.arguments[0].to_string_lossy().into_owned();
                 return Err(Error::config("launch", format!("found {found:?}, expected `train RUN.toml`")).into());
@@ -90,6 +96,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         arguments: options.arguments,
         timeout: options.timeout,
         outputs: Outputs::new(options.log_dir.unwrap_or(logs))?,
+        replaced,
     };
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(|e| Error::io("listen to", "signals", e))?;
     launch.run(options.restarts, ours, signals)
@@ -103,13 +110,43 @@ struct Launch {
     arguments: Vec<OsString>,
     timeout: Option<f64>,
     outputs: Outputs,
+    /// The run that `--overwrite` replaces.
+    replaced: Option<Replaced>,
+}
+
+/// A run that is to be replaced, told from the one that replaces it by its config.toml, which is written once all else was removed.
+struct Replaced {
+    config: PathBuf,
+    before: Option<(u64, SystemTime)>,
+}
+
+impl Replaced {
+    fn new(folder: &Path) -> Self {
+        let config = folder.join("config.toml");
+        Replaced { before: Self::mark(&config), config }
+    }
+
+    fn mark(config: &Path) -> Option<(u64, SystemTime)> {
+        let found = std::fs::metadata(config).ok()?;
+        Some((found.ino(), found.modified().ok()?))
+    }
+
+    /// Whether its successor has begun.
+    fn is_gone(&self) -> bool {
+        let now = Self::mark(&self.config);
+        now.is_some() && now != self.before
+    }
 }
 
 impl Launch {
     fn run(&self, restarts: u32, ours: bool, mut signals: Signals) -> anyhow::Result<ExitCode> {
         for attempt in 0..=restarts {
             let outputs = self.outputs.begin(attempt, self.size)?;
-            let arguments = if ours && attempt > 0 { resuming(&self.arguments) } else { self.arguments.clone() };
+            let arguments = if ours && attempt > 0 && self.has_begun() {
+                resuming(&self.arguments)
+            } else {
+                self.arguments.clone()
+            };
             let job = self.start(attempt, &arguments)?;
             let (rank, status) = match job.wait(&mut signals, &outputs)? {
                 End::Done => return Ok(ExitCode::SUCCESS),
@@ -122,9 +159,15 @@ impl Launch {
             if code == 2 || attempt == restarts {
                 return Ok(ExitCode::from(code));
             }
-            eprintln!("restart {} of {restarts}, from the last checkpoint", attempt + 1);
+            let from = if self.has_begun() { "the last checkpoint" } else { "the beginning" };
+            eprintln!("restart {} of {restarts}, from {from}", attempt + 1);
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// Whether the run in the folder is this launch's own.
+    fn has_begun(&self) -> bool {
+        self.replaced.as_ref().is_none_or(Replaced::is_gone)
     }
 
     fn start(&self, attempt: u32, arguments: &[OsString]) -> Result<Job> {
@@ -208,4 +251,23 @@ fn exit_code(status: ExitStatus) -> u8 {
     use std::os::unix::process::ExitStatusExt;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replaced_run_is_gone_when_its_successor_has_written_its_config() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("config.toml");
+        assert!(!Replaced::new(folder.path()).is_gone(), "nothing there, and nothing begun");
+        std::fs::write(&config, "old").unwrap();
+        let replaced = Replaced::new(folder.path());
+        assert!(!replaced.is_gone(), "the old run");
+        std::fs::remove_file(&config).unwrap();
+        assert!(!replaced.is_gone(), "it is being removed");
+        crate::train::files::write_whole(&config, b"new").unwrap();
+        assert!(replaced.is_gone());
+    }
 }

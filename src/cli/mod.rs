@@ -16,12 +16,14 @@ mod team;
 mod train;
 mod verify;
 
+use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// Trains models: a run file goes in; a trained model, its curves and its checkpoints come out.
 #[derive(Debug, Parser)]
@@ -73,12 +75,30 @@ pub(crate) struct RunFileArgs {
     /// Override a key, as in --set optimizer.learning_rate=3e-4 (may be given several times)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Device: auto, cpu, cuda, cuda:N or emulated
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<String>,
     /// Threads of the CPU backend
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+}
+
+/// A run file, what changes it, and what it runs on.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub file: RunFileArgs,
+    /// Device: auto, cpu, cuda, cuda:N or emulated
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+}
+
+/// A number of things that are needed.
+fn count(text: &str) -> std::result::Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "expected a whole number of 1 or more".to_owned())
+}
+
+/// Prints, now: a reader that has gone, or a full disk, is an error like any other ([`report`]).
+fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io("write to", "standard output", e))
 }
 
 /// Parses the arguments, runs the command, prints the error: the exit code is 0 when done, 1 when the run failed, 2 when the
@@ -119,7 +139,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
     let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
     let ours = error.downcast_ref::<Error>();
     let gone = match ours {
-        Some(Error::Io { source, .. }) => broken_pipe(source),
+        Some(Error::Io { cause, .. }) => broken_pipe(cause),
         _ => error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe),
     };
     if gone {

@@ -11,8 +11,8 @@ use clap::Args;
 use half::{bf16, f16};
 use serde::Serialize;
 
-use super::RunFileArgs;
 use super::assemble::{build_model, open_data};
+use super::{RunFileArgs, say};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::ops::Update;
@@ -52,16 +52,16 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NAME", default_value = "h100")]
     gpu: String,
     /// GB/s that a process's collectives move within its node (their bus bandwidth); the GPU's usual one where not given
-    #[arg(long, value_name = "GB/S")]
+    #[arg(long, value_name = "GB/S", allow_negative_numbers = true)]
     node_bandwidth: Option<f64>,
     /// GB/s that a process's collectives move between nodes
-    #[arg(long, value_name = "GB/S", default_value_t = 50.0)]
+    #[arg(long, value_name = "GB/S", default_value_t = 50.0, allow_negative_numbers = true)]
     network: f64,
     /// Microseconds of each step of the way within a node, and between nodes
-    #[arg(long, value_name = "US", num_args = 2, default_values_t = [6.0, 15.0])]
+    #[arg(long, value_name = "US", num_args = 2, default_values_t = [6.0, 15.0], allow_negative_numbers = true)]
     latency: Vec<f64>,
     /// Share of the data sheet's arithmetic that products reach
-    #[arg(long, value_name = "SHARE", default_value_t = 0.65)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.65, allow_negative_numbers = true)]
     efficiency: f64,
     /// Take speeds from what `warpstep bench --json` wrote on such a device: the copy, the products, and the sums over processes
     /// (may be given several times)
@@ -116,9 +116,9 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         Precision::F16 => Plan::new::<Cuda<f16>>(&options, &run_file, &data, device)?,
     };
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&plan)?);
+        say(&format!("{}\n", serde_json::to_string_pretty(&plan)?))?;
     } else {
-        print!("{}", plan.text());
+        say(&plan.text())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -249,6 +249,7 @@ impl<B: Update> Work<'_, B> {
             input: model_input(self.data.input()),
             batch_size: samples,
             share: (share.of > 1).then_some((share, sharding)),
+            left: None,
             evaluations: Vec::new(),
             optimizer: &self.run.optimizer,
             average: self.run.train.ema.is_some(),
@@ -337,7 +338,11 @@ impl Plan {
         if !batch.is_multiple_of(world) {
             return Err(run.locate(Error::config(
                 "data.batch_size",
-                format!("found {batch}, expected a multiple of {world}: it is the batch of all processes together"),
+                format!(
+                    "found {batch}, expected a multiple of {world}: it is the batch of all processes together; give \
+                     --set data.batch_size={}",
+                    batch.max(1).next_multiple_of(world)
+                ),
             )));
         }
         let samples = batch / world;

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use super::RunFileArgs;
-use super::assemble::open_data;
+use super::assemble::{open_data, steps};
+use super::{RunFileArgs, say};
 use crate::train::metrics::read_metrics;
 use crate::train::options::Length;
 use crate::train::plot::{charts, schedule_chart, write};
@@ -43,6 +43,9 @@ pub(crate) struct Runs {
     output: PathBuf,
 }
 
+/// Points of a schedule's curve at most.
+const MOST: u64 = 4096;
+
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let output = match options {
@@ -50,15 +53,21 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             let run = options.run.read()?;
             let steps = match run.train.length {
                 Length::Steps(steps) => steps,
-                Length::Epochs(epochs) => {
-                    let batches = open_data(&run)?.batches_per_epoch(run.train.batch_size)?;
-                    ((epochs * batches as f64 / f64::from(run.train.accumulate)).round() as u64).max(1)
-                }
+                // Data are needed for it.
+                Length::Epochs(_) => steps(&run, &open_data(&run)?)?,
             };
             let peak = run.optimizer.learning_rate;
             run.schedule.validate(steps, peak).map_err(|e| run.locate(e))?;
-            let rates: Vec<f64> = (0..steps).map(|step| run.schedule.at(step, steps, peak)).collect();
-            write(&[schedule_chart(&run.name, &rates)], &options.output)?;
+            // No more steps than a picture can show.
+            let stride = steps.div_ceil(MOST);
+            let mut shown: Vec<u64> = (0..steps.div_ceil(stride)).map(|point| point * stride).collect();
+            shown.extend((stride > 1).then_some(steps - 1));
+            shown.dedup();
+            let rates: Vec<f64> = shown.iter().map(|&step| run.schedule.at(step, steps, peak)).collect();
+            let mut chart = schedule_chart(&run.name, &rates);
+            let points = chart.curves.iter_mut().flat_map(|curve| &mut curve.points);
+            points.zip(&shown).for_each(|((x, _), &step)| *x = step as f64);
+            write(&[chart], &options.output)?;
             &options.output
         }
         Options::Runs(options) => {
@@ -72,6 +81,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             &options.output
         }
     };
-    println!("{}", output.display());
+    say(&format!("{}\n", output.display()))?;
     Ok(ExitCode::SUCCESS)
 }

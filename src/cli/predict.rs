@@ -1,6 +1,6 @@
 //! `warpstep predict`.
 
-use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::assemble::Trained;
 use super::eval::WhichArg;
+use super::{count, say};
 use crate::data::UserSample;
 use crate::error::Error;
 use crate::train::checkpoint::Which;
@@ -30,8 +31,8 @@ pub(crate) struct Options {
     #[arg(long, conflicts_with = "files")]
     text: Option<String>,
     /// Classes to name for each sample
-    #[arg(long, value_name = "K", default_value_t = 1)]
-    top: usize,
+    #[arg(long, value_name = "K", default_value = "1", value_parser = count)]
+    top: NonZeroUsize,
     /// The checkpoint; best where there is one, else latest
     #[arg(long)]
     checkpoint: Option<WhichArg>,
@@ -50,19 +51,22 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         )
         .into());
     }
-    let samples: Vec<UserSample> = match &options.text {
-        Some(text) => trained.preprocess.text(text, Path::new("--text"))?,
-        None => {
-            let mut samples = Vec::new();
-            for file in &options.files {
-                samples.extend(trained.preprocess.file(file)?);
-            }
-            samples
+    let mut samples: Vec<UserSample> = Vec::new();
+    let mut add = |from: &Path, found: Vec<UserSample>| {
+        if found.is_empty() {
+            return Err(Error::data(from, "found nothing in it, expected one sample or more"));
         }
+        samples.extend(found);
+        Ok(())
     };
+    if let Some(text) = &options.text {
+        add(Path::new("--text"), trained.preprocess.text(text, Path::new("--text"))?)?;
+    }
+    for file in &options.files {
+        add(file, trained.preprocess.file(file)?)?;
+    }
     let mut predictor = trained.predictor()?;
     let input = model_input(&trained.preprocess.input);
-    let mut out = std::io::stdout().lock();
     for sample in &samples {
         let (output, _) = predictor.run(&input, &sample.input, 1)?;
         let Some(names) = trained.preprocess.class_names() else {
@@ -72,7 +76,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                 let values: Vec<String> = output.iter().map(f32::to_string).collect();
                 format!("{}  {}", sample.name, values.join(" "))
             };
-            writeln!(out, "{line}")?;
+            say(&(line + "\n"))?;
             continue;
         };
         // One logit for two classes: logistic regression.
@@ -82,7 +86,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         };
         let mut order: Vec<usize> = (0..probabilities.len().min(names.len())).collect();
         order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
-        order.truncate(options.top.max(1));
+        order.truncate(options.top.get());
         let line = if options.json {
             let classes: Vec<_> = order
                 .iter()
@@ -94,7 +98,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                 order.iter().map(|&i| format!("{} {:.2} %", names[i], 100.0 * probabilities[i])).collect();
             format!("{}  {}", sample.name, classes.join("  "))
         };
-        writeln!(out, "{line}")?;
+        say(&(line + "\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,6 @@
 //! `warpstep train`.
 
-use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use std::time::Duration;
 use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::RunFileArgs;
-use super::assemble::{Opened, build_model, open_data, open_device};
+use super::assemble::{Opened, assign, build_model, open_data, open_device, set_threads};
 use super::dry_run::dry_run;
 use super::team::{Team, Vigil};
+use super::{RunArgs, count, report, say};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
 use crate::backend::profile::Profiled;
@@ -25,6 +25,7 @@ use crate::optim::NormClip;
 use crate::parallel::watch::Watch;
 use crate::parallel::world::World;
 use crate::parallel::{Collective, agree};
+use crate::train::checkpoint::{self, Which};
 use crate::train::files::write_whole;
 use crate::train::looping::train;
 use crate::train::profile::{Profile, Table};
@@ -41,7 +42,7 @@ use crate::train::tensorboard::TensorBoard;
   warpstep train run.toml --resume")]
 pub(crate) struct Options {
     #[command(flatten)]
-    run: RunFileArgs,
+    run: RunArgs,
     /// Run folder (run.out, or runs/NAME, where not given)
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -58,8 +59,8 @@ pub(crate) struct Options {
     #[arg(long)]
     no_graph: bool,
     /// Time each operation for N micro-batches, and print a table of times beside their floors at the end (kept as profile.json)
-    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "20")]
-    profile: Option<u64>,
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "20", value_parser = count)]
+    profile: Option<NonZeroUsize>,
     /// Replay a sample of every Nth update by the plain rule, and stop where it differs (run.shadow_every_steps)
     #[arg(long, value_name = "N")]
     shadow: Option<u64>,
@@ -72,18 +73,35 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// The run folder. The run file is read, and nothing else is done.
+    /// The run file and the run folder. Nothing is made.
+    fn parse(&self) -> Result<(RunFile, PathBuf)> {
+        let out = self.out.as_ref().map(|out| assign("run.out", &out.to_string_lossy()));
+        let shadow = self.shadow.map(|every| format!("run.shadow_every_steps={every}"));
+        let run_file = self.run.parse(out.into_iter().chain(shadow).collect())?;
+        let folder = self.out.clone().unwrap_or_else(|| run_file.out.clone());
+        if folder.exists() && !folder.is_dir() {
+            let place = if self.out.is_some() { "--out" } else { "run.out" };
+            let problem = format!("{} is a file, expected a folder", folder.display());
+            return Err(run_file.locate(Error::config(place, problem)));
+        }
+        Ok((run_file, folder))
+    }
+
+    /// The run folder.
     pub(super) fn folder(&self) -> Result<PathBuf> {
-        let run_file = self.run.parse()?;
-        Ok(self.out.clone().unwrap_or(run_file.out))
+        self.parse().map(|(_, folder)| folder)
+    }
+
+    /// Whether a run in the folder is to be replaced.
+    pub(super) fn overwrites(&self) -> bool {
+        self.overwrite
     }
 }
 
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let mut options = options;
-    options.run.set.extend(options.shadow.map(|every| format!("run.shadow_every_steps={every}")));
-    let run_file = options.run.read()?;
+    let (run_file, folder) = options.parse()?;
+    set_threads(&run_file);
     let world = World::detect()?;
     // Before anything is read: an emulated device starts the program again.
     let device = open_device(&run_file, &world, !options.no_graph);
@@ -91,12 +109,11 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         let text = dry_run(&run_file, &world, device)?;
         // One process speaks for all.
         if world.rank == 0 {
-            print!("{text}");
+            say(&text)?;
         }
         return Ok(ExitCode::SUCCESS);
     }
     let device = device?;
-    let folder = options.out.clone().unwrap_or_else(|| run_file.out.clone());
     let vigil = Vigil {
         timeout: Duration::from_secs_f64(run_file.parallel.timeout),
         log: folder.join("logs").join(format!("rank-{}.log", world.rank)),
@@ -114,7 +131,10 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         team.await_cause();
     }
     if !own {
+        // It is said first: the end may wait for processes that never come.
+        let code = report(&error);
         team.goodbye();
+        return Ok(code);
     } else if !team.fail(&format!("{error:#}")) {
         let exit_code = error.downcast_ref().map_or(1, Error::exit_code);
         return Err(Error::Peer { rank: 0, problem: String::new(), exit_code }.into());
@@ -138,6 +158,9 @@ fn train_in_team(
         (false, true) => Start::Overwrite,
         (false, false) => Start::New,
     };
+    if start == Start::Resume && collective.rank() == 0 && matches!(latest(folder), Ok(None)) {
+        eprintln!("no checkpoint in {}: begins at step 0", folder.display());
+    }
     let show = match (options.json, options.quiet) {
         // One process speaks for all.
         _ if collective.rank() > 0 => Show::Log(collective.rank()),
@@ -145,7 +168,8 @@ fn train_in_team(
         (false, true) => Show::Quiet,
         (false, false) => Show::Auto,
     };
-    let (watch, started, profile) = (team.watch.clone(), Arc::clone(started), options.profile);
+    let profile = options.profile.map(|count| count.get() as u64);
+    let (watch, started) = (team.watch.clone(), Arc::clone(started));
     let go = Go { collective, watch, started, run_file, data: &data, folder, start, show, profile };
     match device {
         Opened::Cpu(backend) => go.train(backend),
@@ -172,11 +196,15 @@ struct Go<'a> {
 impl Go<'_> {
     fn train<B: Backend<Real = f32> + Update + Profiled>(self, backend: B) -> anyhow::Result<ExitCode> {
         let Go { collective, watch, started, run_file, data, folder, start, show, profile } = self;
-        let mut run = make_run(backend, Arc::clone(&collective), run_file, data, folder, start)?;
-        let profile =
-            profile.map(|count| Profile::new(&run.backend, &mut run.model, &run.optimizer, count)).transpose()?;
-        let profile = profile.map(|profile| profile.accumulating(run_file.train.accumulate));
-        run.interrupt = signals()?;
+        let make = || {
+            let mut run = make_run(backend, Arc::clone(&collective), run_file, data, folder, start)?;
+            run.interrupt = signals()?;
+            let profile =
+                profile.map(|count| Profile::new(&run.backend, &mut run.model, &run.optimizer, count)).transpose()?;
+            Ok((run, profile.map(|profile| profile.accumulating(run_file.train.accumulate))))
+        };
+        // One process may lack what the others have.
+        let (mut run, profile) = agree(&*collective, make())?;
         run.watch = watch;
         let mut begun = Begun(started);
         let clip = match run_file.optimizer.clip.norm {
@@ -195,7 +223,11 @@ impl Go<'_> {
         drop(progress);
         let outcome = outcome.map_err(|e| run_file.locate(e))?;
         if let Some(profile) = profile {
-            keep_profile(&profile.table()?, folder, show)?;
+            // How the run ended does not depend on it.
+            match profile.table() {
+                Ok(table) => keep_profile(&table, folder, show)?,
+                Err(error) => eprintln!("no profile: {error}"),
+            }
         }
         match outcome.end {
             End::Interrupted(signal) => {
@@ -226,13 +258,17 @@ fn keep_profile(table: &Table, folder: &Path, show: Show) -> anyhow::Result<()> 
     let mut json = serde_json::to_vec_pretty(table)?;
     json.push(b'\n');
     write_whole(&folder.join("profile.json"), &json)?;
-    let mut out = std::io::stdout().lock();
     match show {
-        Show::Auto => write!(out, "\n{}", table.text())?,
-        Show::Json => writeln!(out, "{}", serde_json::json!({ "profile": table }))?,
+        Show::Auto => say(&format!("\n{}", table.text()))?,
+        Show::Json => say(&format!("{}\n", serde_json::json!({ "profile": table })))?,
         Show::Quiet | Show::Log(_) => {}
     }
     Ok(())
+}
+
+/// The checkpoint that a resume in this run folder goes on from.
+fn latest(folder: &Path) -> Result<Option<PathBuf>> {
+    checkpoint::find(&folder.join("checkpoints"), Which::Latest)
 }
 
 /// The run of a run file in this folder.
@@ -244,6 +280,9 @@ pub(crate) fn make_run<B: Backend>(
     folder: &Path,
     start: Start,
 ) -> Result<Run<B>> {
+    // A checkpoint has weights of its own.
+    let begins = start != Start::Resume || latest(folder)?.is_none();
+    let weights = run.weights.as_deref().filter(|_| begins);
     Ok(Run {
         backend,
         model: build_model(run, &data.preprocess)?,
@@ -262,7 +301,7 @@ pub(crate) fn make_run<B: Backend>(
         config: run.resolved.clone(),
         identity: run.identity.clone(),
         preprocess: data.preprocess.to_json()?,
-        weights: run.weights.as_deref().map(|path| Lookup::new(Some(&run.base)).find(path)).transpose()?,
+        weights: weights.map(|path| Lookup::new(Some(&run.base)).find(path)).transpose()?,
         start,
         interrupt: Arc::default(),
         abandon_at: None,

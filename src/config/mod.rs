@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use toml_edit::{DocumentMut, Item, TableLike};
 
-use section::Section;
+use section::{Read, Section};
 use tree::{Entry, Node};
 
 use crate::backend::cpu::wrong_threads;
@@ -126,6 +126,8 @@ impl RunFile {
         let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
         let name: String = run.or("name", stem)?;
         let out = run.or("out", Path::new("runs").join(&name))?;
+        // Where a resume by this record finds the run again, from wherever it is started.
+        run.record("out", std::path::absolute(&out).unwrap_or_else(|_| out.clone()).write());
         let base = run.or("base", absolute)?;
         let device = device(&mut run)?;
         let precision = precision(&mut run, device)?;
@@ -138,6 +140,10 @@ impl RunFile {
         let mut data_section = root.section("data")?;
         let data = data::data(&mut data_section)?;
         let batch_size = data_section.or("batch_size", 32usize)?;
+        if u32::try_from(batch_size).is_err() {
+            let problem = format!("found {batch_size}, expected {} samples at most", u32::MAX);
+            return Err(data_section.error("batch_size", problem));
+        }
         let mut model_section = root.section("model")?;
         let model = model::model(&mut model_section)?;
         let weights = model_section.optional("weights")?;
@@ -298,15 +304,19 @@ fn train_options(
 ) -> Result<TrainOptions> {
     let defaults = TrainOptions::default();
     let seed = run.or("seed", defaults.seed)?;
-    let length = match (run.optional("steps")?, run.optional("epochs")?) {
-        (Some(steps), None) => Length::Steps(steps),
-        (None, Some(epochs)) => Length::Epochs(epochs),
-        (None, None) => return Err(run.missing("steps", "run.steps or run.epochs")),
-        (Some(_), Some(_)) => return Err(run.error("epochs", "found both steps and epochs, expected one of them")),
-    };
+    let (steps, epochs) = (run.optional("steps")?, run.optional("epochs")?);
     let log_every_steps = run.or("log_every_steps", defaults.log_every_steps)?;
     let max_skipped_steps = run.or("max_skipped_steps", defaults.max_skipped_steps)?;
+    if max_skipped_steps == 0 {
+        return Err(run.error("max_skipped_steps", "found 0, expected 1 or more"));
+    }
     let shadow_every_steps = run.optional("shadow_every_steps")?;
+    let length = match (steps, epochs) {
+        (Some(steps), None) => Length::Steps(steps),
+        (None, Some(epochs)) => Length::Epochs(epochs),
+        (None, None) => return Err(run.missing_of_all("steps", "run.steps or run.epochs")),
+        (Some(_), Some(_)) => return Err(run.error("epochs", "found both steps and epochs, expected one of them")),
+    };
     let mut evaluate = root.section("evaluate")?;
     let evaluate_cadence = cadence(&mut evaluate, defaults.evaluate)?;
     let evaluate_batches = evaluate.optional("batches")?;

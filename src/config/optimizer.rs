@@ -47,7 +47,7 @@ enum RuleName {
 /// A key that is unknown, of another type, or out of its range.
 pub fn optimizer(section: &mut Section, matrices_only: bool) -> Result<OptimizerSection> {
     let (rule, name) = rule(section, "momentum")?;
-    let learning_rate = section.required("learning_rate")?;
+    let learning_rate = section.optional("learning_rate")?;
     let decoupled = name == RuleName::AdamW || rule.decouples_decay();
     let decoupled = section.choice_or(
         "decay",
@@ -69,6 +69,8 @@ pub fn optimizer(section: &mut Section, matrices_only: bool) -> Result<Optimizer
     if !master && ema.is_some() {
         return Err(section.error("ema", "an average of weights needs them in f32; leave ema out, or master = false"));
     }
+    let learning_rate =
+        learning_rate.ok_or_else(|| section.missing_of_all("learning_rate", "a number above 0, as in 1e-3"))?;
     let optimizer =
         OptimizerOptions { rule, learning_rate, weight_decay, decoupled, decay_matrices_only, clip, groups, master };
     Ok(OptimizerSection { optimizer, accumulate, ema })

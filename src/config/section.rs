@@ -227,7 +227,7 @@ impl Section {
     }
 
     fn ask(&mut self, key: &str) {
-        if !self.asked.iter().any(|known| known == key) {
+        if !self.knows(key) {
             self.asked.push(key.to_owned());
         }
     }
@@ -278,6 +278,20 @@ impl Section {
             Some((misspelt, hint)) => self.error(misspelt, format!("unknown key{hint}")),
             None => self.error(key, format!("missing; expected {expected}")),
         }
+    }
+
+    /// As [`Section::missing`], where all keys of the section have been asked for: what else stands there is told as well.
+    pub fn missing_of_all(&self, key: &str, expected: &str) -> Error {
+        let unknown: Vec<&str> = self.entries.keys().map(String::as_str).filter(|k| !self.knows(k)).collect();
+        match unknown.as_slice() {
+            [] => self.missing(key, expected),
+            [one] => self.missing(key, &format!("{expected}; found the unknown key {one}")),
+            several => self.missing(key, &format!("{expected}; found the unknown keys {}", several.join(", "))),
+        }
+    }
+
+    fn knows(&self, key: &str) -> bool {
+        self.asked.iter().any(|asked| asked == key)
     }
 
     /// The value of `key`, which must be given.

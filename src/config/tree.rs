@@ -134,7 +134,27 @@ fn from_value(value: &Value, outer: &str, locate: &Locate<'_>) -> Entry {
     Entry { node, place }
 }
 
-/// Applies `--set key.path=value`. The value is TOML; what is no TOML counts as a string.
+/// Keys of which one at most may be given.
+const EITHER: [[&str; 2]; 3] = [
+    ["run.steps", "run.epochs"],
+    ["evaluate.every_steps", "evaluate.every_epochs"],
+    ["checkpoint.every_steps", "checkpoint.every_epochs"],
+];
+
+/// Where `--set` gives one of two keys, what the file says of the other no longer counts.
+fn overrule(root: &mut Entry, key: &str) {
+    let pair = EITHER.iter().find(|pair| pair.contains(&key));
+    let other = pair.and_then(|pair| pair.iter().find(|other| **other != key)).and_then(|other| other.split_once('.'));
+    if let (Some((section, other)), Node::Table(sections)) = (other, &mut root.node)
+        && let Some(Node::Table(entries)) = sections.get_mut(section).map(|entry| &mut entry.node)
+        && entries.get(other).is_some_and(|entry| !entry.place.starts_with("--set"))
+    {
+        entries.remove(other);
+    }
+}
+
+/// Applies `--set key.path=value`. The value is TOML; what is no TOML counts as a string. It stands in the place of what the file
+/// says, and of the other key where the file gives one of two.
 ///
 /// # Errors
 /// No `=`, an empty key, or a path through something that is no table.
@@ -154,6 +174,7 @@ pub fn set(root: &mut Entry, assignment: &str) -> Result<()> {
             "found key `{path}`, expected names joined by points, as in optimizer.learning_rate"
         )));
     }
+    overrule(root, &keys.join("."));
     let mut node = &mut root.node;
     for (depth, key) in keys.iter().enumerate() {
         let entries = match node {

@@ -7,8 +7,10 @@ use super::{Batch, Dataset, InputSpec, Inputs, OpenedData, Pick, TargetSpec, Tar
 use crate::error::Result;
 use crate::text::grouped;
 
-/// Samples of the training split whose values are measured.
+/// Samples of the training split whose values are measured, where they are small enough.
 const MEASURED: usize = 2000;
+/// Bytes of values that are measured.
+const MEASURED_BYTES: usize = 256 << 20;
 /// Samples that are shown.
 const SHOWN: usize = 3;
 /// Classes that are listed.
@@ -51,7 +53,7 @@ pub fn inspect(data: &OpenedData) -> Result<String> {
         let ([mels, frames], [scale, shift]) = (pictures.transform()?.shape(), pictures.normalization()?);
         line("pictures", format!("[1, {mels}, {frames}] made by the model, x * {scale:.6} + {shift:.6}"));
     }
-    let batch = first(&*data.splits.train, MEASURED)?;
+    let batch = first(&*data.splits.train, measured(data.input().elements()))?;
     line("values", values(&batch));
     if let Some(affine) = &data.preprocess.affine {
         let told = |values: &[f32]| match values {
@@ -68,6 +70,11 @@ pub fn inspect(data: &OpenedData) -> Result<String> {
     let _ = writeln!(page);
     samples(&mut page, data, &batch);
     Ok(page)
+}
+
+/// How many samples of `elements` values are measured.
+fn measured(elements: usize) -> usize {
+    (MEASURED_BYTES / elements.saturating_mul(size_of::<f32>()).max(1)).clamp(1, MEASURED)
 }
 
 /// The first samples of a split.
@@ -199,4 +206,16 @@ fn picture(values: &[f32], channels: usize, height: usize, width: usize, spectru
         text.push('\n');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_samples_are_measured_up_to_a_number_of_bytes() {
+        assert_eq!(measured(784), MEASURED);
+        assert_eq!(measured(3 * 512 * 512), 85);
+        assert_eq!(measured(1 << 30), 1);
+    }
 }

@@ -110,6 +110,7 @@ pub fn open(options: &DataOptions, base: Option<&Path>, seed: u64) -> Result<Ope
         FormatOptions::Tokens(o) => of_tokens(format::tokens::open(o, &options.split, &lookup)?, options)?,
         FormatOptions::Lines(o) => of_tokens(format::lines::open(o, &options.split, &lookup, seed)?, options)?,
     };
+    two_classes(&source, &*splits.train)?;
     let windows = splits.train.starts().is_some();
     Ok(OpenedData {
         splits,
@@ -121,6 +122,22 @@ pub fn open(options: &DataOptions, base: Option<&Path>, seed: u64) -> Result<Ope
         prefetch: Prefetch { batches: options.prefetch, threads: options.threads },
         resident: options.resident,
     })
+}
+
+/// Where targets are classes, a model that saw one alone would have nothing to tell apart.
+fn two_classes(source: &str, train: &dyn Dataset) -> Result<()> {
+    let (TargetSpec::Class { names }, Some(counts)) = (train.target(), train.class_counts()) else { return Ok(()) };
+    let mut seen = names.iter().zip(counts).filter(|(_, count)| *count > 0).map(|(name, _)| name);
+    match (seen.next(), seen.next()) {
+        (Some(name), None) => Err(Error::data(
+            source,
+            format!(
+                "found the one class {name:?} in the training split, expected two or more; give samples of another, or \
+                 check data.split"
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Splits of real-valued samples.

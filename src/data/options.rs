@@ -1,5 +1,6 @@
 //! What a run file's `[data]` table can say. The key of each field stands at the head of its text.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use super::augment::AugmentOptions;
@@ -380,6 +381,20 @@ pub enum Part {
         /// The last number.
         to: i64,
     },
+}
+
+/// As the run file has it.
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::Fraction(share) => write!(f, "{share}"),
+            Part::Count(count) => write!(f, "{count}"),
+            Part::Every(every) => write!(f, "{{ every = {every} }}"),
+            Part::Pattern(pattern) => write!(f, "{{ pattern = {pattern:?} }}"),
+            Part::Values { field, values } => write!(f, "{{ field = {field:?}, values = {values:?} }}"),
+            Part::Range { field, from, to } => write!(f, "{{ field = {field:?}, from = {from}, to = {to} }}"),
+        }
+    }
 }
 
 /// `data.split`. What is left is trained on.

@@ -25,6 +25,14 @@ pub struct SamplerOptions {
     pub share: Share,
 }
 
+impl SamplerOptions {
+    /// Samples of the batch that ends a pass over `len` of them, where it is not full and not left out, as several processes always do.
+    pub fn left(&self, len: usize) -> Option<usize> {
+        let taken = !self.drop_last && self.share.of == 1 && self.sampling != Sampling::Random;
+        len.checked_rem(self.batch_size).filter(|&left| taken && left > 0)
+    }
+}
+
 /// The stream of windows drawn with replacement; passes are shuffled by the streams of their numbers.
 const WITH_REPLACEMENT: u32 = u32::MAX;
 

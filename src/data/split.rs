@@ -73,7 +73,13 @@ pub(crate) fn divide(place: &Path, facts: &Facts<'_>, options: &SplitOptions, se
             None => matching(key, part, &rest, facts)?,
         };
         if chosen.is_empty() {
-            return Err(Error::config(key, format!("found {part:?}, which holds out none of {total} samples")));
+            let advice = match part {
+                Part::Fraction(_) => "give a larger share, or a count such as 1",
+                Part::Count(_) => "expected 1 or more, or leave the key out",
+                Part::Every(_) => "give a number that the samples of a file reach",
+                _ => "give a rule that fits the names of some files",
+            };
+            return Err(Error::config(key, format!("found {part}, which holds out none of {total} samples; {advice}")));
         }
         rest.retain(|i| chosen.binary_search(i).is_err());
         *into = chosen;
@@ -234,7 +240,10 @@ pub(crate) fn divide_text(place: &Path, len: usize, options: &SplitOptions) -> R
             Some(part) => {
                 return Err(Error::config(
                     key,
-                    format!("found {part:?}, expected a share above 0 and below 1, or a count of tokens"),
+                    format!(
+                        "found {part}, expected a share above 0 and below 1, or a count of tokens, 1 or more: text is \
+                         divided into one piece for each split"
+                    ),
                 ));
             }
         }

@@ -4,6 +4,7 @@
 //! its backward, into a [`Planner`]. The result is a [`Program`]: a flat list of operations with a static memory plan,
 //! which a backend runs (or records once and replays).
 
+mod asked;
 mod fuse;
 pub mod interop;
 mod layer;
@@ -19,6 +20,8 @@ pub use parameters::{Init, ParamTable};
 pub use planner::{Planner, Row};
 pub use probe::{Alone, GradientCheck, Probe};
 pub use program::{ActivationBytes, OpCost, Program};
+
+use asked::Asked;
 
 use crate::backend::ops::{BinaryCrossEntropy, CrossEntropy, METRICS, MeanSquaredError};
 use crate::backend::{Arena, Backend};
@@ -68,6 +71,7 @@ pub struct Model<B: Backend> {
     pub loss: Loss,
     parameters: ParamTable,
     after_planning: Option<AfterPlanning<B>>,
+    asked: Option<Asked>,
 }
 
 /// What is done to every program of a model once it is planned.
@@ -76,13 +80,19 @@ type AfterPlanning<B> = Box<dyn Fn(&mut Program<B>, Mode, &ParamTable) -> Result
 impl<B: Backend> Model<B> {
     /// A model of one layer, most often a [`layers::Sequential`]. Its parameters are declared by the first [`Model::plan`].
     pub fn new(root: Box<dyn Layer<B>>, loss: Loss) -> Self {
-        Model { front: None, root, loss, parameters: ParamTable::default(), after_planning: None }
+        Model { front: None, root, loss, parameters: ParamTable::default(), after_planning: None, asked: None }
     }
 
     /// Puts a layer that is not trained before the others, which keep their names.
     #[must_use]
     pub fn preceded_by(self, name: &'static str, layer: impl Layer<B> + 'static) -> Self {
         Model { front: Some((name, Box::new(layer))), ..self }
+    }
+
+    /// Has shapes that do not fit told in the words of the run file that asked for the model.
+    #[must_use]
+    fn asked_by(self, asked: Asked) -> Self {
+        Model { asked: Some(asked), ..self }
     }
 
     /// Has every program that is planned from now on handed to `change`, such as to put a clock around each operation.
@@ -101,15 +111,26 @@ impl<B: Backend> Model<B> {
     /// Plans a program for batches of `batch` samples.
     ///
     /// # Errors
-    /// Shapes that do not fit, with the layer's name.
+    /// Shapes that do not fit, each other or the targets, with the layer's name or the key of the run file; a batch that is too
+    /// large to count.
     pub fn plan(&mut self, input: &Input, batch: usize, mode: Mode) -> Result<Program<B>> {
         let mut planner = Planner::new(&mut self.parameters, mode);
-        let mut x = planner.input(input, batch);
+        let mut x = planner.input(input, batch)?;
         let input_value = x.value;
         if let Some((name, front)) = &mut self.front {
             x = planner.layer(name, front.kind(), |planner| front.forward(planner, x))?;
         }
-        let y = self.root.forward(&mut planner, x)?;
+        let given = x.shape.clone();
+        if let Some(asked) = &self.asked {
+            asked.check_input(&given)?;
+        }
+        let y = self.root.forward(&mut planner, x).map_err(|error| match &self.asked {
+            Some(asked) => asked.told(planner.failed(), error),
+            None => error,
+        })?;
+        if let Some(asked) = &self.asked {
+            asked.check_output(&given, &y.shape)?;
+        }
         let logits = y.real("model output")?;
         planner.keep(logits);
         let output_shape = y.shape.clone();

@@ -13,6 +13,14 @@ use crate::backend::{Act, Backend, Grad, Indices, Op, Param, State, Use};
 use crate::error::{Error, Result};
 use crate::plan::{Lifetime, MemoryPlan};
 
+/// Most elements of a tensor, of parameters or of activations: whatever is counted of them then fits its whole numbers.
+const MOST_ELEMENTS: usize = 1 << 40;
+
+/// Elements of this shape; as many as there are numbers where they are more.
+fn elements(shape: &[usize]) -> usize {
+    shape.iter().fold(1, |elements, &side| elements.saturating_mul(side))
+}
+
 /// A line of the model's table: a layer, its output, its cost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -65,6 +73,7 @@ pub struct Planner<'a, B: Backend> {
     padding: Option<Padding>,
     rows: Vec<Row>,
     recomputing: bool,
+    failed: Vec<String>,
 }
 
 impl<'a, B: Backend> Planner<'a, B> {
@@ -84,6 +93,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             padding: None,
             rows: Vec::new(),
             recomputing: false,
+            failed: Vec::new(),
         }
     }
 
@@ -160,8 +170,16 @@ impl<'a, B: Backend> Planner<'a, B> {
     pub fn scoped<T>(&mut self, name: &str, plan: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.scope.push(name.to_owned());
         let result = plan(self);
+        if result.is_err() && self.failed.is_empty() {
+            self.failed.clone_from(&self.scope);
+        }
         self.scope.pop();
         result
+    }
+
+    /// The innermost scope of which planning failed.
+    pub(super) fn failed(&self) -> &[String] {
+        &self.failed
     }
 
     /// The dotted name of `name` in the present scope; an empty `name` gives the scope's own.
@@ -176,7 +194,7 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// Declares a parameter under the present scope.
     ///
     /// # Errors
-    /// A name that this plan declared already, or another shape than an earlier plan gave it.
+    /// A name that this plan declared already, another shape than an earlier plan gave it, or too many elements to count.
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let path = self.path(name);
         if self.recomputing && self.declared.contains(&path) {
@@ -185,7 +203,11 @@ impl<'a, B: Backend> Planner<'a, B> {
         if !self.declared.insert(path.clone()) {
             return Err(Error::shape("model", "layer names that differ", format!("parameter `{path}` twice")));
         }
-        self.declared_elements += shape.iter().product::<usize>();
+        if elements(shape) > MOST_ELEMENTS {
+            let most = format!("a parameter of {MOST_ELEMENTS} values at most");
+            return Err(Error::shape("model", most, format!("`{path}` of shape {shape:?}")));
+        }
+        self.declared_elements += elements(shape);
         self.parameters.parameter(path, shape, init)
     }
 
@@ -223,12 +245,12 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// A new activation of `len` values of the backend's arithmetic type, whatever the others are stored in: means, sums,
     /// losses. Only what is meant for statistics reads or writes it.
     pub fn statistic(&mut self, len: usize) -> Act {
-        self.activation((len * size_of::<B::Real>()).div_ceil(size_of::<B::Storage>()))
+        self.activation(len.saturating_mul(size_of::<B::Real>()).div_ceil(size_of::<B::Storage>()))
     }
 
     /// A new activation as a tensor of this shape.
     pub fn tensor(&mut self, shape: &[usize], needs_gradient: bool) -> (Act, Tensor) {
-        let act = self.activation(shape.iter().product());
+        let act = self.activation(elements(shape));
         (act, Tensor { value: Value::Real(act), shape: shape.to_vec(), needs_gradient })
     }
 
@@ -270,6 +292,9 @@ impl<'a, B: Backend> Planner<'a, B> {
     }
 
     /// Runs `forward` of a layer called `name` and notes a [`Row`] of the model's table for it.
+    ///
+    /// # Errors
+    /// As `forward`; an output of too many elements to count.
     pub fn layer(
         &mut self,
         name: &str,
@@ -277,7 +302,11 @@ impl<'a, B: Backend> Planner<'a, B> {
         forward: impl FnOnce(&mut Self) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let (elements, ops) = (self.declared_elements, self.ops.len());
-        let y = self.scoped(name, forward)?;
+        let y = self.scoped(name, |planner| {
+            let y = forward(planner)?;
+            planner.countable(&y.shape)?;
+            Ok(y)
+        })?;
         if self.recomputing {
             return Ok(y);
         }
@@ -292,20 +321,37 @@ impl<'a, B: Backend> Planner<'a, B> {
         Ok(y)
     }
 
-    pub(super) fn input(&mut self, input: &Input, batch: usize) -> Tensor {
-        match input {
-            Input::Real(shape) => {
-                let shape: Vec<usize> = std::iter::once(batch).chain(shape.iter().copied()).collect();
+    /// Whether whatever is counted of a tensor of this shape, samples first, fits its whole numbers.
+    fn countable(&self, shape: &[usize]) -> Result<()> {
+        if elements(shape) <= MOST_ELEMENTS {
+            return Ok(());
+        }
+        let (batch, layer) = (shape.first().copied().unwrap_or(0), self.path(""));
+        let what = if layer.is_empty() { "inputs".to_owned() } else { format!("the output of {layer}") };
+        let problem = format!(
+            "found {batch}, of which {what} would be {shape:?}, more than {MOST_ELEMENTS} values; expected fewer"
+        );
+        Err(Error::config("data.batch_size", problem))
+    }
+
+    pub(super) fn input(&mut self, input: &Input, batch: usize) -> Result<Tensor> {
+        let shape: Vec<usize> = match input {
+            Input::Real(shape) => std::iter::once(batch).chain(shape.iter().copied()).collect(),
+            Input::Tokens(time) => vec![batch, *time],
+        };
+        self.countable(&shape)?;
+        Ok(match input {
+            Input::Real(_) => {
                 let (act, tensor) = self.tensor(&shape, false);
                 self.keep(act);
                 tensor
             }
-            Input::Tokens(time) => {
-                let tokens = self.indices(batch * time);
+            Input::Tokens(_) => {
+                let tokens = self.indices(elements(&shape));
                 self.keep_indices(tokens);
-                Tensor { value: Value::Tokens(tokens), shape: vec![batch, *time], needs_gradient: false }
+                Tensor { value: Value::Tokens(tokens), shape, needs_gradient: false }
             }
-        }
+        })
     }
 
     pub(super) fn start_backward(&mut self) {

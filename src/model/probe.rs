@@ -44,7 +44,7 @@ impl<B: Backend> Alone<B> {
     pub fn plan(layer: &mut dyn Layer<B>, input: &Input, batch: usize, mode: Mode) -> Result<Self> {
         let mut parameters = ParamTable::default();
         let mut planner = Planner::new(&mut parameters, mode);
-        let mut x = planner.input(input, batch);
+        let mut x = planner.input(input, batch)?;
         x.needs_gradient = matches!(x.value, Value::Real(_)) && mode == Mode::Training;
         let value = x.value;
         let y = layer.forward(&mut planner, x)?;

@@ -77,8 +77,8 @@ impl ParallelOptions {
         if !(self.bucket_mb > 0.0 && self.bucket_mb.is_finite()) {
             return wrong("bucket_mb", self.bucket_mb.to_string(), "a number above 0");
         }
-        if !(self.timeout > 0.0 && self.timeout.is_finite()) {
-            return wrong("timeout", self.timeout.to_string(), "seconds above 0");
+        if !(0.1..=1e9).contains(&self.timeout) {
+            return wrong("timeout", self.timeout.to_string(), "seconds, 0.1 to 1e9");
         }
         if self.check_every_steps == 0 {
             return wrong("check_every_steps", "0".into(), "1 or more");

@@ -14,6 +14,7 @@
 //! thread: the main thread may sit in a collective for ever.
 
 mod beat;
+mod busy;
 mod ending;
 mod failure;
 mod judge;
@@ -29,6 +30,7 @@ use std::time::{Duration, Instant};
 use super::rendezvous::Rendezvous;
 use crate::error::{Error, Result};
 use beat::Shared;
+pub use busy::Busy;
 pub use failure::{Cause, Failure, Named};
 
 /// How long a rank may be silent or stuck where nobody says otherwise.

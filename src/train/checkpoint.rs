@@ -45,6 +45,9 @@ pub struct RunState {
     pub best: Option<SplitScores>,
     /// Evaluations since then.
     pub evaluations_without_improvement: u32,
+    /// Whether its step has still to be evaluated: a signal came before that.
+    #[serde(default)]
+    pub evaluation_due: bool,
     /// blake3 of the part of the configuration that decides the numbers.
     pub config_hash: String,
     /// The schedule, in words.
@@ -70,6 +73,7 @@ impl RunState {
             step_seconds: 0.0,
             best: None,
             evaluations_without_improvement: 0,
+            evaluation_due: false,
             config_hash,
             schedule,
             loss_scale: None,
@@ -119,24 +123,37 @@ pub fn folder_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// Writes a checkpoint into `folder` (a run's `checkpoints`) and makes it the latest. Returns its folder.
+/// Writes a checkpoint into `folder` (a run's `checkpoints`) and makes it the latest. Where it is there already, its tensors are what
+/// would be written, and its state alone is written anew. Returns its folder.
 ///
 /// # Errors
 /// What the operating system or the device refuses; what was there before stays whole.
 pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<PathBuf> {
     let path = folder.join(folder_name(state.step));
-    if let Some(aside) = begin(folder, &path)? {
-        let metadata = metadata(state);
-        let (model, optimizer, average) = snapshot(trainer)?;
-        tensors::write(&aside.join("model.safetensors"), &model, metadata.clone())?;
-        tensors::write(&aside.join("optimizer.safetensors"), &optimizer, metadata.clone())?;
-        if let Some(average) = average {
-            tensors::write(&aside.join("ema.safetensors"), &average, metadata)?;
+    match begin(folder, &path)? {
+        None => write_state(&path, trainer, state)?,
+        Some(aside) => {
+            let written = write_tensors(&aside, trainer, state).and_then(|()| end(&aside, &path, trainer, state));
+            if written.is_err() {
+                // A disk that is full gets its room back; what cannot be removed, a next run sweeps.
+                let _ = fs::remove_dir_all(&aside);
+            }
+            written?;
         }
-        end(&aside, &path, trainer, state)?;
     }
     point(folder, Which::Latest, &folder_name(state.step))?;
     Ok(path)
+}
+
+fn write_tensors<B: Backend + Update>(aside: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<()> {
+    let metadata = metadata(state);
+    let (model, optimizer, average) = snapshot(trainer)?;
+    tensors::write(&aside.join("model.safetensors"), &model, metadata.clone())?;
+    tensors::write(&aside.join("optimizer.safetensors"), &optimizer, metadata.clone())?;
+    match average {
+        Some(average) => tensors::write(&aside.join("ema.safetensors"), &average, metadata),
+        None => Ok(()),
+    }
 }
 
 /// Makes the folder that a checkpoint is written into before it gets its name, `path`; none where it is there already: the same step
@@ -159,12 +176,17 @@ pub(super) fn end<B: Backend + Update>(
     trainer: &Trainer<B>,
     state: &RunState,
 ) -> Result<()> {
-    let state = RunState { loss_scale: trainer.loss_scale()?, ..state.clone() };
-    let mut text = serde_json::to_vec_pretty(&state).map_err(|e| Error::io("write", path, e.into()))?;
-    text.push(b'\n');
-    files::write_whole(&aside.join("state.json"), &text)?;
+    write_state(aside, trainer, state)?;
     files::sync(aside)?;
     files::rename(aside, path)
+}
+
+fn write_state<B: Backend + Update>(path: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<()> {
+    let file = path.join("state.json");
+    let state = RunState { loss_scale: trainer.loss_scale()?, ..state.clone() };
+    let mut text = serde_json::to_vec_pretty(&state).map_err(|e| Error::io("write", &file, e.into()))?;
+    text.push(b'\n');
+    files::write_whole(&file, &text)
 }
 
 /// What the files of a checkpoint say of themselves.
@@ -216,14 +238,34 @@ pub fn point(folder: &Path, which: Which, name: &str) -> Result<()> {
     files::write_whole(&folder.join(which.file()), format!("{name}\n").as_bytes())
 }
 
-/// The checkpoint that `latest` or `best` names; none where the run has none yet.
+/// Makes the checkpoint of a step the best, or none.
+///
+/// # Errors
+/// What the operating system refuses.
+pub fn point_best(folder: &Path, step: Option<u64>) -> Result<()> {
+    let file = folder.join(Which::Best.file());
+    match step {
+        Some(step) => point(folder, Which::Best, &folder_name(step)),
+        None if file.exists() => fs::remove_file(&file).map_err(|e| Error::io("remove", file, e)),
+        None => Ok(()),
+    }
+}
+
+/// Whether the checkpoint of a step is there.
+pub fn is_there(folder: &Path, step: u64) -> bool {
+    folder.join(folder_name(step)).join("state.json").is_file()
+}
+
+/// The checkpoint that `latest` or `best` names; none where the run has none yet. Where the file `latest` is missing, as in a copy
+/// of some checkpoints of a run, it is the one of the most steps.
 ///
 /// # Errors
 /// A name that is no checkpoint of this run.
 pub fn find(folder: &Path, which: Which) -> Result<Option<PathBuf>> {
     let file = folder.join(which.file());
     if !file.exists() {
-        return Ok(None);
+        let newest = || all(folder).ok()?.into_iter().rev().find(|path| path.join("state.json").is_file());
+        return Ok(if which == Which::Latest { newest() } else { None });
     }
     let name = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
     let path = folder.join(name.trim());
@@ -236,23 +278,31 @@ pub fn find(folder: &Path, which: Which) -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
+/// The checkpoints of a run, by their steps.
+fn all(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut found: Vec<(u64, String)> = names.filter_map(|name| Some((step_of(&name)?, name))).collect();
+    found.sort();
+    Ok(found.into_iter().map(|(_, name)| folder.join(name)).collect())
+}
+
+/// The step that a checkpoint's name tells.
+fn step_of(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("step-")?;
+    if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
+}
+
 /// Removes all but the newest `keep` checkpoints; the best stays besides, and so do folders of other names.
 ///
 /// # Errors
 /// What the operating system refuses.
 pub fn prune(folder: &Path, keep: usize) -> Result<()> {
-    let mut names: Vec<String> = fs::read_dir(folder)
-        .map_err(|e| Error::io("read", folder, e))?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.strip_prefix("step-").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit())))
-        .collect();
-    names.sort();
+    let found = all(folder)?;
     let best = find(folder, Which::Best)?;
-    let remove_up_to = names.len().saturating_sub(keep);
-    for name in &names[..remove_up_to] {
-        let path = folder.join(name);
-        if best.as_deref() != Some(path.as_path()) {
-            remove(&path)?;
+    for path in &found[..found.len().saturating_sub(keep)] {
+        if best.as_ref() != Some(path) {
+            remove(path)?;
         }
     }
     Ok(())
@@ -274,7 +324,7 @@ pub fn sweep(folder: &Path, step: u64) -> Result<()> {
     let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let later = name.strip_prefix("step-").and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n > step);
+        let later = step_of(&name).is_some_and(|n| n > step);
         let unfinished = name.starts_with('.') && name.ends_with(".tmp");
         if later || (unfinished && entry.path().is_dir()) {
             remove(&entry.path())?;
@@ -361,4 +411,27 @@ pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) ->
 pub fn weights_file(path: &Path) -> PathBuf {
     let average = path.join("ema.safetensors");
     if tensors::exists(&average) { average } else { path.join("model.safetensors") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_is_that_of_the_most_steps_however_many_digits_they_have() {
+        let folder = tempfile::tempdir().unwrap();
+        for step in [99_999_000, 100_000_000, 7] {
+            let path = folder.path().join(folder_name(step));
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("state.json"), "{}").unwrap();
+        }
+        fs::create_dir(folder.path().join("step-copy")).unwrap();
+        let newest = folder.path().join("step-100000000");
+        assert_eq!(find(folder.path(), Which::Latest).unwrap(), Some(newest.clone()));
+        assert_eq!(find(folder.path(), Which::Best).unwrap(), None);
+        prune(folder.path(), 1).unwrap();
+        assert_eq!(all(folder.path()).unwrap(), [newest]);
+        assert!(folder.path().join("step-copy").exists());
+        assert!(is_there(folder.path(), 100_000_000) && !is_there(folder.path(), 7));
+    }
 }

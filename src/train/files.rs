@@ -17,8 +17,12 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()
     };
-    write().map_err(|e| Error::io("write", &aside, e))?;
-    rename(&aside, path)
+    let written = write().map_err(|e| Error::io("write", path, e)).and_then(|()| rename(&aside, path));
+    if written.is_err() {
+        // A disk that is full gets its room back.
+        let _ = fs::remove_file(&aside);
+    }
+    written
 }
 
 /// Renames `from` to `to` and flushes the folder that holds them.

@@ -1,32 +1,32 @@
 //! The loop around the step: records, evaluations, checkpoints, early stopping, signals.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod ending;
+mod prepare;
+
+use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use super::checkpoint::{self, RunState, Which};
-use super::files;
+use super::checkpoint::RunState;
 use super::forensics::{LAYERS, NormShare};
 use super::metrics::{MetricsWriter, Record, SplitName};
-use super::options::{EarlyStopping, Length, Metric, TrainOptions};
-use super::parts;
-use super::resident::{self, Source};
-use super::run::{End, Event, Observer, Outcome, Run, Start, Started};
+use super::options::TrainOptions;
+use super::resident::Source;
+use super::run::{End, Event, Observer, Outcome, Run, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
-use super::sharing::{check_sharding, exchange};
-use super::step::{Evaluation, LossSums, StepReport, Trainer, TrainerParts};
-use super::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
+use super::step::{LossSums, StepReport, Trainer};
+use super::summary::Scores;
 use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::data::{Dataset, InputSpec, Loader, Prefetch, Sampler, SamplerOptions, Splits, TargetSpec};
+use crate::data::{Dataset, InputSpec, Prefetch, Splits, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Input;
-use crate::optim::{NormClip, Schedule};
+use crate::optim::Schedule;
 use crate::parallel::watch::Watch;
-use crate::parallel::{Collective, GradientsOptions, Shard, Sharding, agree, broadcast, gather};
+use crate::parallel::{Collective, Sharding, agree};
 
 /// What a model's input is for samples of this kind.
 pub fn model_input(spec: &InputSpec) -> Input {
@@ -48,176 +48,6 @@ pub fn train<B: Backend<Real = f32> + Update>(run: Run<B>, observers: &mut [&mut
         device += &format!(", {} processes over {}", collective.world(), collective.name());
     }
     prepared.run(&device, observers)
-}
-
-impl<B: Backend<Real = f32> + Update> Loop<B> {
-    /// Everything before the first step. What processes do together in it, all do, or none.
-    fn prepare(run: Run<B>) -> Result<Self> {
-        let collective = Arc::clone(&run.collective);
-        let (rank, world) = (collective.rank(), collective.world());
-        let checkpoints = run.folder.join("checkpoints");
-        let hash = blake3::hash(run.identity.as_bytes()).to_hex().to_string();
-        let share = run.options.validate().and_then(|()| run.parallel.validate());
-        let share = share.and_then(|()| run.parallel.share(rank, world, run.options.batch_size));
-        let share = share.and_then(|share| check_sharding(&run).map(|()| share));
-        let share = agree(&*collective, share)?;
-        // One process makes the folder, and all go on from the checkpoint that it found.
-        let latest = if rank == 0 { prepare_folder(&run, &checkpoints, &hash) } else { Ok(None) };
-        let latest = the_same_latest(&*collective, agree(&*collective, latest)?, &checkpoints)?;
-        let sampler_options = SamplerOptions {
-            batch_size: run.options.batch_size,
-            accumulate: run.options.accumulate,
-            seed: run.options.seed,
-            sampling: run.sampling,
-            drop_last: run.drop_last,
-            share,
-        };
-        let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
-        let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
-        let steps = match run.options.length {
-            Length::Steps(steps) => steps,
-            Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
-        };
-        run.schedule.validate(steps, run.optimizer.learning_rate)?;
-        let input = run.splits.train.input();
-        let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
-        let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
-        let parts = TrainerParts {
-            backend: run.backend,
-            model: run.model,
-            input: model_input(&input),
-            batch_size: run.options.batch_size / share.of,
-            accumulate: run.options.accumulate,
-            optimizer: &run.optimizer,
-            ema: run.options.ema,
-            seed: run.options.seed,
-        };
-        let mut trainer = Trainer::sharded(parts, sharding)?;
-        if share.of > 1 || collective.is_queued() {
-            let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
-            let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;
-            trainer = trainer.sharing(share, exchange);
-        }
-        if let (Some(weights), None) = (&run.weights, &latest) {
-            let (backend, arena) = trainer.parts_mut();
-            checkpoint::load_model(weights, backend, arena)?;
-            trainer.restart_average()?;
-        }
-        let state = match &latest {
-            Some(path) => checkpoint::load(path, &mut trainer)?,
-            None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),
-        };
-        if rank == 0 {
-            checkpoint::sweep(&checkpoints, state.step)?;
-            files::write_whole(&run.folder.join("config.toml"), run.config.as_bytes())?;
-            files::write_whole(&run.folder.join("preprocess.json"), run.preprocess.as_bytes())?;
-        }
-        let first_pass = state.step * share.passes(run.options.accumulate);
-        let table = resident::table(trainer.backend(), &run.splits.train, run.resident)?;
-        let source = Source::new(&run.splits.train, table, sampler_options, first_pass, run.prefetch)?;
-        let tokens_per_sample = match (&input, run.splits.train.target()) {
-            (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
-            _ => None,
-        };
-        let metrics =
-            (rank == 0).then(|| MetricsWriter::resume(&run.folder.join("metrics.jsonl"), state.step)).transpose()?;
-        let seconds_before = state.seconds;
-        Ok(Loop {
-            collective,
-            watch: run.watch,
-            compare_every: run.parallel.check_every_steps,
-            trainer,
-            source,
-            options: run.options,
-            peak: run.optimizer.learning_rate,
-            clips: run.optimizer.clip.norm != NormClip::Off,
-            clamps: run.optimizer.clip.value.is_some(),
-            schedule: run.schedule,
-            splits: run.splits,
-            prefetch: run.prefetch,
-            folder: run.folder,
-            checkpoints,
-            interrupt: run.interrupt,
-            abandon_at: run.abandon_at,
-            state,
-            metrics,
-            steps,
-            steps_per_epoch,
-            tokens_per_sample,
-            began: Instant::now(),
-            seconds_before,
-            stopwatch: None,
-            interval: Interval::default(),
-            skipped_in_a_row: 0,
-            last_step: LastStep::default(),
-            last_train: None,
-            last_validation: None,
-            ends_after: None,
-        })
-    }
-}
-
-/// The checkpoint that process 0 goes on from, in every process.
-fn the_same_latest(
-    collective: &dyn Collective,
-    latest: Option<PathBuf>,
-    checkpoints: &Path,
-) -> Result<Option<PathBuf>> {
-    let name = latest.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
-    let mut bytes = name.unwrap_or_default().into_bytes();
-    broadcast(collective, 0, &mut bytes)?;
-    let name = String::from_utf8_lossy(&bytes).into_owned();
-    Ok((!name.is_empty()).then(|| checkpoints.join(name)))
-}
-
-/// Makes or checks the run folder; returns the checkpoint to go on from.
-fn prepare_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> Result<Option<PathBuf>> {
-    // Not `logs`: a launcher opens them before there is a run, and adds to what is there.
-    const OURS: [&str; 8] = [
-        "config.toml",
-        "metrics.jsonl",
-        "summary.json",
-        "report.html",
-        "preprocess.json",
-        "tensorboard",
-        "checkpoints",
-        "profile.json",
-    ];
-    let folder = &run.folder;
-    let has_run = OURS.iter().any(|name| folder.join(name).exists());
-    match run.start {
-        Start::New if has_run => {
-            return Err(Error::config(
-                folder.display().to_string(),
-                "holds a run already; choose another folder with --out, go on with it by --resume, or replace it by --overwrite",
-            ));
-        }
-        Start::Overwrite => {
-            for name in OURS {
-                let path = folder.join(name);
-                let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-                match removed {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", path, e)),
-                    _ => {}
-                }
-            }
-        }
-        Start::New | Start::Resume => {}
-    }
-    fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    if run.start != Start::Resume {
-        return Ok(None);
-    }
-    let Some(latest) = checkpoint::find(checkpoints, Which::Latest)? else { return Ok(None) };
-    let state = checkpoint::read_state(&latest)?;
-    if state.config_hash != hash {
-        return Err(Error::checkpoint(
-            latest,
-            "was made by another configuration than this run file's; resume with the run file and the --set options it was \
-             made with (its config.toml lies in the run folder)",
-        ));
-    }
-    Ok(Some(latest))
 }
 
 /// Sums since the last record of the training split.
@@ -259,6 +89,8 @@ struct Loop<B: Backend + Update> {
     splits: Splits,
     prefetch: Prefetch,
     folder: PathBuf,
+    /// Held as long as the run trains in its folder, in process 0 alone.
+    _lock: Option<File>,
     checkpoints: PathBuf,
     interrupt: Arc<AtomicUsize>,
     abandon_at: Option<u64>,
@@ -297,11 +129,6 @@ fn has_accuracy(dataset: &dyn Dataset) -> bool {
     !matches!(dataset.target(), TargetSpec::Real { .. })
 }
 
-fn scores(sums: LossSums, accuracy: bool) -> Scores {
-    let loss = sums.mean();
-    Scores { loss: loss.is_finite().then_some(loss), accuracy: accuracy.then(|| sums.accuracy()) }
-}
-
 impl<B: Backend<Real = f32> + Update> Loop<B> {
     fn run(mut self, device: &str, observers: &mut [&mut dyn Observer]) -> Result<Outcome> {
         tell(
@@ -319,13 +146,26 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let evaluate_every = self.options.evaluate.in_steps(self.steps_per_epoch);
         let checkpoint_every = self.options.checkpoint.in_steps(self.steps_per_epoch);
         let due = |every: Option<u64>, step: u64| every.is_some_and(|every| step.is_multiple_of(every));
-        let mut end = End::Completed;
+        let mut over = self.over();
+        if let Some(end) = over
+            && let Some(summary) = self.go_on_at_the_end()?
+        {
+            tell(observers, &Event::Note("this run has ended: there is nothing to go on with"))?;
+            tell(observers, &Event::Finished(&summary))?;
+            return Ok(Outcome { end, summary: Some(summary) });
+        }
+        if over.is_none() && std::mem::take(&mut self.state.evaluation_due) {
+            match self.validate(self.options.evaluate_batches, observers)? {
+                None => return self.end_by_signal(true, observers),
+                Some(stops) => over = stops.then_some(End::StoppedEarly),
+            }
+        }
         self.stopwatch = Some(Instant::now());
         let alone = self.collective.world() == 1;
         // Where parameters are shared out, no two processes hold the same.
         let all_alike = !alone && !matches!(self.trainer.sharding(), Some(Sharding { parameters: Some(_), .. }));
         let compare_every = all_alike.then_some(self.compare_every);
-        while self.trainer.queued().step < self.steps {
+        while over.is_none() && self.trainer.queued().step < self.steps {
             // One process alone ends at once; several agree on a step that none has gone beyond.
             if !alone && self.interrupt.load(Ordering::Relaxed) != 0 {
                 self.trainer.raise_flag();
@@ -354,26 +194,44 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
                 let trainer = &self.trainer;
                 same_parameters(&*self.collective, trainer.backend(), trainer.arena(), step)?;
             }
-            if evaluate && self.validate(self.options.evaluate_batches, observers)? {
-                end = End::StoppedEarly;
-            }
             if told {
-                self.record_training(observers)?;
-                self.save(observers)?;
-                let signal = if signal == 0 { libc::SIGTERM } else { signal as i32 };
-                return Ok(Outcome { end: End::Interrupted(signal), summary: None });
+                return self.end_by_signal(evaluate, observers);
             }
-            if end == End::StoppedEarly {
-                self.record_training(observers)?;
-                break;
+            if evaluate {
+                match self.validate(self.options.evaluate_batches, observers)? {
+                    None => return self.end_by_signal(true, observers),
+                    Some(false) => {}
+                    Some(true) => {
+                        over = Some(End::StoppedEarly);
+                        self.record_training(observers)?;
+                        break;
+                    }
+                }
             }
             if save {
                 self.save(observers)?;
             }
             self.stopwatch = Some(Instant::now());
         }
-        let summary = self.finish(device, observers)?;
-        Ok(Outcome { end, summary: Some(summary) })
+        match self.finish(device, observers)? {
+            Some(summary) => Ok(Outcome { end: over.unwrap_or(End::Completed), summary: Some(summary) }),
+            None => Ok(self.ended_by_signal()),
+        }
+    }
+
+    /// Writes a checkpoint, since a signal asked to end; `evaluation_due`: whether its step has still to be evaluated.
+    fn end_by_signal(&mut self, evaluation_due: bool, observers: &mut [&mut dyn Observer]) -> Result<Outcome> {
+        self.record_training(observers)?;
+        self.state.evaluation_due = evaluation_due && self.splits.validation.is_some();
+        self.save(observers)?;
+        Ok(self.ended_by_signal())
+    }
+
+    fn ended_by_signal(&self) -> Outcome {
+        let signal = self.interrupt.load(Ordering::Relaxed);
+        // Where another process was told, this one was not.
+        let signal = if signal == 0 { libc::SIGTERM } else { signal as i32 };
+        Outcome { end: End::Interrupted(signal), summary: None }
     }
 
     /// Queues one step. Returns whether to go on: not when the run is to be abandoned.
@@ -463,7 +321,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         self.last_step = LastStep { rate, norm: outcome.grad_norm, squares: norm_squares };
         let step = self.state.step;
         self.skipped_in_a_row = if outcome.skipped { self.skipped_in_a_row + 1 } else { 0 };
-        if self.skipped_in_a_row >= self.options.max_skipped_steps {
+        if outcome.skipped && self.skipped_in_a_row >= self.options.max_skipped_steps {
             return Err(Error::Training(format!(
                 "the gradients were not finite for {} steps in a row, up to step {step}: lower \
                  optimizer.learning_rate, or set optimizer.clip = {{ global_norm = 1.0 }}",
@@ -531,169 +389,5 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             metrics.append(record)?;
         }
         tell(observers, &Event::Record(record))
-    }
-
-    /// Loss and accuracy of a split, recorded.
-    fn evaluate(
-        &mut self,
-        dataset: &Arc<dyn Dataset>,
-        split: SplitName,
-        batches: Option<usize>,
-        observers: &mut [&mut dyn Observer],
-    ) -> Result<Scores> {
-        let size = self.options.batch_size.min(dataset.len().max(1));
-        let sums = self.sums(dataset, size, batches.unwrap_or(usize::MAX))?;
-        let scores = scores(sums, has_accuracy(&**dataset));
-        self.state.seconds = self.seconds_before + self.began.elapsed().as_secs_f64();
-        let record = Record { loss: sums.mean(), accuracy: scores.accuracy, ..self.blank_record(split) };
-        self.append(&record, observers)?;
-        Ok(scores)
-    }
-
-    /// The sums of a split, of which each process takes its turn of batches. They are added up in the order of batches.
-    fn sums(&mut self, dataset: &Arc<dyn Dataset>, size: usize, most: usize) -> Result<LossSums> {
-        let (rank, world) = (self.collective.rank(), self.collective.world());
-        let loader = Loader::every(Arc::clone(dataset), size, (rank, world), most, self.prefetch);
-        let found = match self.trainer.sharding() {
-            Some(Sharding { parameters: Some(_), .. }) => {
-                let mut loader = agree(&*self.collective, loader)?;
-                let turns = dataset.len().div_ceil(size).min(most).div_ceil(world);
-                let collective = Arc::clone(&self.collective);
-                let turns = (0..turns).map(|_| {
-                    let batch = agree(&*collective, loader.next().transpose())?;
-                    Ok(batch.map_or(Evaluation::PassOn { samples: size }, Evaluation::Batch))
-                });
-                self.trainer.evaluate_together(turns)
-            }
-            _ => loader.and_then(|loader| {
-                let watch = self.watch.clone();
-                self.trainer.evaluate(loader.inspect(|_| alive(watch.as_deref())))
-            }),
-        };
-        let own = agree(&*self.collective, found)?;
-        let numbers: Vec<f64> = own.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]).collect();
-        let all = gather(&*self.collective, bytemuck::cast_slice(&numbers))?;
-        let all: Vec<Vec<f64>> = all.iter().map(|bytes| bytemuck::pod_collect_to_vec(bytes)).collect();
-        let mut total = LossSums::default();
-        for turn in 0..all.first().map_or(0, |first| first.len() / 3) {
-            for sums in all.iter().filter_map(|rank| rank.get(3 * turn..3 * (turn + 1))) {
-                total.add(LossSums { loss: sums[0], counted: sums[1], right: sums[2] });
-            }
-        }
-        Ok(total)
-    }
-
-    /// Evaluates the validation split and keeps the best checkpoint. Returns whether to stop early.
-    fn validate(&mut self, batches: Option<usize>, observers: &mut [&mut dyn Observer]) -> Result<bool> {
-        let Some(dataset) = self.splits.validation.clone() else { return Ok(false) };
-        let found = self.evaluate(&dataset, SplitName::Validation, batches, observers)?;
-        self.last_validation = Some((self.state.step, found));
-        let min_delta = self.options.early_stopping.map_or(0.0, |e| e.min_delta);
-        let before = self.state.best.and_then(|best| best.validation);
-        if improves(self.options.best, before, found, min_delta) {
-            self.state.best = Some(SplitScores {
-                step: self.state.step,
-                train: self.last_train,
-                validation: Some(found),
-                test: None,
-            });
-            self.state.evaluations_without_improvement = 0;
-            self.write_checkpoint(true, observers)?;
-            return Ok(false);
-        }
-        self.state.evaluations_without_improvement += 1;
-        Ok(self
-            .options
-            .early_stopping
-            .is_some_and(|EarlyStopping { patience, .. }| self.state.evaluations_without_improvement >= patience))
-    }
-
-    fn save(&mut self, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        self.write_checkpoint(false, observers)
-    }
-
-    /// Writes a checkpoint, which is there for every process when this returns.
-    fn write_checkpoint(&mut self, best: bool, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        alive(self.watch.as_deref());
-        if self.trainer.sharding().is_some() {
-            parts::save(&self.checkpoints, &self.trainer, &self.state, &*self.collective)?;
-        }
-        let written = if self.collective.rank() == 0 { self.write_files(best).map(Some) } else { Ok(None) };
-        match agree(&*self.collective, written)? {
-            Some(path) => tell(observers, &Event::Checkpoint(&path)),
-            None => Ok(()),
-        }
-    }
-
-    /// What one process writes for all: the checkpoint, where its parts are not there already, and which is the best.
-    fn write_files(&self, best: bool) -> Result<PathBuf> {
-        let path = checkpoint::save(&self.checkpoints, &self.trainer, &self.state)?;
-        if best {
-            checkpoint::point(&self.checkpoints, Which::Best, &checkpoint::folder_name(self.state.step))?;
-        }
-        checkpoint::prune(&self.checkpoints, self.options.keep)?;
-        Ok(path)
-    }
-
-    /// The last evaluations, the last checkpoint, summary.json.
-    fn finish(&mut self, device: &str, observers: &mut [&mut dyn Observer]) -> Result<Summary> {
-        let whole = self.options.evaluate_batches.is_none();
-        if !(whole && self.last_validation.is_some_and(|(step, _)| step == self.state.step)) {
-            self.validate(None, observers)?;
-        }
-        let test = match self.splits.test.clone() {
-            Some(dataset) => Some(self.evaluate(&dataset, SplitName::Test, None, observers)?),
-            None => None,
-        };
-        self.save(observers)?;
-        let last = SplitScores {
-            step: self.state.step,
-            train: self.last_train,
-            validation: self.last_validation.map(|(_, scores)| scores),
-            test,
-        };
-        let mut best = self.state.best.unwrap_or(last);
-        if best.step == last.step {
-            best.test = test;
-        } else if let (Some(dataset), Some(path)) = (self.splits.test.clone(), self.best_checkpoint()?) {
-            let (backend, arena) = self.trainer.parts_mut();
-            checkpoint::load_model(&checkpoint::weights_file(&path), backend, arena)?;
-            self.trainer.drop_average();
-            let sums = self.sums(&dataset, self.options.batch_size.min(dataset.len()), usize::MAX)?;
-            best.test = Some(scores(sums, has_accuracy(&*dataset)));
-        }
-        let summary = Summary {
-            last,
-            best,
-            steps: self.state.step,
-            seconds: self.state.seconds,
-            steps_per_s: self.state.step as f64 / self.state.step_seconds.max(1e-9),
-            device: device.to_owned(),
-            parameters: self.trainer.arena().layout.parameters(),
-            skipped_steps: self.state.skipped_steps,
-            peak_memory_bytes: peak_memory_bytes(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        if self.collective.rank() == 0 {
-            summary.write(&self.folder.join("summary.json"))?;
-        }
-        tell(observers, &Event::Finished(&summary))?;
-        Ok(summary)
-    }
-
-    fn best_checkpoint(&self) -> Result<Option<PathBuf>> {
-        checkpoint::find(&self.checkpoints, Which::Best)
-    }
-}
-
-/// Whether `found` is better than `before` by more than `min_delta`.
-fn improves(metric: Metric, before: Option<Scores>, found: Scores, min_delta: f64) -> bool {
-    let Some(before) = before else { return true };
-    match (metric, before.accuracy, found.accuracy) {
-        (Metric::Accuracy, Some(before), Some(found)) => found > before + min_delta,
-        _ => match (before.loss, found.loss) {
-            (Some(before), Some(found)) => found < before - min_delta,
-            (before, found) => before.is_none() && found.is_some(),
-        },
     }
 }

@@ -20,6 +20,8 @@ pub struct Wanted<'a> {
     pub input: Input,
     /// Samples of a pass: of a micro-batch, or of this process's part of it.
     pub batch_size: usize,
+    /// Samples of the batch that ends a pass over the data, where it is not full and trained on.
+    pub left: Option<usize>,
     /// Samples of the batches of evaluations, each number once.
     pub evaluations: Vec<usize>,
     /// Rule, clip, groups; whether parameters of 16 bits have a master.
@@ -103,7 +105,12 @@ impl RunMemory {
         let bytes = |name, of: String, bytes| Part { name, of, bytes };
         let copy = if wanted.optimizer.master { "copy of parameters" } else { "parameters" };
         let slots = plan.slots.len();
-        let ActivationBytes { inputs, others } = program.activation_parts(B::INPUT_SLOTS);
+        let ActivationBytes { mut inputs, mut others } = program.activation_parts(B::INPUT_SLOTS);
+        if let Some(left) = wanted.left {
+            let smaller = model.plan(&wanted.input, left, Mode::Training)?.activation_parts(B::INPUT_SLOTS);
+            inputs += smaller.inputs;
+            others += smaller.others;
+        }
         let batches = if B::INPUT_SLOTS == 1 { "1 batch".to_owned() } else { format!("{} batches", B::INPUT_SLOTS) };
         let state = model.parameters().state_layout()?;
         let held = match wanted.share {

@@ -103,13 +103,29 @@ impl MetricsWriter {
         } else {
             Vec::new()
         };
+        Self::over(path, &kept)
+    }
+
+    /// A file of these records, over one that is there.
+    fn over(path: &Path, records: &[Record]) -> Result<Self> {
         let mut text = Vec::new();
-        for record in &kept {
+        for record in records {
             text.extend(line(record, path)?);
         }
         write_whole(path, &text)?;
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
         Ok(MetricsWriter { file, path: path.to_owned() })
+    }
+
+    /// Drops the evaluations of a step, which are made again. Gives the last record of training.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written.
+    pub fn forget_evaluations_of(&mut self, step: u64) -> Result<Option<Record>> {
+        let mut records = read_lines(&self.path, true)?;
+        records.retain(|record| record.split == SplitName::Train || record.step != step);
+        *self = Self::over(&self.path, &records)?;
+        Ok(records.into_iter().rfind(|record| record.split == SplitName::Train))
     }
 
     /// Appends a record and hands it to the operating system.

@@ -104,7 +104,11 @@ pub struct Trainer<B: Backend + Update> {
     sharding: Option<Sharding>,
     arena: Arena<B>,
     plan: UpdatePlan,
+    /// For batches of the planned size.
     training: Planned<B>,
+    batch_size: usize,
+    /// For smaller ones, by their samples: what is left at the end of a pass over the data.
+    smaller: HashMap<usize, Planned<B>>,
     evaluations: HashMap<usize, Planned<B>>,
     average: Option<(f64, B::Buffer<B::Real>)>,
     /// What is finished.
@@ -200,6 +204,8 @@ impl<B: Backend + Update> Trainer<B> {
             plan,
             training: Planned { program, activations, window: sharding.as_ref().and_then(|s| s.parameters.clone()) },
             sharding,
+            batch_size,
+            smaller: HashMap::new(),
             evaluations: HashMap::new(),
             share: Share::default(),
             exchange: None,
@@ -350,12 +356,26 @@ impl<B: Backend + Update> Trainer<B> {
         self.finished(true)?.ok_or_else(|| Error::Training("the step that was queued did not end".into()))
     }
 
+    /// Plans the training program for batches of fewer samples than most have, which is done as they come otherwise.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn plan_smaller(&mut self, samples: usize) -> Result<()> {
+        if !self.smaller.contains_key(&samples) {
+            let program = self.model.plan(&self.input, samples, Mode::Training)?;
+            let activations = program.activations_with_slots(&self.backend, B::INPUT_SLOTS)?;
+            self.smaller.insert(samples, Planned { program, activations, window: None });
+        }
+        Ok(())
+    }
+
     fn counters_of_finished_steps(&self) -> Counters {
         Counters { applied: self.queued.applied, skipped: self.queued.skipped, ..self.counters }
     }
 
     /// Queues forward and backward of a pass, and, given its learning rate, the update that ends the step. The first micro-batch of
-    /// a step (of each part) overwrites gradients, the others add to them. What it finds comes by [`Trainer::finished`].
+    /// a step (of each part) overwrites gradients, the others add to them. A batch may be smaller than planned, where memory is not
+    /// shared out; its gradients are those of its own mean loss. What it finds comes by [`Trainer::finished`].
     ///
     /// # Errors
     /// A batch of another shape than planned, an update before the last pass of its step, or a device that failed.
@@ -374,7 +394,14 @@ impl<B: Backend + Update> Trainer<B> {
             accumulate: of.within > 0 && !self.exchange.as_ref().is_some_and(|exchange| exchange.overwrites()),
         };
         let last = of.within + 1 == u64::from(self.accumulate);
-        let Planned { program, activations, window } = &mut self.training;
+        let samples = batch.samples();
+        let planned = if (1..self.batch_size).contains(&samples) && self.sharding.is_none() {
+            self.plan_smaller(samples)?;
+            self.smaller.get_mut(&samples).unwrap_or(&mut self.training)
+        } else {
+            &mut self.training
+        };
+        let Planned { program, activations, window } = planned;
         let work = pass(program, activations, batch, context)?;
         let divisor = f64::from(self.accumulate) * self.share.of as f64;
         let params = learning_rate.map(|rate| step_params(rate, self.counters, divisor));
@@ -395,11 +422,11 @@ impl<B: Backend + Update> Trainer<B> {
             self.found = Found::default();
         }
         self.found.flag = self.flag;
-        self.found.samples += batch.samples() as u64;
+        self.found.samples += samples as u64;
         let (found, window) = (&mut self.found, window.as_ref());
         let turn = self.exchange.as_deref_mut().map(|exchange| Turn { exchange, pass, window, found });
         self.backend.submit(&mut self.queue, Work { arena: &mut self.arena, pass: Some(work), turn, update })?;
-        self.samples.push_back(batch.samples());
+        self.samples.push_back(samples);
         self.passes = if ends_step { 0 } else { self.passes + 1 };
         // Micro-batches count once, whatever the number of their parts.
         self.queued.micro_step += u64::from(of.index == 0);

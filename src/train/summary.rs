@@ -66,9 +66,15 @@ impl Summary {
     /// # Errors
     /// What the operating system refuses.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::io("write", path, e.into()))?;
+        write_whole(path, &self.text())
+    }
+
+    /// It as JSON.
+    pub(super) fn text(&self) -> Vec<u8> {
+        // Numbers, texts and lists of them always are.
+        let mut text = serde_json::to_vec_pretty(self).unwrap_or_default();
         text.push(b'\n');
-        write_whole(path, &text)
+        text
     }
 
     /// Reads it from `path`.
@@ -77,7 +83,12 @@ impl Summary {
     /// A file that cannot be read or is no summary.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        serde_json::from_slice(&text).map_err(|e| Error::data(path, format!("expected a summary: {e}")))
+        Self::parse(path, &text)
+    }
+
+    /// The same of a text that was read from `path`.
+    pub(super) fn parse(path: &Path, text: &[u8]) -> Result<Self> {
+        serde_json::from_slice(text).map_err(|e| Error::data(path, format!("expected a summary: {e}")))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Named tensors in safetensors files, under the names that their PyTorch twins have.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
@@ -137,7 +138,10 @@ pub fn write(path: &Path, tensors: &TensorMap, metadata: HashMap<String, String>
         })
         .collect::<std::result::Result<_, _>>()
         .map_err(refused)?;
+    // The library's file is for its owner alone, whatever a file of this process is for.
+    let made = File::create(path).and_then(|file| file.metadata()).map_err(|e| Error::io("create", path, e))?;
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(refused)?;
+    std::fs::set_permissions(path, made.permissions()).map_err(|e| Error::io("give permissions to", path, e))?;
     files::sync(path)
 }
 

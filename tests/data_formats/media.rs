@@ -71,6 +71,12 @@ fn idx(dims: &[u32], values: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// What a user is told who gives `predict` a folder.
+fn data_error(images: &ImagesOptions, folder: &Path) -> Result<String, Box<dyn StdError>> {
+    let data = open(&DataOptions::new(FormatOptions::Images(images.clone())), None, 1)?;
+    Ok(data.preprocess.file(folder).err().ok_or("no error")?.to_string())
+}
+
 fn idx_options(folder: &Path) -> DataOptions {
     DataOptions::new(FormatOptions::Idx(IdxOptions { path: Some(folder.into()), ..Default::default() }))
 }
@@ -101,6 +107,20 @@ fn idx_files_that_disagree_are_refused() -> TestResult {
     let packed = packed.finish()?;
     write("train-images-idx3-ubyte", &packed[..packed.len() - 9])?;
     refused(&options, &["gzip", "cut short"]);
+    write("train-images-idx3-ubyte", &idx(&[3, 2, 2], &[7; 12]))?;
+    write("t10k-labels-idx1-ubyte", &idx(&[1], &[1]))?;
+    write("train-labels-idx1-ubyte", &idx(&[3], &[1; 3]))?;
+    refused(&options, &["train-images", "the one class \"1\""]);
+    let classes = |classes: usize| {
+        let path = Some(folder.path().into());
+        DataOptions::new(FormatOptions::Idx(IdxOptions { path, classes: Some(classes), ..Default::default() }))
+    };
+    for wrong in [0, 1, 65_537, 1_000_000_000] {
+        refused(&classes(wrong), &["data.classes", &format!("found {wrong}"), "2 to 65536"]);
+    }
+    let labels: Vec<u8> = [0i32, 1, 70_000].iter().flat_map(|label| label.to_be_bytes()).collect();
+    write("train-labels-idx1-ubyte", &[&[0, 0, 0x0c, 1, 0, 0, 0, 3][..], &labels].concat())?;
+    refused(&options, &["label 2 is 70000", "0 to 65535"]);
     let mut wrong = options.clone();
     wrong.format = FormatOptions::Idx(IdxOptions::default());
     refused(&wrong, &["data.images"]);
@@ -141,6 +161,10 @@ fn images_are_found_by_class_and_folders_of_their_own_are_the_other_splits() -> 
         }
     }
     let images = ImagesOptions { path: root.into(), ..Default::default() };
+    let sides = ImagesOptions { resize: Some([0, 2]), ..images.clone() };
+    refused(&DataOptions::new(FormatOptions::Images(sides)), &["data.resize", "found [0, 2], expected"]);
+    let file = ImagesOptions { path: root.join("val/dog/0.png"), ..Default::default() };
+    refused(&DataOptions::new(FormatOptions::Images(file)), &["0.png", "is a file, expected a folder", "data.path"]);
     for cache in [Some(true), Some(false)] {
         let options = DataOptions::new(FormatOptions::Images(ImagesOptions { cache, ..images.clone() }));
         let data = open(&options, None, 1)?;
@@ -153,6 +177,8 @@ fn images_are_found_by_class_and_folders_of_their_own_are_the_other_splits() -> 
         let validation = data.splits.validation.as_ref().ok_or("no validation split")?;
         assert_eq!(reals(&user[0].input), reals(&read(&**validation, &[Pick::Sample(0)])?.inputs));
     }
+    let error = data_error(&images, root)?;
+    assert!(error.contains("is a folder, expected a file"), "{error}");
     let colored =
         ImagesOptions { resize: Some([2, 2]), color: Some(warpstep::data::options::Color::Rgb), ..images.clone() };
     let data = open(&DataOptions::new(FormatOptions::Images(colored)), None, 1)?;
@@ -171,7 +197,11 @@ fn images_are_found_by_class_and_folders_of_their_own_are_the_other_splits() -> 
     Ok(())
 }
 
-fn write_wave(path: &Path, spec: hound::WavSpec, samples: &[i32]) -> TestResult {
+/// 16 bits of one channel.
+pub const MONO: hound::WavSpec =
+    hound::WavSpec { channels: 1, sample_rate: 8000, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
+
+pub fn write_wave(path: &Path, spec: hound::WavSpec, samples: &[i32]) -> TestResult {
     let mut writer = hound::WavWriter::create(path, spec)?;
     for sample in samples {
         match spec.sample_format {
@@ -221,9 +251,7 @@ fn wave_files_of_every_width_give_the_same_samples() -> TestResult {
 #[test]
 fn a_name_that_the_pattern_does_not_match_is_told() -> TestResult {
     let folder = tempfile::tempdir()?;
-    let spec =
-        hound::WavSpec { channels: 1, sample_rate: 8000, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
-    write_wave(&folder.path().join("3_theo_0.wav"), spec, &[1; 100])?;
+    write_wave(&folder.path().join("3_theo_0.wav"), MONO, &[1; 100])?;
     let with = |pattern: &str, parts: &[&str]| {
         let pattern = Some(pattern.to_string());
         let audio = AudioOptions { path: folder.path().into(), pattern, ..AudioOptions::default() };

@@ -19,6 +19,13 @@ fn options_that_do_not_fit_the_data_are_refused() -> TestResult {
     refused(&digits(&|o| o.split.test = Some(Part::Count(1797))), &["data.split.test", "fewer than the 1797"]);
     refused(&digits(&|o| o.split.test = Some(Part::Pattern("x".into()))), &["data.split.test", "no files"]);
     refused(&digits(&|o| o.split.test = Some(Part::Every(0))), &["data.split.test"]);
+    for (part, told) in [
+        (Part::Fraction(0.0001), "found 0.0001, which holds out none of 1797 samples; give a larger share"),
+        (Part::Count(0), "found 0, which holds out none of 1797 samples; expected 1 or more"),
+        (Part::Every(5000), "found { every = 5000 }, which holds out none"),
+    ] {
+        refused(&digits(&|o| o.split.test = Some(part.clone())), &["data.split.test", told]);
+    }
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.txt");
     std::fs::write(&path, "abcdefghij")?;

@@ -55,8 +55,12 @@ fn text_that_is_too_short_or_no_utf8_is_refused() -> TestResult {
     refused(&options, &["data.split.validation"]);
     std::fs::write(&path, b"abc\n\xff")?;
     refused(&text_options(&path, TokenizerKind::Bytes, 3), &["line 2", "0xff"]);
+    std::fs::write(&path, "abcdefghij")?;
+    options.split = split(None, Some(Part::Every(10)));
+    refused(&options, &["data.split.test", "found { every = 10 }, expected a share"]);
     std::fs::write(&path, b"")?;
     refused(&text_options(&path, TokenizerKind::Bytes, 3), &["holds no character"]);
+    refused(&text_options(folder.path(), TokenizerKind::Bytes, 3), &["is a folder, expected a file", "data.path"]);
     refused(&text_options(Path::new("no/such.txt"), TokenizerKind::Bytes, 3), &["no/such.txt", "WARPSTEP_DATA"]);
     Ok(())
 }
@@ -143,11 +147,38 @@ fn labelled_lines_are_read_from_a_file_a_class_and_from_tab_separated_files() ->
     std::fs::write(&train, "good\tfine\nno label\n")?;
     refused(&options, &["train.tsv", "line 2", "tab"]);
     std::fs::write(&train, "good\tfine\ngood\tfiner\n")?;
-    refused(&options, &["one class"]);
+    std::fs::write(&test, "good\tbad\n")?;
+    refused(&options, &["train.tsv", "the one class \"good\"", "two or more"]);
     std::fs::write(&train, b"good\tfine\nbad\tna\xefve\n")?;
     refused(&options, &["line 2", "UTF-8"]);
     let classes = vec![("pos".into(), "test.tsv".into()), ("neg".into(), "other".into())];
     let lines = LinesOptions { path: folder.path().into(), classes, ..Default::default() };
     refused(&DataOptions::new(FormatOptions::Lines(lines)), &["other", "not found"]);
+    Ok(())
+}
+
+#[test]
+fn every_third_line_is_the_third_sample_and_blank_lines_are_none() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("train.tsv");
+    std::fs::write(&path, "a\tone\n\n\nb\ttwo\n \na\tthree\nb\tfour\n\nb\tfive\na\tsix\na\tseven\n")?;
+    let lines = LinesOptions { path: path.clone(), min_count: 1, ..Default::default() };
+    let mut options = DataOptions::new(FormatOptions::Lines(lines.clone()));
+    options.split = split(None, Some(Part::Every(3)));
+    let data = open(&options, None, 1)?;
+    assert_eq!(sizes(&data), [5, 0, 2]);
+    let held = read(&**data.splits.test.as_ref().ok_or("no test split")?, &[Pick::Sample(0), Pick::Sample(1)])?;
+    // Samples three and six, of class a, whose words the training split does not have.
+    assert_eq!((tokens(&held.inputs), labels(&held.targets)), (&[1, 1][..], &[0, 0][..]));
+    // Errors count lines, blank ones too.
+    std::fs::write(folder.path().join("test.tsv"), "\n\na\tx\n\nc\ty\n")?;
+    let own = LinesOptions { test: Some(folder.path().join("test.tsv")), ..lines.clone() };
+    refused(&DataOptions::new(FormatOptions::Lines(own)), &["test.tsv", "line 5", "\"c\""]);
+    for wrong in [0, 65_537, 1_000_000_000_000] {
+        let long = LinesOptions { length: Some(wrong), ..lines.clone() };
+        refused(&DataOptions::new(FormatOptions::Lines(long)), &["data.length", &format!("found {wrong}"), "65536"]);
+    }
+    let padded = LinesOptions { length: Some(9), ..lines };
+    assert_eq!(open(&DataOptions::new(FormatOptions::Lines(padded)), None, 1)?.input().elements(), 9);
     Ok(())
 }

@@ -45,17 +45,19 @@ fn csv_cells_that_are_no_numbers_are_told_with_line_and_column() -> TestResult {
         Ok(())
     };
     let last = || Column::Number(-1);
-    with(b"a,b,y\n1,2,3\n4,,6\n", last(), &["line 3", "column 1 (\"b\")", "\"\""])?;
-    with(b"a,b,y\n1,2,3\n4,NaN,6\n", last(), &["line 3", "column 1", "NaN"])?;
+    with(b"a,b,y\n1,2,3\n4,,6\n", last(), &["line 3", "column 2 (\"b\")", "\"\""])?;
+    with(b"a,b,y\n1,2,3\n4,NaN,6\n", last(), &["line 3", "column 2", "NaN"])?;
     with(b"a,b,y\n1,2,3\n4,inf,6\n", last(), &["line 3", "inf"])?;
     with(b"a,b,y\n1,2,3\n4,5\n", last(), &["line 3", "found 2 cells, expected 3"])?;
     with(b"a,b,y\n1,2,3\n4,\xff,6\n", last(), &["line 3", "UTF-8"])?;
-    with(b"a,b,y\n1,2,\n", last(), &["line 2", "column 2"])?;
+    with(b"a,b,y\n1,2,\n", last(), &["line 2", "column 3"])?;
     with(b"a,b,y\n", last(), &["holds no row"])?;
     with(b"", last(), &["holds no row"])?;
     with(b"a;b;y\n1;2;3\n", last(), &["delimiter"])?;
     with(b"a,b,y\n1,2,3\n", Column::Name("z".into()), &["data.target", "a, b, y"])?;
     with(b"a,b,y\n1,2,3\n", Column::Number(7), &["data.target", "0 to 2"])?;
+    with(b"1,2,3\n4,x,6\n", last(), &["line 2, column 2", "data.features, where it is number 1"])?;
+    refused(&DataOptions::new(FormatOptions::Csv(csv_options(folder.path().into()))), &["is a folder", "data.path"]);
     Ok(())
 }
 
@@ -97,5 +99,101 @@ fn columns_are_normalized_by_the_training_split_alone_and_a_constant_one_becomes
     let unseen = read(&**data.splits.test.as_ref().ok_or("no test split")?, &[Pick::Sample(0)])?;
     let row = reals(&unseen.inputs);
     assert!((row[0] - 97.0 / std).abs() < 1e-4 && row[1] == 1.0, "{row:?}");
+    Ok(())
+}
+
+#[test]
+fn the_columns_of_other_files_are_those_of_the_same_names() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let (path, test) = (folder.path().join("train.csv"), folder.path().join("test.csv"));
+    let mut csv = CsvOptions { test: Some(test.clone()), ..csv_options(path.clone()) };
+    let unseen = |csv: &CsvOptions| -> Result<(Vec<f32>, Targets), Box<dyn StdError>> {
+        let data = open(&DataOptions::new(FormatOptions::Csv(csv.clone())), None, 1)?;
+        let batch = read(&**data.splits.test.as_ref().ok_or("no test split")?, &[Pick::Sample(0)])?;
+        Ok((reals(&batch.inputs).to_vec(), batch.targets))
+    };
+    std::fs::write(&path, "a,b,y\n1,2,3\n4,5,6\n")?;
+    // In another order, with the target not the last, and with a column that is not used.
+    for text in ["b,a,y\n20,10,30\n", "y,b,a\n30,20,10\n", "y,note,b,a\n30,none,20,10\n"] {
+        std::fs::write(&test, text)?;
+        assert_eq!(unseen(&csv)?, (vec![10.0, 20.0], Targets::Real(vec![30.0])), "{text}");
+    }
+    // Where the other file has no header, columns are told by their places.
+    std::fs::write(&test, "10,20,30\n")?;
+    assert_eq!(unseen(&csv)?, (vec![10.0, 20.0], Targets::Real(vec![30.0])));
+    for text in ["a,c,y\n1,2,3\n", "c,a,y\n1,2,3\n"] {
+        std::fs::write(&test, text)?;
+        refused(&DataOptions::new(FormatOptions::Csv(csv.clone())), &["test.csv", "no column \"b\"", "train.csv"]);
+    }
+    std::fs::write(&test, "a,b\n1,2\n")?;
+    refused(&DataOptions::new(FormatOptions::Csv(csv.clone())), &["test.csv", "no column \"y\"", "it has a, b"]);
+    // Columns that are chosen by number are those of the training file.
+    csv.features = Some(vec![Column::Number(1)]);
+    csv.target = vec![Column::Number(0)];
+    std::fs::write(&test, "b,y,a\n20,30,10\n")?;
+    assert_eq!(unseen(&csv)?, (vec![20.0], Targets::Real(vec![10.0])));
+    // Two columns of one name keep their order.
+    let csv = CsvOptions { test: Some(test.clone()), ..csv_options(path.clone()) };
+    std::fs::write(&path, "a,a,y\n1,2,3\n4,5,6\n")?;
+    std::fs::write(&test, "y,a,a\n30,10,20\n")?;
+    assert_eq!(unseen(&csv)?, (vec![10.0, 20.0], Targets::Real(vec![30.0])));
+    Ok(())
+}
+
+#[test]
+fn a_first_line_that_may_name_the_columns_is_told_of() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.csv");
+    let csv = csv_options(path.clone());
+    for (text, column) in
+        [("city,2019,2020,y\n1,2,3,4\n5,6,7,8\n", "column 1"), ("2019,2020,y\n2,3,4\n6,7,8\n", "column 3")]
+    {
+        std::fs::write(&path, text)?;
+        refused(&DataOptions::new(FormatOptions::Csv(csv.clone())), &["line 1", column, "data.header = true"]);
+        let named = CsvOptions { header: Some(true), ..csv.clone() };
+        assert_eq!(sizes(&open(&DataOptions::new(FormatOptions::Csv(named)), None, 1)?), [2, 0, 0]);
+    }
+    // The same cell in another line is no header, and a class of words is no mistake.
+    std::fs::write(&path, "1,2,3\nx,2,3\n")?;
+    let Err(error) = open(&DataOptions::new(FormatOptions::Csv(csv.clone())), None, 1) else {
+        return Err("read".into());
+    };
+    assert!(error.to_string().contains("line 2") && !error.to_string().contains("data.header"), "{error}");
+    std::fs::write(&path, "1,2,dog\n3,2,cat\n")?;
+    assert_eq!(sizes(&open(&DataOptions::new(FormatOptions::Csv(csv)), None, 1)?), [2, 0, 0]);
+    Ok(())
+}
+
+#[test]
+fn one_class_alone_is_refused_whatever_the_format() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.csv");
+    std::fs::write(&path, "1,2,dog\n3,2,dog\n")?;
+    refused(&DataOptions::new(FormatOptions::Csv(csv_options(path.clone()))), &["a.csv", "the one class \"dog\""]);
+    std::fs::write(&path, "1,2,3\n3,2,3\n")?;
+    let csv = CsvOptions { target_type: Some(TargetKind::Class), ..csv_options(path) };
+    refused(&DataOptions::new(FormatOptions::Csv(csv)), &["a.csv", "the one class \"3\""]);
+    let inline = |classes: [&str; 2]| {
+        let targets = InlineTargets::Class(classes.map(str::to_string).to_vec());
+        DataOptions::new(FormatOptions::Inline(InlineOptions { inputs: vec![vec![1.0], vec![2.0]], targets }))
+    };
+    refused(&inline(["up", "up"]), &["the one class \"up\"", "two or more"]);
+    // Two classes, of which the split leaves one to train on.
+    let mut options = inline(["up", "down"]);
+    options.split = split(None, Some(Part::Every(2)));
+    refused(&options, &["the one class \"up\"", "data.split"]);
+    for (kind, file) in [("images", "a/0.png"), ("audio", "b/0.wav")] {
+        let root = folder.path().join(kind);
+        let file = root.join(file);
+        std::fs::create_dir_all(file.parent().ok_or("no folder")?)?;
+        let format = if kind == "images" {
+            image::GrayImage::new(3, 3).save(&file)?;
+            FormatOptions::Images(ImagesOptions { path: root, ..Default::default() })
+        } else {
+            media::write_wave(&file, media::MONO, &[1; 100])?;
+            FormatOptions::Audio(AudioOptions { path: root, ..Default::default() })
+        };
+        refused(&DataOptions::new(format), &["the one class", "two or more"]);
+    }
     Ok(())
 }

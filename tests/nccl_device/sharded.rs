@@ -167,6 +167,7 @@ fn takes_what_was_planned<S: Storage>(
     let wanted = Wanted {
         input: Input::Tokens(TIME),
         batch_size: PART,
+        left: None,
         evaluations: Vec::new(),
         optimizer: &optimizer,
         average: false,

@@ -6,11 +6,10 @@ use hound::{SampleFormat, WavReader};
 
 use super::super::augment::Subject;
 use super::super::dataset::{RealTable, TargetTable, Values};
-
 use super::super::options::{AudioFeatures, AudioOptions, Normalize};
 use super::super::pictures::Asked;
 use super::super::preprocess::Recipe;
-use super::super::source::{ClassFile, Held, Lookup, by_class, files_with};
+use super::super::source::{ClassFile, Held, Lookup, by_class, files_with, must_be_file};
 use super::super::split;
 use super::{Pool, held, not_empty, numbered, read_all, room};
 use crate::error::{Error, Result};
@@ -28,7 +27,7 @@ pub(crate) struct Wave {
 
 /// Opens a folder of recordings.
 pub(crate) fn open(options: &AudioOptions, lookup: &Lookup) -> Result<Pool> {
-    let place = lookup.find(&options.path)?;
+    let place = lookup.folder_for("data.path", &options.path)?;
     let pattern = options.pattern.as_deref().map(|p| split::regex("data.pattern", p)).transpose()?;
     let (names, mut files) = match &pattern {
         Some(pattern) => by_pattern(&place, pattern)?,
@@ -156,6 +155,7 @@ fn by_pattern(folder: &Path, pattern: &regex::Regex) -> Result<(Vec<String>, Vec
 
 /// Reads a WAV file of 8, 16, 24 or 32 bit integers or of 32 bit floats.
 pub(crate) fn read_wave(path: &Path) -> Result<Wave> {
+    must_be_file(path)?;
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let wrong = |problem: String| Error::data(path, problem);
     let damaged = |e: hound::Error| wrong(format!("is not a WAV file that can be read ({e}); fetch the file again"));

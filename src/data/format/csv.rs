@@ -19,6 +19,8 @@ struct Columns {
     width: usize,
     features: Vec<usize>,
     targets: Vec<usize>,
+    /// The first line, where nothing but its cells tells that it does not name the columns.
+    guessed: Option<u64>,
 }
 
 /// What one file holds.
@@ -33,9 +35,12 @@ struct Table {
 
 /// Opens the table, and those of the other splits where they have files of their own.
 pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
-    let path = lookup.find(&options.path)?;
+    let path = lookup.file_for("data.path", &options.path)?;
     let delimiter = delimiter(options, &path)?;
-    let mut table = read(options, &path, delimiter)?;
+    let mut table = read(options, &path, delimiter, None)?;
+    if options.target_type != Some(TargetKind::Real) {
+        header_taken_for_data(&path, &table)?;
+    }
     let features = table.columns.features.len();
     let width = table.columns.targets.len();
     let kind = options.target_type.unwrap_or_else(|| {
@@ -58,10 +63,12 @@ pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
         real = numbers(&path, &table)?;
     }
     let mut ends = [train; 2];
-    for (file, end) in [&options.validation, &options.test].into_iter().zip(0..) {
+    let own = [("data.validation", &options.validation), ("data.test", &options.test)];
+    for ((key, file), end) in own.into_iter().zip(&mut ends) {
         if let Some(file) = file {
-            let path = lookup.find(file)?;
-            let more = read(options, &path, delimiter)?;
+            let training = Training { path: &path, columns: &table.columns };
+            let path = lookup.file_for(key, file)?;
+            let more = read(options, &path, delimiter, Some(training))?;
             if more.columns.features.len() != features || more.columns.targets.len() != width {
                 return Err(Error::data(
                     path,
@@ -90,7 +97,7 @@ pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
             table.targets.extend(more.targets);
             table.lines.extend(more.lines);
         }
-        ends[end] = table.lines.len();
+        *end = table.lines.len();
     }
     let targets = match kind {
         TargetKind::Real => TargetTable::Real { values: real, width },
@@ -156,22 +163,82 @@ fn number(path: &Path, line: u64, column: usize, columns: &Columns, cell: &str) 
     match cell.parse::<f32>() {
         Ok(value) if value.is_finite() => Ok(value),
         _ => {
-            let name =
-                columns.names.as_ref().and_then(|n| n.get(column)).map_or(String::new(), |n| format!(" ({n:?})"));
+            let name = columns.names.as_ref().and_then(|n| n.get(column));
             let advice = if cell.is_empty() {
-                "fill the cell or leave the row out"
+                "fill the cell or leave the row out".to_string()
+            } else if columns.guessed == Some(line) && cell.parse::<f64>().is_err() {
+                NAMES_OR_NUMBERS.to_string()
+            } else if name.is_some() {
+                "correct the cell, or leave the column out by data.features".to_string()
             } else {
-                "correct the cell, or leave the column out by data.features"
+                format!("correct the cell, or leave the column out by data.features, where it is number {column}")
             };
+            let name = name.map_or(String::new(), |n| format!(" ({n:?})"));
             Err(Error::data(
                 path,
-                format!("line {line}, column {column}{name}: found {cell:?}, expected a finite number; {advice}"),
+                format!("line {line}, column {}{name}: found {cell:?}, expected a finite number; {advice}", column + 1),
             ))
         }
     }
 }
 
-fn read(options: &CsvOptions, path: &Path, delimiter: char) -> Result<Table> {
+/// What to do about a first line that may be either.
+const NAMES_OR_NUMBERS: &str = "set data.header = true where this line names the columns, or correct the cell";
+
+/// A first line of which some cells are numbers counts as data. Where all targets but its own are numbers, it most likely names
+/// the columns, and would give a class that no other row has.
+fn header_taken_for_data(path: &Path, table: &Table) -> Result<()> {
+    let columns = &table.columns;
+    let is_number = |cell: &String| cell.parse::<f64>().is_ok();
+    if let ([first, rest @ ..], Some(line), [column]) = (&table.targets[..], columns.guessed, &columns.targets[..])
+        && !is_number(first)
+        && !rest.is_empty()
+        && rest.iter().all(is_number)
+    {
+        return Err(Error::data(
+            path,
+            format!(
+                "line {line}, column {}: found {first:?}, where all other rows have a number; {NAMES_OR_NUMBERS}; \
+                 data.header = false takes it for a class",
+                column + 1
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// The file that is trained on, by which the columns of other files are found.
+#[derive(Clone, Copy)]
+struct Training<'a> {
+    path: &'a Path,
+    columns: &'a Columns,
+}
+
+impl Training<'_> {
+    /// Where another file with a header has the columns of these numbers: by their names. Of columns of the same name, the first
+    /// is the first, and so on.
+    fn find(&self, numbers: &[usize], names: &[String], header: &[&str], path: &Path) -> Result<Vec<usize>> {
+        let find = |number: &usize| {
+            let name = &names[*number];
+            let before = names[..*number].iter().filter(|n| *n == name).count();
+            let mut fitting = (0..header.len()).filter(|i| header[*i] == name);
+            fitting.nth(before).ok_or_else(|| {
+                Error::data(
+                    path,
+                    format!(
+                        "has no column {name:?}, expected those that are used of {}; it has {}; add the column, or correct \
+                         its name",
+                        self.path.display(),
+                        header.join(", ")
+                    ),
+                )
+            })
+        };
+        numbers.iter().map(find).collect()
+    }
+}
+
+fn read(options: &CsvOptions, path: &Path, delimiter: char, training: Option<Training<'_>>) -> Result<Table> {
     let bytes = source::read(path)?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
     let mut reader =
@@ -187,7 +254,7 @@ fn read(options: &CsvOptions, path: &Path, delimiter: char) -> Result<Table> {
                 let text = String::from_utf8_lossy(bytes);
                 Error::data(
                     path,
-                    format!("line {line}, column {column}: {text:?} is not UTF-8; convert the file to UTF-8"),
+                    format!("line {line}, column {}: {text:?} is not UTF-8; convert the file to UTF-8", column + 1),
                 )
             })
         };
@@ -196,7 +263,8 @@ fn read(options: &CsvOptions, path: &Path, delimiter: char) -> Result<Table> {
             None => {
                 let cells = (0..record.len()).map(cell).collect::<Result<Vec<_>>>()?;
                 let header = options.header.unwrap_or_else(|| cells.iter().all(|c| c.parse::<f64>().is_err()));
-                let chosen = choose(options, path, header.then_some(&cells[..]), cells.len())?;
+                let mut chosen = choose(options, path, header.then_some(&cells[..]), cells.len(), training)?;
+                chosen.guessed = (options.header.is_none() && !header).then_some(line);
                 let chosen = columns.insert(chosen);
                 if header {
                     continue;
@@ -234,8 +302,22 @@ fn told(path: &Path, error: &::csv::Error) -> Error {
     }
 }
 
-/// The columns that the options name.
-fn choose(options: &CsvOptions, path: &Path, header: Option<&[&str]>, width: usize) -> Result<Columns> {
+/// The columns that the options name: of the training file, where another has a header like it.
+fn choose(
+    options: &CsvOptions,
+    path: &Path,
+    header: Option<&[&str]>,
+    width: usize,
+    training: Option<Training<'_>>,
+) -> Result<Columns> {
+    let names = header.map(|h| h.iter().map(|c| c.to_string()).collect());
+    if let (Some(training), Some(header)) = (training, header)
+        && let Some(known) = &training.columns.names
+    {
+        let features = training.find(&training.columns.features, known, header, path)?;
+        let targets = training.find(&training.columns.targets, known, header, path)?;
+        return Ok(Columns { names, width, features, targets, guessed: None });
+    }
     let find = |key: &str, column: &Column| -> Result<usize> {
         match (column, header) {
             (Column::Number(number), _) => {
@@ -288,8 +370,7 @@ fn choose(options: &CsvOptions, path: &Path, header: Option<&[&str]>, width: usi
     if let Some(both) = features.iter().find(|c| targets.contains(c)) {
         return Err(Error::config("data.features", format!("found column {both}, which is a target too")));
     }
-    let names = header.map(|h| h.iter().map(|c| c.to_string()).collect());
-    Ok(Columns { names, width, features, targets })
+    Ok(Columns { names, width, features, targets, guessed: None })
 }
 
 /// The columns of the table that a model was trained on.
@@ -335,7 +416,10 @@ pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'
         let number = |column: &usize| {
             let cell = record.get(*column).unwrap_or_default();
             cell.parse::<f32>().ok().filter(|v| v.is_finite()).ok_or_else(|| {
-                Error::data(path, format!("line {line}, column {column}: found {cell:?}, expected a finite number"))
+                Error::data(
+                    path,
+                    format!("line {line}, column {}: found {cell:?}, expected a finite number", column + 1),
+                )
             })
         };
         rows.push((line, columns.iter().map(number).collect::<Result<_>>()?));

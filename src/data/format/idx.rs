@@ -10,6 +10,9 @@ use super::super::source::{self, Lookup};
 use super::Pool;
 use crate::error::{Error, Result};
 
+/// Most classes that labels may tell of; those of bytes tell of 256.
+const MOST_CLASSES: usize = 1 << 16;
+
 /// An array of an IDX file.
 struct Array {
     dims: Vec<usize>,
@@ -18,11 +21,14 @@ struct Array {
 
 /// Opens the four (or two) files.
 pub(crate) fn open(options: &IdxOptions, lookup: &Lookup) -> Result<Pool> {
+    if let Some(classes) = options.classes.filter(|classes| !(2..=MOST_CLASSES).contains(classes)) {
+        return Err(Error::config("data.classes", format!("found {classes}, expected 2 to {MOST_CLASSES}")));
+    }
     let folder = options.path.as_deref().map(|p| lookup.find(p)).transpose()?;
     let pick =
         |given: &Option<PathBuf>, key: &str, split: &[&str], kind: &[&str], required: bool| match (given, &folder) {
             (Some(path), Some(folder)) if folder.join(path).is_file() => Ok(Some(folder.join(path))),
-            (Some(path), _) => lookup.find(path).map(Some),
+            (Some(path), _) => lookup.file_for(&format!("data.{key}"), path).map(Some),
             (None, Some(folder)) => by_name(folder, key, split, kind, required),
             (None, None) if required => Err(Error::config(
                 format!("data.{key}"),
@@ -60,7 +66,7 @@ pub(crate) fn open(options: &IdxOptions, lookup: &Lookup) -> Result<Pool> {
                 return Err(Error::data(image_path, format!("holds another type of values than {}", images.display())));
             }
         }
-        let known = options.classes.map_or(most as usize + 1, |c| c.max(1));
+        let known = options.classes.unwrap_or(most as usize + 1);
         within(&label_path, &labels, known)?;
         labels_all.extend(labels);
     }
@@ -165,10 +171,11 @@ fn pair(images: &Path, labels: &Path, shape: Option<&[usize]>) -> Result<(Array,
         ));
     }
     let as_label = |(i, value): (usize, f32)| {
-        if value >= 0.0 && value.fract() == 0.0 && value < 16_777_216.0 {
+        if value >= 0.0 && value.fract() == 0.0 && value < MOST_CLASSES as f32 {
             return Ok(value as i32);
         }
-        Err(Error::data(labels, format!("label {i} is {value}, expected a whole number from 0")))
+        let most = MOST_CLASSES - 1;
+        Err(Error::data(labels, format!("label {i} is {value}, expected a whole number from 0 to {most}; correct it")))
     };
     let labels = match numbers.values {
         Values::Floats(values) => values.into_iter().enumerate().map(as_label).collect::<Result<_>>()?,

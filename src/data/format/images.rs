@@ -9,7 +9,7 @@ use super::super::augment::Subject;
 use super::super::dataset::{Decode, RealTable, TargetTable, Values};
 use super::super::options::{Color, ImagesOptions, Normalize};
 use super::super::preprocess::Recipe;
-use super::super::source::{ClassFile, Held, Lookup, by_class};
+use super::super::source::{ClassFile, Held, Lookup, by_class, must_be_file};
 use super::{Pool, held, read_all, room};
 use crate::error::{Error, Result};
 
@@ -20,11 +20,11 @@ const ENDINGS: [&str; 3] = ["png", "jpg", "jpeg"];
 
 /// Opens a folder.
 pub(crate) fn open(options: &ImagesOptions, lookup: &Lookup) -> Result<Pool> {
-    let place = lookup.find(&options.path)?;
+    let place = lookup.folder_for("data.path", &options.path)?;
     let (names, mut files) = by_class(&place, &ENDINGS)?;
     files.sort_by_key(|f| f.held);
-    if options.resize.is_some_and(|[h, w]| h == 0 || w == 0 || h > 1 << 14 || w > 1 << 14) {
-        return Err(Error::config("data.resize", format!("found {:?}, expected sides of 1 to 16384", options.resize)));
+    if let Some(sides) = options.resize.filter(|sides| !sides.iter().all(|side| (1..=1 << 14).contains(side))) {
+        return Err(Error::config("data.resize", format!("found {sides:?}, expected sides of 1 to 16384")));
     }
     // `by_class` gives at least one file.
     let first = decode(&files[0].path)?;
@@ -109,6 +109,7 @@ impl Form {
 }
 
 fn decode(path: &Path) -> Result<DynamicImage> {
+    must_be_file(path)?;
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let wrong = |e: String| {
         let reason = e.split_whitespace().collect::<Vec<_>>().join(" ");

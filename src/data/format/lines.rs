@@ -9,15 +9,21 @@ use super::super::preprocess::Recipe;
 use super::super::source::{Lookup, children, read_text};
 use super::super::words::Words;
 use super::super::{Dataset, Splits, split};
-use super::{not_empty, numbered};
+use super::{not_empty, numbered, room};
 use crate::error::{Error, Result};
+
+/// Most words that `data.length` may ask of a line.
+const MOST_WORDS: usize = 1 << 16;
 
 /// All lines, before they are split.
 #[derive(Default)]
 struct Lines {
     texts: Vec<String>,
     labels: Vec<String>,
+    /// Number of each among the samples of its file, from 0: blank lines are none.
     ordinals: Vec<u32>,
+    /// Number of each among the lines of its file, from 1.
+    numbers: Vec<usize>,
     files: Vec<String>,
 }
 
@@ -28,15 +34,18 @@ pub(crate) fn open(
     lookup: &Lookup,
     seed: u64,
 ) -> Result<(PathBuf, Splits, Recipe)> {
-    if options.length == Some(0) {
-        return Err(Error::config("data.length", "found 0, expected 1 or more"));
+    if let Some(length) = options.length.filter(|length| !(1..=MOST_WORDS).contains(length)) {
+        return Err(Error::config(
+            "data.length",
+            format!("found {length}, expected 1 to {MOST_WORDS}; without the key, the longest line gives it"),
+        ));
     }
     let place = lookup.find(&options.path)?;
     let mut lines = Lines::default();
     if !options.classes.is_empty() {
         for (class, file) in &options.classes {
             let beside = place.join(file);
-            lines.add_class(&if beside.is_file() { beside } else { lookup.find(file)? }, class)?;
+            lines.add_class(&if beside.is_file() { beside } else { lookup.file_for("data.classes", file)? }, class)?;
         }
     } else if place.is_dir() {
         for (class, file) in by_name(&place)? {
@@ -48,13 +57,11 @@ pub(crate) fn open(
     let train = lines.texts.len();
     not_empty(&place, "line", train)?;
     let known: std::collections::HashSet<String> = lines.labels.iter().cloned().collect();
-    if known.len() < 2 {
-        return Err(Error::data(place, format!("found the one class {known:?}, expected two or more")));
-    }
     let mut ends = [train; 2];
-    for (file, end) in [&options.validation, &options.test].into_iter().zip(&mut ends) {
+    let own = [("data.validation", &options.validation), ("data.test", &options.test)];
+    for ((key, file), end) in own.into_iter().zip(&mut ends) {
         if let Some(file) = file {
-            let path = lookup.find(file)?;
+            let path = lookup.file_for(key, file)?;
             let first = lines.texts.len();
             lines.add_labelled(&path)?;
             if let Some(i) = (first..lines.texts.len()).find(|i| !known.contains(&lines.labels[*i])) {
@@ -62,8 +69,7 @@ pub(crate) fn open(
                     path,
                     format!(
                         "line {}: found the class {:?}, which the training lines do not have",
-                        lines.ordinals[i] + 1,
-                        lines.labels[i]
+                        lines.numbers[i], lines.labels[i]
                     ),
                 ));
             }
@@ -85,7 +91,11 @@ pub(crate) fn open(
     let words =
         Words::build(parts.train.iter().map(text), options.words, options.lowercase, options.min_count, options.length);
     let (length, vocabulary) = (words.length(), words.vocabulary());
-    let values: Arc<Vec<i32>> = Arc::new(lines.texts.iter().flat_map(|t| words.encode(t)).collect());
+    let mut values = room::<i32>(&place, lines.texts.len(), length)?;
+    for (out, text) in values.chunks_exact_mut(length).zip(&lines.texts) {
+        out.copy_from_slice(&words.encode(text));
+    }
+    let values = Arc::new(values);
     let targets = Arc::new(TargetTable::Class { labels, names });
     let view = |indices: Vec<u32>| -> Arc<dyn Dataset> {
         let (values, targets) = (Arc::clone(&values), Arc::clone(&targets));
@@ -107,43 +117,45 @@ fn by_name(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
 }
 
 impl Lines {
-    fn push(&mut self, path: &Path, ordinal: usize, label: &str, text: &str) {
+    /// Appends the sample of line `number` of a file whose first sample is number `first` of all.
+    fn push(&mut self, path: &Path, first: usize, number: usize, label: &str, text: &str) {
+        self.ordinals.push((self.texts.len() - first) as u32);
+        self.numbers.push(number);
         self.texts.push(text.to_string());
         self.labels.push(label.to_string());
-        self.ordinals.push(ordinal as u32);
         self.files.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
     }
 
     /// Every line of a file that is not blank is a sample of `class`.
     fn add_class(&mut self, path: &Path, class: &str) -> Result<()> {
         let text = read_text(path)?;
-        let before = self.texts.len();
-        for (ordinal, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+        let first = self.texts.len();
+        for (number, line) in (1..).zip(text.trim_start_matches('\u{feff}').lines()) {
             if !line.trim().is_empty() {
-                self.push(path, ordinal, class, line);
+                self.push(path, first, number, class, line);
             }
         }
-        not_empty(path, "line", self.texts.len() - before)
+        not_empty(path, "line", self.texts.len() - first)
     }
 
     /// Every line of a file that is not blank is a label, a tab and a text.
     fn add_labelled(&mut self, path: &Path) -> Result<()> {
         let text = read_text(path)?;
-        let before = self.texts.len();
-        for (ordinal, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+        let first = self.texts.len();
+        for (number, line) in (1..).zip(text.trim_start_matches('\u{feff}').lines()) {
             if line.trim().is_empty() {
                 continue;
             }
             match line.split_once('\t') {
-                Some((label, text)) if !label.trim().is_empty() => self.push(path, ordinal, label.trim(), text),
+                Some((label, text)) if !label.trim().is_empty() => self.push(path, first, number, label.trim(), text),
                 _ => {
                     return Err(Error::data(
                         path,
-                        format!("line {}: found no label, expected a label, a tab and a text", ordinal + 1),
+                        format!("line {number}: found no label, expected a label, a tab and a text"),
                     ));
                 }
             }
         }
-        not_empty(path, "line", self.texts.len() - before)
+        not_empty(path, "line", self.texts.len() - first)
     }
 }

@@ -14,16 +14,16 @@ use crate::error::{Error, Result};
 
 /// The splits of a text and what `generate` needs.
 pub(crate) fn open(options: &TextOptions, splits: &SplitOptions, lookup: &Lookup) -> Result<(PathBuf, Splits, Recipe)> {
-    let path = lookup.find(&options.path)?;
+    let path = lookup.file_for("data.path", &options.path)?;
     let text = read_text(&path)?;
     not_empty(&path, "character", text.len())?;
-    let other = |file: &Option<PathBuf>| -> Result<Option<(PathBuf, String)>> {
+    let other = |key: &str, file: &Option<PathBuf>| -> Result<Option<(PathBuf, String)>> {
         let Some(file) = file else { return Ok(None) };
-        let path = lookup.find(file)?;
+        let path = lookup.file_for(key, file)?;
         let text = read_text(&path)?;
         Ok(Some((path, text)))
     };
-    let (validation, test) = (other(&options.validation)?, other(&options.test)?);
+    let (validation, test) = (other("data.validation", &options.validation)?, other("data.test", &options.test)?);
     let mut all: Vec<&str> = vec![&text];
     all.extend([&validation, &test].into_iter().flatten().map(|(_, text)| text.as_str()));
     let tokenizer = Tokenizer::new(options.tokenizer, &all);

@@ -26,9 +26,9 @@ pub(crate) fn open(
     if !(2..=i32::MAX as usize).contains(&options.vocabulary) {
         return Err(Error::config("data.vocabulary", format!("found {}, expected 2 or more", options.vocabulary)));
     }
-    let mut train = lookup.find_all(&options.path)?;
-    let mut validation = options.validation.as_deref().map(|p| lookup.find_all(p)).transpose()?;
-    let test = options.test.as_deref().map(|p| lookup.find_all(p)).transpose()?;
+    let mut train = lookup.find_all("data.path", &options.path)?;
+    let mut validation = options.validation.as_deref().map(|p| lookup.find_all("data.validation", p)).transpose()?;
+    let test = options.test.as_deref().map(|p| lookup.find_all("data.test", p)).transpose()?;
     let place = train.first().cloned().unwrap_or_else(|| options.path.clone());
     if place.is_dir() {
         let (found, held) = by_name(&place)?;

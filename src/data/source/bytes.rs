@@ -9,6 +9,14 @@ use memmap2::Mmap;
 
 use crate::error::{Error, Result};
 
+/// A folder is no file: the system's own words tell neither what was expected nor what to do.
+pub(crate) fn must_be_file(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Err(Error::data(path, "is a folder, expected a file; name one within it"));
+    }
+    Ok(())
+}
+
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
 /// All bytes of a file; unpacked where it is gzip, whatever its name.
@@ -16,6 +24,7 @@ const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// # Errors
 /// A file that cannot be read, or whose gzip stream is damaged or cut short.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
+    must_be_file(path)?;
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     if !bytes.starts_with(&GZIP_MAGIC) {
         return Ok(bytes);
@@ -60,6 +69,7 @@ fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
 /// # Errors
 /// A file that cannot be opened or mapped.
 pub fn map(path: &Path) -> Result<Mmap> {
+    must_be_file(path)?;
     let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     // SAFETY: the mapping is read-only and private to this process, and nothing here writes to the file. Another process
     // that shortens the file while it is mapped would end this one by SIGBUS; it cannot make it read foreign memory.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
+pub(crate) use bytes::must_be_file;
 pub use bytes::{map, read, read_text};
 pub(crate) use folder::{ClassFile, Held, by_class, children, files_with};
 
@@ -29,13 +30,21 @@ impl Lookup {
         Lookup { places }
     }
 
-    /// The file or folder that `path` means; `path.gz` counts too where `path` itself is not there.
+    /// The file or folder that `path`, the value of `data.path`, means; `path.gz` counts too where `path` itself is not there.
     ///
     /// # Errors
     /// All the places looked in, where it is in none.
     pub fn find(&self, path: &Path) -> Result<PathBuf> {
+        self.find_for("data.path", path)
+    }
+
+    /// As [`Lookup::find`], for the value of another key of the run file.
+    ///
+    /// # Errors
+    /// As [`Lookup::find`], with the key.
+    pub fn find_for(&self, key: &str, path: &Path) -> Result<PathBuf> {
         if path.as_os_str().is_empty() {
-            return Err(Error::config("data.path", "found no path, expected a file or folder"));
+            return Err(Error::config(key, "found no path, expected a file or folder"));
         }
         let mut packed = path.as_os_str().to_owned();
         packed.push(".gz");
@@ -48,17 +57,41 @@ impl Lookup {
                 return Ok(packed);
             }
         }
-        Err(Error::data(path, format!("not found; looked for {}; {}", self.told(path), self.advice(path))))
+        Err(Error::data(path, format!("not found; looked for {}; {}", self.told(path), advice(key, path))))
     }
 
-    /// The files that `path` means, in the order of their names: its last part may hold `*` and `?`.
+    /// As [`Lookup::find_for`], where it must be a file.
+    ///
+    /// # Errors
+    /// As [`Lookup::find_for`]; a folder.
+    pub fn file_for(&self, key: &str, path: &Path) -> Result<PathBuf> {
+        let found = self.find_for(key, path)?;
+        if found.is_dir() {
+            return Err(Error::data(found, format!("is a folder, expected a file; let {key} name one")));
+        }
+        Ok(found)
+    }
+
+    /// As [`Lookup::find_for`], where it must be a folder.
+    ///
+    /// # Errors
+    /// As [`Lookup::find_for`]; a file.
+    pub fn folder_for(&self, key: &str, path: &Path) -> Result<PathBuf> {
+        let found = self.find_for(key, path)?;
+        if !found.is_dir() {
+            return Err(Error::data(found, format!("is a file, expected a folder; let {key} name one")));
+        }
+        Ok(found)
+    }
+
+    /// The files that `path`, the value of `key`, means, in the order of their names: its last part may hold `*` and `?`.
     ///
     /// # Errors
     /// All the places looked in, where nothing fits.
-    pub fn find_all(&self, path: &Path) -> Result<Vec<PathBuf>> {
+    pub fn find_all(&self, key: &str, path: &Path) -> Result<Vec<PathBuf>> {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         if !name.contains(['*', '?']) {
-            return Ok(vec![self.find(path)?]);
+            return Ok(vec![self.find_for(key, path)?]);
         }
         for candidate in self.candidates(path) {
             let folder = candidate.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -73,7 +106,7 @@ impl Lookup {
                 return Ok(found);
             }
         }
-        Err(Error::data(path, format!("no file fits; looked for {}; {}", self.told(path), self.advice(path))))
+        Err(Error::data(path, format!("no file fits; looked for {}; {}", self.told(path), advice(key, path))))
     }
 
     fn candidates<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = PathBuf> + 'a {
@@ -84,14 +117,11 @@ impl Lookup {
     fn told(&self, path: &Path) -> String {
         self.candidates(path).map(|c| c.display().to_string()).collect::<Vec<_>>().join(", ")
     }
+}
 
-    fn advice(&self, path: &Path) -> &'static str {
-        if path.is_absolute() {
-            "correct the path"
-        } else {
-            "correct data.path, or let WARPSTEP_DATA name the folder that holds it"
-        }
-    }
+fn advice(key: &str, path: &Path) -> String {
+    let other = if path.is_absolute() { "" } else { ", or let WARPSTEP_DATA name the folder that holds it" };
+    format!("correct {key}{other}")
 }
 
 /// Whether `name` fits `pattern`, in which `*` stands for any characters and `?` for one.
@@ -144,7 +174,22 @@ mod tests {
         assert_eq!(error.exit_code(), 2);
         let text = error.to_string();
         assert!(text.contains("/nowhere/a/mnist, /nowhere/b/mnist"), "{text}");
-        assert!(text.contains("WARPSTEP_DATA"), "{text}");
+        assert!(text.contains("correct data.path, or let WARPSTEP_DATA"), "{text}");
+        let text = lookup.find_for("model.weights", Path::new("/none")).unwrap_err().to_string();
+        assert!(text.ends_with("correct model.weights"), "{text}");
+    }
+
+    #[test]
+    fn a_folder_where_a_file_must_be_is_told_with_the_key() -> Result<(), Box<dyn std::error::Error>> {
+        let folder = tempfile::tempdir()?;
+        std::fs::write(folder.path().join("a"), "")?;
+        std::fs::create_dir(folder.path().join("b"))?;
+        let lookup = Lookup { places: vec![folder.path().into()] };
+        let text = lookup.file_for("data.test", Path::new("b")).unwrap_err().to_string();
+        assert!(text.contains("is a folder, expected a file") && text.contains("data.test"), "{text}");
+        let text = lookup.folder_for("data.path", Path::new("a")).unwrap_err().to_string();
+        assert!(text.contains("is a file, expected a folder") && text.contains("data.path"), "{text}");
+        Ok(())
     }
 
     #[test]

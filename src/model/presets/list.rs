@@ -170,7 +170,13 @@ fn push<B: Backend>(layers: &mut Sequential<B>, name: String, options: &LayerOpt
         }
         LayerOptions::Embedding { width } => {
             check("width", *width > 0, width, "1 or more")?;
-            let table = Embedding::new(fit.tokens("layers")?, *width);
+            let Some(vocabulary) = fit.vocabulary else {
+                return Err(Error::config(
+                    "kind",
+                    "found \"embedding\", which takes tokens, with data of real values; leave the layer out",
+                ));
+            };
+            let table = Embedding::new(vocabulary, *width);
             layers.push(
                 name,
                 Box::new(match fit.padding {

@@ -18,6 +18,9 @@ pub use resnet::{ResNetOptions, ResNetStem};
 pub use text_cnn::TextCnnOptions;
 pub use text_encoder::TextEncoderOptions;
 
+use std::fmt;
+
+use super::asked::{Asked, Made};
 use super::layers::{Activation, Dropout, Recompute, Sequential};
 use super::{Layer, Loss, Model};
 use crate::backend::Backend;
@@ -33,6 +36,28 @@ pub enum Goal {
     Values(usize),
     /// The token after each token.
     NextToken,
+}
+
+impl fmt::Display for Goal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Goal::Classes(classes) => write!(f, "{classes} classes"),
+            Goal::Values(1) => write!(f, "1 real value a sample"),
+            Goal::Values(width) => write!(f, "{width} real values a sample"),
+            Goal::NextToken => write!(f, "the next token"),
+        }
+    }
+}
+
+impl Goal {
+    /// The losses that fit, as `model.loss` has them.
+    fn losses(self) -> &'static str {
+        match self {
+            Goal::Classes(2) => "\"cross_entropy\" or \"binary_cross_entropy\"",
+            Goal::Classes(_) | Goal::NextToken => "\"cross_entropy\"",
+            Goal::Values(_) => "\"mean_squared_error\" or \"binary_cross_entropy\", or data whose targets are classes",
+        }
+    }
 }
 
 /// What a preset has to fit: the data on one side, the targets on the other.
@@ -75,6 +100,24 @@ pub enum Preset {
     Layers(Vec<LayerOptions>),
 }
 
+impl Preset {
+    /// The name as `model.preset` has it; `layers` for a list of them.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Preset::Linear(_) => "linear",
+            Preset::Logistic(_) => "logistic",
+            Preset::Mlp(_) => "mlp",
+            Preset::Cnn(_) => "cnn",
+            Preset::ResNet(_) => "resnet",
+            Preset::Gpt(_) => "gpt",
+            Preset::TextCnn(_) => "text_cnn",
+            Preset::TextEncoder(_) => "text_encoder",
+            Preset::AudioCnn(_) => "audio_cnn",
+            Preset::Layers(_) => "layers",
+        }
+    }
+}
+
 /// `model.loss`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LossKind {
@@ -84,6 +127,17 @@ pub enum LossKind {
     MeanSquaredError,
     /// `binary_cross_entropy`: for values from 0 to 1, or two classes.
     BinaryCrossEntropy,
+}
+
+/// As `model.loss` has it.
+impl fmt::Display for LossKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            LossKind::CrossEntropy => "cross_entropy",
+            LossKind::MeanSquaredError => "mean_squared_error",
+            LossKind::BinaryCrossEntropy => "binary_cross_entropy",
+        })
+    }
 }
 
 /// The `[model]` table.
@@ -134,7 +188,7 @@ impl ModelOptions {
             (goal, Some(loss)) => {
                 return Err(Error::config(
                     "model.loss",
-                    format!("found {loss:?}, which does not fit targets of {goal:?}"),
+                    format!("found \"{loss}\", which does not fit targets of {goal}; expected {}", goal.losses()),
                 ));
             }
         };
@@ -146,22 +200,43 @@ impl ModelOptions {
             )),
             Goal::Classes(_) | Goal::Values(_) => Ok(()),
         };
+        let needs_values = |preset: &str| match (fit.vocabulary, fit.goal) {
+            (None, _) => Ok(()),
+            (Some(_), goal) => Err(Error::config(
+                "model.preset",
+                format!(
+                    "found \"{preset}\", which takes real values, with data of tokens; expected {}",
+                    if goal == Goal::NextToken { "\"gpt\"" } else { "\"text_cnn\" or \"text_encoder\"" }
+                ),
+            )),
+        };
         let layers = match &self.preset {
             Preset::Linear(options) | Preset::Logistic(options) => {
-                needs_class("linear")?;
+                needs_class(self.preset.name())?;
+                needs_values(self.preset.name())?;
                 options.build(&fit)?
             }
             Preset::Mlp(options) => {
                 needs_class("mlp")?;
+                needs_values("mlp")?;
                 options.build(&fit)?
             }
-            Preset::Cnn(options) => options.build(&fit)?,
-            Preset::ResNet(options) => options.build(&fit)?,
+            Preset::Cnn(options) => {
+                needs_values("cnn")?;
+                options.build(&fit)?
+            }
+            Preset::ResNet(options) => {
+                needs_values("resnet")?;
+                options.build(&fit)?
+            }
             Preset::TextCnn(options) => {
                 needs_class("text_cnn")?;
                 options.build(&fit)?
             }
-            Preset::AudioCnn(options) => options.build(&fit)?,
+            Preset::AudioCnn(options) => {
+                needs_values("audio_cnn")?;
+                options.build(&fit)?
+            }
             Preset::Layers(list) => list::build(list, &fit)?,
             Preset::TextEncoder(options) => {
                 needs_class("text_encoder")?;
@@ -171,7 +246,14 @@ impl ModelOptions {
             }
             Preset::Gpt(options) => return self.gpt(options, &fit),
         };
-        Ok(Model::new(Box::new(layers), loss))
+        let made = match &self.preset {
+            Preset::Layers(list) => Made::of_layers(list),
+            preset => Made::Preset {
+                name: preset.name(),
+                pictures: matches!(preset, Preset::Cnn(_) | Preset::ResNet(_) | Preset::AudioCnn(_)),
+            },
+        };
+        Ok(Model::new(Box::new(layers), loss).asked_by(Asked { made, goal: fit.goal, outputs }))
     }
 
     fn gpt<B: Backend>(&self, options: &GptOptions, fit: &Fit) -> Result<Model<B>> {

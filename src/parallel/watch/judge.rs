@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::beat::Beat;
 use super::failure::Cause;
+use crate::parallel::rendezvous::seconds;
 
 /// What is known of a rank.
 #[derive(Clone, Debug)]
@@ -58,8 +59,8 @@ pub(super) fn silent<'a>(ranks: impl Iterator<Item = (usize, &'a Seen)>, limits:
     ranks.filter(|(_, seen)| !seen.ended && now - seen.heard >= limits.silent).map(|(rank, _)| rank).collect()
 }
 
-/// Ranks that others have waited for too long; all, where all wait for each other. None while a rank is so quiet that it may be
-/// found silent: that would tell more.
+/// Ranks that others have waited for too long: stuck ones; those that said goodbye so long ago, where all others wait; all, where all
+/// wait for each other. None while a rank is so quiet that it may be found silent: that would tell more.
 pub(super) fn stuck(ranks: &[(usize, &Seen)], limits: Limits, now: Instant) -> Option<(Vec<usize>, Cause)> {
     let running: Vec<_> = ranks.iter().filter(|(_, seen)| !seen.ended).collect();
     if running.iter().any(|(_, seen)| now - seen.heard >= limits.silent / 3) {
@@ -76,8 +77,15 @@ pub(super) fn stuck(ranks: &[(usize, &Seen)], limits: Limits, now: Instant) -> O
     if !named.is_empty() {
         return Some((named, Cause::Stuck(limits.stuck)));
     }
-    let all = computing.is_empty() && running.len() > 1 && running.iter().all(|(_, seen)| unmoved(seen));
-    all.then(|| (running.iter().map(|(rank, _)| *rank).collect(), Cause::Deadlock(limits.stuck)))
+    let all = computing.is_empty() && running.iter().all(|(_, seen)| unmoved(seen));
+    // Rank 0 too waits at its end, for those that run: it leaves when the last of them has ended.
+    let ended: Vec<_> = ranks.iter().filter(|(_, seen)| seen.ended).collect();
+    if all && !ended.is_empty() && ended.iter().all(|(_, seen)| now - seen.heard >= limits.stuck) {
+        let (they, them) = if ended.len() > 1 { ("they", "them") } else { ("it", "it") };
+        let cause = format!("{they} ended, but others have waited for {them} for {}", seconds(limits.stuck));
+        return Some((ended.iter().map(|(rank, _)| *rank).collect(), Cause::Error(cause)));
+    }
+    (all && running.len() > 1).then(|| (running.iter().map(|(rank, _)| *rank).collect(), Cause::Deadlock(limits.stuck)))
 }
 
 #[cfg(test)]
@@ -129,6 +137,21 @@ mod tests {
         ended.ended = true;
         let waiting = Seen { beat: Beat { communicating: true, ..Beat::default() }, heard: later, ..Seen::new(now) };
         assert_eq!(silent([(4, &ended)].into_iter(), LIMITS, later), Vec::<usize>::new());
-        assert_eq!(stuck(&[(0, &waiting), (1, &ended)], LIMITS, later), None);
+        ended.heard = later - Duration::from_secs(59);
+        assert_eq!(stuck(&[(0, &waiting), (1, &ended)], LIMITS, later), None, "rank 0 may be at its end too");
+        let long_ago = Seen { ended: true, ..Seen::new(now) };
+        assert_eq!(
+            stuck(&[(0, &waiting), (1, &ended), (2, &long_ago)], LIMITS, later),
+            None,
+            "nor are all at the same time"
+        );
+        ended.heard = later - Duration::from_secs(60);
+        let cause = Cause::Error("it ended, but others have waited for it for 60 s".into());
+        assert_eq!(stuck(&[(0, &waiting), (1, &ended)], LIMITS, later), Some((vec![1], cause)));
+        let moves = Seen { unmoved: later, ..waiting.clone() };
+        assert_eq!(stuck(&[(0, &waiting), (1, &ended), (2, &moves)], LIMITS, later), None, "one has come just now");
+        let computes = Seen { beat: Beat::default(), ..waiting.clone() };
+        let named = Some((vec![2], Cause::Stuck(LIMITS.stuck)));
+        assert_eq!(stuck(&[(0, &waiting), (1, &ended), (2, &computes)], LIMITS, later), named);
     }
 }

@@ -1,0 +1,227 @@
+//! Everything before the first step: the folder, the trainer, the checkpoint to go on from, the data.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Interval, LastStep, Loop, model_input};
+use crate::backend::Backend;
+use crate::backend::ops::Update;
+use crate::data::{InputSpec, Sampler, SamplerOptions, TargetSpec};
+use crate::error::{Error, Result};
+use crate::optim::NormClip;
+use crate::parallel::{Collective, GradientsOptions, Shard, agree, broadcast};
+use crate::train::checkpoint::{self, RunState, Which};
+use crate::train::files;
+use crate::train::metrics::MetricsWriter;
+use crate::train::options::Length;
+use crate::train::resident::{self, Source};
+use crate::train::run::{Run, Start};
+use crate::train::sharing::{check_sharding, exchange};
+use crate::train::step::{Trainer, TrainerParts};
+
+impl<B: Backend<Real = f32> + Update> Loop<B> {
+    /// Everything before the first step. What processes do together in it, all do, or none.
+    pub(super) fn prepare(run: Run<B>) -> Result<Self> {
+        let collective = Arc::clone(&run.collective);
+        let (rank, world) = (collective.rank(), collective.world());
+        let checkpoints = run.folder.join("checkpoints");
+        let hash = blake3::hash(run.identity.as_bytes()).to_hex().to_string();
+        let share = run.options.validate().and_then(|()| run.parallel.validate());
+        let share = share.and_then(|()| run.parallel.share(rank, world, run.options.batch_size));
+        let share = share.and_then(|share| check_sharding(&run).map(|()| share));
+        let share = agree(&*collective, share)?;
+        // One process looks at the folder, and all go on from the checkpoint that it found.
+        let found = if rank == 0 { look_at_folder(&run, &checkpoints, &hash) } else { Ok((None, None)) };
+        let (mut lock, latest) = agree(&*collective, found)?;
+        let latest = the_same_latest(&*collective, latest, &checkpoints)?;
+        let sampler_options = SamplerOptions {
+            batch_size: run.options.batch_size,
+            accumulate: run.options.accumulate,
+            seed: run.options.seed,
+            sampling: run.sampling,
+            drop_last: run.drop_last,
+            share,
+        };
+        let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
+        let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
+        let steps = match run.options.length {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
+        };
+        run.schedule.validate(steps, run.optimizer.learning_rate)?;
+        let input = run.splits.train.input();
+        let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
+        let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
+        let parts = TrainerParts {
+            backend: run.backend,
+            model: run.model,
+            input: model_input(&input),
+            batch_size: run.options.batch_size / share.of,
+            accumulate: run.options.accumulate,
+            optimizer: &run.optimizer,
+            ema: run.options.ema,
+            seed: run.options.seed,
+        };
+        let mut trainer = Trainer::sharded(parts, sharding)?;
+        if let Some(left) = sampler_options.left(run.splits.train.len()) {
+            let told = |e| {
+                Error::config("data.drop_last", format!("with false, what is left for the last batch is {left}: {e}"))
+            };
+            trainer.plan_smaller(left).map_err(told)?;
+        }
+        if share.of > 1 || collective.is_queued() {
+            let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
+            let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;
+            trainer = trainer.sharing(share, exchange);
+        }
+        if let (Some(weights), None) = (&run.weights, &latest) {
+            let (backend, arena) = trainer.parts_mut();
+            checkpoint::load_model(weights, backend, arena)?;
+            trainer.restart_average()?;
+        }
+        let mut state = match &latest {
+            Some(path) => checkpoint::load(path, &mut trainer)?,
+            None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),
+        };
+        // Another was better later on, and this one removed, before the run went back to this step.
+        state.best = state.best.filter(|best| checkpoint::is_there(&checkpoints, best.step));
+        let first_pass = state.step * share.passes(run.options.accumulate);
+        let table = resident::table(trainer.backend(), &run.splits.train, run.resident)?;
+        let source = Source::new(&run.splits.train, table, sampler_options, first_pass, run.prefetch)?;
+        // Nothing of an older run is touched until all of this one is known to be as it should.
+        if rank == 0 {
+            if run.start == Start::Overwrite {
+                clear_folder(&run.folder)?;
+            }
+            fs::create_dir_all(&run.folder).map_err(|e| Error::io("create", &run.folder, e))?;
+            lock = lock.map_or_else(|| lock_folder(&run.folder), |lock| Ok(Some(lock)))?;
+            checkpoint::sweep(&checkpoints, state.step)?;
+            if latest.is_some() {
+                checkpoint::point_best(&checkpoints, state.best.map(|best| best.step))?;
+            }
+            files::write_whole(&run.folder.join("config.toml"), run.config.as_bytes())?;
+            files::write_whole(&run.folder.join("preprocess.json"), run.preprocess.as_bytes())?;
+        }
+        let tokens_per_sample = match (&input, run.splits.train.target()) {
+            (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
+            _ => None,
+        };
+        let metrics =
+            (rank == 0).then(|| MetricsWriter::resume(&run.folder.join("metrics.jsonl"), state.step)).transpose()?;
+        let seconds_before = state.seconds;
+        Ok(Loop {
+            collective,
+            watch: run.watch,
+            compare_every: run.parallel.check_every_steps,
+            trainer,
+            source,
+            options: run.options,
+            peak: run.optimizer.learning_rate,
+            clips: run.optimizer.clip.norm != NormClip::Off,
+            clamps: run.optimizer.clip.value.is_some(),
+            schedule: run.schedule,
+            splits: run.splits,
+            prefetch: run.prefetch,
+            folder: run.folder,
+            _lock: lock,
+            checkpoints,
+            interrupt: run.interrupt,
+            abandon_at: run.abandon_at,
+            state,
+            metrics,
+            steps,
+            steps_per_epoch,
+            tokens_per_sample,
+            began: Instant::now(),
+            seconds_before,
+            stopwatch: None,
+            interval: Interval::default(),
+            skipped_in_a_row: 0,
+            last_step: LastStep::default(),
+            last_train: None,
+            last_validation: None,
+            ends_after: None,
+        })
+    }
+}
+
+/// The checkpoint that process 0 goes on from, in every process.
+fn the_same_latest(
+    collective: &dyn Collective,
+    latest: Option<PathBuf>,
+    checkpoints: &Path,
+) -> Result<Option<PathBuf>> {
+    let name = latest.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    let mut bytes = name.unwrap_or_default().into_bytes();
+    broadcast(collective, 0, &mut bytes)?;
+    let name = String::from_utf8_lossy(&bytes).into_owned();
+    Ok((!name.is_empty()).then(|| checkpoints.join(name)))
+}
+
+/// What of a run folder is a run's. Not `logs`: a launcher opens them before there is a run, and adds to what is there.
+const OURS: [&str; 8] = [
+    "config.toml",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "preprocess.json",
+    "tensorboard",
+    "checkpoints",
+    "profile.json",
+];
+
+/// Whether the run may go on in its folder: a hold of it, where it is there, and the checkpoint to go on from.
+fn look_at_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> Result<(Option<File>, Option<PathBuf>)> {
+    let folder = &run.folder;
+    if run.start == Start::New && OURS.iter().any(|name| folder.join(name).exists()) {
+        return Err(Error::config(
+            folder.display().to_string(),
+            "holds a run already; choose another folder with --out, go on with it by --resume, or replace it by --overwrite",
+        ));
+    }
+    let lock = lock_folder(folder)?;
+    if run.start != Start::Resume {
+        return Ok((lock, None));
+    }
+    let Some(latest) = checkpoint::find(checkpoints, Which::Latest)? else { return Ok((lock, None)) };
+    let state = checkpoint::read_state(&latest)?;
+    if state.config_hash != hash {
+        return Err(Error::checkpoint(
+            latest,
+            "was made by another configuration than this run file's; resume with the run file and the --set options it was \
+             made with (its config.toml lies in the run folder)",
+        ));
+    }
+    Ok((lock, Some(latest)))
+}
+
+/// Removes the run that a folder holds.
+fn clear_folder(folder: &Path) -> Result<()> {
+    for name in OURS {
+        let path = folder.join(name);
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        match removed {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", path, e)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A hold of the folder that ends with the process; none where it is not there, or its file system has no locks.
+///
+/// # Errors
+/// Another process holds it.
+fn lock_folder(folder: &Path) -> Result<Option<File>> {
+    let Ok(file) = File::open(folder) else { return Ok(None) };
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(Error::config(
+            folder.display().to_string(),
+            "another process trains in this folder; wait for its end, or choose another folder with --out",
+        )),
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
+}

@@ -1,0 +1,283 @@
+//! What a user meets at the command line, apart from the training itself: outputs nobody reads, run folders, small mistakes.
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+
+use common::{has_emulated_device, run, stderr, stdout, tensor_hashes, warpstep, warpstep_apart};
+use tempfile::TempDir;
+use warpstep::backend::cuda::is_driver_present;
+
+const RUN: &str = r#"
+[run]
+steps = 4
+device = "cpu"
+[data]
+format = "digits"
+batch_size = 8
+[model]
+preset = "mlp"
+hidden = [8]
+[optimizer]
+rule = "momentum"
+learning_rate = 0.1
+"#;
+
+/// A folder with the run file `run.toml`, in which commands run.
+struct Place(TempDir);
+
+impl Place {
+    fn new(text: &str) -> Self {
+        let place = Place(tempfile::tempdir().unwrap());
+        place.write("run.toml", text);
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    fn run_in(&self, folder: &str, arguments: &[&str]) -> Output {
+        warpstep().args(arguments).current_dir(self.path(folder)).output().unwrap()
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.run_in("", arguments)
+    }
+
+    /// Runs what must succeed; its output and what it printed as errors.
+    fn good(&self, arguments: &[&str]) -> (String, String) {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+        (stdout(&output), stderr(&output))
+    }
+
+    /// Runs what must be refused, with all of `expected` in it.
+    fn refused(&self, arguments: &[&str], expected: &[&str]) -> String {
+        let output = self.run(arguments);
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        expected.iter().for_each(|word| assert!(error.contains(word), "{arguments:?}: no {word:?} in {error}"));
+        error
+    }
+}
+
+fn trained(text: &str) -> Place {
+    let place = Place::new(text);
+    place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    place
+}
+
+#[test]
+fn a_reader_that_has_gone_is_no_error_and_a_full_disk_is_one_sentence() {
+    let place = trained(RUN);
+    for arguments in [
+        &["eval", "out", "--split", "train"][..],
+        &["eval", "out", "--split", "train", "--json"],
+        &["plot", "schedule", "run.toml"],
+        &["plan", "run.toml"],
+        &["data", "inspect", "run.toml"],
+        &["train", "run.toml", "--dry-run"],
+        &["verify-resume", "run.toml", "--steps", "3"],
+    ] {
+        let mut command = warpstep();
+        command.args(arguments).current_dir(place.0.path()).stderr(Stdio::piped());
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let gone = child.wait_with_output().unwrap();
+        assert!(gone.status.success(), "{arguments:?}: {:?} {}", gone.status.signal(), stderr(&gone));
+        let full = command.stdout(fs::File::options().write(true).open("/dev/full").unwrap()).output().unwrap();
+        assert_eq!(full.status.code(), Some(1), "{arguments:?}");
+        assert!(
+            stderr(&full).starts_with("error: cannot write to standard output: No space left"),
+            "{}",
+            stderr(&full)
+        );
+        assert_eq!(stderr(&full).lines().count(), 1, "{}", stderr(&full));
+    }
+}
+
+#[test]
+fn the_run_folder_s_own_config_goes_on_with_its_run() {
+    let place = Place::new(RUN);
+    let train = ["train", "run.toml", "--quiet", "--out", "deep/out"];
+    place.good(&train);
+    let before = tensor_hashes(&place.path("deep/out"));
+    // From where it was started, and from anywhere else.
+    for (folder, file) in [("", "deep/out/config.toml"), ("deep/out", "config.toml")] {
+        let output = place.run_in(folder, &["train", file, "--quiet", "--resume"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(stderr(&output), "", "it found its checkpoint");
+        assert!(!place.path("runs").exists() && !place.path("deep/out/runs").exists());
+        assert!(!place.path("deep/out/deep").exists());
+    }
+    // A record made before the folder was written down.
+    let record = place.path("deep/out/config.toml");
+    let text = fs::read_to_string(&record).unwrap();
+    let older = text.lines().map(|line| if line.starts_with("out =") { "out = \"runs/run\"" } else { line });
+    fs::write(&record, older.collect::<Vec<_>>().join("\n")).unwrap();
+    let (_, error) = place.good(&["train", "deep/out/config.toml", "--quiet", "--resume", "--out", "deep/out"]);
+    assert_eq!(error, "");
+    let (_, error) = place.good(&[&train[..], &["--resume"]].concat());
+    assert_eq!(error, "");
+    assert_eq!(tensor_hashes(&place.path("deep/out")), before);
+}
+
+#[test]
+fn a_resume_of_nothing_says_so() {
+    let place = Place::new(RUN);
+    let (_, error) = place.good(&["train", "run.toml", "--quiet", "--resume", "--out", "new"]);
+    assert_eq!(error, "no checkpoint in new: begins at step 0\n");
+}
+
+#[test]
+fn a_resume_needs_no_file_of_initial_weights() {
+    let place = trained(RUN);
+    fs::copy(place.path("out/checkpoints/step-00000004/model.safetensors"), place.path("w.safetensors")).unwrap();
+    let train = ["train", "run.toml", "--quiet", "--set", "model.weights=w.safetensors", "--out", "second"];
+    place.good(&train);
+    fs::remove_file(place.path("w.safetensors")).unwrap();
+    place.good(&[&train[..], &["--resume"]].concat());
+    place.refused(&[&train[..], &["--overwrite"]].concat(), &["w.safetensors"]);
+}
+
+#[test]
+fn the_cause_of_a_refused_file_is_told_once() {
+    let place = Place::new(RUN);
+    let error = place.refused(&["train", "missing.toml"], &["cannot read missing.toml: No such file"]);
+    assert_eq!(error.matches("No such file").count(), 1, "{error}");
+    place.write("file", "");
+    for launch in [&[][..], &["launch", "--gpus", "1", "--"]] {
+        let arguments = [launch, &["train", "run.toml", "--out", "file"]].concat();
+        let error = place.refused(&arguments, &["--out: file is a file, expected a folder"]);
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
+
+#[test]
+fn verify_resume_takes_the_first_steps_of_any_run_on_the_device_that_is_asked_for() {
+    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits.toml").display().to_string();
+    let output = run(&["verify-resume", &digits, "--device", "cpu"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = stdout(&output);
+    assert!(text.starts_with("CPU, ") && text.lines().next().unwrap().ends_with("f32"), "{text}");
+    assert!(
+        text.contains("\n30 of 1560 steps; the second run was stopped at micro-batch 20, resumed from step 20"),
+        "{text}"
+    );
+    let place = Place::new(RUN);
+    // Shorter than is asked for, in an order that several processes could share, and with steps that make no thirds.
+    let parts = ["--set", "run.reproducible=true", "--set", "run.steps=9"];
+    for (more, said) in [
+        (&[][..], "4 of 4 steps; the second run was stopped at micro-batch 2, resumed from step 2"),
+        (&["--steps", "5", parts[0], parts[1], parts[2], parts[3]], "6 of 9 steps"),
+    ] {
+        let (text, _) = place.good(&[&["verify-resume", "run.toml"][..], more].concat());
+        assert!(text.contains(said) && text.contains("tensors have the same bits"), "{text}");
+    }
+    if has_emulated_device() {
+        let mut command = warpstep_apart();
+        command.args(["verify-resume", "run.toml", "--steps", "3", "--device", "emulated"]);
+        let output = command.args(["--set", "run.precision=bf16"]).current_dir(place.0.path()).output().unwrap();
+        let text = stdout(&output);
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert!(text.lines().next().unwrap().ends_with("bf16") && text.contains("same bits"), "{text}");
+    }
+}
+
+#[test]
+fn eval_reads_a_run_whose_parameters_were_in_bf16_alone() {
+    if !has_emulated_device() {
+        return;
+    }
+    let place = Place::new(RUN);
+    let bf16 = ["--set", "run.precision=bf16", "--set", "optimizer.master=false"];
+    let train = ["train", "run.toml", "--quiet", "--device", "emulated", "--out", "out"];
+    let output = warpstep_apart().args(train).args(bf16).current_dir(place.0.path()).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let (text, _) = place.good(&["eval", "out", "--split", "train"]);
+    assert!(text.starts_with("train  "), "{text}");
+    // By its name alone, where it lies.
+    let output = place.run_in("out/checkpoints", &["eval", "step-00000004", "--split", "train"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
+fn one_of_two_keys_overrides_the_other() {
+    let place = Place::new(&format!("{}[evaluate]\nevery_epochs = 1\n", RUN.replace("steps = 4", "epochs = 1")));
+    let steps = ["--set", "run.steps=2", "--set", "evaluate.every_steps=1"];
+    let train = ["train", "run.toml", "--quiet", "--out", "out"];
+    place.good(&[&train[..], &steps].concat());
+    assert!(place.path("out/checkpoints/step-00000002").is_dir());
+    place.refused(&[&train[..], &steps, &["--set", "run.epochs=2"]].concat(), &["both steps and epochs"]);
+}
+
+#[test]
+fn a_profile_that_saw_too_little_fails_no_run() {
+    let place = Place::new(RUN);
+    let train = ["train", "run.toml", "--quiet", "--set", "run.steps=2", "--profile", "--out", "out"];
+    let (_, error) = place.good(&train);
+    assert!(error.starts_with("no profile: ") && error.contains("found 2 micro-batches"), "{error}");
+}
+
+#[test]
+fn small_mistakes_are_answered_in_kind() {
+    let place = trained(RUN);
+    place.refused(&["data", "inspect", "run.toml", "--device", "cuda"], &["unexpected argument '--device'"]);
+    place.refused(&["plot", "schedule", "run.toml", "--device", "cuda"], &["unexpected argument '--device'"]);
+    place.refused(&["predict", "out", "x.png", "--top", "0"], &["expected a whole number of 1 or more"]);
+    place.refused(&["train", "run.toml", "--profile", "0"], &["expected a whole number of 1 or more"]);
+    place.refused(&["launch", "--gpus", "0", "--", "train", "run.toml"], &["expected a whole number of 1 or more"]);
+    place.refused(&["generate", "out", "--temperature", "-1"], &["--temperature: found -1, expected a number of 0"]);
+    place.refused(&["plan", "run.toml", "--network", "-1"], &["--network: found -1, expected a number above 0"]);
+    place.refused(&["plan", "run.toml", "--gpus", "16"], &["multiple of 16", "--set data.batch_size=16"]);
+    place.refused(
+        &["train", "run.toml", "--dry-run", "--set", "data.batch_size=4611686018427387904"],
+        &["data.batch_size: found 4611686018427387904, expected 4294967295 samples at most"],
+    );
+    place.good(&["plot", "schedule", "run.toml", "--set", "run.steps=9000000000000000000"]);
+}
+
+#[test]
+fn nothing_to_judge_by_and_a_prompt_out_of_the_vocabulary_are_refused() {
+    let rows: String = (0..40).map(|i| format!("{i},{},{}\n", i % 5, i % 2)).collect();
+    let csv = RUN
+        .replace("format = \"digits\"", "format = \"csv\"\npath = \"rows.csv\"\ntarget = \"y\"")
+        .replace("hidden = [8]", "hidden = [4]");
+    let place = Place::new(&csv);
+    place.write("rows.csv", &format!("a,b,y\n{rows}"));
+    place.write("empty.csv", "a,b\n");
+    place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    place.refused(&["eval", "out"], &["no test and no validation split", "--split train"]);
+    place.refused(&["predict", "out", "--text", ""], &["--text: "]);
+    place.refused(&["predict", "out", "empty.csv"], &["empty.csv: "]);
+
+    let gpt = RUN
+        .replace(
+            "format = \"digits\"",
+            "format = \"text\"\npath = \"text.txt\"\ntokenizer = \"characters\"\ncontext = 8",
+        )
+        .replace("preset = \"mlp\"\nhidden = [8]", "preset = \"gpt\"\nlayers = 1\nheads = 1\nwidth = 8");
+    let place = Place::new(&gpt);
+    place.write("text.txt", &"to be or not to be\n".repeat(30));
+    place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    place.refused(&["generate", "out", "--prompt", "É"], &["error: --prompt: line 1 has the character 'É'"]);
+}
+
+#[test]
+fn launch_for_gpus_that_are_not_there_says_so() {
+    if is_driver_present() {
+        println!("skipped: there is an NVIDIA driver");
+        return;
+    }
+    let place = Place::new(&RUN.replace("device = \"cpu\"", "device = \"auto\""));
+    let arguments = ["launch", "--gpus", "2", "--", "train", "run.toml", "--out", "out"];
+    place.refused(&arguments, &["launch --gpus 2: no NVIDIA driver was found; `warpstep launch --cpus 2`"]);
+}
