@@ -225,6 +225,7 @@ fn eight_blocks_need_less_than_half_of_the_memory_and_one_more_forward() {
     let more = recomputed.flops() - kept.flops();
     // The block's last product, dropout and sum need not be computed again.
     assert!(more > blocks / 2 && more < blocks, "{more} of the blocks' {blocks}");
+    assert_eq!([&kept, &recomputed].map(|program| program.model_flops()), [kept.flops(); 2]);
 }
 
 #[test]

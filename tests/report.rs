@@ -26,7 +26,7 @@ fn record(step: u64, split: SplitName, loss: f64) -> Record {
         shadow_ulp: None,
         samples_per_s: training.then_some(1000.0),
         tokens_per_s: None,
-        mfu: None,
+        mfu: training.then_some(0.4),
         time_s: step as f64,
     }
 }
@@ -228,6 +228,7 @@ fn tensorboard_files_hold_every_figure_under_its_tag_and_step() {
         ("optimizer/grad_norm", 310, 2.0),
         ("optimizer/learning_rate", 310, 1e-3),
         ("speed/samples_per_s", 310, 1000.0),
+        ("speed/mfu", 310, 0.4),
     ];
     assert_eq!(figures, expected.into_iter().map(|(tag, step, v)| ((tag.to_owned(), step), v)).collect());
 }

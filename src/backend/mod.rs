@@ -62,6 +62,11 @@ pub trait Backend:
     /// What the device is, for people: `CPU, 2 threads`.
     fn description(&self) -> String;
 
+    /// Floating-point operations a second that its products come to at most, by its maker's data sheet; none where that is not known.
+    fn peak_arithmetic(&self) -> Option<f64> {
+        None
+    }
+
     /// A buffer of `len` zeros.
     ///
     /// # Errors

@@ -73,6 +73,7 @@ pub struct Planner<'a, B: Backend> {
     padding: Option<Padding>,
     rows: Vec<Row>,
     recomputing: bool,
+    repeated_flops: u64,
     failed: Vec<String>,
 }
 
@@ -93,6 +94,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             padding: None,
             rows: Vec::new(),
             recomputing: false,
+            repeated_flops: 0,
             failed: Vec::new(),
         }
     }
@@ -141,6 +143,7 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// backward, such as the last sum of a residual block.
     pub(super) fn drop_unread(&mut self, again: Again) {
         let Again { ops: range, activations, indices } = again;
+        let before = self.ops.len();
         for at in range.clone().rev() {
             let (mut made, mut moves) = (Vec::new(), false);
             self.ops[at].uses(&mut |used| match used {
@@ -163,6 +166,11 @@ impl<'a, B: Backend> Planner<'a, B> {
             if !made.is_empty() && !moves && !read {
                 drop(self.ops.remove(at));
             }
+        }
+        // Within what is itself computed again, that counts it.
+        if !self.recomputing {
+            let left = self.ops.len() - (before - range.end);
+            self.repeated_flops += self.ops[range.start..left].iter().map(|op| op.flops()).sum::<u64>();
         }
     }
 
@@ -425,6 +433,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             output,
             output_shape,
             rows: self.rows,
+            repeated_flops: self.repeated_flops,
         })
     }
 }

@@ -47,6 +47,8 @@ pub struct Program<B: Backend> {
     pub output_shape: Vec<usize>,
     /// The model's table.
     pub rows: Vec<Row>,
+    /// Floating-point operations that recompute what was computed before.
+    pub repeated_flops: u64,
 }
 
 /// Bytes of a program's activations.
@@ -169,6 +171,11 @@ impl<B: Backend> Program<B> {
         });
         // The first of those that are equal.
         sums.enumerate().max_by_key(|&(position, bytes)| (bytes, std::cmp::Reverse(position)))
+    }
+
+    /// Floating-point operations that the model asks for: those of one run, without what is computed again to save memory.
+    pub fn model_flops(&self) -> u64 {
+        self.flops().saturating_sub(self.repeated_flops)
     }
 
     /// Floating-point operations of one run.

@@ -100,6 +100,8 @@ struct Loop<B: Backend + Update> {
     steps: u64,
     steps_per_epoch: f64,
     tokens_per_sample: Option<usize>,
+    /// Of this process's device, the share of its peak arithmetic that one sample a second takes; none where the peak is not known.
+    utilization_of_sample: Option<f64>,
     began: Instant,
     seconds_before: f64,
     /// Since when steps take time that was not counted yet.
@@ -364,6 +366,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let loss = losses / steps as f64;
         let accuracy = has_accuracy(&*self.splits.train).then(|| sums.accuracy());
         let speed = samples as f64 / seconds;
+        let of_each = speed / self.collective.world() as f64;
         let layout = &self.trainer.arena().layout;
         let values = (steps * layout.parameters() as u64) as f64;
         let record = Record {
@@ -377,6 +380,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             shadow_ulp,
             samples_per_s: self.tokens_per_sample.is_none().then_some(speed),
             tokens_per_s: self.tokens_per_sample.map(|tokens| speed * tokens as f64),
+            mfu: self.utilization_of_sample.map(|of_sample| of_sample * of_each),
             ..self.blank_record(SplitName::Train)
         };
         self.last_train = Some(Scores { loss: loss.is_finite().then_some(loss), accuracy });

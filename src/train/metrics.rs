@@ -65,7 +65,8 @@ pub struct Record {
     /// Tokens a second, where samples are texts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_s: Option<f64>,
-    /// Share of the device's peak arithmetic, where that is known.
+    /// Model FLOP utilization: the share of the device's peak arithmetic, by its data sheet, that forward and backward take, what is
+    /// computed again to save memory not counted; training only, where the peak is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mfu: Option<f64>,
     /// Seconds of training so far, those before a resume counted.

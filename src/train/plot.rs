@@ -104,6 +104,7 @@ pub fn charts(runs: &[NamedRun<'_>], clip: Option<f64>) -> Vec<Chart> {
         Chart::over_steps("Learning rate", training(runs, |r| r.lr)),
         Chart::over_steps("Samples a second", training(runs, |r| r.samples_per_s)),
         Chart::over_steps("Tokens a second", training(runs, |r| r.tokens_per_s)),
+        Chart::over_steps("Model FLOP utilization (%)", training(runs, |r| Some(100.0 * r.mfu?))),
     ];
     all.retain(|chart| chart.curves.iter().any(|c| c.points.iter().any(points::drawable)));
     all

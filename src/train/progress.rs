@@ -117,6 +117,7 @@ impl Progress {
             (Some(samples), None) => format!("{} samples/s", rounded(samples)),
             (None, None) => String::new(),
         };
+        let used = record.mfu.map_or_else(String::new, |mfu| format!("  mfu {:.1} %", 100.0 * mfu));
         let rate = record.lr.map_or_else(String::new, |lr| format!("  lr {lr:.2e}"));
         let skipped = if record.skipped > 0 { format!("  skipped {}", record.skipped) } else { String::new() };
         // How often a clip acts: of the steps for a norm clip, of the values for a clip by value.
@@ -125,7 +126,7 @@ impl Progress {
             .filter_map(|&(name, share)| share.map(|share| format!("  {name} {:.0} %", 100.0 * share)))
             .collect();
         let text = format!(
-            "{}/{}  loss {:.4}  {} left  {speed}{rate}{acted}{skipped}",
+            "{}/{}  loss {:.4}  {} left  {speed}{used}{rate}{acted}{skipped}",
             record.step,
             self.steps,
             record.loss,

@@ -56,6 +56,7 @@ impl TensorBoard {
             ("optimizer/shadow_ulp".to_owned(), record.shadow_ulp),
             ("speed/samples_per_s".to_owned(), record.samples_per_s),
             ("speed/tokens_per_s".to_owned(), record.tokens_per_s),
+            ("speed/mfu".to_owned(), record.mfu),
         ];
         let shares = record.norm_share.iter().flat_map(|share| &share.0);
         let shares = shares.map(|(layer, share)| (format!("norm_share/{layer}"), Some(*share)));

@@ -387,8 +387,8 @@ fn a_model_of_another_input_is_refused() {
     let mut trainer = case.trainer(Cpu::<f32>::new());
     assert!(matches!(model_input(case.data.input()), Input::Real(_)));
     let mut picked = Picked::new(&case.table());
-    picked.set(&[Pick::Sample(0), Pick::Sample(28)]).unwrap();
-    assert!(trainer.queue(&picked, Some(0.1)).is_err(), "two samples for three");
+    picked.set(&[0, 28, 1, 27].map(Pick::Sample)).unwrap();
+    assert!(trainer.queue(&picked, Some(0.1)).is_err(), "four samples for three");
     assert!(picked.set(&[Pick::Sample(29)]).is_err() && picked.set(&[Pick::Window(0)]).is_err());
     let folder = tempfile::tempdir().unwrap();
     let words = Table::new(Arc::clone(&lines(folder.path()).splits.train)).unwrap();

@@ -69,6 +69,7 @@ use super::{
 };
 use crate::data::Table;
 use crate::error::{Error, Result};
+use crate::parallel::scaling::Hardware;
 use crate::real::Element;
 
 /// A type that activations and parameters are stored in on the device.
@@ -152,6 +153,10 @@ impl<S: Storage> Backend for Cuda<S> {
 
     fn description(&self) -> String {
         format!("{}, {}", self.device.name(), self.device.precision_name(S::NAME))
+    }
+
+    fn peak_arithmetic(&self) -> Option<f64> {
+        Hardware::of_device(self.device.name()).map(|gpu| gpu.arithmetic(&self.device.precision_name(S::NAME)))
     }
 
     fn allocate<T: bytemuck::Pod + Send + Sync>(&self, len: usize) -> Result<Buffer<T>> {

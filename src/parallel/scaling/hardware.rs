@@ -96,6 +96,32 @@ pub const GPUS: [Hardware; 7] = [
     },
 ];
 
+impl Hardware {
+    /// What is known of a device by the name that its driver gives it; of others, of the same chip on another card among them, nothing.
+    pub fn of_device(name: &str) -> Option<&'static Hardware> {
+        let name = match name {
+            "NVIDIA H100 80GB HBM3" => "h100",
+            "NVIDIA H200" => "h200",
+            "NVIDIA B200" => "b200",
+            "NVIDIA A100-SXM4-80GB" | "NVIDIA A100 80GB PCIe" => "a100",
+            "NVIDIA A100-SXM4-40GB" | "NVIDIA A100-PCIE-40GB" => "a100-40gb",
+            "NVIDIA L40S" => "l40s",
+            "NVIDIA GeForce RTX 4090" => "rtx4090",
+            _ => return None,
+        };
+        GPUS.iter().find(|gpu| gpu.name == name)
+    }
+
+    /// Floating-point operations a second of its products at most, by what their inputs are: `bf16`, `f16`, `tf32`, `f32`.
+    pub fn arithmetic(&self, precision: &str) -> f64 {
+        match precision {
+            "bf16" | "f16" => self.half,
+            "tf32" => self.tf32,
+            _ => self.single,
+        }
+    }
+}
+
 /// How processes are joined.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Links {
@@ -117,5 +143,21 @@ impl Links {
     /// Processes in all.
     pub fn world(&self) -> usize {
         self.per_node * self.nodes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_known_by_their_drivers_names() {
+        let half = |name| Hardware::of_device(name).map(|gpu| gpu.arithmetic("bf16"));
+        assert_eq!(half("NVIDIA H200"), Some(989e12));
+        assert_eq!(half("NVIDIA A100-SXM4-40GB"), Some(312e12));
+        // A slower card with the same chip.
+        assert_eq!(half("NVIDIA H100 PCIe"), None);
+        let h100 = Hardware::of_device("NVIDIA H100 80GB HBM3").unwrap();
+        assert_eq!(["f16", "tf32", "f32"].map(|of| h100.arithmetic(of)), [989e12, 494.5e12, 66.9e12]);
     }
 }

@@ -108,6 +108,9 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
             _ => None,
         };
+        let program = trainer.program();
+        let flops_of_sample = program.model_flops() as f64 / (run.options.batch_size / share.of) as f64;
+        let utilization_of_sample = trainer.backend().peak_arithmetic().map(|peak| flops_of_sample / peak);
         let metrics =
             (rank == 0).then(|| MetricsWriter::resume(&run.folder.join("metrics.jsonl"), state.step)).transpose()?;
         let seconds_before = state.seconds;
@@ -134,6 +137,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             steps,
             steps_per_epoch,
             tokens_per_sample,
+            utilization_of_sample,
             began: Instant::now(),
             seconds_before,
             stopwatch: None,
