@@ -5,7 +5,10 @@ mod common;
 use common::{run, stderr, stdout};
 use tempfile::TempDir;
 use warpstep::backend::cuda::{emulated, is_embedded};
-use warpstep::bench::results::{FORMAT, Figure, Results};
+use warpstep::bench::place::Place;
+use warpstep::bench::results::{FORMAT, Figure, Machine, Results};
+use warpstep::bench::run::{Observer, Pattern, Request, run as take};
+use warpstep::bench::speeds::Speeds;
 
 /// Calls `bench` and reads what it found.
 fn bench(arguments: &[&str]) -> Results {
@@ -48,9 +51,11 @@ fn every_suite_names_its_figures_and_what_means_none_is_refused() {
     names.sort_unstable();
     names.dedup();
     assert_eq!(names.len(), text.lines().count(), "a name stands twice");
+    let all = run(&["bench", "--list", "--device", "cpu"]);
+    assert_eq!(stdout(&all), text, "without a suite, all are named");
     for (arguments, expected) in [
         (vec!["stop"], "expected device, update, kernel, step, data"),
-        (vec!["step/nothing"], "step/nothing, which means no figure"),
+        (vec!["step/nothing"], "step/nothing, which means no figure; `warpstep bench --list step` names those of step"),
         (vec!["--device", "tpu"], "found \"tpu\", expected auto, cpu, cuda, cuda:N or emulated"),
         (vec!["--precision", "f8"], "found \"f8\", expected f32, tf32, bf16 or f16"),
         (vec!["--device", "cpu", "--precision", "bf16"], "the CPU computes in f32"),
@@ -101,6 +106,12 @@ fn figures_of_the_cpu_tell_what_was_done_on_what_and_against_which_floor() {
 fn the_table_explains_itself_and_the_file_holds_what_it_shows() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("found.json");
+    // What is there already stays until there is something to write.
+    std::fs::write(&file, "an earlier result").unwrap();
+    let json = ["--json", file.to_str().unwrap()];
+    let refused = run(&[&["bench", "--device", "cpu", "device/nothing"][..], &json].concat());
+    assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "an earlier result");
     let ran = run(&[
         "bench",
         "--device",
@@ -123,6 +134,41 @@ fn the_table_explains_itself_and_the_file_holds_what_it_shows() {
     for figure in &results.figures {
         assert!(text.lines().any(|line| line.starts_with(&figure.name)), "{} in {text}", figure.name);
     }
+}
+
+/// Tells, where a suite is over, what was found so far; fails behind the second.
+#[derive(Default)]
+struct Witness(Vec<Results>);
+
+impl Observer for Witness {
+    fn begins(&mut self, _: &Machine, _: &Speeds) -> warpstep::Result<()> {
+        Ok(())
+    }
+
+    fn figure(&mut self, _: &Figure) -> warpstep::Result<()> {
+        Ok(())
+    }
+
+    fn suite(&mut self, so_far: &Results) -> warpstep::Result<()> {
+        self.0.push(so_far.clone());
+        if self.0.len() < 2 { Ok(()) } else { Err(warpstep::Error::Device("the machine is gone".to_owned())) }
+    }
+}
+
+#[test]
+fn what_was_found_is_told_after_each_suite() {
+    let patterns = ["device/fork_join", "kernel/relu", "data/open/tokens"].map(|text| Pattern::parse(text).unwrap());
+    let (patterns, command) = (patterns.to_vec(), "warpstep bench".to_owned());
+    let request = Request { patterns, place: Place::Cpu, precisions: Vec::new(), seconds: Some(0.001), command };
+    let mut witness = Witness::default();
+    let failed = take(&request, &mut witness).unwrap_err().to_string();
+    assert_eq!(failed, "the machine is gone");
+    fn suites(results: &Results) -> Vec<&str> {
+        results.figures.iter().map(|figure| figure.suite.as_str()).collect()
+    }
+    let [first, second] = witness.0.as_slice() else { panic!("{} suites", witness.0.len()) };
+    assert_eq!((suites(first), suites(second)), (vec!["device"], vec!["device", "kernel", "kernel"]));
+    assert!(first.machine.device.starts_with("CPU, ") && first.command == "warpstep bench");
 }
 
 #[test]

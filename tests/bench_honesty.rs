@@ -11,7 +11,7 @@ use warpstep::backend::profile::{Kind, Traffic};
 use warpstep::bench::device::{ProductTask, TrafficTask};
 use warpstep::bench::kernel::{KernelTask, Way};
 use warpstep::bench::layers::cases;
-use warpstep::bench::measure::{Asked, Ground, Limit, Settings, Task, measure};
+use warpstep::bench::measure::{Asked, Ground, Limit, Settings, Task, measure, spans};
 use warpstep::bench::place::{Place, Precision};
 use warpstep::bench::results::{Figure, Floor};
 use warpstep::bench::step::StepTask;
@@ -37,6 +37,8 @@ struct State {
     /// When each buffer's outcome will be there: never, where nothing was queued.
     there_at: Vec<f64>,
     runs: u64,
+    waits: u64,
+    least_span: f64,
 }
 
 #[derive(Default)]
@@ -57,6 +59,7 @@ impl Ground for MadeUp {
     fn wait(&self) -> Result<()> {
         let mut state = self.state();
         state.now = state.now.max(state.free_at[0]);
+        state.waits += 1;
         Ok(())
     }
     fn pause(&self, seconds: f64) {
@@ -66,7 +69,7 @@ impl Ground for MadeUp {
         CACHE
     }
     fn least_span(&self) -> f64 {
-        0.0
+        self.state().least_span
     }
     fn refusal(&self) -> Option<String> {
         None
@@ -89,6 +92,10 @@ enum Fault {
     OneSet,
     /// Takes twice as long every second time.
     Unsteady,
+    /// Takes twenty times as long at first, and every seventh time.
+    Cold,
+    /// Takes a quarter of a second.
+    Long,
 }
 
 /// Reads a buffer after the other.
@@ -124,7 +131,12 @@ impl Task for Reading<'_> {
         if state.cache.len() * BUFFER > CACHE {
             state.cache.remove(0);
         }
-        let unsteady = if self.fault == Fault::Unsteady && runs % 2 == 0 { 2.0 } else { 1.0 };
+        let unsteady = match self.fault {
+            Fault::Unsteady if runs % 2 == 0 => 2.0,
+            Fault::Cold if runs % 7 == 1 => 20.0,
+            Fault::Long => 1000.0,
+            _ => 1.0,
+        };
         // A little uneven, as all times are.
         let uneven = 1.0 + 0.02 * (runs % 5) as f64;
         let takes = BUFFER as f64 / SPEEDS[usize::from(cached)] * unsteady * uneven;
@@ -219,6 +231,38 @@ fn a_time_that_does_not_wait_for_the_work_is_refused() {
 fn times_that_are_too_far_apart_are_refused() {
     let why = refusal(MANY, Fault::Unsteady);
     assert!(why.starts_with("spread too wide"), "{why}");
+}
+
+#[test]
+fn the_length_of_a_span_is_not_told_by_a_repetition_that_was_slow() {
+    let device = MadeUp::default();
+    let seconds = BUFFER as f64 / SPEEDS[0];
+    device.state().least_span = 10.0 * seconds;
+    // Too short for a warm-up by time, then long enough for one.
+    for warmed_up in [0.0, 1.0] {
+        let mut task = Reading::new(&device, MANY, Fault::Cold);
+        {
+            let mut state = device.state();
+            (state.runs, state.waits) = (0, 0);
+        }
+        let times = spans(&device, &mut task, warmed_up).unwrap();
+        let state = device.state();
+        let single = state.waits - times.len() as u64;
+        assert!(single >= 5, "{single} spans of one repetition");
+        // Ten of the fastest.
+        assert_eq!(state.runs - single, 10 * times.len() as u64, "{times:?}");
+        // A repetition takes a millisecond in the mean.
+        assert!(warmed_up == 0.0 || (single > 50 && times.len() > 50), "{single}, {times:?}");
+    }
+}
+
+#[test]
+fn a_repetition_that_is_long_is_not_taken_several_times_to_warm_up() {
+    let device = MadeUp::default();
+    let mut task = Reading::new(&device, MANY, Fault::Long);
+    assert_eq!(spans(&device, &mut task, 0.0).unwrap().len(), 1);
+    let state = device.state();
+    assert_eq!((state.runs, state.waits), (2, 2));
 }
 
 /// A task whose work is not done must say so, and one whose work is done must not.

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use warpstep::Result;
-use warpstep::bench::peers::{NAMES, Peer, Places, Scripts, Settings, Start, difference, run};
+use warpstep::bench::peers::{NAMES, Peer, Places, Scripts, Settings, Start, difference, run, visible_device};
 use warpstep::bench::place::Place;
 use warpstep::bench::results::{PeerFigure, Work};
 use warpstep::bench::run::{Pattern, Request};
@@ -15,6 +15,15 @@ use warpstep::bench::unit::Unit;
 struct Ours {
     work: Work,
     turns: usize,
+    looks: usize,
+    wrong: Option<String>,
+    ordinal: Option<usize>,
+}
+
+impl Ours {
+    fn new(work: Work) -> Self {
+        Ours { work, turns: 0, looks: 0, wrong: None, ordinal: None }
+    }
 }
 
 impl Unit for Ours {
@@ -28,7 +37,12 @@ impl Unit for Ours {
     }
 
     fn verify(&mut self) -> Result<Option<String>> {
-        Ok(None)
+        self.looks += 1;
+        Ok(self.wrong.clone())
+    }
+
+    fn ordinal(&self) -> Option<usize> {
+        self.ordinal
     }
 }
 
@@ -66,12 +80,20 @@ fn declaring(work: &Work) -> String {
     format!("printf '%s\\n' '{declared}'\n")
 }
 
+/// Lines that answer each turn with these times, and the question behind the last with that.
+fn answering_both(times: &str, check: &str) -> String {
+    format!(
+        "while read -r line; do case $line in check) printf '%s\\n' '{check}';; *) printf '%s\\n' '{{\"times\": {times}}}';; \
+         esac; done"
+    )
+}
+
 fn answering(times: &str) -> String {
-    format!("while read -r line; do printf '%s\\n' '{{\"times\": {times}}}'; done")
+    answering_both(times, r#"{"finite": true}"#)
 }
 
 fn against(peer: &Peer, settings: &Settings) -> (PeerFigure, usize) {
-    let mut ours = Ours { work: work(), turns: 0 };
+    let mut ours = Ours::new(work());
     let figure = run(peer, &mut ours, settings).expect("our own side cannot fail");
     (figure, ours.turns)
 }
@@ -155,9 +177,67 @@ fn times_that_cannot_be_are_refused() {
 }
 
 #[test]
+fn a_peer_whose_numbers_are_not_finite_or_that_does_not_say_is_refused() {
+    for (check, why) in [
+        (r#"{"finite": false}"#, "its loss or its parameters are not finite: its times tell nothing"),
+        (r#"{"times": [1e-6]}"#, "it does not say whether its loss and parameters are finite: missing field `finite`"),
+        (r#"{"finite": "NaN"}"#, "it does not say whether its loss and parameters are finite: invalid type"),
+        ("yes", "found the line \"yes\", expected a line of JSON"),
+    ] {
+        let refused = refusal(&(declaring(&work()) + &answering_both("[1e-6]", check)));
+        assert!(refused.starts_with(why), "{check}: {refused}");
+    }
+    let dying = r#"while read -r line; do case $line in check) echo 'no such line' >&2; exit 3;; *) echo '{"times": [1e-6]}';; esac; done"#;
+    let refused = refusal(&(declaring(&work()) + dying));
+    assert!(refused.contains("exit status: 3") && refused.ends_with(": no such line"), "{refused}");
+}
+
+#[test]
+fn our_own_outcome_is_looked_at_once_behind_the_last_turn() {
+    let peer = shell(&(declaring(&work()) + &answering("[2e-6]")));
+    let mut ours = Ours::new(work());
+    assert_eq!(run(&peer, &mut ours, &settings()).unwrap().refused, None);
+    assert_eq!((ours.turns, ours.looks), (3, 1));
+    ours.wrong = Some("loss NaN, its twin in f64 2.3".to_owned());
+    let figure = run(&peer, &mut ours, &settings()).unwrap();
+    let refused = figure.refused.as_deref();
+    assert_eq!(refused, Some("our own outcome is wrong: loss NaN, its twin in f64 2.3"));
+    assert_eq!(figure.ratio.count, 0);
+}
+
+#[test]
+fn a_peer_sees_the_device_that_we_run_on_and_no_other() {
+    for (ours, ordinal, expected) in [
+        (None, 0, "0"),
+        (None, 3, "3"),
+        (Some("5"), 0, "5"),
+        (Some("4,2, 7"), 2, "7"),
+        (Some("GPU-8932f937,MIG-1f2a"), 1, "MIG-1f2a"),
+        (Some("4,2"), 2, ""),
+        (Some(""), 0, ""),
+    ] {
+        assert_eq!(visible_device(ours, ordinal), expected, "{ours:?}, {ordinal}");
+    }
+    let name = r#"printf '{"missing": "sees %s of %s"}\n' "${CUDA_VISIBLE_DEVICES-none}" "${CUDA_DEVICE_ORDER-none}""#;
+    let seen = |ordinal| {
+        let mut ours = Ours { ordinal, ..Ours::new(work()) };
+        run(&shell(name), &mut ours, &settings()).unwrap().refused.unwrap()
+    };
+    let given = |name, otherwise: &str| std::env::var(name).unwrap_or_else(|_| otherwise.to_owned());
+    let list = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let order = given("CUDA_DEVICE_ORDER", "FASTEST_FIRST");
+    assert_eq!(seen(Some(1)), format!("sees {} of {order}", visible_device(list.as_deref(), 1)));
+    // On the CPU it is left as it is.
+    assert_eq!(
+        seen(None),
+        format!("sees {} of {}", given("CUDA_VISIBLE_DEVICES", "none"), given("CUDA_DEVICE_ORDER", "none"))
+    );
+}
+
+#[test]
 fn a_ratio_that_wanders_is_not_quoted() {
-    let script =
-        declaring(&work()) + "n=1; while read -r line; do printf '{\"times\": [%se-6]}\\n' $n; n=$((n * 3)); done";
+    let script = declaring(&work())
+        + r#"n=1; while read -r line; do case $line in check) echo '{"finite": true}';; *) printf '{"times": [%se-6]}\n' $n; n=$((n * 3));; esac; done"#;
     let (figure, _) = against(&shell(&script), &settings());
     assert_eq!(figure.ratio.count, 3);
     assert!(figure.refused.as_deref().is_some_and(|r| r.starts_with("spread too wide")), "{figure:?}");
@@ -187,15 +267,98 @@ fn a_peer_that_hangs_is_ended_with_all_that_it_started() {
         let noted = std::fs::read_to_string(&note).unwrap();
         let processes: Vec<&str> = noted.split_whitespace().collect();
         assert_eq!(processes.len(), 2);
-        // Ending is asked for at once; the system may take a moment.
-        for _ in 0..100 {
-            if !processes.iter().any(|process| runs(process)) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        assert!(!processes.iter().any(|process| runs(process)), "{noted}");
+        assert!(end_soon(&processes), "{noted}");
     }
+}
+
+/// Whether none of them runs a moment later: ending is asked for at once, the system may take its time.
+#[cfg(target_os = "linux")]
+fn end_soon(processes: &[&str]) -> bool {
+    for _ in 0..500 {
+        if !processes.iter().any(|process| runs(process)) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
+}
+
+/// What there is once `look` finds it, within a minute.
+#[cfg(target_os = "linux")]
+fn awaited<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    for _ in 0..3000 {
+        if let Some(found) = look() {
+            return found;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("{what} did not come");
+}
+
+/// The command beside a peer in Python's place that answers one turn and then hangs, deaf to the end of its input. Gives what the
+/// signal ended it with, once the peer and what it started are gone, and the folder that it ran in.
+#[cfg(target_os = "linux")]
+fn killed_by(signal: i32, hangs: &str) -> (std::process::ExitStatus, tempfile::TempDir) {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let [python, note, json] = ["python", "processes", "out.json"].map(|name| folder.path().join(name));
+    let turn = "read -r line; echo '{\"times\": [1e-6]}'\n";
+    let script = format!("#!/bin/sh\n{}{turn}{}\n", declaring(&work()), hangs.replace("NOTE", note.to_str().unwrap()));
+    std::fs::write(&python, script).unwrap();
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::create_dir(folder.path().join("tmp")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+        .args(["bench", "--device", "cpu", "--threads", "2", "--seconds", "0.01", "step/mlp", "--json"])
+        .arg(&json)
+        .args(["--peer", "candle", "--peer", "pytorch-eager", "--peer", "jax"])
+        .env("WARPSTEP_PYTHON", &python)
+        .env("TMPDIR", folder.path().join("tmp"))
+        .env_remove("WARPSTEP_RUST_PEERS")
+        .current_dir(folder.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let noted = awaited("the peer", || std::fs::read_to_string(&note).ok().filter(|noted| noted.ends_with('\n')));
+    // SAFETY: kill takes no pointer, and the process was started here and is not asked for yet.
+    assert_eq!(unsafe { libc::kill(command.id() as i32, signal) }, 0);
+    let status = command.wait().unwrap();
+    let processes: Vec<&str> = noted.split_whitespace().collect();
+    assert!(!processes.is_empty() && end_soon(&processes), "{noted}");
+    (status, folder)
+}
+
+/// What an interrupted run left, which says that it was.
+#[cfg(target_os = "linux")]
+fn left(folder: &tempfile::TempDir) -> warpstep::bench::results::Results {
+    let results = warpstep::bench::compare::read(&folder.path().join("out.json")).unwrap();
+    assert_eq!(results.figures.iter().map(|figure| figure.name.as_str()).collect::<Vec<_>>(), ["mlp"]);
+    assert!(results.machine.notes.iter().any(|note| note == warpstep::bench::output::UNFINISHED), "{results:?}");
+    results
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_benchmark_that_is_asked_to_end_ends_its_peer_and_keeps_what_it_found() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let (status, folder) = killed_by(signal, "sleep 1000 & echo $$ $! > NOTE; wait");
+        assert_eq!(status.code(), Some(128 + signal));
+        let results = left(&folder);
+        let refused = |peer: usize| results.peers[peer].refused.as_deref().unwrap();
+        assert_eq!(results.peers.len(), 3);
+        assert!(refused(0).starts_with("not built"), "{}", refused(0));
+        assert_eq!(refused(1), "it was ended: the benchmark was interrupted");
+        assert_eq!(refused(2), "the benchmark was interrupted before");
+        assert_eq!(std::fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0, "the scripts stayed behind");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_benchmark_that_is_killed_leaves_no_peer_behind() {
+    use std::os::unix::process::ExitStatusExt;
+    let (status, folder) = killed_by(libc::SIGKILL, "echo $$ > NOTE; exec sleep 1000");
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+    assert_eq!(left(&folder).peers, Vec::new());
 }
 
 fn python() -> Option<String> {
@@ -215,22 +378,45 @@ fn the_scripts_speak_the_protocol() {
     std::fs::write(
         &fake,
         "import sys, time, common\n\
-         asked = common.arguments(['eager'])\n\
+         asked = common.arguments(['eager', 'NaN'])\n\
          print('noise of a library')\n\
          work = dict(name=asked.work, parameters=235146, inputs=[asked.batch, 784], samples=asked.samples,\n\
          \x20           precision=asked.precision, update=asked.update, threads=asked.threads)\n\
-         common.serve('fake', '1', work, lambda: time.sleep(1e-3))\n",
+         common.serve('fake', '1', work, lambda: time.sleep(1e-3), lambda: sys.argv[-1] != 'NaN')\n",
     )
     .unwrap();
-    let asked = ["--work", "mlp", "--threads", "2", "--samples", "21376"].map(OsString::from);
-    let arguments = [fake.into_os_string()].into_iter().chain(asked).collect();
-    let peer = Peer { label: "fake".into(), start: Start::Command(python.into(), arguments) };
-    let (figure, turns) = against(&peer, &settings());
+    let peer = |last: &str| {
+        let asked = ["--work", "mlp", "--threads", "2", "--samples", "21376", "--form", last].map(OsString::from);
+        let arguments = [fake.clone().into_os_string()].into_iter().chain(asked).collect();
+        Peer { label: "fake".into(), start: Start::Command(python.clone().into(), arguments) }
+    };
+    let (figure, _) = against(&peer("NaN"), &settings());
+    let refused = figure.refused.as_deref();
+    assert_eq!(refused, Some("its loss or its parameters are not finite: its times tell nothing"));
+    let (figure, turns) = against(&peer("eager"), &settings());
     assert_eq!((figure.refused.as_deref().filter(|r| !r.starts_with("spread too wide")), turns), (None, 3));
     assert!(figure.theirs.min >= 1e-3 && figure.theirs.count >= 15, "{figure:?}");
     let folder = scripts.folder().to_owned();
     drop(scripts);
     assert!(!folder.exists());
+}
+
+#[test]
+fn the_scripts_take_the_fastest_repetition_to_tell_how_many_make_a_span() {
+    let Some(python) = python() else { return };
+    let scripts = Scripts::write().unwrap();
+    let head = format!("import sys; sys.path.insert(0, {:?}); import common\n", scripts.folder());
+    // Of five repetitions alone, the first and the last are slow.
+    let program = head
+        + "clock, runs = [0.0], []\n\
+           common.time.perf_counter = lambda: clock[0]\n\
+           def step():\n\
+           \x20   runs.append(None)\n\
+           \x20   clock[0] += 4e-3 if len(runs) in (1, 5) else 1.1e-4\n\
+           times = common.turn(step, lambda: None, 0.0, 1, 2e-3)\n\
+           assert len(times) == 5 and len(runs) == 5 + 5 * 19, (times, len(runs))\n";
+    let output = Command::new(python).args(["-B", "-c", &program]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -338,11 +524,11 @@ fn the_binary_of_llm_c_is_held_to_what_it_prints() {
         while [ $# -gt 0 ]; do case $1 in -i) data=$2;; -b) batch=$2;; -t) context=$2;; -x) steps=$2;; esac; shift 2; done\n\
         [ $(wc -c < $data) -eq $((1024 + 2 * (8 * context + 1))) ] || { echo 'bad tokens' >&2; exit 1; }\n\
         printf '| %-21s | %-50s |\\n' 'micro batch size B' $batch 'sequence length T' $context precision BF16 num_parameters 124475904\n\
-        for i in $(seq $steps); do echo \"step $i/$steps | loss 4.1 (+nanz)| norm 1.0 (+nanz)| lr 3.00e-04 | 0.0$i ms | 1.0% bf16 MFU | 9 tok/s\"; done\n";
-    std::fs::write(&binary, script).unwrap();
+        for i in $(seq $steps); do echo \"step $i/$steps | loss LOSS (+nanz)| norm 1.0 (+nanz)| lr 3.00e-04 | 0.0$i ms | 1.0% bf16 MFU | 9 tok/s\"; done\n";
+    std::fs::write(&binary, script.replace("LOSS", "4.1")).unwrap();
     std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).unwrap();
     let scripts = Scripts::write().unwrap();
-    let places = Places { python: python.into(), rust: None, llm_c: Some(binary) };
+    let places = Places { python: python.into(), rust: None, llm_c: Some(binary.clone()) };
     let gpt2 = Work {
         name: "gpt2".into(),
         parameters: 124_475_904,
@@ -353,13 +539,19 @@ fn the_binary_of_llm_c_is_held_to_what_it_prints() {
         threads: 0,
     };
     let peer = places.peer("llm.c", &gpt2, &scripts).unwrap();
-    let figure = run(&peer, &mut Ours { work: gpt2.clone(), turns: 0 }, &settings()).unwrap();
+    let figure = run(&peer, &mut Ours::new(gpt2.clone()), &settings()).unwrap();
     assert_eq!((figure.refused, figure.work), (None, gpt2.clone()));
     // Five steps a turn behind the two that are left out: 0.03 ms to 0.07 ms.
     assert_eq!(figure.theirs.count, 15);
     assert!((figure.theirs.min - 0.03e-3).abs() < 1e-12, "{:?}", figure.theirs);
+    for value in ["nan", "-nan", "inf"] {
+        std::fs::write(&binary, script.replace("LOSS", value)).unwrap();
+        let figure = run(&peer, &mut Ours::new(gpt2.clone()), &settings()).unwrap();
+        let refused = figure.refused.as_deref();
+        assert_eq!(refused, Some("its loss or its parameters are not finite: its times tell nothing"), "{value}");
+    }
     let smaller = Work { parameters: 124_439_808, ..gpt2 };
-    let figure = run(&peer, &mut Ours { work: smaller, turns: 0 }, &settings()).unwrap();
+    let figure = run(&peer, &mut Ours::new(smaller), &settings()).unwrap();
     assert!(
         figure
             .refused

@@ -6,8 +6,10 @@ A peer is a process. It first declares what it does, or says what is missing:
      "samples": 21376, "precision": "f32", "update": "momentum+global_norm", "threads": 2}}
     {"missing": "torch is not installed: pip install torch"}
 
-Then it reads lines `run SECONDS` and answers each with the seconds of every repetition, `{"times": [..]}`; it ends at the end of
-its input. What it declares it counts from its own tensors: Warpstep refuses a peer that does other work than its own.
+Then it reads lines `run SECONDS` and answers each with the seconds of every repetition, `{"times": [..]}`. The line `check`, behind
+the last turn, asks whether it computed numbers at all: `{"finite": true}` where the last loss (of an update: the last norm) and every
+parameter are finite numbers, else `{"finite": false}`. It ends at the end of its input. What it declares it counts from its own
+tensors: Warpstep refuses a peer that does other work than its own, and one whose numbers are not finite.
 """
 
 import argparse
@@ -35,8 +37,10 @@ MAX_NORM, MOMENTUM, BETAS, DECAY = 1.0, 0.9, (0.9, 0.99), 0.1
 SHAPES = {"gpt_cpu": (12, 64), "gpt2": (64, 1024)}
 # Batches that the samples in memory make, where no number of samples is asked for.
 BATCHES = 64
-# Seconds that a span between two waits has at least on a GPU: a wait takes long beside the smallest steps. So Warpstep's own.
-LEAST_SPAN = 2e-3
+# Seconds that a span between two waits has at least: a wait takes long beside the smallest steps. Spans of one repetition whose fastest
+# tells how many make one that long, and seconds after which no other of these is begun. So Warpstep's own (measure.rs).
+LEAST_SPAN = {"cpu": 50e-6, "cuda": 2e-3}
+SINGLE_SPANS, SINGLE_SECONDS = 5, 0.1
 
 # Lines of the protocol alone go to standard output: libraries that print are sent to standard error.
 _out = os.fdopen(os.dup(1), "w")
@@ -90,28 +94,37 @@ def pieces(parameters):
 
 
 def requests():
-    """The seconds of each `run SECONDS`."""
+    """The seconds of each `run SECONDS`; None for `check`."""
     for line in sys.stdin:
         words = line.split()
-        if len(words) != 2 or words[0] != "run":
-            sys.exit(f"found the line {line.strip()!r}, expected `run SECONDS`")
-        yield float(words[1])
+        if words == ["check"]:
+            yield None
+        elif len(words) == 2 and words[0] == "run":
+            yield float(words[1])
+        else:
+            sys.exit(f"found the line {line.strip()!r}, expected `run SECONDS` or `check`")
 
 
-def serve(peer, version, work, step, wait=None):
-    """Declares `work`, then answers each `run SECONDS` with times of `step`. Where `step` only queues its work, `wait` returns
-    once all of it is done; it stands within every timed span."""
+def serve(peer, version, work, step, finite, wait=None):
+    """Declares `work`, then answers each `run SECONDS` with times of `step`, and `check` with what `finite` gives: whether the last
+    loss and all parameters are finite. Where `step` only queues its work, `wait` returns once all of it is done; it stands within
+    every timed span."""
     say({"peer": peer, "version": version, "work": work})
     wait = wait or (lambda: None)
+    least_span = LEAST_SPAN["cuda" if work["threads"] == 0 else "cpu"]
     cold = True
     for seconds in requests():
+        if seconds is None:
+            say({"finite": bool(finite())})
+            continue
         # Compilers and allocators settle within the first repetitions; later turns warm the caches alone.
-        say({"times": turn(step, wait, seconds, 5 if cold else 1, LEAST_SPAN if work["threads"] == 0 else 0.0)})
+        say({"times": turn(step, wait, seconds, 5 if cold else 1, least_span)})
         cold = False
 
 
 def turn(step, wait, seconds, warm_up, least_span):
-    """Seconds a repetition, of spans that end with a wait each, for about `seconds` after a warm-up of a tenth of it."""
+    """Seconds a repetition, of spans that end with a wait each, for about `seconds` after a warm-up of a tenth of it, the fastest
+    repetition of which tells how many make a span."""
 
     def span(count):
         began = time.perf_counter()
@@ -120,9 +133,9 @@ def turn(step, wait, seconds, warm_up, least_span):
         wait()
         return (time.perf_counter() - began) / count
 
-    one, done, began = span(1), 1, time.perf_counter()
-    while done < warm_up or time.perf_counter() - began < seconds / 10:
-        one, done = span(1), done + 1
+    one, done, began = math.inf, 0, time.perf_counter()
+    while done < warm_up or time.perf_counter() - began < max(seconds / 10, SINGLE_SECONDS if done < SINGLE_SPANS else 0.0):
+        one, done = min(one, span(1)), done + 1
     count = max(1, math.ceil(least_span / one))
     times, began = [], time.perf_counter()
     while time.perf_counter() - began < seconds or len(times) < 5:

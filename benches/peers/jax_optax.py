@@ -11,6 +11,9 @@ if ASKED.device == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ASKED.threads])
+else:
+    # Else XLA takes most of the memory at once, where Warpstep's own work lies too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 try:
     import jax
@@ -114,7 +117,8 @@ def gpt(keys, context, vocabulary, layers, heads, width, bias):
         return out + layer["shift"] if "shift" in layer else out
 
     def forward(parameters, x):
-        hidden = parameters["tokens"][x] + parameters["positions"][: x.shape[1]]
+        # Once to bf16 where that is asked for: so the sums along all blocks are stored in 16 bits, as on the other side.
+        hidden = half(parameters["tokens"][x] + parameters["positions"][: x.shape[1]])
         for layer in parameters["blocks"]:
             packed = apply_linear(layer["packed"], normed(layer["norm_1"], hidden))
             heads_of = [p.reshape(*p.shape[:2], heads, -1) for p in jnp.split(packed, 3, axis=-1)]
@@ -188,7 +192,7 @@ def precision_of(parameters):
     """What the arrays and switches say, not what was asked for."""
     if ASKED.work != "update" and ASKED.precision == "bf16":
         return "bf16"
-    if ASKED.device == "cuda" and jax.config.jax_default_matmul_precision == "tensorfloat32":
+    if ASKED.device == "cuda" and jax.config.jax_default_matmul_precision != "highest":
         return "tf32"
     return str(parameters[0].dtype).replace("float", "f")
 
@@ -199,8 +203,10 @@ def main():
             jax.devices("cuda")
         except RuntimeError:
             common.missing("this jax finds no CUDA device: pip install 'jax[cuda13]'")
-        # XLA takes tf32 for products in f32 unless it is told not to.
-        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if ASKED.precision == "tf32" else "highest")
+        # By default XLA takes tf32 for products in f32 where the device has it. "tensorfloat32" means one degree above the default:
+        # tf32 too, but without XLA's own kernels by Triton, which take it at the default alone.
+        if ASKED.precision != "bf16":
+            jax.config.update("jax_default_matmul_precision", "default" if ASKED.precision == "tf32" else "highest")
     step, state, given, inputs = (update_alone if ASKED.work == "update" else whole_step)(Keys())
     parameters = jax.tree.leaves(state[0])
     work = {
@@ -221,7 +227,11 @@ def main():
     def wait():
         jax.block_until_ready(queued[0])
 
-    common.serve("JAX", f"{jax.__version__}, optax {optax.__version__}", work, once, wait)
+    def finite():
+        (parameters, *_), loss = queued[0]
+        return all(bool(jnp.isfinite(values).all()) for values in [loss, *jax.tree.leaves(parameters)])
+
+    common.serve("JAX", f"{jax.__version__}, optax {optax.__version__}", work, once, finite, wait)
 
 
 main()

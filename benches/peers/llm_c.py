@@ -1,6 +1,7 @@
 """llm.c's own binary (train_gpt2cu) behind the protocol: started anew each turn on random tokens, its printed times taken.
 
-The first two steps of each start are left out. What it does is read from the table that it prints.
+The first two steps of each start are left out. What it does is read from the table that it prints. Its times are those of CUDA's
+events around a step, in which it reads the batch from the file, copies it to the device, and reads loss and norm back.
 """
 
 import array
@@ -18,7 +19,7 @@ import common
 # The first 256 integers of a file of tokens: a mark, the version, the number of tokens.
 MARK, VERSION, HEADER = 20240520, 1, 256
 LEFT_OUT = 2
-STEP = re.compile(r"^step\s+\d+/\d+ \|.*?\|\s*([0-9.]+) ms \|")
+STEP = re.compile(r"^step\s+\d+/\d+ \| loss\s+(\S+).*?\| norm\s+(\S+).*?\|\s*([0-9.]+) ms \|")
 ROW = re.compile(r"^\| ([^|]+?)\s+\| (.*?)\s*\|$")
 
 
@@ -35,16 +36,18 @@ def write_tokens(path, samples, context, vocabulary):
 
 
 def run(asked, data, steps):
-    """The table that a run prints, and the seconds of its steps."""
+    """The table that a run prints, the seconds of its steps, and whether the losses and norms of all are finite."""
     fixed = "-v 1000000 -m 0 -s 0 -h 0 -c 0.1 -r 0 -e d12"
     given = f"-i {data} -j {data} -b {asked.batch} -t {asked.context} -x {steps + LEFT_OUT}"
-    output = subprocess.run([asked.binary, *fixed.split(), *given.split()], capture_output=True, text=True)
+    command = [asked.binary, *fixed.split(), *given.split()]
+    output = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if output.returncode != 0:
         sys.exit(f"{asked.binary} ended with {output.returncode}: {(output.stderr or output.stdout).strip()[-200:]}")
     lines = output.stdout.splitlines()
     table = dict(row.groups() for row in map(ROW.match, lines) if row)
-    times = [float(step.group(1)) / 1e3 for step in map(STEP.match, lines) if step]
-    return table, times[LEFT_OUT:]
+    rows = [[float(value) for value in step.groups()] for step in map(STEP.match, lines) if step]
+    finite = all(math.isfinite(loss) and math.isfinite(norm) for loss, norm, _ in rows)
+    return table, [milliseconds / 1e3 for _, _, milliseconds in rows][LEFT_OUT:], finite
 
 
 def main():
@@ -54,7 +57,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         data = os.path.join(folder, "tokens.bin")
         samples = write_tokens(data, asked.samples, asked.context, 50257)
-        table, times = run(asked, data, 3)
+        table, times, finite = run(asked, data, 3)
         shape = [int(table["micro batch size B"]), int(table["sequence length T"])]
         work = {
             "name": "gpt2",
@@ -68,8 +71,12 @@ def main():
         }
         common.say({"peer": "llm.c", "version": "as given", "work": work})
         for seconds in common.requests():
+            if seconds is None:
+                common.say({"finite": finite})
+                continue
             steps = max(5, math.ceil(seconds / times[-1]))
-            times = run(asked, data, steps)[1]
+            _, times, of_this = run(asked, data, steps)
+            finite = finite and of_this
             common.say({"times": times})
 
 

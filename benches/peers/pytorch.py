@@ -1,7 +1,9 @@
 """The works in PyTorch: fused optimizers, clipping by foreach, scaled_dot_product_attention; eager, compiled or graphed.
 
-`eager` is what people write. `compiled` puts model and loss (or the whole update) through torch.compile. `graphed` captures the
-whole compiled step as one CUDA graph, in front of which a batch is gathered.
+`eager` is what people write. `compiled` puts two functions through torch.compile: model and loss with their backward, and the clip.
+The optimizer's step is left to PyTorch's own fused kernels, which the compiler does not trace into: also in the work `update`, where
+clip and step are given to it as one function, the clip is all that it compiles. `graphed` captures the whole of `compiled` as one CUDA
+graph, in front of which a batch is gathered.
 """
 
 import common
@@ -37,14 +39,17 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    def __init__(self, context, vocabulary, layers, heads, width, bias):
+    def __init__(self, stored, context, vocabulary, layers, heads, width, bias):
         super().__init__()
+        self.stored = stored
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, bias) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, bias=bias)
 
     def forward(self, x):
-        hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
+        # Autocast leaves embeddings in f32, and with them all that is added to them: so the sums along all blocks are stored in
+        # 16 bits where products are taken in bf16, as on the other side.
+        hidden = (self.tokens(x) + self.positions.weight[: x.shape[1]]).to(self.stored)
         return F.linear(self.norm(self.blocks(hidden)), self.tokens.weight)
 
 
@@ -81,7 +86,8 @@ def model_and_samples(asked):
         sizes = GPT[asked.work]
         shape = (asked.samples, asked.context)
         x, y = (torch.randint(sizes["vocabulary"], shape) for _ in range(2))
-        return Gpt(asked.context, **sizes).to(asked.device), x, y
+        stored = torch.bfloat16 if asked.precision == "bf16" else torch.float32
+        return Gpt(stored, asked.context, **sizes).to(asked.device), x, y
     model, shape = (mlp(), (784,)) if asked.work == "mlp" else (cnn(), (1, 28, 28))
     x, y = torch.rand(asked.samples, *shape), torch.randint(10, (asked.samples,))
     if asked.device == "cuda" and len(shape) == 3:
@@ -113,14 +119,17 @@ def whole_step(asked):
             logits = model(x)
             return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
 
+    def clip():
+        return nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
+
     if asked.form != "eager":
-        loss_of = torch.compile(loss_of)
+        loss_of, clip = torch.compile(loss_of), torch.compile(clip)
 
     def step():
         loss = loss_of(*batches.given)
         update.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
+        clip()
         update.step()
         return loss.detach()
 
@@ -147,18 +156,24 @@ def update_alone(asked):
     return (lambda: None), step, parameters, [sum(sizes)], 0
 
 
-def captured(step):
-    """`step` as one CUDA graph."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(5):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+class Captured:
+    """`step` as one CUDA graph. It keeps `step`, and so the optimizer, whose state the graph goes on writing to."""
+
+    def __init__(self, step):
+        self.step = step
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(5):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outcome = step()
+
+    def __call__(self):
+        self.graph.replay()
+        return self.outcome
 
 
 def precision_of(asked, parameters):
@@ -192,14 +207,21 @@ def main():
         "threads": torch.get_num_threads() if asked.device == "cpu" else 0,
     }
     if asked.form == "graphed":
-        step = captured(step)
+        # A first batch, or the steps before the graph would read whatever the memory holds.
+        take()
+        step = Captured(step)
+    outcome = None
 
     def once():
+        nonlocal outcome
         take()
-        step()
+        outcome = step()
+
+    def finite():
+        return all(bool(torch.isfinite(values).all()) for values in [outcome, *parameters])
 
     wait = torch.cuda.synchronize if asked.device == "cuda" else None
-    common.serve(f"PyTorch {asked.form}", torch.__version__, work, once, wait)
+    common.serve(f"PyTorch {asked.form}", torch.__version__, work, once, finite, wait)
 
 
 main()

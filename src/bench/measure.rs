@@ -164,15 +164,25 @@ pub struct Limit {
     pub from_memory: bool,
 }
 
-/// Spans of a task, each with its wait, for about so many seconds and once at least: seconds a repetition.
+/// Spans of one repetition whose fastest tells how many make a span that is long enough, and seconds after which no other of these
+/// is begun: some of the first are slow, for caches, clocks and threads that slept.
+const SINGLE_SPANS: usize = 5;
+const SINGLE_SECONDS: f64 = 0.1;
+
+/// Spans of a task, each with its wait, for about so many seconds and once at least, after a warm-up of a tenth of that: seconds a
+/// repetition. The fastest repetition of the warm-up tells how many make a span, as it does for peers (`benches/peers/common.py`).
 ///
 /// # Errors
 /// What the task reports.
 pub fn spans(ground: &dyn Ground, task: &mut dyn Task, seconds: f64) -> Result<Vec<f64>> {
-    let began = ground.now();
-    let first = span(ground, task, 1)?;
-    let runs = runs(ground, first);
-    let mut times = if runs == 1 { vec![first] } else { vec![span(ground, task, runs)?] };
+    let (mut one, mut done, began) = (f64::INFINITY, 0, ground.now());
+    let least = |done| (seconds / 10.0).max(if done < SINGLE_SPANS { SINGLE_SECONDS } else { 0.0 });
+    while done == 0 || ground.now() - began < least(done) {
+        one = one.min(span(ground, task, 1)?);
+        done += 1;
+    }
+    let (runs, began) = (runs(ground, one), ground.now());
+    let mut times = vec![span(ground, task, runs)?];
     while ground.now() - began < seconds {
         times.push(span(ground, task, runs)?);
     }

@@ -1,14 +1,15 @@
 //! The same work by others, in turn with ours.
 //!
 //! A peer is a process that declares what it does (see `benches/peers/common.py` for the protocol). What it declares is held
-//! against our own work, field by field: a peer that does something else is refused, and so is one that dies, hangs or tells
-//! times that cannot be. Then both run in turn, A B A B, and each turn gives one ratio.
+//! against our own work, field by field: a peer that does something else is refused, and so is one that dies, hangs, tells
+//! times that cannot be, or ends with numbers that are not finite. Both run in turn, A B A B, and each turn gives one ratio.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use super::interrupt;
 use super::measure::{spread, width};
 use super::results::{PeerFigure, Spread, Work};
 use super::table;
@@ -205,7 +206,10 @@ pub fn run(peer: &Peer, unit: &mut dyn Unit, settings: &Settings) -> Result<Peer
         work: Work { name: ours.name.clone(), ..Work::default() },
         ..PeerFigure::default()
     };
-    let (mut process, declared) = match open(peer, &ours, settings) {
+    if interrupt::caught().is_some() {
+        return Ok(PeerFigure { refused: Some("the benchmark was interrupted before".to_owned()), ..nothing });
+    }
+    let (mut process, declared) = match open(peer, &ours, unit.ordinal(), settings) {
         Ok(found) => found,
         Err(refused) => return Ok(PeerFigure { refused: Some(refused), ..nothing }),
     };
@@ -218,7 +222,17 @@ pub fn run(peer: &Peer, unit: &mut dyn Unit, settings: &Settings) -> Result<Peer
     turns(&mut process, unit, settings, known)
 }
 
-fn open(peer: &Peer, ours: &Work, settings: &Settings) -> Result<(Process, Declared), String> {
+/// The value of `CUDA_VISIBLE_DEVICES` by which a peer sees our device alone: the entry of this number in our own list, where there
+/// is one. That entry may be a number of the driver's, or a name.
+pub fn visible_device(ours: Option<&str>, ordinal: usize) -> String {
+    match ours {
+        None => ordinal.to_string(),
+        // An entry that is not there shows none: the device that we run on was one.
+        Some(list) => list.split(',').nth(ordinal).unwrap_or("").trim().to_owned(),
+    }
+}
+
+fn open(peer: &Peer, ours: &Work, ordinal: Option<usize>, settings: &Settings) -> Result<(Process, Declared), String> {
     let (program, arguments) = match &peer.start {
         Start::Missing(reason) => return Err(reason.clone()),
         Start::Command(program, arguments) => (program, arguments),
@@ -230,6 +244,12 @@ fn open(peer: &Peer, ours: &Work, settings: &Settings) -> Result<(Process, Decla
         for pool in ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"] {
             command.env(pool, ours.threads.to_string());
         }
+    }
+    if let Some(ordinal) = ordinal {
+        let given = |name| std::env::var(name).ok();
+        command.env("CUDA_VISIBLE_DEVICES", visible_device(given("CUDA_VISIBLE_DEVICES").as_deref(), ordinal));
+        // The order in which our driver counted them.
+        command.env("CUDA_DEVICE_ORDER", given("CUDA_DEVICE_ORDER").unwrap_or_else(|| "FASTEST_FIRST".to_owned()));
     }
     let mut process = Process::start(&mut command)?;
     let declared = process.declaration(settings.start)?;
@@ -257,6 +277,14 @@ fn turns(process: &mut Process, unit: &mut dyn Unit, settings: &Settings, known:
         ratios.push(spread(&other).median / spread(&one).median);
         ours.extend(one);
         theirs.extend(other);
+    }
+    // What was timed has to have been the work, on either side.
+    let wrong = match process.check(settings.patience) {
+        Ok(()) => unit.verify()?.map(|wrong| format!("our own outcome is wrong: {wrong}")),
+        Err(refused) => Some(refused),
+    };
+    if wrong.is_some() {
+        return Ok(PeerFigure { refused: wrong, ..known });
     }
     let ratio = spread(&ratios);
     let width = width(&ratio);

@@ -136,6 +136,12 @@ pub trait Observer {
     /// # Errors
     /// What the observer cannot write.
     fn figure(&mut self, figure: &Figure) -> Result<()>;
+
+    /// The figures of a suite in one precision are all there: everything that was found so far.
+    ///
+    /// # Errors
+    /// What the observer cannot write.
+    fn suite(&mut self, so_far: &Results) -> Result<()>;
 }
 
 impl Request {
@@ -157,12 +163,30 @@ impl Request {
         let asked = |name: &str| match name {
             // Minutes on a CPU, and nobody's measure there.
             "gpt2" if is_cpu => !self.is_tour() && self.means("step", name),
-            "update" => {
-                self.means("update", if is_cpu { "momentum+global_norm/50M" } else { "momentum+global_norm/124M" })
-            }
+            "update" => self.means("update", updates(self.place)),
             _ => self.means("step", name),
         };
         unit::NAMES.into_iter().filter(|name| asked(name)).collect()
+    }
+
+    /// The same request in parts: one for each of [`Request::works`], in one precision each where any are asked for.
+    pub fn by_work(&self) -> Vec<Request> {
+        let precisions: Vec<Vec<Precision>> = match self.precisions.as_slice() {
+            [] => vec![Vec::new()],
+            asked => asked.iter().map(|&precision| vec![precision]).collect(),
+        };
+        let mut parts = Vec::new();
+        for work in self.works() {
+            let pattern = match work {
+                "update" => Pattern { suite: "update".to_owned(), name: updates(self.place).to_owned() },
+                step => Pattern { suite: "step".to_owned(), name: step.to_owned() },
+            };
+            for precisions in &precisions {
+                let (patterns, precisions) = (vec![pattern.clone()], precisions.clone());
+                parts.push(Request { patterns, precisions, ..self.clone() });
+            }
+        }
+        parts
     }
 
     /// Whether a pattern means a figure whose name begins so.
@@ -185,6 +209,11 @@ impl Request {
     }
 }
 
+/// The figure that times the update which peers do too.
+fn updates(place: Place) -> &'static str {
+    if place == Place::Cpu { "momentum+global_norm/50M" } else { "momentum+global_norm/124M" }
+}
+
 /// The names of the figures that are asked for, as `suite/name`.
 ///
 /// # Errors
@@ -201,8 +230,9 @@ pub fn names(request: &Request) -> Result<Vec<String>> {
     // The tour names what devices of either kind have.
     if let Some(pattern) = patterns.iter().find(unmet).filter(|_| !request.is_tour()) {
         let found = format!(
-            "found {}/{}, which means no figure; `warpstep bench --list` names them",
-            pattern.suite, pattern.name
+            "found {suite}/{name}, which means no figure; `warpstep bench --list {suite}` names those of {suite}",
+            suite = pattern.suite,
+            name = pattern.name
         );
         return Err(Error::config("bench", found));
     }
@@ -286,10 +316,10 @@ pub fn run(request: &Request, observer: &mut (dyn Observer + Send)) -> Result<Re
     };
     let began = Instant::now();
     for (number, precision) in request.precisions().into_iter().enumerate() {
-        let part = Running { request, precision, first: number == 0, began, observer: &mut *observer };
-        let (machine, figures) = request.place.open(precision, part)?;
-        results.figures.extend(figures);
-        if number == 0 {
+        let first = number == 0;
+        let part = Running { request, precision, first, began, results: &mut results, observer: &mut *observer };
+        let machine = request.place.open(precision, part)?;
+        if first {
             results.machine = machine;
             continue;
         }
@@ -302,17 +332,19 @@ pub fn run(request: &Request, observer: &mut (dyn Observer + Send)) -> Result<Re
     Ok(results)
 }
 
-/// The figures of one precision.
+/// The figures of one precision. It gives what the machine was meanwhile.
 struct Running<'a> {
     request: &'a Request,
     precision: Precision,
     first: bool,
     began: Instant,
+    /// What was found so far, to which its figures are added.
+    results: &'a mut Results,
     observer: &'a mut (dyn Observer + Send),
 }
 
 impl OnBed for Running<'_> {
-    type Given = (Machine, Vec<Figure>);
+    type Given = Machine;
 
     fn on<B: Bed>(self, backend: &B) -> Result<Self::Given> {
         // Within the pool, as the trainer runs its steps: no thread has to be woken to begin.
@@ -321,8 +353,8 @@ impl OnBed for Running<'_> {
 }
 
 impl Running<'_> {
-    fn take<B: Bed>(self, backend: &B) -> Result<(Machine, Vec<Figure>)> {
-        let Running { request, precision, first, began, observer } = self;
+    fn take<B: Bed>(self, backend: &B) -> Result<Machine> {
+        let Running { request, precision, first, began, results, observer } = self;
         let watch = Watch::begin(backend);
         let ground = Here::since(backend, began);
         let mut settings = request.settings();
@@ -332,8 +364,10 @@ impl Running<'_> {
         let seconds = settings.seconds.min(SPEED_SECONDS);
         let speeds = Speeds::measure(backend, &ground, &Settings { seconds, tries: 1, ..settings }, precision)?;
         observer.begins(watch.so_far(), &speeds)?;
+        if first {
+            results.machine = watch.so_far().clone();
+        }
         let patterns = request.patterns();
-        let mut found = Vec::new();
         let left_out = Cell::new(0);
         for suite in SUITES {
             let wanted = |name: &str| {
@@ -343,12 +377,16 @@ impl Running<'_> {
                 left_out.set(left_out.get() + u32::from(meant && late));
                 meant && !late
             };
+            let before = results.figures.len();
             let mut told = |figure: Figure| {
                 observer.figure(&figure)?;
-                found.push(figure);
+                results.figures.push(figure);
                 Ok(())
             };
             figures(suite, backend, &ground, &settings, &speeds, &wanted, &mut told)?;
+            if results.figures.len() > before {
+                observer.suite(results)?;
+            }
         }
         let mut machine = watch.end(backend);
         if left_out.get() > 0 {
@@ -356,7 +394,7 @@ impl Running<'_> {
                 "{TOUR_END} s were over before the tour was: figures were left out; `warpstep bench SUITE` takes all of a suite"
             ));
         }
-        Ok((machine, found))
+        Ok(machine)
     }
 }
 
@@ -374,6 +412,30 @@ mod tests {
         assert!(!means("update/adamw*124M", "update", "adamw+global_norm/50M/f32"));
         assert!(!means("update/adamw", "kernel", "adamw"));
         assert!(Pattern::parse("stop/mlp").is_err());
+    }
+
+    #[test]
+    fn the_parts_of_a_request_are_its_works_one_by_one() {
+        for (patterns, place, precisions, expected) in [
+            (vec![], Place::Cpu, vec![], 4),
+            (vec!["step", "update"], Place::Cuda(1), vec![], 5),
+            (vec!["step/mlp/bf16", "update"], Place::Cuda(0), vec![Precision::Tf32, Precision::Bf16], 4),
+            (vec!["data"], Place::Cpu, vec![], 0),
+        ] {
+            let patterns = patterns.into_iter().map(|text| Pattern::parse(text).unwrap()).collect();
+            let request = Request { patterns, place, precisions, seconds: None, command: String::new() };
+            let parts = request.by_work();
+            assert_eq!(parts.len(), expected, "{request:?}");
+            let works: Vec<&str> = parts.iter().flat_map(Request::works).collect();
+            assert_eq!(works.len(), expected, "{parts:?}");
+            let [first, second] = [0, 1].map(|number| parts.get(number).map(|part| part.precisions.as_slice()));
+            if request.precisions.len() == 2 {
+                assert_eq!([first, second], [Some(&[Precision::Tf32][..]), Some(&[Precision::Bf16][..])]);
+                assert_eq!(works, ["mlp", "mlp", "update", "update"]);
+            } else {
+                assert_eq!(works, request.works());
+            }
+        }
     }
 
     #[test]

@@ -16,8 +16,14 @@ pub trait Unit: Send {
     /// What exactly it does.
     fn work(&self) -> Work;
 
-    /// Seconds of each repetition, for about so long and once at least; all of it is done when this returns. Repetitions that
-    /// are shorter than a wait for the device is long are queued several together, and count by their mean.
+    /// The number of the CUDA device that it runs on; none on the CPU.
+    fn ordinal(&self) -> Option<usize> {
+        None
+    }
+
+    /// Seconds of each repetition, for about so long and once at least, after a warm-up of a tenth of it; all of it is done when
+    /// this returns. Repetitions that are shorter than a wait for the device is long are queued several together, and count by
+    /// their mean.
     ///
     /// # Errors
     /// A device that failed.
@@ -38,30 +44,36 @@ pub fn unit(name: &str, place: Place, precision: Precision) -> Result<Box<dyn Un
     if !NAMES.contains(&name) {
         return Err(Error::config("bench", format!("found {name:?}, expected one of {}", NAMES.join(", "))));
     }
-    place.open(precision, Opening { name, precision })
+    let ordinal = match place {
+        Place::Cpu => None,
+        Place::Cuda(ordinal) => Some(ordinal),
+    };
+    place.open(precision, Opening { name, precision, ordinal })
 }
 
 struct Opening<'a> {
     name: &'a str,
     precision: Precision,
+    ordinal: Option<usize>,
 }
 
 impl OnBed for Opening<'_> {
     type Given = Box<dyn Unit>;
 
     fn on<B: Bed>(self, backend: &B) -> Result<Box<dyn Unit>> {
-        let precision = self.precision.name();
+        let (precision, ordinal, device) = (self.precision.name(), self.ordinal, backend.clone());
         let mut unit: Box<dyn Unit> = if self.name == "update" {
             let work = works::update(backend);
             let task = UpdateTask::new(backend, &work)?;
-            Box::new(Alone { backend: backend.clone(), work: work.work(precision, works::threads(backend)), task })
+            let work = work.work(precision, works::threads(backend));
+            Box::new(Alone { backend: device, ordinal, work, task })
         } else {
             let work = works::training(backend, self.name)?;
             let task = StepTask::new(backend, &work)?;
-            let told = work.work(task.parameters(), precision, works::threads(backend));
-            Box::new(Alone { backend: backend.clone(), work: told, task })
+            let work = work.work(task.parameters(), precision, works::threads(backend));
+            Box::new(Alone { backend: device, ordinal, work, task })
         };
-        for _ in 0..3 {
+        for _ in 0..2 {
             unit.run_for(0.0)?;
         }
         Ok(unit)
@@ -71,6 +83,7 @@ impl OnBed for Opening<'_> {
 /// A task on its device.
 struct Alone<B, T> {
     backend: B,
+    ordinal: Option<usize>,
     work: Work,
     task: T,
 }
@@ -78,6 +91,10 @@ struct Alone<B, T> {
 impl<B: Bed, T: Task + Send> Unit for Alone<B, T> {
     fn work(&self) -> Work {
         self.work.clone()
+    }
+
+    fn ordinal(&self) -> Option<usize> {
+        self.ordinal
     }
 
     fn run_for(&mut self, seconds: f64) -> Result<Vec<f64>> {

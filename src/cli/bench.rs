@@ -1,18 +1,20 @@
 //! `warpstep bench`.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
 use super::assemble::{choose_auto, enter_emulated};
 use crate::backend::cpu;
+use crate::bench::output::{Output, UNFINISHED, try_beside};
+use crate::bench::peers::heading;
 use crate::bench::place::{Place, Precision};
 use crate::bench::results::{Figure, Machine, Results};
-use crate::bench::run::{Observer, Pattern, Request, names, run as take};
+use crate::bench::run::{Observer, Pattern, Request, SUITES, names, run as take};
 use crate::bench::speeds::Speeds;
-use crate::bench::{report, table};
+use crate::bench::{interrupt, report, table};
 use crate::error::{Error, Result};
 use crate::parallel::world::World;
 
@@ -61,7 +63,8 @@ pub(crate) struct Options {
     /// Threads of the CPU backend
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Write everything that was found to this file, or, with -, to the standard output in the place of the table
+    /// Write everything that was found to this file, anew after each suite and each work of peers, or, with -, to the standard
+    /// output in the place of the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Write a page with a roofline, bars and tables to this file
@@ -69,7 +72,7 @@ pub(crate) struct Options {
     html: Option<PathBuf>,
     #[command(flatten)]
     peers: Peers,
-    /// Name the figures and take none
+    /// Name the figures, all of them where no suite is given, and take none
     #[arg(long)]
     list: bool,
 }
@@ -77,19 +80,19 @@ pub(crate) struct Options {
 impl Options {
     /// Whether the results go to the standard output, in the place of the table.
     fn to_stdout(&self) -> bool {
-        self.json.as_deref().is_some_and(|path| path == Path::new("-"))
+        self.json.as_deref().is_some_and(|path| path == "-")
     }
 }
 
-/// Prints the table while it grows.
+/// Prints the table while it grows, and writes the results.
 struct Printer {
     suite: String,
-    silent: bool,
+    output: Output,
 }
 
 impl Printer {
     fn print(&self, text: &str) -> Result<()> {
-        if self.silent {
+        if self.output == Output::Stdout {
             return Ok(());
         }
         let mut out = std::io::stdout().lock();
@@ -111,6 +114,10 @@ impl Observer for Printer {
         }
         self.print(&table::line(figure))
     }
+
+    fn suite(&mut self, so_far: &Results) -> Result<()> {
+        self.output.write_so_far(so_far)
+    }
 }
 
 /// Runs it.
@@ -125,29 +132,51 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     if world.size > 1 {
         return together::run(options, &world);
     }
-    let request = request(options)?;
+    let mut request = request(options)?;
     set_threads(options)?;
     if options.list {
+        if request.patterns.is_empty() {
+            request.patterns = SUITES.into_iter().map(Pattern::parse).collect::<Result<_>>()?;
+        }
         let mut out = std::io::stdout().lock();
         for name in names(&request)? {
             writeln!(out, "{name}")?;
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let to_stdout = options.to_stdout();
-    for path in options.json.as_deref().filter(|_| !to_stdout).into_iter().chain(options.html.as_deref()) {
-        // Before minutes are spent: can it be written?
-        std::fs::write(path, "").map_err(|error| Error::io("write", path, error))?;
-    }
-    let mut printer = Printer { suite: String::new(), silent: to_stdout };
+    // Before minutes are spent: can all be written?
+    let mut printer = Printer { suite: String::new(), output: Output::open(options.json.as_deref())? };
+    options.html.as_deref().map_or(Ok(()), try_beside)?;
     let mut results = take(&request, &mut printer)?;
-    results.peers = options.peers.run(&request, &mut |text| printer.print(text))?;
+    with_peers(options, &request, &printer, &mut results)?;
     printer.print(&table::foot(&results))?;
-    write_json(&results, options)?;
+    printer.output.write(&results)?;
     if let Some(path) = &options.html {
         report::write(&results, path)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(interrupt::caught().map_or(ExitCode::SUCCESS, |signal| ExitCode::from(128 + signal)))
+}
+
+/// Runs the peers that are asked for, a work at a time: what was found is written before the next one begins.
+fn with_peers(options: &Options, request: &Request, printer: &Printer, results: &mut Results) -> Result<()> {
+    interrupt::listen()?;
+    let (heading, mut is_headed) = (heading(), false);
+    for part in request.by_work() {
+        let found = options.peers.run(&part, &mut |text| {
+            // Once, over all works.
+            if text == heading && std::mem::replace(&mut is_headed, true) { Ok(()) } else { printer.print(text) }
+        })?;
+        if interrupt::caught().is_some() {
+            results.machine.notes.push(UNFINISHED.to_owned());
+            results.peers.extend(found);
+            break;
+        }
+        if !found.is_empty() {
+            results.peers.extend(found);
+            printer.output.write_so_far(results)?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes the pool of threads that was asked for.
@@ -198,11 +227,5 @@ fn place(device: &str) -> Result<Place> {
 }
 
 fn write_json(results: &Results, options: &Options) -> anyhow::Result<()> {
-    let Some(path) = &options.json else { return Ok(()) };
-    let text = serde_json::to_string_pretty(results)? + "\n";
-    if options.to_stdout() {
-        std::io::stdout().lock().write_all(text.as_bytes())?;
-        return Ok(());
-    }
-    Ok(std::fs::write(path, text).map_err(|error| Error::io("write", path, error))?)
+    Ok(Output::open(options.json.as_deref())?.write(results)?)
 }

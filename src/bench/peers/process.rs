@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::super::interrupt;
 use super::super::results::Work;
 
 /// What a peer says of itself.
@@ -22,6 +23,8 @@ pub(super) struct Declared {
 const LETTERS: usize = 300;
 /// How long a peer may take to end once its input has ended.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// How often somebody who waits for a peer looks whether a signal came.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A peer that runs. Dropped, it and all that it started are ended.
 pub(super) struct Process {
@@ -32,10 +35,13 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts a command as a group of processes of its own, so that all it starts can be ended with it.
+    /// Starts a command as a group of processes of its own, so that all it starts can be ended with it. On Linux it does not
+    /// outlive the thread that calls this, which is the one that waits for it, however that ends.
     pub fn start(command: &mut Command) -> Result<Self, String> {
         #[cfg(unix)]
         std::os::unix::process::CommandExt::process_group(command, 0);
+        #[cfg(target_os = "linux")]
+        end_with_us(command);
         let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = piped.spawn().map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => format!("{} was not found", piped.get_program().display()),
@@ -70,16 +76,12 @@ impl Process {
 
     /// Lets it repeat its work for so many seconds: seconds of each repetition.
     pub fn run(&mut self, seconds: f64, patience: Duration) -> Result<Vec<f64>, String> {
-        let began = Instant::now();
-        let asked = self.input.as_mut().map(|input| writeln!(input, "run {seconds}").and_then(|()| input.flush()));
-        if !matches!(asked, Some(Ok(()))) {
-            return Err(self.died());
-        }
         #[derive(Deserialize)]
         struct Answer {
             times: Vec<f64>,
         }
-        let answer = self.hear(patience + Duration::from_secs_f64(seconds))?;
+        let began = Instant::now();
+        let answer = self.ask(&format!("run {seconds}"), patience + Duration::from_secs_f64(seconds))?;
         let wall = began.elapsed().as_secs_f64();
         let Answer { times } =
             serde_json::from_value(answer).map_err(|e| format!("it does not answer with times: {e}"))?;
@@ -87,15 +89,46 @@ impl Process {
         Ok(times)
     }
 
+    /// Asks whether its last loss and its parameters are finite, and refuses it where it does not say that they are.
+    pub fn check(&mut self, patience: Duration) -> Result<(), String> {
+        #[derive(Deserialize)]
+        struct Answer {
+            finite: bool,
+        }
+        let Answer { finite } = serde_json::from_value(self.ask("check", patience)?)
+            .map_err(|e| format!("it does not say whether its loss and parameters are finite: {e}"))?;
+        let refused = "its loss or its parameters are not finite: its times tell nothing";
+        if finite { Ok(()) } else { Err(refused.to_owned()) }
+    }
+
+    fn ask(&mut self, line: &str, patience: Duration) -> Result<Value, String> {
+        let asked = self.input.as_mut().map(|input| writeln!(input, "{line}").and_then(|()| input.flush()));
+        if !matches!(asked, Some(Ok(()))) {
+            return Err(self.died());
+        }
+        self.hear(patience)
+    }
+
     fn hear(&mut self, patience: Duration) -> Result<Value, String> {
-        match self.lines.recv_timeout(patience) {
-            Ok(line) => serde_json::from_str(&line)
-                .map_err(|_| format!("found the line {:?}, expected a line of JSON", shortened(&line))),
-            Err(RecvTimeoutError::Timeout) => {
-                self.end();
-                Err(format!("it was ended: no answer within {:.0} s", patience.as_secs_f64().max(1.0)))
+        let until = Instant::now() + patience;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left.min(LOOK)) {
+                Ok(line) => {
+                    return serde_json::from_str(&line)
+                        .map_err(|_| format!("found the line {:?}, expected a line of JSON", shortened(&line)));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(self.died()),
+                Err(RecvTimeoutError::Timeout) if interrupt::caught().is_some() => {
+                    self.end();
+                    return Err("it was ended: the benchmark was interrupted".to_owned());
+                }
+                Err(RecvTimeoutError::Timeout) if left > LOOK => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    self.end();
+                    return Err(format!("it was ended: no answer within {:.0} s", patience.as_secs_f64().max(1.0)));
+                }
             }
-            Err(RecvTimeoutError::Disconnected) => Err(self.died()),
         }
     }
 
@@ -142,6 +175,26 @@ impl Drop for Process {
         let _ = self.wait(GOODBYE);
         self.end();
     }
+}
+
+/// Has the system end the command's process when the thread that started it ends: a benchmark that is killed leaves nobody who
+/// could.
+#[cfg(target_os = "linux")]
+fn end_with_us(command: &mut Command) {
+    let us = std::process::id();
+    let ask = move || {
+        // SAFETY: prctl and getppid take no pointer here.
+        let (asked, parent) =
+            unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong), libc::getppid()) };
+        match (asked, u32::try_from(parent)) {
+            (0, Ok(parent)) if parent == us => Ok(()),
+            // Who ended before it was asked for tells nobody: then this ends itself.
+            (0, _) => Err(std::io::Error::from_raw_os_error(libc::ESRCH)),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec it makes two system calls, and neither allocates nor locks.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(command, ask) };
 }
 
 /// Whether these can be the times of repetitions one after the other within `wall` seconds.

@@ -37,7 +37,7 @@ pub fn open(asked: &Asked) -> Result<Box<dyn Step>> {
     };
     let order = asked.order().into_iter().map(|rows| Tensor::new(rows, &device)).collect::<candle_core::Result<_>>()?;
     let update = Update::new(asked, variables.all_vars())?;
-    Ok(Box::new(WholeStep { model, x, y, order, next: 0, update }))
+    Ok(Box::new(WholeStep { model, x, y, order, next: 0, update, loss: None }))
 }
 
 fn indices(shape: (usize, usize), bound: usize, device: &Device) -> Result<Tensor> {
@@ -168,6 +168,8 @@ struct WholeStep {
     order: Vec<Tensor>,
     next: usize,
     update: Update,
+    /// The last loss.
+    loss: Option<Tensor>,
 }
 
 impl Step for WholeStep {
@@ -180,7 +182,9 @@ impl Step for WholeStep {
             Model::Cnn(model) => model.forward(&x)?,
             Model::Gpt(model) => model.forward(&x)?,
         };
-        let mut gradients = cross_entropy(&logits, &y)?.backward()?;
+        let loss = cross_entropy(&logits, &y)?;
+        let mut gradients = loss.backward()?;
+        self.loss = Some(loss.detach());
         self.update.step(&mut gradients)
     }
 
@@ -195,6 +199,11 @@ impl Step for WholeStep {
 
     fn samples(&self) -> usize {
         self.x.dims()[0]
+    }
+
+    fn finite(&self) -> Result<bool> {
+        let loss = self.loss.as_ref().map(|loss| loss.to_scalar::<f32>()).transpose()?;
+        Ok(loss.is_some_and(f32::is_finite) && self.update.finite()?)
     }
 }
 
@@ -230,6 +239,10 @@ impl Step for UpdateAlone {
     fn inputs(&self) -> Vec<usize> {
         vec![self.parameters()]
     }
+
+    fn finite(&self) -> Result<bool> {
+        self.update.finite()
+    }
 }
 
 /// Clip by the global norm, then the rule.
@@ -258,6 +271,15 @@ impl Update {
             Rule::Momentum(variables.iter().map(|variable| variable.zeros_like()).collect::<candle_core::Result<_>>()?)
         };
         Ok(Update { variables, rule })
+    }
+
+    /// Whether all parameters are: what is not leaves its sum so too.
+    fn finite(&self) -> Result<bool> {
+        let mut sum = 0.0;
+        for variable in &self.variables {
+            sum += variable.sum_all()?.to_scalar::<f32>()?;
+        }
+        Ok(sum.is_finite())
     }
 
     fn step(&mut self, gradients: &mut GradStore) -> Result<()> {

@@ -28,6 +28,8 @@ pub trait Step {
     fn samples(&self) -> usize {
         0
     }
+    /// Whether the last loss and all parameters are finite.
+    fn finite(&self) -> Result<bool>;
 }
 
 /// nanoGPT's configuration for CPUs.

@@ -225,6 +225,20 @@ impl ModuleVisitor for Scale {
     }
 }
 
+/// The sum of all parameters, which is not finite where one of them is not.
+struct Sum(f32);
+
+impl ModuleVisitor for Sum {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0 += param.val().sum().into_scalar::<f32>();
+    }
+}
+
+fn finite<M: Module>(model: Option<&M>) -> bool {
+    let mut sum = Sum(0.0);
+    model.map(|model| model.visit(&mut sum)).is_some() && sum.0.is_finite()
+}
+
 /// `forward` takes a batch of samples by their numbers.
 struct WholeStep<M, F> {
     /// None only while the optimizer holds it.
@@ -238,6 +252,8 @@ struct WholeStep<M, F> {
     optimizer: ModuleOptimizer,
     /// The shape of a sample.
     sample: Vec<usize>,
+    /// The last loss.
+    loss: Option<Tensor<1>>,
 }
 
 impl<M: Module + 'static, F: Fn(&M, Tensor<1, Int>) -> Tensor<2> + 'static> WholeStep<M, F> {
@@ -245,7 +261,7 @@ impl<M: Module + 'static, F: Fn(&M, Tensor<1, Int>) -> Tensor<2> + 'static> Whol
         let optimizer = optimizer(asked, &model);
         let rows = |rows: Vec<u32>| Tensor::from_ints(rows.as_slice(), &y.device());
         let order = asked.order().into_iter().map(rows).collect();
-        Box::new(WholeStep { model: Some(model), forward, y, order, next: 0, optimizer, sample })
+        Box::new(WholeStep { model: Some(model), forward, y, order, next: 0, optimizer, sample, loss: None })
     }
 }
 
@@ -258,6 +274,7 @@ impl<M: Module, F: Fn(&M, Tensor<1, Int>) -> Tensor<2>> Step for WholeStep<M, F>
         let logits = (self.forward)(&model, rows);
         let loss = CrossEntropyLossConfig::new().init(&logits.device()).forward(logits, targets);
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
+        self.loss = Some(loss.detach());
         let gradients = clipped(&model, gradients);
         self.model = Some(self.optimizer.step(LEARNING_RATE, model, gradients));
         Ok(())
@@ -273,6 +290,11 @@ impl<M: Module, F: Fn(&M, Tensor<1, Int>) -> Tensor<2>> Step for WholeStep<M, F>
 
     fn samples(&self) -> usize {
         self.y.dims()[0]
+    }
+
+    fn finite(&self) -> Result<bool> {
+        let loss = self.loss.as_ref().map(|loss| loss.clone().into_scalar::<f32>());
+        Ok(loss.is_some_and(f32::is_finite) && finite(self.model.as_ref()))
     }
 }
 
@@ -316,5 +338,9 @@ impl Step for UpdateAlone {
 
     fn inputs(&self) -> Vec<usize> {
         vec![self.parameters()]
+    }
+
+    fn finite(&self) -> Result<bool> {
+        Ok(finite(self.model.as_ref()))
     }
 }

@@ -40,11 +40,17 @@ fn main() -> Result<()> {
     let mut cold = true;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
-        let seconds = line.strip_prefix("run ").and_then(|seconds| seconds.trim().parse().ok());
-        let seconds: f64 = seconds.with_context(|| format!("found the line {line:?}, expected `run SECONDS`"))?;
-        let times = turn(step.as_mut(), seconds, if cold { 5 } else { 1 })?;
-        cold = false;
-        writeln!(out, "{}", json!({"times": times}))?;
+        let answer = if line.trim() == "check" {
+            json!({"finite": step.finite()?})
+        } else {
+            let seconds = line.strip_prefix("run ").and_then(|seconds| seconds.trim().parse().ok());
+            let seconds =
+                seconds.with_context(|| format!("found the line {line:?}, expected `run SECONDS` or `check`"))?;
+            let times = turn(step.as_mut(), seconds, if cold { 5 } else { 1 })?;
+            cold = false;
+            json!({"times": times})
+        };
+        writeln!(out, "{answer}")?;
         out.flush()?;
     }
     Ok(())
@@ -57,18 +63,34 @@ fn version(package: &str) -> &'static str {
     after.split('"').next().unwrap_or_default()
 }
 
-/// Seconds of each repetition, for about so long after a warm-up of a tenth of it.
+/// Seconds that a span has at least, spans of one repetition whose fastest tells how many make one that long, and seconds after which
+/// no other of these is begun: as in `../common.py`.
+const LEAST_SPAN: f64 = 50e-6;
+const SINGLE_SPANS: usize = 5;
+const SINGLE_SECONDS: f64 = 0.1;
+
+/// Seconds a repetition, of spans for about so long after a warm-up of a tenth of it, the fastest repetition of which tells how many
+/// make a span.
 fn turn(step: &mut dyn Step, seconds: f64, warm_up: usize) -> Result<Vec<f64>> {
-    let (began, mut done) = (Instant::now(), 0);
-    while done < warm_up || began.elapsed().as_secs_f64() < seconds / 10.0 {
-        step.step()?;
+    let (mut one, mut done, began) = (f64::INFINITY, 0, Instant::now());
+    let least = |done| (seconds / 10.0).max(if done < SINGLE_SPANS { SINGLE_SECONDS } else { 0.0 });
+    while done < warm_up || began.elapsed().as_secs_f64() < least(done) {
+        one = one.min(span(step, 1)?);
         done += 1;
     }
+    let count = (LEAST_SPAN / one).ceil().max(1.0) as usize;
     let (mut times, began) = (Vec::new(), Instant::now());
     while began.elapsed().as_secs_f64() < seconds || times.len() < 5 {
-        let one = Instant::now();
-        step.step()?;
-        times.push(one.elapsed().as_secs_f64());
+        times.push(span(step, count)?);
     }
     Ok(times)
+}
+
+/// Seconds a repetition over so many.
+fn span(step: &mut dyn Step, count: usize) -> Result<f64> {
+    let began = Instant::now();
+    for _ in 0..count {
+        step.step()?;
+    }
+    Ok(began.elapsed().as_secs_f64() / count as f64)
 }
