@@ -4,11 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::assemble::{Opened, assign, build_model, open_data, open_device, set_threads};
 use super::dry_run::dry_run;
@@ -32,6 +31,7 @@ use crate::train::profile::{Profile, Table};
 use crate::train::progress::{Progress, Show};
 use crate::train::report::Report;
 use crate::train::run::{End, Event, Observer, Run, Start};
+use crate::train::signals;
 use crate::train::tensorboard::TensorBoard;
 
 /// Options of `train`.
@@ -198,7 +198,7 @@ impl Go<'_> {
         let Go { collective, watch, started, run_file, data, folder, start, show, profile } = self;
         let make = || {
             let mut run = make_run(backend, Arc::clone(&collective), run_file, data, folder, start)?;
-            run.interrupt = signals()?;
+            signals::listen(&run.interrupt)?;
             let profile =
                 profile.map(|count| Profile::new(&run.backend, &mut run.model, &run.optimizer, count)).transpose()?;
             Ok((run, profile.map(|profile| profile.accumulating(run_file.train.accumulate))))
@@ -301,22 +301,9 @@ pub(crate) fn make_run<B: Backend>(
         config: run.resolved.clone(),
         identity: run.identity.clone(),
         preprocess: data.preprocess.to_json()?,
-        weights: weights.map(|path| Lookup::new(Some(&run.base)).find(path)).transpose()?,
+        weights: weights.map(|path| Lookup::new(Some(&run.base)).find_for("model.weights", path)).transpose()?,
         start,
         interrupt: Arc::default(),
         abandon_at: None,
     })
-}
-
-/// A number that SIGINT and SIGTERM set to their own. A second signal ends the process at once.
-fn signals() -> Result<Arc<AtomicUsize>> {
-    let interrupt = Arc::new(AtomicUsize::new(0));
-    let second = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&second))
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&second)))
-            .and_then(|_| signal_hook::flag::register_usize(signal, Arc::clone(&interrupt), signal as usize))
-            .map_err(|e| Error::io("listen to", "signals", e))?;
-    }
-    Ok(interrupt)
 }

@@ -18,6 +18,7 @@ pub mod run;
 mod same;
 pub mod shadow;
 mod sharing;
+pub mod signals;
 pub mod step;
 pub mod summary;
 pub mod tensorboard;

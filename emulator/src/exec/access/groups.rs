@@ -75,11 +75,11 @@ impl Flight {
         Ok(())
     }
 
-    fn fence(&mut self) {
+    pub fn fence(&mut self) {
         self.accessed.fill(false);
     }
 
-    fn commit(&mut self) {
+    pub fn commit(&mut self) {
         self.groups.push_back(std::mem::take(&mut self.open));
     }
 
@@ -174,33 +174,20 @@ fn whole_group(warp: &Warp, active: u32, what: &'static str, lane: &mut usize) -
     Ok(())
 }
 
+/// A warp executes an instruction without operands that its warpgroup executes together.
+pub(in crate::exec) fn together(
+    warp: &mut Warp,
+    active: u32,
+    at: usize,
+    what: &'static str,
+    lane: &mut usize,
+) -> Result<(), Box<FaultKind>> {
+    whole_group(warp, active, what, lane)?;
+    warp.flight.executes(at, (0, false));
+    Ok(())
+}
+
 impl Run<'_> {
-    pub(in crate::exec) fn group_fence(
-        &mut self,
-        warp: &mut Warp,
-        active: u32,
-        at: usize,
-        lane: &mut usize,
-    ) -> Result<(), Box<FaultKind>> {
-        whole_group(warp, active, "wgmma.fence", lane)?;
-        warp.flight.executes(at, (0, false));
-        warp.flight.fence();
-        Ok(())
-    }
-
-    pub(in crate::exec) fn group_commit(
-        &mut self,
-        warp: &mut Warp,
-        active: u32,
-        at: usize,
-        lane: &mut usize,
-    ) -> Result<(), Box<FaultKind>> {
-        whole_group(warp, active, "wgmma.commit_group", lane)?;
-        warp.flight.executes(at, (0, false));
-        warp.flight.commit();
-        Ok(())
-    }
-
     pub(in crate::exec) fn group_matrix(
         &mut self,
         block: &mut Block,
@@ -268,12 +255,9 @@ impl Run<'_> {
         &mut self,
         block: &mut Block,
         warp: &mut Warp,
-        active: u32,
-        (at, but): (usize, usize),
+        but: usize,
         lane: &mut usize,
     ) -> Result<(), Box<FaultKind>> {
-        whole_group(warp, active, "wgmma.wait_group", lane)?;
-        warp.flight.executes(at, (0, false));
         while let Some(done) = warp.flight.next_done(but) {
             for Product { right, read, .. } in done {
                 let now = self.read_described(block, warp, right, 0, lane)?;

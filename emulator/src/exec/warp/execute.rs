@@ -1,6 +1,7 @@
 //! What each instruction does to a warp.
 
 use super::{Next, Warp, lanes};
+use crate::exec::access::groups::together;
 use crate::exec::access::{self, publish};
 use crate::exec::{Block, Run, matrix};
 use crate::fault::FaultKind;
@@ -149,9 +150,18 @@ impl Run<'_> {
                 self.trace.lanes_meet(&mut warp.knows, active);
             }
             Op::GroupMatrix { .. } => self.group_matrix(block, warp, active, at, lane)?,
-            Op::GroupFence => self.group_fence(warp, active, at, lane)?,
-            Op::GroupCommit => self.group_commit(warp, active, at, lane)?,
-            Op::GroupWait { but } => self.wait_group(block, warp, active, (at, *but as usize), lane)?,
+            Op::GroupFence => {
+                together(warp, active, at, "wgmma.fence", lane)?;
+                warp.flight.fence();
+            }
+            Op::GroupCommit => {
+                together(warp, active, at, "wgmma.commit_group", lane)?;
+                warp.flight.commit();
+            }
+            Op::GroupWait { but } => {
+                together(warp, active, at, "wgmma.wait_group", lane)?;
+                self.wait_group(block, warp, *but as usize, lane)?;
+            }
             Op::ProxyFence => publish(block, warp.index, active),
             Op::MoveMatrix { d, a } => {
                 all_lanes(active, "movmatrix", lane)?;
