@@ -314,7 +314,9 @@ fn group_product(along: bool) -> Vec<Vec<f32>> {
             [low, high, pair(64.0 + 2.0 * lane as f32, 65.0 + 2.0 * lane as f32)]
         })
         .collect();
-    // A lane writes its two columns of every row: the exponent of a value in bf16 starts at bit 7.
+    // Four warps, each with the same rows.
+    let threads = lanes.repeat(4);
+    // A lane of the first writes its two columns of every row: the exponent of a value in bf16 starts at bit 7.
     let rows: String = (0..16)
         .map(|row| {
             format!(
@@ -336,9 +338,10 @@ fn group_product(along: bool) -> Vec<Vec<f32>> {
              mov.b64 {{%a0, %a1}}, %rd1; mov.b64 {{%a2, %a3}}, %rd2; cvt.u32.u64 %r2, %rd3;
              mov.u32 %r1, %tid.x; shr.u32 %r7, %r1, 2; and.b32 %r4, %r1, 3;
              mov.u32 %r5, tile; mad.lo.u32 %r3, %r4, 4, %r5;
+             setp.gt.u32 %p5, %r1, 31; @%p5 bra PAST;
              {rows}
-             shr.u32 %r5, %r5, 4; cvt.u64.u32 %rd4, %r5; or.b64 %rd4, %rd4, 0x4000004000010000;
-             bar.sync 0; fence.proxy.async.shared::cta; setp.ne.b32 %p4, 0, 0; wgmma.fence.sync.aligned;
+             PAST: shr.u32 %r5, %r5, 4; cvt.u64.u32 %rd4, %r5; or.b64 %rd4, %rd4, 0x4000004000010000;
+             fence.proxy.async.shared::cta; bar.sync 0; setp.ne.b32 %p4, 0, 0; wgmma.fence.sync.aligned;
              wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{{}}}, {{%a0, %a1, %a2, %a3}}, %rd4, %p4, 1, 1, {};
              wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; mov.f32 %f0, %s{index};",
             list[..if along { sums } else { 8 }].join(", "),
@@ -348,9 +351,12 @@ fn group_product(along: bool) -> Vec<Vec<f32>> {
         if !along && index >= 8 {
             break;
         }
-        for (lane, bits) in run(&body, F32, &lanes).into_iter().enumerate() {
+        for (thread, bits) in run(&body, F32, &threads).into_iter().enumerate() {
+            let lane = thread % 32;
             let (row, column) = (lane / 4 + 8 * (index % 4 / 2), 8 * (index / 4) + 2 * (lane % 4) + index % 2);
-            found[row][column] = f32::from_bits(bits as u32);
+            let value = f32::from_bits(bits as u32);
+            assert!(thread < 32 || found[row][column] == value, "another value in warp {}", thread / 32);
+            found[row][column] = value;
         }
     }
     found
