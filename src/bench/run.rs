@@ -163,30 +163,12 @@ impl Request {
         let asked = |name: &str| match name {
             // Minutes on a CPU, and nobody's measure there.
             "gpt2" if is_cpu => !self.is_tour() && self.means("step", name),
-            "update" => self.means("update", updates(self.place)),
+            "update" => {
+                self.means("update", if is_cpu { "momentum+global_norm/50M" } else { "momentum+global_norm/124M" })
+            }
             _ => self.means("step", name),
         };
         unit::NAMES.into_iter().filter(|name| asked(name)).collect()
-    }
-
-    /// The same request in parts: one for each of [`Request::works`], in one precision each where any are asked for.
-    pub fn by_work(&self) -> Vec<Request> {
-        let precisions: Vec<Vec<Precision>> = match self.precisions.as_slice() {
-            [] => vec![Vec::new()],
-            asked => asked.iter().map(|&precision| vec![precision]).collect(),
-        };
-        let mut parts = Vec::new();
-        for work in self.works() {
-            let pattern = match work {
-                "update" => Pattern { suite: "update".to_owned(), name: updates(self.place).to_owned() },
-                step => Pattern { suite: "step".to_owned(), name: step.to_owned() },
-            };
-            for precisions in &precisions {
-                let (patterns, precisions) = (vec![pattern.clone()], precisions.clone());
-                parts.push(Request { patterns, precisions, ..self.clone() });
-            }
-        }
-        parts
     }
 
     /// Whether a pattern means a figure whose name begins so.
@@ -207,11 +189,6 @@ impl Request {
         let usual = if self.is_tour() { TOUR_SECONDS } else { USUAL_SECONDS };
         Settings::new(self.seconds.unwrap_or(usual))
     }
-}
-
-/// The figure that times the update which peers do too.
-fn updates(place: Place) -> &'static str {
-    if place == Place::Cpu { "momentum+global_norm/50M" } else { "momentum+global_norm/124M" }
 }
 
 /// The names of the figures that are asked for, as `suite/name`.
@@ -415,26 +392,16 @@ mod tests {
     }
 
     #[test]
-    fn the_parts_of_a_request_are_its_works_one_by_one() {
-        for (patterns, place, precisions, expected) in [
-            (vec![], Place::Cpu, vec![], 4),
-            (vec!["step", "update"], Place::Cuda(1), vec![], 5),
-            (vec!["step/mlp/bf16", "update"], Place::Cuda(0), vec![Precision::Tf32, Precision::Bf16], 4),
-            (vec!["data"], Place::Cpu, vec![], 0),
+    fn the_works_of_a_request_are_those_that_its_patterns_mean() {
+        for (patterns, place, expected) in [
+            (vec![], Place::Cpu, 4),
+            (vec!["step", "update"], Place::Cuda(1), 5),
+            (vec!["step/mlp/bf16", "update"], Place::Cuda(0), 2),
+            (vec!["data"], Place::Cpu, 0),
         ] {
             let patterns = patterns.into_iter().map(|text| Pattern::parse(text).unwrap()).collect();
-            let request = Request { patterns, place, precisions, seconds: None, command: String::new() };
-            let parts = request.by_work();
-            assert_eq!(parts.len(), expected, "{request:?}");
-            let works: Vec<&str> = parts.iter().flat_map(Request::works).collect();
-            assert_eq!(works.len(), expected, "{parts:?}");
-            let [first, second] = [0, 1].map(|number| parts.get(number).map(|part| part.precisions.as_slice()));
-            if request.precisions.len() == 2 {
-                assert_eq!([first, second], [Some(&[Precision::Tf32][..]), Some(&[Precision::Bf16][..])]);
-                assert_eq!(works, ["mlp", "mlp", "update", "update"]);
-            } else {
-                assert_eq!(works, request.works());
-            }
+            let request = Request { patterns, place, precisions: Vec::new(), seconds: None, command: String::new() };
+            assert_eq!(request.works().len(), expected, "{request:?}");
         }
     }
 

@@ -9,7 +9,6 @@ use clap::{Args, Subcommand};
 use super::assemble::{choose_auto, enter_emulated};
 use crate::backend::cpu;
 use crate::bench::output::{Output, UNFINISHED, try_beside};
-use crate::bench::peers::heading;
 use crate::bench::place::{Place, Precision};
 use crate::bench::results::{Figure, Machine, Results};
 use crate::bench::run::{Observer, Pattern, Request, SUITES, names, run as take};
@@ -157,24 +156,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(interrupt::caught().map_or(ExitCode::SUCCESS, |signal| ExitCode::from(128 + signal)))
 }
 
-/// Runs the peers that are asked for, a work at a time: what was found is written before the next one begins.
+/// Runs the peers that are asked for: what was found beside a work is written before the next one begins.
 fn with_peers(options: &Options, request: &Request, printer: &Printer, results: &mut Results) -> Result<()> {
-    interrupt::listen()?;
-    let (heading, mut is_headed) = (heading(), false);
-    for part in request.by_work() {
-        let found = options.peers.run(&part, &mut |text| {
-            // Once, over all works.
-            if text == heading && std::mem::replace(&mut is_headed, true) { Ok(()) } else { printer.print(text) }
-        })?;
-        if interrupt::caught().is_some() {
-            results.machine.notes.push(UNFINISHED.to_owned());
-            results.peers.extend(found);
-            break;
-        }
-        if !found.is_empty() {
-            results.peers.extend(found);
-            printer.output.write_so_far(results)?;
-        }
+    options.peers.run(request, &mut |text| printer.print(text), &mut |found| {
+        results.peers.extend(found);
+        printer.output.write_so_far(results)
+    })?;
+    if interrupt::caught().is_some() {
+        results.machine.notes.push(UNFINISHED.to_owned());
     }
     Ok(())
 }

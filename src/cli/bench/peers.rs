@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::bench::interrupt;
 use crate::bench::peers::{NAMES, Places, Scripts, Settings, heading, line, run};
 use crate::bench::place::{Place, Precision};
 use crate::bench::results::PeerFigure;
@@ -30,32 +31,43 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    /// Runs each peer, where any is asked for, in turn with our own work, and tells each ratio as it is found.
+    /// Runs each peer, where any is asked for, in turn with our own work, and tells each ratio as it is found; `keep` is given those of
+    /// a work once all are there.
     ///
     /// # Errors
     /// What our own work reports, or what the operating system refuses.
-    pub(crate) fn run(&self, request: &Request, tell: &mut dyn FnMut(&str) -> Result<()>) -> Result<Vec<PeerFigure>> {
+    pub(crate) fn run(
+        &self,
+        request: &Request,
+        tell: &mut dyn FnMut(&str) -> Result<()>,
+        keep: &mut dyn FnMut(Vec<PeerFigure>) -> Result<()>,
+    ) -> Result<()> {
         let works = request.works();
         if works.is_empty() || !(self.peers || !self.only.is_empty() || self.llm_c.is_some()) {
-            return Ok(Vec::new());
+            return Ok(());
         }
+        interrupt::listen()?;
         let scripts = Scripts::write()?;
         let places = Places::find(self.llm_c.clone());
         let settings = Settings::new(request.seconds.unwrap_or(USUAL_SECONDS));
-        let mut found = Vec::new();
         tell(&heading())?;
         for work in works {
             for precision in precisions(request, work) {
+                if interrupt::caught().is_some() {
+                    return Ok(());
+                }
                 let mut ours = unit::unit(work, request.place, precision)?;
+                let mut found = Vec::new();
                 for name in self.names(work) {
                     let peer = places.peer(name, &ours.work(), &scripts)?;
                     let figure = run(&peer, ours.as_mut(), &settings)?;
                     tell(&line(&figure))?;
                     found.push(figure);
                 }
+                keep(found)?;
             }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// The peers to run for a work. llm.c does one alone, and is named elsewhere only where it was asked for.
