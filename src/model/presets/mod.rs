@@ -116,6 +116,25 @@ impl Preset {
             Preset::Layers(_) => "layers",
         }
     }
+
+    /// Fails where it tells of whole samples, and the next token is asked for, or takes real values, and is given tokens.
+    fn takes(&self, fit: &Fit) -> Result<()> {
+        use Preset::{AudioCnn, Cnn, Linear, Logistic, Mlp, ResNet, TextCnn, TextEncoder};
+        let next_token = fit.goal == Goal::NextToken;
+        let wrong = |problem: String| Err(Error::config("model.preset", problem));
+        let name = self.name();
+        if next_token && matches!(self, Linear(_) | Logistic(_) | Mlp(_) | TextCnn(_) | TextEncoder(_)) {
+            return wrong(format!("found \"{name}\", which tells of whole samples, expected \"gpt\" for text"));
+        }
+        let values = matches!(self, Linear(_) | Logistic(_) | Mlp(_) | Cnn(_) | ResNet(_) | AudioCnn(_));
+        if values && fit.vocabulary.is_some() {
+            let fitting = if next_token { "\"gpt\"" } else { "\"text_cnn\" or \"text_encoder\"" };
+            return wrong(format!(
+                "found \"{name}\", which takes real values, with data of tokens; expected {fitting}"
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// `model.loss`.
@@ -193,53 +212,16 @@ impl ModelOptions {
             }
         };
         let fit = Fit { outputs, ..*fit };
-        let needs_class = |preset: &str| match fit.goal {
-            Goal::NextToken => Err(Error::config(
-                "model.preset",
-                format!("found \"{preset}\", which tells of whole samples, expected \"gpt\" for text"),
-            )),
-            Goal::Classes(_) | Goal::Values(_) => Ok(()),
-        };
-        let needs_values = |preset: &str| match (fit.vocabulary, fit.goal) {
-            (None, _) => Ok(()),
-            (Some(_), goal) => Err(Error::config(
-                "model.preset",
-                format!(
-                    "found \"{preset}\", which takes real values, with data of tokens; expected {}",
-                    if goal == Goal::NextToken { "\"gpt\"" } else { "\"text_cnn\" or \"text_encoder\"" }
-                ),
-            )),
-        };
+        self.preset.takes(&fit)?;
         let layers = match &self.preset {
-            Preset::Linear(options) | Preset::Logistic(options) => {
-                needs_class(self.preset.name())?;
-                needs_values(self.preset.name())?;
-                options.build(&fit)?
-            }
-            Preset::Mlp(options) => {
-                needs_class("mlp")?;
-                needs_values("mlp")?;
-                options.build(&fit)?
-            }
-            Preset::Cnn(options) => {
-                needs_values("cnn")?;
-                options.build(&fit)?
-            }
-            Preset::ResNet(options) => {
-                needs_values("resnet")?;
-                options.build(&fit)?
-            }
-            Preset::TextCnn(options) => {
-                needs_class("text_cnn")?;
-                options.build(&fit)?
-            }
-            Preset::AudioCnn(options) => {
-                needs_values("audio_cnn")?;
-                options.build(&fit)?
-            }
+            Preset::Linear(options) | Preset::Logistic(options) => options.build(&fit)?,
+            Preset::Mlp(options) => options.build(&fit)?,
+            Preset::Cnn(options) => options.build(&fit)?,
+            Preset::ResNet(options) => options.build(&fit)?,
+            Preset::TextCnn(options) => options.build(&fit)?,
+            Preset::AudioCnn(options) => options.build(&fit)?,
             Preset::Layers(list) => list::build(list, &fit)?,
             Preset::TextEncoder(options) => {
-                needs_class("text_encoder")?;
                 let options = TextEncoderOptions { label_smoothing: self.label_smoothing, ..options.clone() };
                 let context = fit.context.unwrap_or(0);
                 return options.build(fit.tokens("text_encoder")?, context, fit.padding, fit.outputs);
