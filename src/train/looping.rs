@@ -383,7 +383,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             mfu: self.utilization_of_sample.map(|of_sample| of_sample * of_each),
             ..self.blank_record(SplitName::Train)
         };
-        self.last_train = Some(Scores { loss: loss.is_finite().then_some(loss), accuracy });
+        self.last_train = Some(Scores::new(loss, accuracy));
         self.append(&record, observers)
     }
 

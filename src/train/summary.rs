@@ -17,6 +17,13 @@ pub struct Scores {
     pub accuracy: Option<f64>,
 }
 
+impl Scores {
+    /// Of a mean loss, which may be no finite number.
+    pub(super) fn new(loss: f64, accuracy: Option<f64>) -> Self {
+        Scores { loss: Some(loss).filter(|loss| loss.is_finite()), accuracy }
+    }
+}
+
 /// Scores by split.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SplitScores {

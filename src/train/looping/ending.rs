@@ -20,8 +20,7 @@ use crate::train::step::{Evaluation, LossSums};
 use crate::train::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
 
 fn scores(sums: LossSums, accuracy: bool) -> Scores {
-    let loss = sums.mean();
-    Scores { loss: loss.is_finite().then_some(loss), accuracy: accuracy.then(|| sums.accuracy()) }
+    Scores::new(sums.mean(), accuracy.then(|| sums.accuracy()))
 }
 
 impl<B: Backend<Real = f32> + Update> Loop<B> {
@@ -47,10 +46,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
                 text = summary.text();
             } else if let Some(metrics) = &mut self.metrics {
                 let last = metrics.forget_evaluations_of(step)?;
-                self.last_train = last.map(|record| Scores {
-                    loss: Some(record.loss).filter(|loss| loss.is_finite()),
-                    accuracy: record.accuracy,
-                });
+                self.last_train = last.map(|record| Scores::new(record.loss, record.accuracy));
             }
         }
         broadcast(&*self.collective, 0, &mut text)?;
