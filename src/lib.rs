@@ -99,6 +99,7 @@ pub mod parallel;
 pub mod plan;
 pub mod random;
 pub mod real;
+mod tell;
 pub mod text;
 pub mod train;
 

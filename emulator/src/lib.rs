@@ -39,3 +39,4 @@ pub mod fault;
 mod libraries;
 pub mod memory;
 pub mod ptx;
+mod tell;

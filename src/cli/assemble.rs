@@ -17,6 +17,7 @@ use crate::model::Model;
 use crate::model::layers::LogMel;
 use crate::model::presets::{Fit, Goal, Preset};
 use crate::parallel::world::World;
+use crate::tell::tell;
 use crate::train::checkpoint::{self, Which};
 use crate::train::infer::Predictor;
 use crate::train::looping::model_input;
@@ -108,7 +109,7 @@ pub fn open_device(run: &RunFile, world: &World, graphs: bool) -> Result<Opened>
                     )));
                 }
                 if let Some(reason) = reason {
-                    eprintln!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more");
+                    tell(format_args!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more"));
                 }
                 return Ok(Opened::Cpu(Cpu::new()));
             }
@@ -153,9 +154,9 @@ pub fn enter_emulated() -> Result<()> {
     if emulated::is_active() {
         return Ok(());
     }
-    eprintln!(
+    tell(
         "device = \"emulated\": no GPU is used. A CUDA device in software runs every kernel, instruction by instruction: right, \
-         and thousands of times slower than a GPU"
+         and thousands of times slower than a GPU",
     );
     Err(emulated::start_again())
 }
@@ -167,7 +168,7 @@ pub fn choose_auto() -> Option<usize> {
         Choice::Cuda(ordinal) => Some(ordinal),
         Choice::Cpu(reason) => {
             if let Some(reason) = reason {
-                eprintln!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more");
+                tell(format_args!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more"));
             }
             None
         }

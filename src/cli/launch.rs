@@ -19,6 +19,7 @@ use signal_hook::iterator::Signals;
 
 use super::{Cli, Command, count};
 use crate::error::{Error, Result};
+use crate::tell::tell;
 use control::Control;
 use job::{End, Job};
 use outputs::Outputs;
@@ -153,14 +154,14 @@ impl Launch {
                 End::Interrupted(signal) => return Ok(ExitCode::from(128 + signal as u8)),
                 End::Failed { rank, status } => (rank, status),
             };
-            eprint!("{}", outputs.report(rank, &how(status)));
+            tell(outputs.report(rank, &how(status)));
             let code = exit_code(status);
             // Wrong input stays wrong.
             if code == 2 || attempt == restarts {
                 return Ok(ExitCode::from(code));
             }
             let from = if self.has_begun() { "the last checkpoint" } else { "the beginning" };
-            eprintln!("restart {} of {restarts}, from {from}", attempt + 1);
+            tell(format_args!("restart {} of {restarts}, from {from}", attempt + 1));
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::{Error, Result};
+use crate::tell::tell;
 
 /// Trains models: a run file goes in; a trained model, its curves and its checkpoints come out.
 #[derive(Debug, Parser)]
@@ -151,6 +152,6 @@ fn report(error: &anyhow::Error) -> ExitCode {
     }
     let text = format!("{error:#}");
     let line: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    eprintln!("error: {}", line.join(" "));
+    tell(format_args!("error: {}", line.join(" ")));
     ExitCode::from(ours.map_or(1, Error::exit_code))
 }

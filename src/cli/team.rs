@@ -17,6 +17,7 @@ use crate::parallel::rendezvous::{Endpoint, Listener};
 use crate::parallel::watch::{Told, Watch, WatchOptions};
 use crate::parallel::world::{Launcher, World};
 use crate::parallel::{Collective, ID_BYTES, Nccl, Single, Watched};
+use crate::tell::tell;
 
 /// How long the cause of a failed exchange is waited for.
 const CAUSE: Duration = Duration::from_secs(5);
@@ -111,9 +112,7 @@ fn over_nccl(world: &World, device: &Arc<Device>, timeout: Duration) -> Result<J
     let by_mpi = matches!(world.how, Launcher::OpenMpi | Launcher::Mpich);
     if cfg!(feature = "mpi") && by_mpi && !Library::Nccl.is_present() {
         if world.rank == 0 {
-            eprintln!(
-                "NCCL was not found: GPUs exchange gradients by MPI, through the host; `warpstep doctor` tells more"
-            );
+            tell("NCCL was not found: GPUs exchange gradients by MPI, through the host; `warpstep doctor` tells more");
         }
         return over_mpi(world, timeout);
     }

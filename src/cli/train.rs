@@ -24,6 +24,7 @@ use crate::optim::NormClip;
 use crate::parallel::watch::Watch;
 use crate::parallel::world::World;
 use crate::parallel::{Collective, agree};
+use crate::tell::tell;
 use crate::train::checkpoint::{self, Which};
 use crate::train::files::write_whole;
 use crate::train::looping::train;
@@ -159,7 +160,7 @@ fn train_in_team(
         (false, false) => Start::New,
     };
     if start == Start::Resume && collective.rank() == 0 && matches!(latest(folder), Ok(None)) {
-        eprintln!("no checkpoint in {}: begins at step 0", folder.display());
+        tell(format_args!("no checkpoint in {}: begins at step 0", folder.display()));
     }
     let show = match (options.json, options.quiet) {
         // One process speaks for all.
@@ -226,13 +227,13 @@ impl Go<'_> {
             // How the run ended does not depend on it.
             match profile.table() {
                 Ok(table) => keep_profile(&table, folder, show)?,
-                Err(error) => eprintln!("no profile: {error}"),
+                Err(error) => tell(format_args!("no profile: {error}")),
             }
         }
         match outcome.end {
             End::Interrupted(signal) => {
                 if matches!(show, Show::Auto | Show::Json) {
-                    eprintln!("interrupted: a checkpoint was written; go on with --resume");
+                    tell("interrupted: a checkpoint was written; go on with --resume");
                 }
                 Ok(ExitCode::from(128 + signal as u8))
             }

@@ -17,6 +17,7 @@ use crate::backend::cuda::libraries::{Library, provide_nccl};
 use crate::backend::cuda::{Communication, Device};
 use crate::backend::{DeviceSlice, Number, Slice};
 use crate::error::{Error, Result};
+use crate::tell::tell;
 
 /// Bytes of the id by which processes find each other.
 pub const ID_BYTES: usize = 128;
@@ -201,7 +202,7 @@ impl Communicator {
             // library has aborts for, from another thread.
             let status = unsafe { sys::ncclCommAbort(handle) };
             if let Err(error) = check("give up", status) {
-                eprintln!("{error}");
+                tell(error);
             }
         }
     }
@@ -324,7 +325,7 @@ impl Drop for Communicator {
         let handle = *self.handle.get_mut();
         // SAFETY: nobody else has the handle any more; what it was asked for has passed, or is waited for by the library.
         if let Err(error) = check("leave the other processes", unsafe { sys::ncclCommDestroy(handle) }) {
-            eprintln!("{error}");
+            tell(error);
         }
     }
 }

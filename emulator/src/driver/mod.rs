@@ -17,6 +17,7 @@ use crate::exec::{Checks, Launch, launch};
 use crate::fault::{Fault, FaultKind};
 use crate::memory::Memory;
 use crate::ptx::Loaded;
+use crate::tell::tell;
 use handles::Table;
 
 /// Numbers of the driver's errors.
@@ -224,7 +225,7 @@ fn number(kind: &FaultKind) -> (i32, bool) {
 pub(crate) fn fail(fault: Fault) -> i32 {
     let (number, breaks) = number(&fault.kind);
     if !matches!(fault.kind, FaultKind::OutOfMemory { .. }) {
-        eprintln!("emulated device: {fault}");
+        tell(format_args!("emulated device: {fault}"));
     }
     let mut state = state();
     if let (true, Some(device)) = (breaks, api::context()) {

@@ -40,7 +40,11 @@ pub fn find_library() -> Option<PathBuf> {
     let beside = program.iter().flat_map(|program| program.ancestors().skip(1).take(2)).flat_map(|folder| {
         [folder.to_owned(), folder.join("deps"), folder.join("lib")].map(|folder| folder.join(LIBRARY))
     });
-    named.into_iter().chain(beside).find(|path| path.is_file())
+    // Cargo leaves the emulator in one place when it builds and in another when it tests: the newer is the one that fits.
+    let newest = || {
+        beside.filter(|path| path.is_file()).max_by_key(|path| path.metadata().and_then(|file| file.modified()).ok())
+    };
+    named.filter(|path| path.is_file()).or_else(newest)
 }
 
 /// Starts this process again, with the same arguments, on the emulated device. Comes back only where that fails.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use cudarc::nvrtc;
 
 use crate::error::{Error, Result};
+use crate::tell::tell;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
@@ -56,7 +57,10 @@ pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
         // All of them, side by side: a run needs most, and would wait for each as it comes to it. What fails is told by the one that
         // is asked for.
         AHEAD.call_once(|| {
-            eprintln!("NVRTC compiles the kernels, once, into {}: this may take half a minute", folder.display());
+            tell(format_args!(
+                "NVRTC compiles the kernels, once, into {}: this may take half a minute",
+                folder.display()
+            ));
             let _ = compile_all(capability);
         });
     }

@@ -7,6 +7,7 @@ use clap::Args;
 
 use crate::bench::compare::{compare, read};
 use crate::error::Error;
+use crate::tell::tell;
 
 /// Options of `bench compare`.
 #[derive(Debug, Args)]
@@ -47,6 +48,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     if slower.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("slower by more than {percent} %: {}", slower.join(", "));
+    tell(format_args!("slower by more than {percent} %: {}", slower.join(", ")));
     Ok(ExitCode::FAILURE)
 }

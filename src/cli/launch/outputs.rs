@@ -73,18 +73,17 @@ impl Attempt<'_> {
         self.tail(rank).iter().any(|line| line.starts_with("error:") || line.contains("panicked at"))
     }
 
-    /// What the user is told of a rank that failed, in whole lines.
+    /// What the user is told of a rank that failed, in lines of which the last is not ended.
     pub fn report(&self, rank: Option<usize>, how: &str) -> String {
-        let Some(rank) = rank else { return format!("error: mpirun {how}\n") };
+        let Some(rank) = rank else { return format!("error: mpirun {how}") };
         let tail = if rank == 0 { Vec::new() } else { self.tail(rank) };
         if tail.is_empty() {
-            return format!("error: rank {rank} {how}\n");
+            return format!("error: rank {rank} {how}");
         }
-        let mut text = format!("error: rank {rank} {how}; {} ends with:\n", file(&self.outputs.folder, rank).display());
+        let mut text = format!("error: rank {rank} {how}; {} ends with:", file(&self.outputs.folder, rank).display());
         for line in tail {
-            text.push_str("    ");
+            text.push_str("\n    ");
             text.push_str(&line);
-            text.push('\n');
         }
         text
     }

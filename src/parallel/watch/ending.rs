@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::failure::Failure;
 use super::{Handler, WatchOptions};
+use crate::tell::tell;
 
 /// How long handler and output may take at most.
 const GRACE: Duration = Duration::from_secs(5);
@@ -36,14 +37,14 @@ pub(super) fn begin(failure: &Failure, aloud: bool, options: WatchOptions) -> Re
 }
 
 fn speak(sentence: &str, aloud: bool, log: Option<&Path>) {
-    let line = format!("error: {sentence}\n");
+    let line = format!("error: {sentence}");
     if aloud {
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        tell(&line);
     }
     if let Some(log) = log
         && let Ok(mut file) = OpenOptions::new().create(true).append(true).open(log)
     {
-        let _ = file.write_all(line.as_bytes());
+        let _ = file.write_all(format!("{line}\n").as_bytes());
     }
 }
 

@@ -9,6 +9,7 @@ use crate::driver::{Call, Function, KernelLaunch, Work, fail, lock, queue, state
 use crate::exec::{SHARED_LIMIT, STATIC_SHARED_LIMIT};
 use crate::memory::Memory;
 use crate::ptx::Module;
+use crate::tell::tell;
 
 /// The PTX of an image: a fatbin's, or the text itself.
 unsafe fn image_text(image: *const c_void) -> Call<String> {
@@ -25,7 +26,7 @@ unsafe fn image_text(image: *const c_void) -> Call<String> {
         let header = std::slice::from_raw_parts(image.cast::<u8>(), 16);
         let length = crate::fatbin::length(header).map_err(|_| status::INVALID_IMAGE)?;
         crate::fatbin::ptx(std::slice::from_raw_parts(image.cast::<u8>(), length)).map_err(|error| {
-            eprintln!("emulated device: {error}");
+            tell(format_args!("emulated device: {error}"));
             status::NO_BINARY_FOR_GPU
         })
     }
@@ -44,7 +45,7 @@ fn parsed(text: &str) -> Call<Arc<Module>> {
         return Ok(Arc::clone(module));
     }
     let module = Module::parse(text).map_err(|error| {
-        eprintln!("emulated device: {error}");
+        tell(format_args!("emulated device: {error}"));
         status::INVALID_PTX
     })?;
     let module = Arc::new(module);

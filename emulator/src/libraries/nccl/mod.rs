@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::driver::{current_device, is_capturing, physical, queue_task};
 use crate::fault::{Fault, FaultKind};
 use crate::memory::Memory;
+use crate::tell::tell;
 use calls::{check_buffer, type_of};
 use rank::{Ask, Comm};
 use wire::{Failure, failure, status};
@@ -89,7 +90,7 @@ fn call(body: impl FnOnce() -> Call<()>) -> c_int {
     match found {
         Ok(()) => status::SUCCESS,
         Err(Failure { status, text }) => {
-            eprintln!("emulated NCCL: {text}");
+            tell(format_args!("emulated NCCL: {text}"));
             LAST.set(CString::new(text).unwrap_or_default());
             status
         }
