@@ -367,7 +367,7 @@ impl<'a, B: Backend> Planner<'a, B> {
     }
 
     pub(super) fn finish(
-        self,
+        mut self,
         input: Value,
         target: Option<Value>,
         metrics: Option<Act>,
@@ -375,8 +375,11 @@ impl<'a, B: Backend> Planner<'a, B> {
         output_shape: Vec<usize>,
     ) -> Result<Program<B>> {
         let forward = if self.forward_ops == 0 { self.ops.len() } else { self.forward_ops };
-        let emitted = Operations { ops: self.ops, forward };
-        let Operations { ops, forward } = emitted.fused(|act| self.activations[act.0 as usize].kept);
+        let emitted = Operations { ops: self.ops, forward, shrunk: Vec::new() };
+        let Operations { ops, forward, shrunk } = emitted.fused(|act| self.activations[act.0 as usize].kept);
+        for (act, other) in shrunk {
+            self.activations[act.0 as usize].len = self.activations[other.0 as usize].len;
+        }
         let end = ops.len();
         let mut lives: Vec<Option<(usize, usize)>> = vec![None; self.activations.len()];
         let mut index_lives: Vec<Option<(usize, usize)>> = vec![None; self.indices.len()];
