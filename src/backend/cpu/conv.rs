@@ -1,19 +1,22 @@
 //! Convolution as products: the windows of a sample become the columns of a matrix.
 
+use std::sync::{Mutex, PoisonError};
+
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
 use super::Cpu;
 use super::linear::{matrix, matrix_mut};
-use super::parallel::{sum_of, vectorize};
+use super::parallel::{PIECE, sum_of, vectorize};
 use super::product::product_here;
+use super::transpose::transpose;
 use crate::backend::ops::{Conv, Conv2dBackward, Conv2dForward, Conv2dGeometry};
 use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::{Error, Result};
 use crate::real::Real;
 
-/// Parts that a batch is cut into, whatever the number of threads: each has its own columns and its own sum of weight
-/// gradients, and the sums are added in order.
+/// Parts that a batch is cut into, whatever the number of threads: each has its own sums of weight and bias gradients, which are
+/// added in order.
 const PARTS: usize = 16;
 
 /// Sizes that follow from a geometry.
@@ -30,8 +33,9 @@ struct Sizes {
     output: usize,
     /// Elements of the matrix of columns; 0 where the input is that matrix already.
     columns: usize,
-    /// Samples of a part.
+    /// Samples of a part, and how many parts there are.
     part: usize,
+    parts: usize,
     output_sides: [usize; 2],
 }
 
@@ -41,6 +45,7 @@ fn sizes(g: &Conv2dGeometry) -> Result<Sizes> {
     })?;
     let positions = output_sides[0] * output_sides[1];
     let group_channels = g.channels / g.groups;
+    let part = g.batch.div_ceil(PARTS).max(1);
     let taps = group_channels * g.kernel[0] * g.kernel[1];
     Ok(Sizes {
         positions,
@@ -49,7 +54,8 @@ fn sizes(g: &Conv2dGeometry) -> Result<Sizes> {
         input: g.channels * g.input[0] * g.input[1],
         output: g.filters * positions,
         columns: if is_pointwise(g) { 0 } else { taps * positions },
-        part: g.batch.div_ceil(PARTS).max(1),
+        part,
+        parts: g.batch.div_ceil(part),
         output_sides,
     })
 }
@@ -171,11 +177,37 @@ fn columns<'v, R: Real>(g: &Conv2dGeometry, s: &Sizes, x: &'v [R], scratch: &'v 
     matrix(scratch, s.taps, s.positions, "conv2d columns")
 }
 
+/// Does pieces of work, each with `each` values of `scratch` that a thread keeps from one piece to the next: they stay in its cache.
+fn share_out<R: Real, T>(
+    pieces: impl Iterator<Item = T> + Send,
+    scratch: &mut [R],
+    each: usize,
+    work: impl Fn(T, &mut [R]) -> Result<()> + Sync,
+) -> Result<()> {
+    let pieces = Mutex::new(pieces);
+    let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let thread = |scratch: &mut [R]| {
+        while let Some(piece) = next() {
+            work(piece, scratch)?;
+        }
+        Ok(())
+    };
+    match each {
+        0 => (0..rayon::current_num_threads()).into_par_iter().try_for_each(|_| thread(&mut [])),
+        each => scratch.par_chunks_exact_mut(each).try_for_each(thread),
+    }
+}
+
 impl<R: Real> Conv for Cpu<R> {
     fn conv2d_workspace(g: &Conv2dGeometry, backward: bool) -> usize {
         let Ok(s) = sizes(g) else { return 0 };
-        let part = if backward { 2 * s.columns + g.filters * s.taps } else { s.columns };
-        g.batch.div_ceil(s.part) * part
+        let threads = rayon::current_num_threads().clamp(1, s.parts.max(1));
+        if backward {
+            let sums = g.filters * s.taps;
+            s.parts * (sums + g.filters) + threads * (2 * s.columns + sums)
+        } else {
+            threads * s.columns
+        }
     }
 
     fn conv2d_forward(&self, memory: &mut Memory<'_, Self>, args: &Conv2dForward, _: &StepContext) -> Result<()> {
@@ -208,12 +240,8 @@ impl<R: Real> Conv for Cpu<R> {
             }
             Ok(())
         };
-        let samples = x.par_chunks(s.part * s.input).zip(y.par_chunks_mut(s.part * s.output));
-        if s.columns == 0 {
-            samples.try_for_each(|(x, y)| part(x, y, &mut []))
-        } else {
-            samples.zip(workspace.par_chunks_mut(s.columns)).try_for_each(|((x, y), scratch)| part(x, y, scratch))
-        }
+        let samples = x.chunks(s.part * s.input).zip(y.chunks_mut(s.part * s.output));
+        share_out(samples, workspace, s.columns, |(x, y), scratch| part(x, y, scratch))
     }
 
     fn conv2d_backward(&self, memory: &mut Memory<'_, Self>, args: &Conv2dBackward, step: &StepContext) -> Result<()> {
@@ -223,15 +251,11 @@ impl<R: Real> Conv for Cpu<R> {
         let dx_range = args.dx.map_or(0..0, |dx| activations.range(dx));
         let [x, dy, work] = [args.x, args.dy, args.workspace].map(|act| activations.range(act));
         let [x, dy, workspace, dx] = disjoint(&mut activations.values, [x, dy, work, dx_range], "conv2d")?;
-        if let Some(dbias) = args.dbias {
-            let range = arena.gradient_range(dbias.param);
-            bias_gradient(&mut arena.gradients[range], dy, &s, !step.overwrites(dbias));
-        }
         let weight = &arena.parameters[arena.range(args.weight)];
         let dweight_len = g.filters * s.taps;
-        let part_work = 2 * s.columns + dweight_len;
-        let part = |x: &[R], dy: &[R], mut dx: Option<&mut [R]>, work: &mut [R]| -> Result<()> {
-            let (dweight, scratch) = work.split_at_mut(dweight_len);
+        let part = |x: &[R], dy: &[R], mut dx: Option<&mut [R]>, sums: &mut [R], scratch: &mut [R]| -> Result<()> {
+            let (dweight, dbias) = sums.split_at_mut(dweight_len);
+            let (turned, scratch) = scratch.split_at_mut(dweight_len);
             let (column_scratch, dcolumn_scratch) = scratch.split_at_mut(s.columns);
             for (sample, (x, dy)) in x.chunks_exact(s.input).zip(dy.chunks_exact(s.output)).enumerate() {
                 for group in 0..g.groups {
@@ -240,9 +264,10 @@ impl<R: Real> Conv for Cpu<R> {
                     let dy = &dy[group * s.output / g.groups..(group + 1) * s.output / g.groups];
                     let dy = matrix(dy, s.group_filters, s.positions, "conv2d gradient")?;
                     let columns = columns(g, &s, &x[inputs.clone()], column_scratch)?;
-                    let dweight = &mut dweight[filters.clone()];
-                    let dweight = matrix_mut(dweight, s.group_filters, s.taps, "conv2d weight gradient")?;
-                    product_here(dweight, dy, columns.t(), sample > 0);
+                    // On its side: of the two factors, which both lie along the sum, the smaller one is rearranged for it.
+                    let turned = &mut turned[filters.clone()];
+                    let turned = matrix_mut(turned, s.taps, s.group_filters, "conv2d weight gradient")?;
+                    product_here(turned, columns, dy.t(), sample > 0);
                     if let Some(dx) = &mut dx {
                         let dx = &mut dx[sample * s.input..(sample + 1) * s.input][inputs];
                         let weight = matrix(&weight[filters], s.group_filters, s.taps, "conv2d weight")?;
@@ -256,48 +281,64 @@ impl<R: Real> Conv for Cpu<R> {
                         }
                     }
                 }
+                if args.dbias.is_some() {
+                    add_bias_gradient(dbias, dy, &s, sample > 0);
+                }
+            }
+            let len = s.group_filters * s.taps;
+            for (dweight, turned) in dweight.chunks_exact_mut(len).zip(turned.chunks_exact(len)) {
+                let dweight = matrix_mut(dweight, s.group_filters, s.taps, "conv2d weight gradient")?;
+                transpose(dweight, matrix(turned, s.taps, s.group_filters, "conv2d weight gradient")?, false);
             }
             Ok(())
         };
-        let inputs = x.par_chunks(s.part * s.input).zip(dy.par_chunks(s.part * s.output));
-        let inputs = inputs.zip(workspace.par_chunks_mut(part_work));
+        let (sums, scratch) = workspace.split_at_mut(s.parts * (dweight_len + g.filters));
+        let each = 2 * s.columns + dweight_len;
+        let inputs = x.chunks(s.part * s.input).zip(dy.chunks(s.part * s.output));
+        let inputs = inputs.zip(sums.chunks_exact_mut(dweight_len + g.filters));
         if args.dx.is_some() {
-            inputs
-                .zip(dx.par_chunks_mut(s.part * s.input))
-                .try_for_each(|(((x, dy), work), dx)| part(x, dy, Some(dx), work))?;
+            let pieces = inputs.zip(dx.chunks_mut(s.part * s.input));
+            share_out(pieces, scratch, each, |(((x, dy), sums), dx), scratch| part(x, dy, Some(dx), sums, scratch))?;
         } else {
-            inputs.try_for_each(|((x, dy), work)| part(x, dy, None, work))?;
+            share_out(inputs, scratch, each, |((x, dy), sums), scratch| part(x, dy, None, sums, scratch))?;
         }
-        let range = arena.gradient_range(args.dweight.param);
-        let dweight = &mut arena.gradients[range];
-        if step.overwrites(args.dweight) {
-            dweight.fill(R::zero());
-        }
-        for work in workspace.chunks_exact(part_work) {
-            dweight.iter_mut().zip(work).for_each(|(d, &w)| *d += w);
+        let both = [(Some(args.dweight), 0..dweight_len), (args.dbias, dweight_len..dweight_len + g.filters)];
+        for (gradient, of) in both.into_iter().filter_map(|(gradient, of)| Some((gradient?, of))) {
+            let range = arena.gradient_range(gradient.param);
+            let values = &mut arena.gradients[range];
+            if step.overwrites(gradient) {
+                values.fill(R::zero());
+            }
+            let parts = || sums.chunks_exact(dweight_len + g.filters).map(|sums| &sums[of.clone()]);
+            values.par_chunks_mut(PIECE).enumerate().for_each(|(piece, values)| {
+                parts().for_each(|part| add_values(values, &part[piece * PIECE..][..values.len()]));
+            });
         }
         Ok(())
     }
 }
 
-/// `gradient[f] = sum of dy over samples and positions`, samples in order.
-fn bias_gradient<R: Real>(gradient: &mut [R], dy: &[R], s: &Sizes, accumulate: bool) {
-    gradient.par_iter_mut().enumerate().for_each(|(f, gradient)| {
-        let total = vectorize(
-            #[inline(always)]
-            || {
-                let mut total = R::zero();
-                for sample in dy.chunks_exact(s.output) {
-                    let plane = &sample[f * s.positions..(f + 1) * s.positions];
-                    total += sum_of(
-                        plane,
-                        #[inline(always)]
-                        |x| x,
-                    );
-                }
-                total
-            },
-        );
-        *gradient = if accumulate { *gradient + total } else { total };
-    });
+/// `to += values`.
+fn add_values<R: Real>(to: &mut [R], values: &[R]) {
+    vectorize(
+        #[inline(always)]
+        || to.iter_mut().zip(values).for_each(|(to, &value)| *to += value),
+    );
+}
+
+/// `gradient[f] = sum of dy over the positions of a sample`, `+=` with `accumulate`.
+fn add_bias_gradient<R: Real>(gradient: &mut [R], dy: &[R], s: &Sizes, accumulate: bool) {
+    vectorize(
+        #[inline(always)]
+        || {
+            for (gradient, plane) in gradient.iter_mut().zip(dy.chunks_exact(s.positions)) {
+                let total = sum_of(
+                    plane,
+                    #[inline(always)]
+                    |x| x,
+                );
+                *gradient = if accumulate { *gradient + total } else { total };
+            }
+        },
+    );
 }

@@ -23,8 +23,10 @@ const ROWS: usize = 12;
 const COPY_FROM: usize = 4 * ROWS;
 const CROWDED: isize = 256;
 
-/// From so many rows on it pays to turn a right factor on its side, and from such an inner dimension on to write the product by panels:
-/// the library's are wider.
+/// From so many rows on it pays to turn a right factor on its side: of a few columns, and of more. From such an inner dimension on it pays
+/// to write the product by panels: the library's are wider.
+const FEW_COLUMNS: usize = 2 * WIDTH;
+const FEW_TURNED_FROM: usize = 8;
 const TURNED_FROM: usize = 96;
 const DEEP_FROM: usize = 96;
 
@@ -71,7 +73,11 @@ impl Product {
     /// Whether this product is better done here than in the library, on this processor. Its bits are the same.
     pub fn is_for(&self) -> bool {
         let [m, k, n] = self.sizes;
-        let rows = if self.b.strides[1] == 1 { 4 } else { TURNED_FROM };
+        let rows = match self.b.strides[1] {
+            1 => 4,
+            _ if n <= FEW_COLUMNS => FEW_TURNED_FROM,
+            _ => TURNED_FROM,
+        };
         let fits = m >= rows && n >= LANES / 2 && k >= DEEP_FROM && m * k <= LARGEST;
         fits && is_x86_feature_detected!("avx512f")
     }
