@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::linear::{matrix, matrix_mut};
-use super::parallel::{PIECE, sum_of, vectorize};
+use super::parallel::{sum_of, sum_rows, vectorize};
 use super::product::product_here;
 use super::transpose::transpose;
 use crate::backend::ops::{Conv, Conv2dBackward, Conv2dForward, Conv2dGeometry};
@@ -204,7 +204,7 @@ impl<R: Real> Conv for Cpu<R> {
         let threads = rayon::current_num_threads().clamp(1, s.parts.max(1));
         if backward {
             let sums = g.filters * s.taps;
-            s.parts * (sums + g.filters) + threads * (2 * s.columns + sums)
+            s.parts * (sums + g.filters) + sums + threads * 2 * s.columns
         } else {
             threads * s.columns
         }
@@ -253,9 +253,10 @@ impl<R: Real> Conv for Cpu<R> {
         let [x, dy, workspace, dx] = disjoint(&mut activations.values, [x, dy, work, dx_range], "conv2d")?;
         let weight = &arena.parameters[arena.range(args.weight)];
         let dweight_len = g.filters * s.taps;
-        let part = |x: &[R], dy: &[R], mut dx: Option<&mut [R]>, sums: &mut [R], scratch: &mut [R]| -> Result<()> {
-            let (dweight, dbias) = sums.split_at_mut(dweight_len);
-            let (turned, scratch) = scratch.split_at_mut(dweight_len);
+        // Gradients of weights on their side, `[taps, filters]` of each group: of the two factors, which both lie along the sum, the
+        // smaller one is rearranged for it.
+        let part = |x: &[R], dy: &[R], mut dx: Option<&mut [R]>, sums: (&mut [R], &mut [R]), scratch: &mut [R]| {
+            let (dweight, dbias) = sums;
             let (column_scratch, dcolumn_scratch) = scratch.split_at_mut(s.columns);
             for (sample, (x, dy)) in x.chunks_exact(s.input).zip(dy.chunks_exact(s.output)).enumerate() {
                 for group in 0..g.groups {
@@ -264,10 +265,9 @@ impl<R: Real> Conv for Cpu<R> {
                     let dy = &dy[group * s.output / g.groups..(group + 1) * s.output / g.groups];
                     let dy = matrix(dy, s.group_filters, s.positions, "conv2d gradient")?;
                     let columns = columns(g, &s, &x[inputs.clone()], column_scratch)?;
-                    // On its side: of the two factors, which both lie along the sum, the smaller one is rearranged for it.
-                    let turned = &mut turned[filters.clone()];
-                    let turned = matrix_mut(turned, s.taps, s.group_filters, "conv2d weight gradient")?;
-                    product_here(turned, columns, dy.t(), sample > 0);
+                    let dweight = &mut dweight[filters.clone()];
+                    let dweight = matrix_mut(dweight, s.taps, s.group_filters, "conv2d weight gradient")?;
+                    product_here(dweight, columns, dy.t(), sample > 0);
                     if let Some(dx) = &mut dx {
                         let dx = &mut dx[sample * s.input..(sample + 1) * s.input][inputs];
                         let weight = matrix(&weight[filters], s.group_filters, s.taps, "conv2d weight")?;
@@ -285,45 +285,36 @@ impl<R: Real> Conv for Cpu<R> {
                     add_bias_gradient(dbias, dy, &s, sample > 0);
                 }
             }
-            let len = s.group_filters * s.taps;
-            for (dweight, turned) in dweight.chunks_exact_mut(len).zip(turned.chunks_exact(len)) {
-                let dweight = matrix_mut(dweight, s.group_filters, s.taps, "conv2d weight gradient")?;
-                transpose(dweight, matrix(turned, s.taps, s.group_filters, "conv2d weight gradient")?, false);
-            }
             Ok(())
         };
-        let (sums, scratch) = workspace.split_at_mut(s.parts * (dweight_len + g.filters));
-        let each = 2 * s.columns + dweight_len;
+        let (dweights, rest) = workspace.split_at_mut(s.parts * dweight_len);
+        let (dbiases, rest) = rest.split_at_mut(s.parts * g.filters);
+        let (total, scratch) = rest.split_at_mut(dweight_len);
         let inputs = x.chunks(s.part * s.input).zip(dy.chunks(s.part * s.output));
-        let inputs = inputs.zip(sums.chunks_exact_mut(dweight_len + g.filters));
+        let sums = dweights.chunks_exact_mut(dweight_len).zip(dbiases.chunks_exact_mut(g.filters));
+        let inputs = inputs.zip(sums);
         if args.dx.is_some() {
             let pieces = inputs.zip(dx.chunks_mut(s.part * s.input));
-            share_out(pieces, scratch, each, |(((x, dy), sums), dx), scratch| part(x, dy, Some(dx), sums, scratch))?;
+            share_out(pieces, scratch, 2 * s.columns, |(((x, dy), sums), dx), scratch| {
+                part(x, dy, Some(dx), sums, scratch)
+            })?;
         } else {
-            share_out(inputs, scratch, each, |((x, dy), sums), scratch| part(x, dy, None, sums, scratch))?;
+            share_out(inputs, scratch, 2 * s.columns, |((x, dy), sums), scratch| part(x, dy, None, sums, scratch))?;
         }
-        let both = [(Some(args.dweight), 0..dweight_len), (args.dbias, dweight_len..dweight_len + g.filters)];
-        for (gradient, of) in both.into_iter().filter_map(|(gradient, of)| Some((gradient?, of))) {
-            let range = arena.gradient_range(gradient.param);
-            let values = &mut arena.gradients[range];
-            if step.overwrites(gradient) {
-                values.fill(R::zero());
-            }
-            let parts = || sums.chunks_exact(dweight_len + g.filters).map(|sums| &sums[of.clone()]);
-            values.par_chunks_mut(PIECE).enumerate().for_each(|(piece, values)| {
-                parts().for_each(|part| add_values(values, &part[piece * PIECE..][..values.len()]));
-            });
+        sum_rows(total, dweights, false);
+        let range = arena.gradient_range(args.dweight.param);
+        let len = s.group_filters * s.taps;
+        for (dweight, total) in arena.gradients[range].chunks_exact_mut(len).zip(total.chunks_exact(len)) {
+            let dweight = matrix_mut(dweight, s.group_filters, s.taps, "conv2d weight gradient")?;
+            let total = matrix(total, s.taps, s.group_filters, "conv2d weight gradient")?;
+            transpose(dweight, total, !step.overwrites(args.dweight));
+        }
+        if let Some(dbias) = args.dbias {
+            let range = arena.gradient_range(dbias.param);
+            sum_rows(&mut arena.gradients[range], dbiases, !step.overwrites(dbias));
         }
         Ok(())
     }
-}
-
-/// `to += values`.
-fn add_values<R: Real>(to: &mut [R], values: &[R]) {
-    vectorize(
-        #[inline(always)]
-        || to.iter_mut().zip(values).for_each(|(to, &value)| *to += value),
-    );
 }
 
 /// `gradient[f] = sum of dy over the positions of a sample`, `+=` with `accumulate`.
