@@ -60,9 +60,16 @@ fn silu_slope<R: Real>(x: R) -> R {
     s * (R::one() + x * (R::one() - s))
 }
 
+/// `max(x, 0)`, NaN where x is one.
 #[inline(always)]
-fn relu<R: Real>(x: R) -> R {
+pub(super) fn relu<R: Real>(x: R) -> R {
     if x < R::zero() { R::zero() } else { x }
+}
+
+/// d where x is above 0, and 0 elsewhere.
+#[inline(always)]
+pub(super) fn relu_slope<R: Real>(x: R, d: R) -> R {
+    if x > R::zero() { d } else { R::zero() }
 }
 
 #[inline(always)]
@@ -72,13 +79,9 @@ fn silu<R: Real>(x: R) -> R {
 
 /// `d f'(x)` of each function.
 mod backward {
+    pub(super) use super::relu_slope as relu;
     use super::{gelu_slope, gelu_tanh_slope, silu_slope};
     use crate::real::Real;
-
-    #[inline(always)]
-    pub fn relu<R: Real>(x: R, d: R) -> R {
-        if x > R::zero() { d } else { R::zero() }
-    }
 
     #[inline(always)]
     pub fn gelu_tanh<R: Real>(x: R, d: R) -> R {

@@ -68,6 +68,45 @@ pub trait LayerNorm: Sized {
         Self: Backend;
 }
 
+/// What a batch normalization does to its values before it writes them: `y = relu(normalized + residual)`, each where asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Epilogue {
+    /// `[batch, channels, spatial]`: added.
+    pub residual: Option<Act>,
+    /// Whether what is below 0 becomes 0, after the sum.
+    pub relu: bool,
+}
+
+impl Epilogue {
+    /// Additions and comparisons of each value.
+    fn flops(&self) -> usize {
+        usize::from(self.residual.is_some()) + usize::from(self.relu)
+    }
+}
+
+impl Operand for Epilogue {
+    fn uses(&self, visit: &mut dyn FnMut(Use)) {
+        self.residual.uses(visit);
+    }
+}
+
+/// ReLU behind a batch normalization, whose slope the normalization's backward takes as it reads `dy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rectified {
+    /// `[batch, channels, spatial]`: what ReLU was given, or what it gave, above 0 where the slope is 1. Without it, ReLU was given
+    /// what the normalization makes of x, which its backward computes once more, to the same bits.
+    pub output: Option<Act>,
+    /// `[batch, channels, spatial]`: the gradient of what ReLU was given, `=`, where others need it too.
+    pub gradient: Option<Act>,
+}
+
+impl Operand for Rectified {
+    fn uses(&self, visit: &mut dyn FnMut(Use)) {
+        self.output.uses(visit);
+        self.gradient.uses(visit);
+    }
+}
+
 op! {
     /// Batch normalization in training. The variance that normalizes divides by n, the running one by n - 1.
     BatchNormForward => batch_norm_forward {
@@ -83,6 +122,8 @@ op! {
         running_var: State,
         /// `[batch, channels, spatial]`, `=`.
         y: Act,
+        /// What follows before y is written.
+        epilogue: Epilogue,
         /// `[channels]`: the batch's mean, `=`.
         mean: Act,
         /// `[channels]`: `1 / sqrt(variance + epsilon)`, `=`.
@@ -98,7 +139,7 @@ op! {
         /// Share of the batch in the running statistics.
         momentum: f64,
     }
-    flops(a) 8 * a.batch * a.channels * a.spatial
+    flops(a) (8 + a.epilogue.flops()) * a.batch * a.channels * a.spatial
 }
 
 op! {
@@ -116,6 +157,8 @@ op! {
         running_var: State,
         /// `[batch, channels, spatial]`, `=`.
         y: Act,
+        /// What follows before y is written.
+        epilogue: Epilogue,
         /// Samples.
         batch: usize,
         /// Channels.
@@ -125,7 +168,7 @@ op! {
         /// Added to the variance.
         epsilon: f64,
     }
-    flops(a) 2 * a.batch * a.channels * a.spatial
+    flops(a) (2 + a.epilogue.flops()) * a.batch * a.channels * a.spatial
 }
 
 op! {
@@ -135,8 +178,12 @@ op! {
         x: Act,
         /// `[batch, channels, spatial]`.
         dy: Act,
+        /// ReLU between y and what `dy` is the gradient of, if there is one.
+        rectified: Option<Rectified>,
         /// `[channels]`.
         weight: Param,
+        /// `[channels]`.
+        bias: Param,
         /// `[channels]`.
         mean: Act,
         /// `[channels]`.
@@ -154,7 +201,7 @@ op! {
         /// Positions a channel.
         spatial: usize,
     }
-    flops(a) 11 * a.batch * a.channels * a.spatial
+    flops(a) (11 + usize::from(a.rectified.is_some())) * a.batch * a.channels * a.spatial
 }
 
 /// A sum that a normalization takes as it reads, so that it need not be read again: what is normalized is `x + other`.

@@ -2,8 +2,8 @@
 
 use super::planned;
 use crate::backend::ops::{
-    BatchNormBackward, BatchNormForward, BatchNormInference, LayerNormBackward, LayerNormForward, RmsNormBackward,
-    RmsNormForward,
+    BatchNormBackward, BatchNormForward, BatchNormInference, Epilogue, LayerNormBackward, LayerNormForward,
+    RmsNormBackward, RmsNormForward,
 };
 use crate::backend::{Act, Backend, Param};
 use crate::error::{Error, Result};
@@ -97,6 +97,7 @@ impl<B: Backend> Layer<B> for BatchNorm {
                 running_mean,
                 running_var,
                 y,
+                epilogue: Epilogue::default(),
                 mean,
                 reciprocal_std,
                 batch,
@@ -115,6 +116,7 @@ impl<B: Backend> Layer<B> for BatchNorm {
                 running_mean,
                 running_var,
                 y,
+                epilogue: Epilogue::default(),
                 batch,
                 channels,
                 spatial,
@@ -132,7 +134,9 @@ impl<B: Backend> Layer<B> for BatchNorm {
         planner.emit(BatchNormBackward {
             x: saved.x,
             dy: dy.real("batch_norm")?,
+            rectified: None,
             weight: saved.weight,
+            bias: saved.bias,
             mean: saved.mean,
             reciprocal_std: saved.reciprocal_std,
             dx: dx.as_ref().map(|(act, _)| *act),
