@@ -1,4 +1,5 @@
-//! Convolution as products: the windows of a sample become the columns of a matrix.
+//! Convolution as products: the windows of a sample become the columns of a matrix. Where kernels of 3 x 3 take fewer multiplications in
+//! another form, that is in winograd.rs.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -10,6 +11,7 @@ use super::linear::{matrix, matrix_mut};
 use super::parallel::{sum_of, sum_rows, vectorize};
 use super::product::product_here;
 use super::transpose::transpose;
+use super::winograd::Winograd;
 use crate::backend::ops::{Conv, Conv2dBackward, Conv2dForward, Conv2dGeometry};
 use crate::backend::{Memory, StepContext, disjoint};
 use crate::error::{Error, Result};
@@ -173,8 +175,9 @@ fn columns<'v, R: Real>(g: &Conv2dGeometry, s: &Sizes, x: &'v [R], scratch: &'v 
     if s.columns == 0 {
         return matrix(x, s.taps, s.positions, "conv2d input");
     }
-    to_columns(g, s, x, scratch);
-    matrix(scratch, s.taps, s.positions, "conv2d columns")
+    let columns = &mut scratch[..s.columns];
+    to_columns(g, s, x, columns);
+    matrix(columns, s.taps, s.positions, "conv2d columns")
 }
 
 /// Does pieces of work, each with `each` values of `scratch` that a thread keeps from one piece to the next: they stay in its cache.
@@ -198,13 +201,36 @@ fn share_out<R: Real, T>(
     }
 }
 
+/// What of a backward is done in fewer multiplications: the gradient of the weights, and that of the input. Columns serve the rest.
+struct Ways {
+    weights: Option<Winograd>,
+    input: Option<Winograd>,
+}
+
+impl Ways {
+    fn of(g: &Conv2dGeometry) -> Self {
+        let forward = Winograd::of(g);
+        Ways { weights: forward.filter(Winograd::serves_weights), input: forward.map(|forward| forward.of_gradient()) }
+    }
+
+    /// Values of memory that each thread has.
+    fn room(&self, s: &Sizes) -> usize {
+        let weights = self.weights.as_ref().map_or(s.columns, Winograd::gradient_room);
+        weights.max(self.input.as_ref().map_or(s.columns, Winograd::room))
+    }
+}
+
 impl<R: Real> Conv for Cpu<R> {
     fn conv2d_workspace(g: &Conv2dGeometry, backward: bool) -> usize {
         let Ok(s) = sizes(g) else { return 0 };
         let threads = rayon::current_num_threads().clamp(1, s.parts.max(1));
+        let weights = g.filters * s.taps;
         if backward {
-            let sums = g.filters * s.taps;
-            s.parts * (sums + g.filters) + sums + threads * 2 * s.columns
+            let ways = Ways::of(g);
+            let kernels = ways.input.as_ref().map_or(0, Winograd::kernels);
+            s.parts * (weights + g.filters) + weights + kernels + threads * ways.room(&s)
+        } else if let Some(winograd) = Winograd::of(g) {
+            weights + winograd.kernels() + threads * winograd.room()
         } else {
             threads * s.columns
         }
@@ -218,7 +244,15 @@ impl<R: Real> Conv for Cpu<R> {
         let [x, y, workspace] = disjoint(&mut activations.values, ranges, "conv2d")?;
         let weight = &arena.parameters[arena.range(args.weight)];
         let bias = args.bias.map(|bias| &arena.parameters[arena.range(bias)]);
-        let part = |x: &[R], y: &mut [R], scratch: &mut [R]| -> Result<()> {
+        let samples = x.chunks(s.part * s.input).zip(y.chunks_mut(s.part * s.output));
+        if let Some(winograd) = Winograd::of(g) {
+            let (memory, rest) = workspace.split_at_mut(weight.len());
+            let (kernels, rooms) = rest.split_at_mut(winograd.kernels());
+            winograd.kernels_of(weight, false, kernels, memory)?;
+            let part = |(x, y): (&[R], &mut [R]), room: &mut [R]| winograd.convolve(kernels, bias, x, y, room);
+            return share_out(samples, rooms, winograd.room(), part);
+        }
+        let part = |(x, y): (&[R], &mut [R]), scratch: &mut [R]| -> Result<()> {
             for (x, y) in x.chunks_exact(s.input).zip(y.chunks_exact_mut(s.output)) {
                 let groups = x.chunks_exact(s.input / g.groups).zip(y.chunks_exact_mut(s.output / g.groups));
                 for (group, (x, y)) in groups.enumerate() {
@@ -240,46 +274,68 @@ impl<R: Real> Conv for Cpu<R> {
             }
             Ok(())
         };
-        let samples = x.chunks(s.part * s.input).zip(y.chunks_mut(s.part * s.output));
-        share_out(samples, workspace, s.columns, |(x, y), scratch| part(x, y, scratch))
+        share_out(samples, workspace, s.columns, part)
     }
 
     fn conv2d_backward(&self, memory: &mut Memory<'_, Self>, args: &Conv2dBackward, step: &StepContext) -> Result<()> {
         let (arena, activations) = (&mut *memory.arena, &mut *memory.activations);
         let g = &args.geometry;
         let s = sizes(g)?;
+        let ways = Ways::of(g);
         let dx_range = args.dx.map_or(0..0, |dx| activations.range(dx));
         let [x, dy, work] = [args.x, args.dy, args.workspace].map(|act| activations.range(act));
         let [x, dy, workspace, dx] = disjoint(&mut activations.values, [x, dy, work, dx_range], "conv2d")?;
         let weight = &arena.parameters[arena.range(args.weight)];
-        let dweight_len = g.filters * s.taps;
-        // Gradients of weights on their side, `[taps, filters]` of each group: of the two factors, which both lie along the sum, the
-        // smaller one is rearranged for it.
-        let part = |x: &[R], dy: &[R], mut dx: Option<&mut [R]>, sums: (&mut [R], &mut [R]), scratch: &mut [R]| {
-            let (dweight, dbias) = sums;
-            let (column_scratch, dcolumn_scratch) = scratch.split_at_mut(s.columns);
-            for (sample, (x, dy)) in x.chunks_exact(s.input).zip(dy.chunks_exact(s.output)).enumerate() {
-                for group in 0..g.groups {
-                    let inputs = group * s.input / g.groups..(group + 1) * s.input / g.groups;
-                    let filters = group * s.group_filters * s.taps..(group + 1) * s.group_filters * s.taps;
-                    let dy = &dy[group * s.output / g.groups..(group + 1) * s.output / g.groups];
+        let (dweights, rest) = workspace.split_at_mut(s.parts * weight.len());
+        let (dbiases, rest) = rest.split_at_mut(s.parts * g.filters);
+        let (total, rest) = rest.split_at_mut(weight.len());
+        let (kernels, rooms) = rest.split_at_mut(ways.input.as_ref().map_or(0, Winograd::kernels));
+        if let (Some(winograd), Some(_)) = (&ways.input, args.dx) {
+            winograd.kernels_of(weight, true, kernels, total)?;
+        }
+        let kernels = &*kernels;
+        // By columns, a sample at a time: the gradient of weights on its side, `[taps, filters]` of each group. Of the two factors, which
+        // both lie along the sum, the smaller one is rearranged for it.
+        let dweight_by_columns =
+            |x: &[R], dy: &[R], dweight: &mut [R], scratch: &mut [R], accumulate: bool| -> Result<()> {
+                let groups = x.chunks_exact(s.input / g.groups).zip(dy.chunks_exact(s.output / g.groups));
+                for ((x, dy), dweight) in groups.zip(dweight.chunks_exact_mut(s.group_filters * s.taps)) {
                     let dy = matrix(dy, s.group_filters, s.positions, "conv2d gradient")?;
-                    let columns = columns(g, &s, &x[inputs.clone()], column_scratch)?;
-                    let dweight = &mut dweight[filters.clone()];
+                    let columns = columns(g, &s, x, scratch)?;
                     let dweight = matrix_mut(dweight, s.taps, s.group_filters, "conv2d weight gradient")?;
-                    product_here(dweight, columns, dy.t(), sample > 0);
-                    if let Some(dx) = &mut dx {
-                        let dx = &mut dx[sample * s.input..(sample + 1) * s.input][inputs];
-                        let weight = matrix(&weight[filters], s.group_filters, s.taps, "conv2d weight")?;
-                        if s.columns == 0 {
-                            product_here(matrix_mut(dx, s.taps, s.positions, "conv2d")?, weight.t(), dy, false);
-                        } else {
-                            let dcolumns = matrix_mut(dcolumn_scratch, s.taps, s.positions, "conv2d columns")?;
-                            product_here(dcolumns, weight.t(), dy, false);
-                            dx.fill(R::zero());
-                            from_columns(g, &s, dcolumn_scratch, dx);
-                        }
-                    }
+                    product_here(dweight, columns, dy.t(), accumulate);
+                }
+                Ok(())
+            };
+        let dx_by_columns = |dy: &[R], dx: &mut [R], scratch: &mut [R]| -> Result<()> {
+            let groups = dy.chunks_exact(s.output / g.groups).zip(dx.chunks_exact_mut(s.input / g.groups));
+            for ((dy, dx), weight) in groups.zip(weight.chunks_exact(s.group_filters * s.taps)) {
+                let dy = matrix(dy, s.group_filters, s.positions, "conv2d gradient")?;
+                let weight = matrix(weight, s.group_filters, s.taps, "conv2d weight")?;
+                if s.columns == 0 {
+                    product_here(matrix_mut(dx, s.taps, s.positions, "conv2d")?, weight.t(), dy, false);
+                } else {
+                    let dcolumns = &mut scratch[..s.columns];
+                    product_here(matrix_mut(dcolumns, s.taps, s.positions, "conv2d columns")?, weight.t(), dy, false);
+                    dx.fill(R::zero());
+                    from_columns(g, &s, dcolumns, dx);
+                }
+            }
+            Ok(())
+        };
+        let part = |((x, dy), (dweight, dbias)): Part<'_, R>, mut dx: Option<&mut [R]>, room: &mut [R]| -> Result<()> {
+            if let Some(winograd) = &ways.weights {
+                winograd.weight_gradient(x, dy, dweight, room)?;
+            }
+            if let (Some(winograd), Some(dx)) = (&ways.input, &mut dx) {
+                winograd.convolve(kernels, None, dy, dx, room)?;
+            }
+            for (sample, (x, dy)) in x.chunks_exact(s.input).zip(dy.chunks_exact(s.output)).enumerate() {
+                if ways.weights.is_none() {
+                    dweight_by_columns(x, dy, dweight, room, sample > 0)?;
+                }
+                if let (None, Some(dx)) = (&ways.input, &mut dx) {
+                    dx_by_columns(dy, &mut dx[sample * s.input..(sample + 1) * s.input], room)?;
                 }
                 if args.dbias.is_some() {
                     add_bias_gradient(dbias, dy, &s, sample > 0);
@@ -287,27 +343,28 @@ impl<R: Real> Conv for Cpu<R> {
             }
             Ok(())
         };
-        let (dweights, rest) = workspace.split_at_mut(s.parts * dweight_len);
-        let (dbiases, rest) = rest.split_at_mut(s.parts * g.filters);
-        let (total, scratch) = rest.split_at_mut(dweight_len);
         let inputs = x.chunks(s.part * s.input).zip(dy.chunks(s.part * s.output));
-        let sums = dweights.chunks_exact_mut(dweight_len).zip(dbiases.chunks_exact_mut(g.filters));
+        let sums = dweights.chunks_exact_mut(weight.len()).zip(dbiases.chunks_exact_mut(g.filters));
         let inputs = inputs.zip(sums);
+        let each = ways.room(&s);
         if args.dx.is_some() {
             let pieces = inputs.zip(dx.chunks_mut(s.part * s.input));
-            share_out(pieces, scratch, 2 * s.columns, |(((x, dy), sums), dx), scratch| {
-                part(x, dy, Some(dx), sums, scratch)
-            })?;
+            share_out(pieces, rooms, each, |(inputs, dx), room| part(inputs, Some(dx), room))?;
         } else {
-            share_out(inputs, scratch, 2 * s.columns, |((x, dy), sums), scratch| part(x, dy, None, sums, scratch))?;
+            share_out(inputs, rooms, each, |inputs, room| part(inputs, None, room))?;
         }
         sum_rows(total, dweights, false);
         let range = arena.gradient_range(args.dweight.param);
-        let len = s.group_filters * s.taps;
-        for (dweight, total) in arena.gradients[range].chunks_exact_mut(len).zip(total.chunks_exact(len)) {
-            let dweight = matrix_mut(dweight, s.group_filters, s.taps, "conv2d weight gradient")?;
-            let total = matrix(total, s.taps, s.group_filters, "conv2d weight gradient")?;
-            transpose(dweight, total, !step.overwrites(args.dweight));
+        let gradient = &mut arena.gradients[range];
+        // As `[taps, filters]` of each group, or `[9, filters and channels]`.
+        let [rows, columns] = match ways.weights {
+            Some(_) => [9, weight.len() / 9],
+            None => [s.taps, s.group_filters],
+        };
+        for (gradient, total) in gradient.chunks_exact_mut(rows * columns).zip(total.chunks_exact(rows * columns)) {
+            let gradient = matrix_mut(gradient, columns, rows, "conv2d weight gradient")?;
+            let total = matrix(total, rows, columns, "conv2d weight gradient")?;
+            transpose(gradient, total, !step.overwrites(args.dweight));
         }
         if let Some(dbias) = args.dbias {
             let range = arena.gradient_range(dbias.param);
@@ -316,6 +373,9 @@ impl<R: Real> Conv for Cpu<R> {
         Ok(())
     }
 }
+
+/// Some samples' x and dy, and where their sums of the gradients of weights and of biases go.
+type Part<'v, R> = ((&'v [R], &'v [R]), (&'v mut [R], &'v mut [R]));
 
 /// `gradient[f] = sum of dy over the positions of a sample`, `+=` with `accumulate`.
 fn add_bias_gradient<R: Real>(gradient: &mut [R], dy: &[R], s: &Sizes, accumulate: bool) {

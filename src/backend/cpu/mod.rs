@@ -25,6 +25,7 @@ mod profile;
 mod tiles;
 mod transpose;
 mod update;
+mod winograd;
 
 pub use update::{average, update, update_bf16};
 

@@ -118,10 +118,34 @@ pub(super) fn product<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b:
 /// # Panics
 /// Shapes that do not fit: a mistake of the calling operation.
 pub(super) fn product_here<R: Real>(
+    c: ArrayViewMut2<'_, R>,
+    a: ArrayView2<'_, R>,
+    b: ArrayView2<'_, R>,
+    accumulate: bool,
+) {
+    by_parts(c, a, b, accumulate, false);
+}
+
+/// As [`product_here`], for factors and products that lie in the second-level cache: there tiles of our own serve better than the
+/// library at any size. Every value is one sum in the order of the inner dimension, which the library's small products are not.
+///
+/// # Panics
+/// Shapes that do not fit: a mistake of the calling operation.
+pub(super) fn product_in_cache<R: Real>(
+    c: ArrayViewMut2<'_, R>,
+    a: ArrayView2<'_, R>,
+    b: ArrayView2<'_, R>,
+    accumulate: bool,
+) {
+    by_parts(c, a, b, accumulate, true);
+}
+
+fn by_parts<R: Real>(
     mut c: ArrayViewMut2<'_, R>,
     a: ArrayView2<'_, R>,
     b: ArrayView2<'_, R>,
     accumulate: bool,
+    cached: bool,
 ) {
     let ((m, k), n) = (a.dim(), b.ncols());
     assert_eq!(b.nrows(), k, "inner dimensions");
@@ -137,14 +161,22 @@ pub(super) fn product_here<R: Real>(
     }
     let depth = k.div_ceil(k.div_ceil(DEPTH));
     for (i, (a, b)) in a.axis_chunks_iter(Axis(1), depth).zip(b.axis_chunks_iter(Axis(0), depth)).enumerate() {
-        add_part(c.view_mut(), a, b, accumulate || i > 0);
+        add_part(c.view_mut(), a, b, accumulate || i > 0, cached);
     }
 }
 
 /// The part of a product that [`DEPTH`] or less of the inner dimension makes; no size is 0.
-fn add_part<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
+fn add_part<R: Real>(
+    c: ArrayViewMut2<'_, R>,
+    a: ArrayView2<'_, R>,
+    b: ArrayView2<'_, R>,
+    accumulate: bool,
+    cached: bool,
+) {
     #[cfg(target_arch = "x86_64")]
-    let Some(c) = in_tiles(c, a, b, accumulate) else { return };
+    let Some(c) = in_tiles(c, a, b, accumulate, cached) else { return };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = cached;
     in_the_library(c, a, b, accumulate);
 }
 
@@ -158,13 +190,15 @@ fn in_the_library<R: Real>(c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: Arr
     }
 }
 
-/// Does what [`add_part`] is to do where tiles of our own serve better than the library; gives c back where they do not.
+/// Does what [`add_part`] is to do where tiles of our own serve better than the library, as they do where all of it is `cached`; gives
+/// c back where they do not.
 #[cfg(target_arch = "x86_64")]
 fn in_tiles<'c, R: Real>(
     mut c: ArrayViewMut2<'c, R>,
     a: ArrayView2<'_, R>,
     b: ArrayView2<'_, R>,
     accumulate: bool,
+    cached: bool,
 ) -> Option<ArrayViewMut2<'c, R>> {
     let [c_strides, a_strides, b_strides] = [strides(c.strides()), strides(a.strides()), strides(b.strides())];
     let lies = c_strides[1] == 1 && b_strides.contains(&1);
@@ -179,11 +213,11 @@ fn in_tiles<'c, R: Real>(
         b: factor(b.as_ptr(), b_strides),
         accumulate,
     };
-    if !product.is_for() {
+    if !(product.is_for() || cached && tiles::can_run()) {
         return Some(c);
     }
     with_scratch(product.memory(), |memory| {
-        // SAFETY: `is_for` found that the processor has what it takes. The pointers and strides are those of live views of f32 whose
+        // SAFETY: `is_for` or `can_run` found that the processor has what it takes. The pointers and strides are those of live views of f32 whose
         // shapes `product_here` checked; `c` is borrowed mutably, so it overlaps neither factor; and they lie as was asked above.
         unsafe { product.run(memory) };
     });
@@ -353,7 +387,7 @@ mod tests {
             for [a_along, b_along, accumulate] in (0..8).map(|i| [i & 1 == 1, i & 2 == 2, i & 4 == 4]) {
                 let (a, b) = (part(m, k, 0, a_along), part(k, n, 1, b_along));
                 let [mut found, mut expected] = [part(m, n, 2, true), part(m, n, 2, true)];
-                if in_tiles(found.view_mut(), a.view(), b.view(), accumulate).is_none() {
+                if in_tiles(found.view_mut(), a.view(), b.view(), accumulate, false).is_none() {
                     in_the_library(expected.view_mut(), a.view(), b.view(), accumulate);
                     assert!(found == expected, "{m} x {k} x {n}, {a_along}, {b_along}, {accumulate}");
                     compared += 1;

@@ -69,6 +69,11 @@ fn first(values: usize) -> __mmask16 {
     __mmask16::MAX.checked_shr((LANES.saturating_sub(values)) as u32).unwrap_or(0)
 }
 
+/// Whether this processor has what tiles take.
+pub(super) fn can_run() -> bool {
+    is_x86_feature_detected!("avx512f")
+}
+
 impl Product {
     /// Whether this product is better done here than in the library, on this processor. Its bits are the same.
     pub fn is_for(&self) -> bool {
@@ -78,8 +83,7 @@ impl Product {
             _ if n <= FEW_COLUMNS => FEW_TURNED_FROM,
             _ => TURNED_FROM,
         };
-        let fits = m >= rows && n >= LANES / 2 && k >= DEEP_FROM && m * k <= LARGEST;
-        fits && is_x86_feature_detected!("avx512f")
+        m >= rows && n >= LANES / 2 && k >= DEEP_FROM && m * k <= LARGEST && can_run()
     }
 
     /// Values of memory that [`Self::run`] is given.
