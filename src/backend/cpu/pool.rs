@@ -28,10 +28,16 @@ fn window(g: &PoolGeometry, oy: usize, ox: usize) -> [std::ops::Range<usize>; 2]
     [side(0, oy), side(1, ox)]
 }
 
-/// One row of outputs of the maximum, over windows `stride` apart that lie within the input `x`: several side by side, the last
-/// ones once more where they do not fill a group of their own.
+/// A plane of the input, with as much of what is below every number around it as windows reach beyond it.
+struct Padded<'v, R> {
+    values: &'v [R],
+    width: usize,
+}
+
+/// One row of outputs of the maximum, over windows `stride` apart: several side by side, the last ones once more where they do not
+/// fill a group of their own.
 #[inline(always)]
-fn max_row<R: Real>(g: &PoolGeometry, stride: usize, x: &[R], oy: usize, y: &mut [R], positions: &mut [i32]) {
+fn max_row<R: Real>(g: &PoolGeometry, stride: usize, x: &Padded<'_, R>, oy: usize, y: &mut [R], positions: &mut [i32]) {
     match y.len() {
         8.. => max_groups::<R, 8>(g, stride, x, oy, y, positions),
         4.. => max_groups::<R, 4>(g, stride, x, oy, y, positions),
@@ -43,22 +49,27 @@ fn max_row<R: Real>(g: &PoolGeometry, stride: usize, x: &[R], oy: usize, y: &mut
 fn max_groups<R: Real, const GROUP: usize>(
     g: &PoolGeometry,
     stride: usize,
-    x: &[R],
+    x: &Padded<'_, R>,
     oy: usize,
     y: &mut [R],
     positions: &mut [i32],
 ) {
-    let (width, top) = (g.input[1], oy * g.stride[0] * g.input[1]);
+    let (width, top) = (g.input[1], oy * g.stride[0]);
+    // Where nothing is larger than nothing: the first position that lies within the input.
+    let row = top.saturating_sub(g.padding[0]) * width;
     for start in (0..y.len()).step_by(GROUP) {
         let start = start.min(y.len() - GROUP);
-        let corner = top + start * stride;
+        let left = start * stride;
         let mut best = [R::neg_infinity(); GROUP];
-        let mut at: [i32; GROUP] = std::array::from_fn(|i| (corner + i * stride) as i32);
+        let mut at: [i32; GROUP] =
+            std::array::from_fn(|i| (row + (left + i * stride).saturating_sub(g.padding[1])) as i32);
         for tap in 0..g.kernel[0] * g.kernel[1] {
-            let first = corner + tap / g.kernel[1] * width + tap % g.kernel[1];
-            let taken = &x[first..][..(GROUP - 1) * stride + 1];
+            let (iy, ix) = (top + tap / g.kernel[1], left + tap % g.kernel[1]);
+            let taken = &x.values[iy * x.width + ix..][..(GROUP - 1) * stride + 1];
+            // Of what lies beyond the input, which is never taken, this names no position.
+            let first = (iy as i32 - g.padding[0] as i32) * width as i32 + (ix as i32 - g.padding[1] as i32);
             for i in 0..GROUP {
-                take_larger(&mut best[i], &mut at[i], taken[i * stride], first + i * stride);
+                take_larger(&mut best[i], &mut at[i], taken[i * stride], first + (i * stride) as i32);
             }
         }
         y[start..][..GROUP].copy_from_slice(&best);
@@ -68,10 +79,10 @@ fn max_groups<R: Real, const GROUP: usize>(
 
 /// The first of the largest values, or the first that is no number.
 #[inline(always)]
-fn take_larger<R: Real>(best: &mut R, at: &mut i32, value: R, place: usize) {
+fn take_larger<R: Real>(best: &mut R, at: &mut i32, value: R, place: i32) {
     let take = (value > *best) | (value.is_nan() & !best.is_nan());
     *best = if take { value } else { *best };
-    *at = if take { place as i32 } else { *at };
+    *at = if take { place } else { *at };
 }
 
 impl<R: Real> Pool for Cpu<R> {
@@ -85,37 +96,34 @@ impl<R: Real> Pool for Cpu<R> {
         let [x, y] = disjoint(&mut activations.values, ranges, "max pooling")?;
         let positions = &mut activations.indices[position_range];
         let planes = x.par_chunks(plane).zip(y.par_chunks_mut(out)).zip(positions.par_chunks_mut(out));
-        planes.with_min_len(16).for_each(|((x, y), positions)| {
-            if g.padding == [0, 0] {
-                return vectorize(
-                    #[inline(always)]
-                    || {
-                        let rows = y.chunks_exact_mut(ow).zip(positions.chunks_exact_mut(ow));
-                        for (oy, (y, positions)) in rows.enumerate() {
-                            // Strides that are known when this is compiled.
-                            match g.stride[1] {
-                                1 => max_row(g, 1, x, oy, y, positions),
-                                2 => max_row(g, 2, x, oy, y, positions),
-                                stride => max_row(g, stride, x, oy, y, positions),
-                            }
-                        }
-                    },
-                );
-            }
-            for oy in 0..oh {
-                for ox in 0..ow {
-                    let [rows, columns] = window(g, oy, ox);
-                    let mut best = R::neg_infinity();
-                    let mut at = (rows.start * g.input[1] + columns.start) as i32;
-                    for iy in rows {
-                        for ix in columns.clone() {
-                            take_larger(&mut best, &mut at, x[iy * g.input[1] + ix], iy * g.input[1] + ix);
+        let width = g.input[1] + 2 * g.padding[1];
+        let padded = if g.padding == [0, 0] { 0 } else { (g.input[0] + 2 * g.padding[0]) * width };
+        let memory = || vec![R::neg_infinity(); padded];
+        planes.with_min_len(16).for_each_init(memory, |memory, ((x, y), positions)| {
+            let values = if padded == 0 {
+                x
+            } else {
+                let rows = memory.chunks_exact_mut(width).skip(g.padding[0]);
+                for (row, x) in rows.zip(x.chunks_exact(g.input[1])) {
+                    row[g.padding[1]..][..g.input[1]].copy_from_slice(x);
+                }
+                memory
+            };
+            let x = Padded { values, width };
+            vectorize(
+                #[inline(always)]
+                || {
+                    let rows = y.chunks_exact_mut(ow).zip(positions.chunks_exact_mut(ow));
+                    for (oy, (y, positions)) in rows.enumerate() {
+                        // Strides that are known when this is compiled.
+                        match g.stride[1] {
+                            1 => max_row(g, 1, &x, oy, y, positions),
+                            2 => max_row(g, 2, &x, oy, y, positions),
+                            stride => max_row(g, stride, &x, oy, y, positions),
                         }
                     }
-                    y[oy * ow + ox] = best;
-                    positions[oy * ow + ox] = at;
-                }
-            }
+                },
+            );
         });
         Ok(())
     }
