@@ -5,11 +5,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use warpstep::Result;
+use warpstep::backend::cpu::Cpu;
 use warpstep::bench::peers::{NAMES, Peer, Places, Scripts, Settings, Start, difference, run, visible_device};
 use warpstep::bench::place::Place;
 use warpstep::bench::results::{PeerFigure, Work};
 use warpstep::bench::run::{Pattern, Request};
-use warpstep::bench::unit::Unit;
+use warpstep::bench::unit::{self, Unit};
+use warpstep::bench::works::{self, training};
+use warpstep::model::Mode;
 
 /// Our side: repetitions of a microsecond, as it says.
 struct Ours {
@@ -433,6 +436,68 @@ fn packages_that_are_not_installed_are_named() {
     }
 }
 
+/// What our own step of this name does on the CPU.
+fn own_work(name: &str) -> Work {
+    let cpu = Cpu::<f32>::new();
+    let training = training(&cpu, name).unwrap();
+    let mut model = training.model::<Cpu<f32>>().unwrap();
+    model.plan(&training.input, training.batch, Mode::Training).unwrap();
+    let parameters = model.parameters().layout().unwrap().0.parameters();
+    training.work(parameters, "f32", works::threads(&cpu))
+}
+
+/// What a script declares where it is asked for this work and its input ends at once; nothing where a package is missing.
+fn declared(peer: &str, asked: &Work, scripts: &Scripts, python: &str) -> Option<Work> {
+    let places = Places { python: python.into(), rust: None, llm_c: None };
+    let Start::Command(program, arguments) = places.peer(peer, asked, scripts).unwrap().start else { return None };
+    let mut command = Command::new(program);
+    command.args(arguments).env("PYTHONDONTWRITEBYTECODE", "1").stdin(std::process::Stdio::null());
+    let output = command.output().unwrap();
+    let line: serde_json::Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{peer}: {error}: {}", String::from_utf8_lossy(&output.stderr)));
+    if let Some(missing) = line["missing"].as_str() {
+        println!("skipped: {}: {missing}", asked.name);
+        return None;
+    }
+    Some(serde_json::from_value(line["work"].clone()).unwrap())
+}
+
+#[test]
+fn the_scripts_declare_exactly_our_steps() {
+    assert_eq!(own_work("resnet18").parameters, 11_689_512, "torchvision's own");
+    let Some(python) = python() else { return };
+    let scripts = Scripts::write().unwrap();
+    for name in unit::NAMES.into_iter().filter(|name| !["gpt2", "update"].contains(name)) {
+        let ours = own_work(name);
+        for peer in ["pytorch-eager", "jax"] {
+            if let Some(theirs) = declared(peer, &ours, &scripts, &python) {
+                assert_eq!(difference(&ours, &theirs, ["here", "there"]), None, "{peer}: {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_resnet_of_other_classes_or_pictures_declares_other_work() {
+    let Some(python) = python() else { return };
+    let scripts = Scripts::write().unwrap();
+    let (ours, common) = (own_work("resnet18"), scripts.path("common.py"));
+    let text = std::fs::read_to_string(&common).unwrap();
+    for (other, expected) in [
+        ("((3, 224, 224), 10)", "another number of parameters: 11,689,512 here, 11,181,642 there"),
+        ("((3, 96, 96), 1000)", "another shape of the inputs: [4, 3, 224, 224] here, [4, 3, 96, 96] there"),
+    ] {
+        let changed = text.replace("((3, 224, 224), 1000)", other);
+        assert_ne!(changed, text);
+        std::fs::write(&common, changed).unwrap();
+        for peer in ["pytorch-eager", "jax"] {
+            if let Some(theirs) = declared(peer, &ours, &scripts, &python) {
+                assert_eq!(difference(&ours, &theirs, ["here", "there"]).as_deref(), Some(expected), "{peer}");
+            }
+        }
+    }
+}
+
 #[test]
 fn peers_are_asked_for_exactly_our_work() {
     let scripts = Scripts::write().unwrap();
@@ -445,6 +510,9 @@ fn peers_are_asked_for_exactly_our_work() {
     assert_eq!(asked(&work()), format!("--form eager --work mlp --device cpu {common} --batch 128 --samples 21376"));
     let update = Work { name: "update".into(), inputs: vec![50_000_000], samples: 0, ..work() };
     assert_eq!(asked(&update), format!("--form eager --work update --device cpu {common} --parameters 50000000"));
+    let pictures = Work { name: "resnet18".into(), inputs: vec![4, 3, 224, 224], samples: 108, ..work() };
+    let wanted = format!("--form eager --work resnet18 --device cpu {common} --batch 4 --samples 108");
+    assert_eq!(asked(&pictures), wanted);
     let gpt = Work { name: "gpt_cpu".into(), inputs: vec![12, 64], samples: 3_072, ..work() };
     let wanted = format!("--form eager --work gpt_cpu --device cpu {common} --batch 12 --context 64 --samples 3072");
     assert_eq!(asked(&gpt), wanted);
@@ -467,7 +535,8 @@ fn the_patterns_choose_the_works_that_peers_do() {
     assert_eq!(works(&[], Place::Cpu), ["mlp", "cnn", "gpt_cpu", "update"]);
     assert_eq!(works(&["step/mlp"], Place::Cpu), ["mlp"]);
     assert_eq!(works(&["step/mlp/bf16", "step/gpt2"], Place::Cuda(0)), ["mlp", "gpt2"]);
-    assert_eq!(works(&["step"], Place::Cpu), ["mlp", "cnn", "gpt_cpu", "gpt2"]);
+    assert_eq!(works(&["step/resnet18"], Place::Cpu), ["resnet18"]);
+    assert_eq!(works(&["step"], Place::Cpu), ["mlp", "cnn", "resnet18", "gpt_cpu", "gpt2"]);
     assert_eq!(works(&["update/momentum+global_norm"], Place::Cpu), ["update"]);
     assert_eq!(works(&["update/adamw", "data", "device/copy"], Place::Cpu), Vec::<&str>::new());
 }

@@ -24,17 +24,22 @@ GPT = {
     "gpt_cpu": {"vocabulary": 65, "layers": 4, "heads": 4, "width": 128, "bias": False},
     "gpt2": {"vocabulary": 50304, "layers": 12, "heads": 12, "width": 768, "bias": True},
 }
+# Shape of a sample, and number of classes: those of MNIST and of ImageNet.
+CLASSIFIED = {"mlp": ((784,), 10), "cnn": ((1, 28, 28), 10), "resnet18": ((3, 224, 224), 1000)}
+# Channels of each two blocks of ResNet-18, and the first one's stride.
+STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
 # The update of each work where none is asked for, in the words of `results::Work`.
 UPDATES = {
     "mlp": "momentum+global_norm",
     "cnn": "momentum+global_norm",
+    "resnet18": "momentum+global_norm",
     "gpt_cpu": "adamw+global_norm",
     "gpt2": "adamw+global_norm",
     "update": "momentum+global_norm",
 }
 MAX_NORM, MOMENTUM, BETAS, DECAY = 1.0, 0.9, (0.9, 0.99), 0.1
 # Samples of a batch and tokens of a sample, where none are asked for.
-SHAPES = {"gpt_cpu": (12, 64), "gpt2": (64, 1024)}
+SHAPES = {"resnet18": (4, 0), "gpt_cpu": (12, 64), "gpt2": (64, 1024)}
 # Batches that the samples in memory make, where no number of samples is asked for.
 BATCHES = 64
 # Seconds that a span between two waits has at least: a wait takes long beside the smallest steps. Spans of one repetition whose fastest

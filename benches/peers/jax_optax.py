@@ -3,7 +3,7 @@
 import os
 
 import common
-from common import BETAS, DECAY, GPT, MAX_NORM, MOMENTUM
+from common import BETAS, CLASSIFIED, DECAY, GPT, MAX_NORM, MOMENTUM, STAGES
 
 ASKED = common.arguments(["jitted"])
 if ASKED.device == "cpu":
@@ -63,8 +63,8 @@ def apply_linear(layer, x):
     return out + half(layer["bias"]) if "bias" in layer else out
 
 
-def mlp(keys):
-    sizes = [784, 256, 128, 10]
+def mlp(keys, classes):
+    sizes = [784, 256, 128, classes]
     parameters = [linear(keys, a, b) for a, b in zip(sizes, sizes[1:])]
 
     def forward(parameters, x):
@@ -75,8 +75,21 @@ def mlp(keys):
     return parameters, forward
 
 
-def cnn(keys):
-    parameters, inputs = {"stages": [], "hidden": linear(keys, 64 * 49, 128), "out": linear(keys, 128, 10)}, 1
+def convolve(kernel, x, stride=1):
+    """At the edges, zeros of half the kernel's side."""
+    edge = (kernel.shape[0] // 2,) * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(half(x), half(kernel), (stride, stride), (edge, edge), dimension_numbers=layout)
+
+
+def pool(x, side, stride, edge=0):
+    """The largest value of each window."""
+    edges = [(0, 0), (edge, edge), (edge, edge), (0, 0)]
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, side, side, 1), (1, stride, stride, 1), edges)
+
+
+def cnn(keys, classes):
+    parameters, inputs = {"stages": [], "hidden": linear(keys, 64 * 49, 128), "out": linear(keys, 128, classes)}, 1
     for channels in (32, 64):
         parameters["stages"].append({"kernel": keys.normal(3, 3, inputs, channels, scale=0.1), "bias": jnp.zeros(channels)})
         inputs = channels
@@ -84,14 +97,55 @@ def cnn(keys):
     def forward(parameters, x):
         x = x.transpose(0, 2, 3, 1)
         for stage in parameters["stages"]:
-            layout = ("NHWC", "HWIO", "NHWC")
-            x = jax.lax.conv_general_dilated(half(x), half(stage["kernel"]), (1, 1), "SAME", dimension_numbers=layout)
-            x = jax.nn.relu(x + half(stage["bias"]))
-            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            x = pool(jax.nn.relu(convolve(stage["kernel"], x) + half(stage["bias"])), 2, 2)
         x = jax.nn.relu(apply_linear(parameters["hidden"], x.reshape(x.shape[0], -1)))
         return apply_linear(parameters["out"], x)
 
     return parameters, forward
+
+
+def resnet18(keys, classes):
+    """Beside the parameters, each batch norm's running mean and variance, which a step makes anew."""
+    running = []
+
+    def normed(inputs, channels, kernel):
+        running.append((jnp.zeros(channels), jnp.ones(channels)))
+        scale = (2 / (kernel * kernel * channels)) ** 0.5
+        weights = keys.normal(kernel, kernel, inputs, channels, scale=scale)
+        return {"kernel": weights, "scale": jnp.ones(channels), "shift": jnp.zeros(channels)}
+
+    def block(inputs, channels, stride):
+        layers = {"first": normed(inputs, channels, 3), "second": normed(channels, channels, 3)}
+        same = inputs == channels and stride == 1
+        return layers if same else layers | {"shortcut": normed(inputs, channels, 1)}
+
+    parameters, inputs, strides = {"stem": normed(3, 64, 7), "blocks": []}, 64, []
+    for channels, stride in STAGES:
+        parameters["blocks"] += [block(inputs, channels, stride), block(channels, channels, 1)]
+        strides += [stride, 1]
+        inputs = channels
+    parameters["out"] = linear(keys, inputs, classes)
+
+    def forward(parameters, running, x):
+        before, after = iter(running), []
+
+        def apply_normed(layer, x, stride=1):
+            x = convolve(layer["kernel"], x, stride).astype(jnp.float32)
+            mean, count = x.mean((0, 1, 2)), x.size // x.shape[-1]
+            # In one pass, as Flax does by default.
+            variance = jnp.square(x).mean((0, 1, 2)) - jnp.square(mean)
+            found = (mean, variance * (count / (count - 1)))
+            after.append(tuple(0.9 * old + 0.1 * new for old, new in zip(next(before), found)))
+            return half((x - mean) * jax.lax.rsqrt(variance + 1e-5) * layer["scale"] + layer["shift"])
+
+        x = apply_normed(parameters["stem"], x.transpose(0, 2, 3, 1), 2)
+        x = pool(jax.nn.relu(x), 3, 2, 1)
+        for layers, stride in zip(parameters["blocks"], strides):
+            branch = apply_normed(layers["second"], jax.nn.relu(apply_normed(layers["first"], x, stride)))
+            x = jax.nn.relu(branch + (apply_normed(layers["shortcut"], x, stride) if "shortcut" in layers else x))
+        return apply_linear(parameters["out"], x.mean((1, 2))), after
+
+    return parameters, running, forward
 
 
 def gpt(keys, context, vocabulary, layers, heads, width, bias):
@@ -140,37 +194,45 @@ def optimizer():
     return optax.chain(clip, optax.adamw(LEARNING_RATE, *BETAS, weight_decay=DECAY, mask=matrices))
 
 
+def keeping_nothing(parameters, forward):
+    """A model that keeps nothing from step to step but its parameters."""
+    return parameters, (), lambda parameters, kept, x: (forward(parameters, x), kept)
+
+
 def model_and_samples(keys):
     if ASKED.work in GPT:
         sizes = GPT[ASKED.work]
         shape = (ASKED.samples, ASKED.context)
         x, y = (jax.random.randint(keys.next(), shape, 0, sizes["vocabulary"]) for _ in range(2))
-        return *gpt(keys, ASKED.context, **sizes), x, y
-    parameters, forward = (mlp if ASKED.work == "mlp" else cnn)(keys)
-    shape = (ASKED.samples, 784) if ASKED.work == "mlp" else (ASKED.samples, 1, 28, 28)
-    return parameters, forward, jax.random.uniform(keys.next(), shape), jax.random.randint(keys.next(), shape[:1], 0, 10)
+        return *keeping_nothing(*gpt(keys, ASKED.context, **sizes)), x, y
+    shape, classes = CLASSIFIED[ASKED.work]
+    x = jax.random.uniform(keys.next(), (ASKED.samples, *shape))
+    y = jax.random.randint(keys.next(), (ASKED.samples,), 0, classes)
+    if ASKED.work == "resnet18":
+        return *resnet18(keys, classes), x, y
+    return *keeping_nothing(*(mlp if ASKED.work == "mlp" else cnn)(keys, classes)), x, y
 
 
 def whole_step(keys):
     """A batch, forward, loss, backward, clip, update: the step, its state, what it is given each time, the batch's inputs."""
-    parameters, forward, x, y = model_and_samples(keys)
+    parameters, kept, forward, x, y = model_and_samples(keys)
     order = jax.random.permutation(keys.next(), ASKED.samples).reshape(-1, ASKED.batch)
     update = optimizer()
 
     def step(state, x, y, order):
-        parameters, slots, number = state
+        parameters, slots, kept, number = state
         rows = order[number]
         x, y = x[rows], y[rows]
 
         def loss_of(parameters):
-            logits = forward(parameters, x).astype(jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            logits, after = forward(parameters, kept, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y).mean(), after
 
-        loss, gradients = jax.value_and_grad(loss_of)(parameters)
+        (loss, kept), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         changes, slots = update.update(gradients, slots, parameters)
-        return (optax.apply_updates(parameters, changes), slots, (number + 1) % len(order)), loss
+        return (optax.apply_updates(parameters, changes), slots, kept, (number + 1) % len(order)), loss
 
-    state = (parameters, update.init(parameters), jnp.zeros((), jnp.int32))
+    state = (parameters, update.init(parameters), kept, jnp.zeros((), jnp.int32))
     return step, state, (x, y, order), [order.shape[1], *x.shape[1:]]
 
 

@@ -7,7 +7,7 @@ graph, in front of which a batch is gathered.
 """
 
 import common
-from common import BETAS, DECAY, GPT, MAX_NORM, MOMENTUM
+from common import BETAS, CLASSIFIED, DECAY, GPT, MAX_NORM, MOMENTUM, STAGES
 
 try:
     import torch
@@ -53,16 +53,41 @@ class Gpt(nn.Module):
         return F.linear(self.norm(self.blocks(hidden)), self.tokens.weight)
 
 
-def mlp():
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+def mlp(classes):
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, classes))
 
 
-def cnn():
+def cnn(classes):
     stages, inputs = [], 1
     for channels in (32, 64):
         stages += [nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         inputs = channels
-    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, classes))
+
+
+def normed(inputs, channels, kernel, stride=1):
+    """A convolution and its batch norm."""
+    return nn.Conv2d(inputs, channels, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(channels)
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs, channels, stride):
+        super().__init__()
+        first, second = normed(inputs, channels, 3, stride), normed(channels, channels, 3)
+        self.branch = nn.Sequential(*first, nn.ReLU(inplace=True), *second)
+        same = inputs == channels and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(*normed(inputs, channels, 1, stride))
+
+    def forward(self, x):
+        return F.relu(self.branch(x).add_(self.shortcut(x)), inplace=True)
+
+
+def resnet18(classes):
+    layers, inputs = [*normed(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)], 64
+    for channels, stride in STAGES:
+        layers += [Residual(inputs, channels, stride), Residual(channels, channels, 1)]
+        inputs = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
 class Batches:
@@ -88,9 +113,11 @@ def model_and_samples(asked):
         x, y = (torch.randint(sizes["vocabulary"], shape) for _ in range(2))
         stored = torch.bfloat16 if asked.precision == "bf16" else torch.float32
         return Gpt(stored, asked.context, **sizes).to(asked.device), x, y
-    model, shape = (mlp(), (784,)) if asked.work == "mlp" else (cnn(), (1, 28, 28))
-    x, y = torch.rand(asked.samples, *shape), torch.randint(10, (asked.samples,))
-    if asked.device == "cuda" and len(shape) == 3:
+    shape, classes = CLASSIFIED[asked.work]
+    model = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}[asked.work](classes)
+    x, y = torch.rand(asked.samples, *shape), torch.randint(classes, (asked.samples,))
+    # On CPUs, ResNet-18 is 5 to 10 % faster so.
+    if len(shape) == 3 and (asked.device == "cuda" or asked.work == "resnet18"):
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     return model.to(asked.device), x, y
 

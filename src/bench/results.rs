@@ -55,7 +55,7 @@ pub struct Spread {
 /// The work that a figure times, exactly enough that a peer can be held to the same.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Work {
-    /// Its name: `gpt_cpu`, `mlp`, `cnn`, `update`.
+    /// Its name: `gpt_cpu`, `mlp`, `cnn`, `resnet18`, `update`.
     pub name: String,
     /// Trained parameters.
     pub parameters: u64,

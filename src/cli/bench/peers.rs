@@ -84,7 +84,7 @@ fn precisions(request: &Request, work: &str) -> Vec<Precision> {
     match request.place {
         _ if !request.precisions.is_empty() => request.precisions.clone(),
         Place::Cpu => vec![Precision::F32],
-        Place::Cuda(_) if work == "gpt2" => vec![Precision::Bf16],
+        Place::Cuda(_) if matches!(work, "resnet18" | "gpt2") => vec![Precision::Bf16],
         Place::Cuda(_) => vec![Precision::Tf32],
     }
 }
