@@ -56,11 +56,13 @@ fn a_convolution_is_its_definition_for_any_number_of_threads() {
         case(4, [2, 4, 1], [8, 8], [1, 1], [2, 2], [0, 0]),
         case(2, [3, 2, 1], [4, 5], [6, 7], [1, 1], [1, 1]),
         case(1, [2, 3, 1], [2, 1], [3, 3], [2, 2], [3, 3]),
-        // As many planes as take Winograd's method: sides that tiles divide or not, more filters than are turned at a time.
-        case(19, [16, 17, 1], [14, 14], [3, 3], [1, 1], [1, 1]),
-        case(3, [18, 16, 1], [13, 19], [3, 3], [1, 1], [0, 2]),
-        case(2, [20, 70, 1], [9, 33], [3, 3], [1, 1], [2, 0]),
-        case(1, [16, 16, 1], [4, 150], [3, 3], [1, 1], [1, 1]),
+        // As many planes as take Winograd's method (a test of its own says so): sides that tiles divide or not, rows shorter and longer than
+        // a block of tiles, more filters than are turned at a time, and so many planes that the weights' gradient is taken by columns.
+        case(18, [64, 65, 1], [4, 15], [3, 3], [1, 1], [1, 1]),
+        case(3, [32, 33, 1], [13, 19], [3, 3], [1, 1], [0, 2]),
+        case(2, [34, 70, 1], [9, 33], [3, 3], [1, 1], [2, 0]),
+        case(1, [32, 32, 1], [4, 150], [3, 3], [1, 1], [1, 1]),
+        case(2, [92, 91, 1], [14, 14], [3, 3], [1, 1], [1, 1]),
         // As wide as the input, a step at a time: taps beyond it on every side, and all of it.
         case(2, [2, 3, 1], [1, 6], [5, 3], [1, 1], [2, 1]),
         case(2, [2, 3, 1], [6, 2], [3, 7], [1, 1], [3, 3]),

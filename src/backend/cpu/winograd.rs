@@ -496,3 +496,43 @@ impl Winograd {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ways([channels, filters]: [usize; 2], input: [usize; 2], padding: [usize; 2]) -> [bool; 2] {
+        let geometry =
+            Conv2dGeometry { batch: 2, channels, input, filters, kernel: [3, 3], stride: [1, 1], padding, groups: 1 };
+        let own = Winograd::of(&geometry);
+        assert_eq!(own.is_some(), Winograd::of(&Conv2dGeometry { batch: 100, ..geometry.clone() }).is_some());
+        for other in [
+            Conv2dGeometry { stride: [1, 2], ..geometry.clone() },
+            Conv2dGeometry { kernel: [3, 5], ..geometry.clone() },
+            Conv2dGeometry { padding: [1, 3], ..geometry.clone() },
+            Conv2dGeometry { groups: 2, ..geometry },
+        ] {
+            assert!(Winograd::of(&other).is_none(), "{other:?}");
+        }
+        [own.is_some(), own.is_some_and(|own| own.serves_weights())]
+    }
+
+    #[test]
+    fn convolutions_of_many_planes_take_it_where_it_pays() {
+        // ResNet-18's, stage by stage.
+        assert_eq!(ways([64, 64], [56, 56], [1, 1]), [true, true]);
+        assert_eq!(ways([128, 128], [28, 28], [1, 1]), [true, true]);
+        assert_eq!(ways([256, 256], [14, 14], [1, 1]), [true, false]);
+        assert_eq!(ways([512, 512], [7, 7], [1, 1]), [false, false]);
+        // A small CNN's second, and a CIFAR network's.
+        assert_eq!(ways([32, 64], [14, 14], [1, 1]), [false, false]);
+        assert_eq!(ways([32, 32], [32, 32], [1, 1]), [true, true]);
+        assert_eq!(ways([16, 16], [32, 32], [1, 1]), [false, false]);
+        // Those by which it is held to the definition (tests/twins/conv.rs).
+        assert_eq!(ways([64, 65], [4, 15], [1, 1]), [true, true]);
+        assert_eq!(ways([32, 33], [13, 19], [0, 2]), [true, true]);
+        assert_eq!(ways([34, 70], [9, 33], [2, 0]), [true, true]);
+        assert_eq!(ways([32, 32], [4, 150], [1, 1]), [true, true]);
+        assert_eq!(ways([92, 91], [14, 14], [1, 1]), [true, false]);
+    }
+}
