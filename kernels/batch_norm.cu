@@ -4,6 +4,7 @@
 // launch every block merges the parts of its channel, one a lane and so in the same order everywhere, and writes its own. So x is
 // read twice, the second time from L2 where it fits. What follows a normalization is done as it writes: a residual sum, ReLU; and
 // as its backward reads, ReLU's slope.
+#include "activation.cuh"
 #include "channel.cuh"
 
 // What is known of some values: how many, their mean, the sum of squared differences from it.
@@ -74,7 +75,7 @@ template <typename T, int V> struct Normal {
         for (int j = 0; j < V; ++j) {
             float value = of(values.at[j]);
             if (residual != nullptr) value += to_f32(other.at[j]);
-            values.at[j] = from_f32<T>(relu && value < 0.0f ? 0.0f : value);
+            values.at[j] = from_f32<T>(relu ? value_of(RELU, value) : value);
         }
         store<T, V>(y + at, values);
     }
@@ -135,7 +136,7 @@ template <typename T, int V> struct Slope {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const T value = rectified == OF_OUTPUT ? given.at[j] : from_f32<T>(normal.of(values.at[j]));
-            if (!(to_f32(value) > 0.0f)) gradients.at[j] = from_f32<T>(0.0f);
+            gradients.at[j] = from_f32<T>(slope_of(RELU, to_f32(value), to_f32(gradients.at[j])));
         }
     }
 };

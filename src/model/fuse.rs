@@ -152,13 +152,14 @@ impl<B: Backend> Operations<B> {
             if relu.kind != ActivationKind::Relu || relu.x != n || relu.y == n {
                 return false;
             }
-            let (y, kind) = (relu.y, relu.kind);
+            let y = relu.y;
             match users.strip_prefix(&[at, at + 1]) {
                 Some([]) => {}
                 // ReLU's value has the slopes of what it was given.
                 Some(&[only]) => {
                     let backward = self.find::<ActivationBackward>(only);
-                    let Some(backward) = backward.filter(|b| b.x == n && b.dy != n && b.kind == kind) else {
+                    let Some(backward) = backward.filter(|b| b.x == n && b.dy != n && b.kind == ActivationKind::Relu)
+                    else {
                         return false;
                     };
                     self.ops[only] = Box::new(ActivationBackward { x: y, ..backward.clone() });
