@@ -63,6 +63,14 @@ fn a_convolution_is_its_definition_for_any_number_of_threads() {
         case(2, [34, 70, 1], [9, 33], [3, 3], [1, 1], [2, 0]),
         case(1, [32, 32, 1], [4, 150], [3, 3], [1, 1], [1, 1]),
         case(2, [92, 91, 1], [14, 14], [3, 3], [1, 1], [1, 1]),
+        // So many windows that their columns are written a piece at a time, of every stride.
+        case(2, [16, 5, 1], [40, 41], [7, 7], [2, 2], [3, 3]),
+        case(2, [20, 3, 1], [45, 50], [4, 5], [2, 3], [1, 2]),
+        case(2, [40, 3, 1], [30, 31], [3, 3], [1, 1], [1, 1]),
+        case(1, [300, 3, 1], [40, 42], [1, 1], [2, 2], [0, 0]),
+        // So many weights, and so few positions, that products are of several samples.
+        case(20, [256, 257, 1], [5, 6], [3, 3], [2, 2], [1, 1]),
+        case(3, [512, 1100, 1], [3, 2], [1, 1], [1, 1], [0, 0]),
         // As wide as the input, a step at a time: taps beyond it on every side, and all of it.
         case(2, [2, 3, 1], [1, 6], [5, 3], [1, 1], [2, 1]),
         case(2, [2, 3, 1], [6, 2], [3, 7], [1, 1], [3, 3]),

@@ -28,7 +28,7 @@ const DEPTH: usize = 512;
 
 /// Up to so many values of a product, the library adds along vectors where both factors lie along the inner dimension: in another
 /// order, so that a larger product has no stripe as small as that.
-const HORIZONTAL: usize = 256;
+pub(super) const HORIZONTAL: usize = 256;
 
 /// Columns of a product for which the rows of a factor are transposed at a time: they stay in the second-level cache.
 const COLUMNS: usize = 64;
@@ -280,7 +280,7 @@ thread_local! {
 }
 
 /// Runs `f` with so many values of memory that the thread keeps for it, from a multiple of 64 bytes on, which may hold anything.
-fn with_scratch<R: Real>(len: usize, f: impl FnOnce(&mut [R])) {
+pub(super) fn with_scratch<R: Real>(len: usize, f: impl FnOnce(&mut [R])) {
     let mut memory = SCRATCH.take();
     let needed = (len * size_of::<R>()).div_ceil(size_of::<Line>());
     if memory.len() < needed {

@@ -16,6 +16,7 @@ use super::linear::{matrix, matrix_mut};
 use super::parallel::vectorize;
 use super::product::product_in_cache;
 use super::transpose::transpose;
+use super::windows::{join, part};
 use crate::backend::ops::Conv2dGeometry;
 use crate::error::Result;
 use crate::real::Real;
@@ -123,30 +124,6 @@ fn turned<T: Copy, const N: usize, const M: usize>(rows: [[T; N]; M]) -> [[T; M]
         }
     }
     columns
-}
-
-/// Values at even places to the one, those at odd places to the other, until one of these is full.
-#[inline(always)]
-fn part<R: Copy>(values: &[R], even: &mut [R], odd: &mut [R]) {
-    let (pairs, rest) = values.as_chunks::<2>();
-    for ((pair, even), odd) in pairs.iter().zip(&mut *even).zip(odd) {
-        (*even, *odd) = (pair[0], pair[1]);
-    }
-    if let ([last], Some(even)) = (rest, even.get_mut(pairs.len())) {
-        *even = *last;
-    }
-}
-
-/// The opposite of [`part`].
-#[inline(always)]
-fn join<R: Copy>(values: &mut [R], even: &[R], odd: &[R]) {
-    let (pairs, rest) = values.as_chunks_mut::<2>();
-    for ((pair, &even), &odd) in pairs.iter_mut().zip(even).zip(odd) {
-        *pair = [even, odd];
-    }
-    if let [last] = rest {
-        *last = even[pairs.len()];
-    }
 }
 
 impl Winograd {
@@ -347,7 +324,13 @@ impl Winograd {
                         let y = y[2 * down * width..].chunks_exact_mut(width);
                         for (y, line) in y.zip(lines.chunks_exact(2 * pitch)) {
                             let (even, odd) = line.split_at(pitch);
-                            join(y, even, odd);
+                            join(
+                                y,
+                                even,
+                                odd,
+                                #[inline(always)]
+                                |y, value| *y = value,
+                            );
                         }
                     }
                 }
