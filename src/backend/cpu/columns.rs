@@ -3,15 +3,18 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, s};
+use ndarray::{ArrayView2, ArrayViewMut2, s};
 
 use super::linear::{matrix, matrix_mut};
 use super::parallel::vectorize;
-use super::product::product_here;
+use super::product::{product_here, product_in_cache};
 use super::windows::Windows;
 use crate::backend::ops::Conv2dGeometry;
 use crate::error::Result;
 use crate::real::Real;
+
+/// Up to so many weights of a group, they and the columns of a piece stay in the second-level cache.
+const CACHED: usize = 1 << 17;
 
 /// One convolution, a sample at a time.
 #[derive(Clone, Copy)]
@@ -52,7 +55,15 @@ impl<'g> Columns<'g> {
         [self.g.channels / self.g.groups * self.g.input[0] * self.g.input[1], self.filters * self.positions]
     }
 
-    /// Which group is the one of so many, counted over samples.
+    fn product<R: Real>(&self, c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
+        if self.windows.taps * self.filters <= CACHED {
+            product_in_cache(c, a, b, accumulate);
+        } else {
+            product_here(c, a, b, accumulate);
+        }
+    }
+
+    /// Weights of the group with this number, counted over samples.
     fn weights_of<'w, R>(&self, number: usize, weight: &'w [R]) -> Result<ArrayView2<'w, R>> {
         let (group, len) = (number % self.g.groups, self.filters * self.windows.taps);
         matrix(&weight[group * len..(group + 1) * len], self.filters, self.windows.taps, "conv2d weight")
@@ -94,7 +105,7 @@ impl<'g> Columns<'g> {
             let weight = self.weights_of(number, weight)?;
             let mut all = matrix_mut(y, self.filters, self.positions, "conv2d")?;
             self.each_piece(x, scratch, |columns, positions| {
-                product_here(all.slice_mut(s![.., positions]), weight, columns, false);
+                self.product(all.slice_mut(s![.., positions]), weight, columns, false);
             })?;
             if let Some(bias) = bias {
                 let bias = &bias[number % self.g.groups * self.filters..];
@@ -123,7 +134,7 @@ impl<'g> Columns<'g> {
             let dy = matrix(dy, self.filters, self.positions, "conv2d gradient")?;
             self.each_piece(x, scratch, |columns, positions| {
                 let accumulate = number >= self.g.groups || positions.start > 0;
-                product_here(weights.view_mut(), columns, dy.slice(s![.., positions]).reversed_axes(), accumulate);
+                self.product(weights.view_mut(), columns, dy.slice(s![.., positions]).reversed_axes(), accumulate);
             })?;
         }
         Ok(())
@@ -136,7 +147,7 @@ impl<'g> Columns<'g> {
             let weight = self.weights_of(number, weight)?.reversed_axes();
             let dy = matrix(dy, self.filters, self.positions, "conv2d gradient")?;
             if self.windows.is_pointwise() {
-                product_here(matrix_mut(dx, taps, self.positions, "conv2d")?, weight, dy, false);
+                self.product(matrix_mut(dx, taps, self.positions, "conv2d")?, weight, dy, false);
                 continue;
             }
             dx.fill(R::zero());
@@ -145,7 +156,7 @@ impl<'g> Columns<'g> {
                 let count = positions.len();
                 let columns = &mut scratch[..taps * count];
                 let dy = dy.slice(s![.., positions]);
-                product_here(matrix_mut(columns, taps, count, "conv2d columns")?, weight, dy, false);
+                self.product(matrix_mut(columns, taps, count, "conv2d columns")?, weight, dy, false);
                 self.windows.add(columns, count, &rows, dx);
             }
         }
