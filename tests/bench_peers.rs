@@ -532,11 +532,11 @@ fn the_patterns_choose_the_works_that_peers_do() {
         let patterns = patterns.iter().map(|text| Pattern::parse(text).unwrap()).collect();
         Request { patterns, place, precisions: Vec::new(), seconds: None, command: String::new() }.works()
     };
-    assert_eq!(works(&[], Place::Cpu), ["mlp", "cnn", "gpt_cpu", "update"]);
+    assert_eq!(works(&[], Place::Cpu), ["mlp", "cnn", "audio_cnn", "gpt_cpu", "update"]);
     assert_eq!(works(&["step/mlp"], Place::Cpu), ["mlp"]);
     assert_eq!(works(&["step/mlp/bf16", "step/gpt2"], Place::Cuda(0)), ["mlp", "gpt2"]);
     assert_eq!(works(&["step/resnet18"], Place::Cpu), ["resnet18"]);
-    assert_eq!(works(&["step"], Place::Cpu), ["mlp", "cnn", "resnet18", "gpt_cpu", "gpt2"]);
+    assert_eq!(works(&["step"], Place::Cpu), ["mlp", "cnn", "audio_cnn", "resnet18", "gpt_cpu", "gpt2"]);
     assert_eq!(works(&["update/momentum+global_norm"], Place::Cpu), ["update"]);
     assert_eq!(works(&["update/adamw", "data", "device/copy"], Place::Cpu), Vec::<&str>::new());
 }

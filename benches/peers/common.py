@@ -24,14 +24,23 @@ GPT = {
     "gpt_cpu": {"vocabulary": 65, "layers": 4, "heads": 4, "width": 128, "bias": False},
     "gpt2": {"vocabulary": 50304, "layers": 12, "heads": 12, "width": 768, "bias": True},
 }
-# Shape of a sample, and number of classes: those of MNIST and of ImageNet.
-CLASSIFIED = {"mlp": ((784,), 10), "cnn": ((1, 28, 28), 10), "resnet18": ((3, 224, 224), 1000)}
+# Shape of a sample, and number of classes: those of MNIST, of half a second of spoken digits, and of ImageNet.
+CLASSIFIED = {
+    "mlp": ((784,), 10),
+    "cnn": ((1, 28, 28), 10),
+    "audio_cnn": ((8000,), 10),
+    "resnet18": ((3, 224, 224), 1000),
+}
+# Log-mel pictures of waveforms, and how they are normalized; channels of the network's stages, and what of its mean is dropped.
+MEL = {"rate": 16_000, "window": 512, "hop": 160, "bands": 40, "floor": 1e-6, "scale": 0.25, "shift": 1.0}
+AUDIO_STAGES, AUDIO_DROPOUT = (16, 32, 64), 0.2
 # Channels of each two blocks of ResNet-18, and the first one's stride.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
 # The update of each work where none is asked for, in the words of `results::Work`.
 UPDATES = {
     "mlp": "momentum+global_norm",
     "cnn": "momentum+global_norm",
+    "audio_cnn": "adamw+global_norm",
     "resnet18": "momentum+global_norm",
     "gpt_cpu": "adamw+global_norm",
     "gpt2": "adamw+global_norm",
@@ -39,7 +48,7 @@ UPDATES = {
 }
 MAX_NORM, MOMENTUM, BETAS, DECAY = 1.0, 0.9, (0.9, 0.99), 0.1
 # Samples of a batch and tokens of a sample, where none are asked for.
-SHAPES = {"resnet18": (4, 0), "gpt_cpu": (12, 64), "gpt2": (64, 1024)}
+SHAPES = {"audio_cnn": (32, 0), "resnet18": (4, 0), "gpt_cpu": (12, 64), "gpt2": (64, 1024)}
 # Batches that the samples in memory make, where no number of samples is asked for.
 BATCHES = 64
 # Seconds that a span between two waits has at least: a wait takes long beside the smallest steps. Spans of one repetition whose fastest
@@ -96,6 +105,18 @@ def pieces(parameters):
     """Sizes of the tensors of the work `update`: as many as a model of that size would have, of about a million values."""
     count = max(1, round(parameters / 1_000_000))
     return [parameters // count + (i < parameters % count) for i in range(count)]
+
+
+def triangles():
+    """Weights of each mel band, `[bands, window / 2 + 1]`: triangles of height 1 on HTK's scale."""
+    bins = MEL["window"] // 2 + 1
+    step = 2595 * math.log10(1 + MEL["rate"] / 2 / 700) / (MEL["bands"] + 1)
+    corners = [700 * (10 ** (i * step / 2595) - 1) for i in range(MEL["bands"] + 2)]
+    frequencies = [i * MEL["rate"] / MEL["window"] for i in range(bins)]
+    return [
+        [max(0.0, min((hz - low) / (middle - low), (high - hz) / (high - middle))) for hz in frequencies]
+        for low, middle, high in zip(corners, corners[1:], corners[2:])
+    ]
 
 
 def requests():

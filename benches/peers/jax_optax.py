@@ -3,7 +3,7 @@
 import os
 
 import common
-from common import BETAS, CLASSIFIED, DECAY, GPT, MAX_NORM, MOMENTUM, STAGES
+from common import AUDIO_DROPOUT, AUDIO_STAGES, BETAS, CLASSIFIED, DECAY, GPT, MAX_NORM, MEL, MOMENTUM, STAGES
 
 ASKED = common.arguments(["jitted"])
 if ASKED.device == "cpu":
@@ -104,32 +104,24 @@ def cnn(keys, classes):
     return parameters, forward
 
 
-def resnet18(keys, classes):
-    """Beside the parameters, each batch norm's running mean and variance, which a step makes anew."""
-    running = []
+class Norms:
+    """Convolutions with a batch norm each, whose running means and variances a step makes anew beside the parameters."""
 
-    def normed(inputs, channels, kernel):
-        running.append((jnp.zeros(channels), jnp.ones(channels)))
+    def __init__(self, keys):
+        self.keys, self.running = keys, []
+
+    def declare(self, inputs, channels, kernel):
+        self.running.append((jnp.zeros(channels), jnp.ones(channels)))
         scale = (2 / (kernel * kernel * channels)) ** 0.5
-        weights = keys.normal(kernel, kernel, inputs, channels, scale=scale)
+        weights = self.keys.normal(kernel, kernel, inputs, channels, scale=scale)
         return {"kernel": weights, "scale": jnp.ones(channels), "shift": jnp.zeros(channels)}
 
-    def block(inputs, channels, stride):
-        layers = {"first": normed(inputs, channels, 3), "second": normed(channels, channels, 3)}
-        same = inputs == channels and stride == 1
-        return layers if same else layers | {"shortcut": normed(inputs, channels, 1)}
-
-    parameters, inputs, strides = {"stem": normed(3, 64, 7), "blocks": []}, 64, []
-    for channels, stride in STAGES:
-        parameters["blocks"] += [block(inputs, channels, stride), block(channels, channels, 1)]
-        strides += [stride, 1]
-        inputs = channels
-    parameters["out"] = linear(keys, inputs, classes)
-
-    def forward(parameters, running, x):
+    @staticmethod
+    def apply(running):
+        """A function that applies a layer, each in the order in which they were declared, and what it finds of means and variances."""
         before, after = iter(running), []
 
-        def apply_normed(layer, x, stride=1):
+        def apply(layer, x, stride=1):
             x = convolve(layer["kernel"], x, stride).astype(jnp.float32)
             mean, count = x.mean((0, 1, 2)), x.size // x.shape[-1]
             # In one pass, as Flax does by default.
@@ -138,14 +130,69 @@ def resnet18(keys, classes):
             after.append(tuple(0.9 * old + 0.1 * new for old, new in zip(next(before), found)))
             return half((x - mean) * jax.lax.rsqrt(variance + 1e-5) * layer["scale"] + layer["shift"])
 
-        x = apply_normed(parameters["stem"], x.transpose(0, 2, 3, 1), 2)
+        return apply, after
+
+
+def resnet18(keys, classes):
+    norms = Norms(keys)
+
+    def block(inputs, channels, stride):
+        layers = {"first": norms.declare(inputs, channels, 3), "second": norms.declare(channels, channels, 3)}
+        same = inputs == channels and stride == 1
+        return layers if same else layers | {"shortcut": norms.declare(inputs, channels, 1)}
+
+    parameters, inputs, strides = {"stem": norms.declare(3, 64, 7), "blocks": []}, 64, []
+    for channels, stride in STAGES:
+        parameters["blocks"] += [block(inputs, channels, stride), block(channels, channels, 1)]
+        strides += [stride, 1]
+        inputs = channels
+    parameters["out"] = linear(keys, inputs, classes)
+
+    def forward(parameters, running, x):
+        normed, after = Norms.apply(running)
+        x = normed(parameters["stem"], x.transpose(0, 2, 3, 1), 2)
         x = pool(jax.nn.relu(x), 3, 2, 1)
         for layers, stride in zip(parameters["blocks"], strides):
-            branch = apply_normed(layers["second"], jax.nn.relu(apply_normed(layers["first"], x, stride)))
-            x = jax.nn.relu(branch + (apply_normed(layers["shortcut"], x, stride) if "shortcut" in layers else x))
+            branch = normed(layers["second"], jax.nn.relu(normed(layers["first"], x, stride)))
+            x = jax.nn.relu(branch + (normed(layers["shortcut"], x, stride) if "shortcut" in layers else x))
         return apply_linear(parameters["out"], x.mean((1, 2))), after
 
-    return parameters, running, forward
+    return parameters, norms.running, forward
+
+
+def log_mel(x):
+    """Log-mel pictures `[batch, bands, frames, 1]` of waveforms."""
+    window, edge = MEL["window"], MEL["window"] // 2
+    padded = jnp.pad(x, [(0, 0), (edge, edge)], mode="reflect")
+    first = jnp.arange(0, x.shape[1] + 1, MEL["hop"])
+    frames = padded[:, first[:, None] + jnp.arange(window)] * (0.5 - 0.5 * jnp.cos(2 * jnp.pi * jnp.arange(window) / window))
+    spectrum = jnp.fft.rfft(frames)
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    picture = jnp.log(power @ jnp.array(common.triangles()).T + MEL["floor"]) * MEL["scale"] + MEL["shift"]
+    return picture.transpose(0, 2, 1)[..., None]
+
+
+def audio_cnn(keys, classes):
+    norms, inputs = Norms(keys), 1
+    parameters = {"stages": []}
+    for channels in AUDIO_STAGES:
+        parameters["stages"].append(norms.declare(inputs, channels, 3))
+        inputs = channels
+    parameters["out"] = linear(keys, inputs * (MEL["bands"] // 2 ** len(AUDIO_STAGES)), classes)
+
+    def forward(parameters, kept, x):
+        running, key = kept
+        normed, after = Norms.apply(running)
+        x = log_mel(x)
+        for layer in parameters["stages"]:
+            x = pool(jax.nn.relu(normed(layer, x)), 2, 2)
+        x = x.mean(2).reshape(x.shape[0], -1)
+        key, own = jax.random.split(key)
+        stays = jax.random.bernoulli(own, 1 - AUDIO_DROPOUT, x.shape)
+        x = jnp.where(stays, x / (1 - AUDIO_DROPOUT), 0)
+        return apply_linear(parameters["out"], x), (after, key)
+
+    return parameters, (norms.running, keys.next()), forward
 
 
 def gpt(keys, context, vocabulary, layers, heads, width, bias):
@@ -208,8 +255,8 @@ def model_and_samples(keys):
     shape, classes = CLASSIFIED[ASKED.work]
     x = jax.random.uniform(keys.next(), (ASKED.samples, *shape))
     y = jax.random.randint(keys.next(), (ASKED.samples,), 0, classes)
-    if ASKED.work == "resnet18":
-        return *resnet18(keys, classes), x, y
+    if ASKED.work in ("audio_cnn", "resnet18"):
+        return *(audio_cnn if ASKED.work == "audio_cnn" else resnet18)(keys, classes), x, y
     return *keeping_nothing(*(mlp if ASKED.work == "mlp" else cnn)(keys, classes)), x, y
 
 

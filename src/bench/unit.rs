@@ -9,7 +9,7 @@ use super::works;
 use crate::error::{Error, Result};
 
 /// The works that [`unit()`] knows by name.
-pub const NAMES: [&str; 6] = ["mlp", "cnn", "resnet18", "gpt_cpu", "gpt2", "update"];
+pub const NAMES: [&str; 7] = ["mlp", "cnn", "audio_cnn", "resnet18", "gpt_cpu", "gpt2", "update"];
 
 /// A work that can be run for a while at a time.
 pub trait Unit: Send {
