@@ -18,8 +18,8 @@ enum What {
     Linear(usize),
     /// Outputs, and a function in the same operation.
     LinearGelu(usize),
-    /// Filters, side of the kernel.
-    Conv(usize, usize),
+    /// Filters, side of the kernel, stride.
+    Conv(usize, usize, usize),
     LayerNorm,
     RmsNorm,
     BatchNorm,
@@ -102,9 +102,9 @@ impl Case {
             What::LinearGelu(outputs) => Box::new(
                 Sequential::new().then("0", Linear::new(outputs)).then("1", Activation::new(ActivationKind::GeluTanh)),
             ),
-            What::Conv(filters, side) => {
-                Box::new(Conv2d::new(filters, [side; 2]).with_padding([side / 2; 2]).without_bias())
-            }
+            What::Conv(filters, side, stride) => Box::new(
+                Conv2d::new(filters, [side; 2]).with_stride([stride; 2]).with_padding([side / 2; 2]).without_bias(),
+            ),
             What::LayerNorm => Box::new(LayerNorm::new(1e-5)),
             What::RmsNorm => Box::new(RmsNorm::new(1e-5)),
             What::BatchNorm => Box::new(BatchNorm::new()),
@@ -140,7 +140,8 @@ pub fn cases(kind: Kind) -> Vec<Case> {
         let shape_text: Vec<String> = shape.iter().map(usize::to_string).collect();
         let (more, below) = match what {
             What::Linear(outputs) | What::LinearGelu(outputs) => (format!("x{outputs}"), 1),
-            What::Conv(filters, side) => (format!("_{filters}x{side}x{side}"), 1),
+            What::Conv(filters, side, 1) => (format!("_{filters}x{side}x{side}"), 1),
+            What::Conv(filters, side, stride) => (format!("_{filters}x{side}x{side}_by_{stride}"), 1),
             What::Attention(heads, kv_heads, _) => (format!("_{heads}/{kv_heads}_heads").replace('/', "of"), 1),
             What::Embedding(rows, width) => (format!("_{rows}x{width}"), rows),
             What::CrossEntropy => (String::new(), shape[shape.len() - 1]),
@@ -157,13 +158,18 @@ pub fn cases(kind: Kind) -> Vec<Case> {
             batch,
             mode: if what == What::Mel { Mode::Inference } else { Mode::Training },
             below,
-            fewer: if matches!(what, What::Conv(..)) { 2.25 } else { 1.0 },
+            fewer: if matches!(what, What::Conv(_, 3, 1)) { 2.25 } else { 1.0 },
         });
     };
     if kind != Kind::Emulated {
         add("linear", What::Linear(256), 128, &[784]);
         add("linear", What::Linear(384), 768, &[128]);
-        add("conv", What::Conv(64, 3), 128, &[32, 14, 14]);
+        add("conv", What::Conv(64, 3, 1), 128, &[32, 14, 14]);
+        // ResNet-18's first, and those of its last stage.
+        let pictures = pick(4, 256, 1);
+        add("conv", What::Conv(64, 7, 2), pictures, &[3, 224, 224]);
+        add("conv", What::Conv(512, 3, 2), pictures, &[256, 14, 14]);
+        add("conv", What::Conv(512, 3, 1), pictures, &[512, 7, 7]);
     }
     let (rows, width) = (pick(512, 16_384, 4), pick(768, 768, 16));
     add("linear", What::Linear(3 * width), rows, &[width]);
@@ -171,7 +177,7 @@ pub fn cases(kind: Kind) -> Vec<Case> {
     let side = pick(56, 56, 4);
     let picture = [pick(64, 64, 2), side, side];
     let pictures = pick(8, 256, 1);
-    add("conv", What::Conv(picture[0], 3), pictures, &picture);
+    add("conv", What::Conv(picture[0], 3, 1), pictures, &picture);
     add("batch_norm", What::BatchNorm, pictures, &picture);
     add("max_pool", What::MaxPool, pictures, &picture);
     add("average_pool", What::AveragePool, pictures, &picture);

@@ -45,6 +45,44 @@ fn max_row<R: Real>(g: &PoolGeometry, stride: usize, x: &Padded<'_, R>, oy: usiz
     }
 }
 
+/// The same for windows of 2 x 2 that lie side by side: of both rows, and then of both, which is as good as one after the other.
+#[inline(always)]
+fn max_row_of_tiles<R: Real>(g: &PoolGeometry, x: &Padded<'_, R>, oy: usize, y: &mut [R], positions: &mut [i32]) {
+    match y.len() {
+        8.. => max_tiles::<R, 8>(g, x, oy, y, positions),
+        4.. => max_tiles::<R, 4>(g, x, oy, y, positions),
+        _ => max_tiles::<R, 1>(g, x, oy, y, positions),
+    }
+}
+
+#[inline(always)]
+fn max_tiles<R: Real, const GROUP: usize>(
+    g: &PoolGeometry,
+    x: &Padded<'_, R>,
+    oy: usize,
+    y: &mut [R],
+    positions: &mut [i32],
+) {
+    let (width, top) = (x.width, oy * g.stride[0]);
+    for start in (0..y.len()).step_by(GROUP) {
+        let start = start.min(y.len() - GROUP);
+        let first = top * width + 2 * start;
+        let [upper, lower] = [first, first + width].map(|at| x.values[at..][..2 * GROUP].as_chunks::<2>().0);
+        let (mut best, mut at) = ([R::zero(); GROUP], [0; GROUP]);
+        for i in 0..GROUP {
+            let [place, beneath] = [first, first + width].map(|at| (at + 2 * i) as i32);
+            let [[above, right], [below, last]] = [upper[i], lower[i]];
+            let ((mut largest, mut here), (mut other, mut there)) = ((above, place), (below, beneath));
+            take_larger(&mut largest, &mut here, right, place + 1);
+            take_larger(&mut other, &mut there, last, beneath + 1);
+            take_larger(&mut largest, &mut here, other, there);
+            (best[i], at[i]) = (largest, here);
+        }
+        y[start..][..GROUP].copy_from_slice(&best);
+        positions[start..][..GROUP].copy_from_slice(&at);
+    }
+}
+
 #[inline(always)]
 fn max_groups<R: Real, const GROUP: usize>(
     g: &PoolGeometry,
@@ -96,6 +134,7 @@ impl<R: Real> Pool for Cpu<R> {
         let [x, y] = disjoint(&mut activations.values, ranges, "max pooling")?;
         let positions = &mut activations.indices[position_range];
         let planes = x.par_chunks(plane).zip(y.par_chunks_mut(out)).zip(positions.par_chunks_mut(out));
+        let tiles = g.kernel == [2, 2] && g.padding == [0, 0];
         let width = g.input[1] + 2 * g.padding[1];
         let padded = if g.padding == [0, 0] { 0 } else { (g.input[0] + 2 * g.padding[0]) * width };
         let memory = || vec![R::neg_infinity(); padded];
@@ -117,6 +156,7 @@ impl<R: Real> Pool for Cpu<R> {
                     for (oy, (y, positions)) in rows.enumerate() {
                         // Strides that are known when this is compiled.
                         match g.stride[1] {
+                            2 if tiles => max_row_of_tiles(g, &x, oy, y, positions),
                             1 => max_row(g, 1, &x, oy, y, positions),
                             2 => max_row(g, 2, &x, oy, y, positions),
                             stride => max_row(g, stride, &x, oy, y, positions),
