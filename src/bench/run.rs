@@ -394,8 +394,8 @@ mod tests {
     #[test]
     fn the_works_of_a_request_are_those_that_its_patterns_mean() {
         for (patterns, place, expected) in [
-            (vec![], Place::Cpu, 4),
-            (vec!["step", "update"], Place::Cuda(1), 6),
+            (vec![], Place::Cpu, 5),
+            (vec!["step", "update"], Place::Cuda(1), 7),
             (vec!["step/mlp/bf16", "update"], Place::Cuda(0), 2),
             (vec!["data"], Place::Cpu, 0),
         ] {
