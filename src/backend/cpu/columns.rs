@@ -21,8 +21,6 @@ const CACHED: usize = 1 << 17;
 pub(super) struct Columns<'g> {
     g: &'g Conv2dGeometry,
     windows: Windows<'g>,
-    /// Positions of the output.
-    positions: usize,
     /// Filters of a group.
     filters: usize,
 }
@@ -31,8 +29,7 @@ impl<'g> Columns<'g> {
     /// # Errors
     /// A kernel that does not fit into the padded input.
     pub fn of(g: &'g Conv2dGeometry) -> Result<Self> {
-        let windows = Windows::of(g)?;
-        Ok(Columns { g, windows, positions: windows.output[0] * windows.output[1], filters: g.filters / g.groups })
+        Ok(Columns { g, windows: Windows::of(g)?, filters: g.filters / g.groups })
     }
 
     /// Values of memory that a thread needs: the columns of a piece; none where the input is that matrix already.
@@ -52,7 +49,7 @@ impl<'g> Columns<'g> {
 
     /// Values of a group of a sample, of the input and of the output.
     fn sizes(&self) -> [usize; 2] {
-        [self.g.channels / self.g.groups * self.g.input[0] * self.g.input[1], self.filters * self.positions]
+        [self.g.channels / self.g.groups * self.g.input[0] * self.g.input[1], self.filters * self.windows.positions]
     }
 
     fn product<R: Real>(&self, c: ArrayViewMut2<'_, R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>, accumulate: bool) {
@@ -79,7 +76,7 @@ impl<'g> Columns<'g> {
     ) -> Result<()> {
         let taps = self.windows.taps;
         if self.windows.is_pointwise() {
-            work(matrix(x, taps, self.positions, "conv2d input")?, 0..self.positions);
+            work(matrix(x, taps, self.windows.positions, "conv2d input")?, 0..self.windows.positions);
             return Ok(());
         }
         for rows in self.windows.pieces() {
@@ -103,7 +100,7 @@ impl<'g> Columns<'g> {
         let [input, output] = self.sizes();
         for (number, (x, y)) in x.chunks_exact(input).zip(y.chunks_exact_mut(output)).enumerate() {
             let weight = self.weights_of(number, weight)?;
-            let mut all = matrix_mut(y, self.filters, self.positions, "conv2d")?;
+            let mut all = matrix_mut(y, self.filters, self.windows.positions, "conv2d")?;
             self.each_piece(x, scratch, |columns, positions| {
                 self.product(all.slice_mut(s![.., positions]), weight, columns, false);
             })?;
@@ -112,7 +109,7 @@ impl<'g> Columns<'g> {
                 vectorize(
                     #[inline(always)]
                     || {
-                        for (y, &b) in y.chunks_exact_mut(self.positions).zip(bias) {
+                        for (y, &b) in y.chunks_exact_mut(self.windows.positions).zip(bias) {
                             y.iter_mut().for_each(|y| *y += b);
                         }
                     },
@@ -131,7 +128,7 @@ impl<'g> Columns<'g> {
             let group = number % self.g.groups;
             let weights = &mut weights[group * len..(group + 1) * len];
             let mut weights = matrix_mut(weights, self.windows.taps, self.filters, "conv2d weight gradient")?;
-            let dy = matrix(dy, self.filters, self.positions, "conv2d gradient")?;
+            let dy = matrix(dy, self.filters, self.windows.positions, "conv2d gradient")?;
             self.each_piece(x, scratch, |columns, positions| {
                 let accumulate = number >= self.g.groups || positions.start > 0;
                 self.product(weights.view_mut(), columns, dy.slice(s![.., positions]).reversed_axes(), accumulate);
@@ -145,9 +142,9 @@ impl<'g> Columns<'g> {
         let ([input, output], taps) = (self.sizes(), self.windows.taps);
         for (number, (dy, dx)) in dy.chunks_exact(output).zip(dx.chunks_exact_mut(input)).enumerate() {
             let weight = self.weights_of(number, weight)?.reversed_axes();
-            let dy = matrix(dy, self.filters, self.positions, "conv2d gradient")?;
+            let dy = matrix(dy, self.filters, self.windows.positions, "conv2d gradient")?;
             if self.windows.is_pointwise() {
-                self.product(matrix_mut(dx, taps, self.positions, "conv2d")?, weight, dy, false);
+                self.product(matrix_mut(dx, taps, self.windows.positions, "conv2d")?, weight, dy, false);
                 continue;
             }
             dx.fill(R::zero());

@@ -242,13 +242,13 @@ impl<R: Real> Conv for Cpu<R> {
         let sums = parts.cut(dweights, of.weights).into_iter().zip(parts.cut(dbiases, of.biases));
         let pieces = inputs.zip(sums).map(|(((x, dy), dx), (dweight, dbias))| Part { x, dy, dweight, dbias, dx });
         share_out(pieces, rooms, of.room, part)?;
-        // As `[taps, filters]` of each group, or `[9, filters and channels]`.
-        let [rows, columns] = match &ways.weights {
-            Way::Columns(columns) => columns.weights(),
-            Way::Winograd(_) => [9, weight.len() / 9],
-            Way::Joint(_) => [0, 0],
+        // As `[taps, filters]` of each group, or `[9, filters and channels]`; or added to its place already.
+        let in_parts = match &ways.weights {
+            Way::Columns(columns) => Some(columns.weights()),
+            Way::Winograd(_) => Some([9, weight.len() / 9]),
+            Way::Joint(_) => None,
         };
-        if of.weights > 0 {
+        if let Some([rows, columns]) = in_parts {
             sum_rows(total, dweights, false);
             for (gradient, total) in gradient.chunks_exact_mut(rows * columns).zip(total.chunks_exact(rows * columns)) {
                 let gradient = matrix_mut(gradient, columns, rows, "conv2d weight gradient")?;

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::linear::{matrix, matrix_mut};
 use super::parallel::vectorize;
 use super::product::{HORIZONTAL, product};
-use super::windows::Windows;
+use super::windows::{POSITIONS, Windows};
 use crate::backend::ops::Conv2dGeometry;
 use crate::error::{Error, Result};
 use crate::real::Real;
@@ -20,16 +20,13 @@ use crate::real::Real;
 /// Weights of a group from which on they do not stay in a cache from one sample to the next. Measured.
 const WEIGHTS: usize = 1 << 19;
 
-/// Positions of a product, or few more; samples of many more have enough of them for a product each.
-const POSITIONS: usize = 256;
+/// A sample with more positions than this has enough of them for products of its own.
 const MANY: usize = 4 * POSITIONS;
 
 /// One convolution, some samples at a time.
 pub(super) struct Joint<'g> {
     g: &'g Conv2dGeometry,
     windows: Windows<'g>,
-    /// Positions of a sample.
-    positions: usize,
     /// Samples of a product, at most.
     samples: usize,
     /// Filters and channels of a group.
@@ -39,14 +36,14 @@ pub(super) struct Joint<'g> {
 
 impl<'g> Joint<'g> {
     /// The convolution of this geometry, where its weights are so many that products of several samples serve it better than one a sample.
-    /// It says the same for any batch, and every value is one sum in the same order, however many samples there are: the library adds
-    /// products that are too
-    /// small, or of one column, in another.
+    /// It says the same for any batch, and every value is one sum in the same order, however many samples there are: in another order the
+    /// library adds products that are too small, or of one column.
     ///
     /// # Errors
     /// A kernel that does not fit into the padded input.
     pub fn of(g: &'g Conv2dGeometry) -> Result<Option<Self>> {
-        Ok(Self::of_weights(g)?.filter(|own| own.windows.taps.min(own.filters) > HORIZONTAL && own.positions > 1))
+        Ok(Self::of_weights(g)?
+            .filter(|own| own.windows.taps.min(own.filters) > HORIZONTAL && own.windows.positions > 1))
     }
 
     /// The same for the gradient of the weights alone.
@@ -55,31 +52,30 @@ impl<'g> Joint<'g> {
     /// Those of [`Self::of`].
     pub fn of_weights(g: &'g Conv2dGeometry) -> Result<Option<Self>> {
         let own = Self::new(g)?;
-        Ok((own.windows.taps * own.filters >= WEIGHTS && own.positions <= MANY).then_some(own))
+        Ok((own.windows.taps * own.filters >= WEIGHTS && own.windows.positions <= MANY).then_some(own))
     }
 
     fn new(g: &'g Conv2dGeometry) -> Result<Self> {
         let windows = Windows::of(g)?;
-        let positions = windows.output[0] * windows.output[1];
-        let samples = POSITIONS.div_ceil(positions.max(1)).min(g.batch).max(1);
-        Ok(Joint { g, windows, positions, samples, filters: g.filters / g.groups, channels: g.channels / g.groups })
+        let samples = POSITIONS.div_ceil(windows.positions.max(1)).min(g.batch).max(1);
+        Ok(Joint { g, windows, samples, filters: g.filters / g.groups, channels: g.channels / g.groups })
     }
 
     /// Values of memory that it needs: the columns of some samples, and as many positions of all filters.
     pub fn room(&self) -> usize {
-        (self.windows.taps + self.filters) * self.samples * self.positions
+        (self.windows.taps + self.filters) * self.samples * self.windows.positions
     }
 
     /// Memory for the columns of so many samples, and for their filters' positions.
     fn split<'r, R>(&self, room: &'r mut [R], samples: usize) -> [&'r mut [R]; 2] {
-        let positions = samples * self.positions;
+        let positions = samples * self.windows.positions;
         let (columns, rest) = room.split_at_mut(self.windows.taps * positions);
         [columns, &mut rest[..self.filters * positions]]
     }
 
     /// Values of a sample, of the input and of the output.
     fn sizes(&self) -> [usize; 2] {
-        [self.g.channels * self.plane(), self.g.filters * self.positions]
+        [self.g.channels * self.plane(), self.g.filters * self.windows.positions]
     }
 
     /// Values of a channel's plane.
@@ -90,12 +86,12 @@ impl<'g> Joint<'g> {
     /// The columns of one group of some samples, `[taps, samples * positions]`, `=`.
     fn columns_of<R: Real>(&self, group: usize, x: &[R], columns: &mut [R]) {
         let samples = x.len() / self.sizes()[0];
-        let (pitch, rows) = (samples * self.positions, 0..self.windows.output[0]);
+        let (pitch, rows) = (samples * self.windows.positions, 0..self.windows.output[0]);
         let lines = columns.par_chunks_exact_mut(self.windows.taps / self.channels * pitch);
         lines.enumerate().for_each(|(channel, columns)| {
             for (sample, x) in x.chunks_exact(self.sizes()[0]).enumerate() {
                 let plane = &x[(group * self.channels + channel) * self.plane()..][..self.plane()];
-                self.windows.write_channel(plane, &rows, &mut columns[sample * self.positions..], pitch);
+                self.windows.write_channel(plane, &rows, &mut columns[sample * self.windows.positions..], pitch);
             }
         });
     }
@@ -103,10 +99,11 @@ impl<'g> Joint<'g> {
     /// `side` `[filters, samples * positions]`, `=`, of one group of some samples' `dy`.
     fn side_by_side<R: Real>(&self, group: usize, dy: &[R], side: &mut [R]) {
         let samples = dy.len() / self.sizes()[1];
-        let lines = side.par_chunks_exact_mut(samples * self.positions);
+        let lines = side.par_chunks_exact_mut(samples * self.windows.positions);
         lines.enumerate().for_each(|(filter, line)| {
-            let planes = dy.chunks_exact(self.positions).skip(group * self.filters + filter).step_by(self.g.filters);
-            line.chunks_exact_mut(self.positions).zip(planes).for_each(|(line, dy)| line.copy_from_slice(dy));
+            let planes =
+                dy.chunks_exact(self.windows.positions).skip(group * self.filters + filter).step_by(self.g.filters);
+            line.chunks_exact_mut(self.windows.positions).zip(planes).for_each(|(line, dy)| line.copy_from_slice(dy));
         });
     }
 
@@ -127,7 +124,7 @@ impl<'g> Joint<'g> {
         let [input, output] = self.sizes();
         for (x, y) in x.chunks(self.samples * input).zip(y.chunks_mut(self.samples * output)) {
             let samples = x.len() / input;
-            let positions = samples * self.positions;
+            let positions = samples * self.windows.positions;
             let [columns, side] = self.split(room, samples);
             for group in 0..self.g.groups {
                 self.columns_of(group, x, columns);
@@ -139,9 +136,9 @@ impl<'g> Joint<'g> {
                 );
                 let side = &*side;
                 y.par_chunks_exact_mut(output).enumerate().for_each(|(sample, y)| {
-                    let planes = y.chunks_exact_mut(self.positions).enumerate().skip(group * self.filters);
+                    let planes = y.chunks_exact_mut(self.windows.positions).enumerate().skip(group * self.filters);
                     for ((filter, y), line) in planes.zip(side.chunks_exact(positions)) {
-                        let line = &line[sample * self.positions..][..self.positions];
+                        let line = &line[sample * self.windows.positions..][..self.windows.positions];
                         match bias {
                             None => y.copy_from_slice(line),
                             Some(bias) => vectorize(
@@ -169,7 +166,7 @@ impl<'g> Joint<'g> {
         let pieces = x.chunks(self.samples * input).zip(dy.chunks(self.samples * output));
         for (number, (x, dy)) in pieces.enumerate() {
             let samples = x.len() / input;
-            let positions = samples * self.positions;
+            let positions = samples * self.windows.positions;
             let [columns, side] = self.split(room, samples);
             for group in 0..self.g.groups {
                 self.columns_of(group, x, columns);
@@ -193,7 +190,7 @@ impl<'g> Joint<'g> {
         let rows = 0..self.windows.output[0];
         for (dy, dx) in dy.chunks(self.samples * output).zip(dx.chunks_mut(self.samples * input)) {
             let samples = dy.len() / output;
-            let positions = samples * self.positions;
+            let positions = samples * self.windows.positions;
             let [columns, side] = self.split(room, samples);
             let found = (samples, self.g.channels, self.plane());
             let found_len = dx.len();
@@ -215,7 +212,12 @@ impl<'g> Joint<'g> {
                     for (sample, plane) in planes.outer_iter_mut().enumerate() {
                         if let Some(plane) = plane.into_slice() {
                             plane.fill(R::zero());
-                            self.windows.add_channel(&mut columns[sample * self.positions..], positions, &rows, plane);
+                            self.windows.add_channel(
+                                &mut columns[sample * self.windows.positions..],
+                                positions,
+                                &rows,
+                                plane,
+                            );
                         }
                     }
                 });

@@ -45,16 +45,7 @@ fn max_row<R: Real>(g: &PoolGeometry, stride: usize, x: &Padded<'_, R>, oy: usiz
     }
 }
 
-/// The same for windows of 2 x 2 that lie side by side: of both rows, and then of both, which is as good as one after the other.
-#[inline(always)]
-fn max_row_of_tiles<R: Real>(g: &PoolGeometry, x: &Padded<'_, R>, oy: usize, y: &mut [R], positions: &mut [i32]) {
-    match y.len() {
-        8.. => max_tiles::<R, 8>(g, x, oy, y, positions),
-        4.. => max_tiles::<R, 4>(g, x, oy, y, positions),
-        _ => max_tiles::<R, 1>(g, x, oy, y, positions),
-    }
-}
-
+/// Windows of 2 x 2 that lie side by side: the maximum of each row, and then of both, which is as good as one after the other.
 #[inline(always)]
 fn max_tiles<R: Real, const GROUP: usize>(
     g: &PoolGeometry,
@@ -92,6 +83,9 @@ fn max_groups<R: Real, const GROUP: usize>(
     y: &mut [R],
     positions: &mut [i32],
 ) {
+    if stride == 2 && g.kernel == [2, 2] && g.padding == [0, 0] {
+        return max_tiles::<R, GROUP>(g, x, oy, y, positions);
+    }
     let (width, top) = (g.input[1], oy * g.stride[0]);
     // Where nothing is larger than nothing: the first position that lies within the input.
     let row = top.saturating_sub(g.padding[0]) * width;
@@ -134,7 +128,6 @@ impl<R: Real> Pool for Cpu<R> {
         let [x, y] = disjoint(&mut activations.values, ranges, "max pooling")?;
         let positions = &mut activations.indices[position_range];
         let planes = x.par_chunks(plane).zip(y.par_chunks_mut(out)).zip(positions.par_chunks_mut(out));
-        let tiles = g.kernel == [2, 2] && g.padding == [0, 0];
         let width = g.input[1] + 2 * g.padding[1];
         let padded = if g.padding == [0, 0] { 0 } else { (g.input[0] + 2 * g.padding[0]) * width };
         let memory = || vec![R::neg_infinity(); padded];
@@ -156,7 +149,6 @@ impl<R: Real> Pool for Cpu<R> {
                     for (oy, (y, positions)) in rows.enumerate() {
                         // Strides that are known when this is compiled.
                         match g.stride[1] {
-                            2 if tiles => max_row_of_tiles(g, &x, oy, y, positions),
                             1 => max_row(g, 1, &x, oy, y, positions),
                             2 => max_row(g, 2, &x, oy, y, positions),
                             stride => max_row(g, stride, &x, oy, y, positions),

@@ -14,15 +14,16 @@ use crate::real::Real;
 /// Columns of a piece, in values, at most, where these are not very few positions: they stay in the second-level cache.
 const PIECE: usize = 1 << 16;
 
-/// So many positions a piece has, where a sample has as many.
-const POSITIONS: usize = 256;
+/// So many positions a product has, or few more, where there are as many: for them all weights are read once.
+pub(super) const POSITIONS: usize = 256;
 
 /// What follows from a geometry about windows.
 #[derive(Clone, Copy)]
 pub(super) struct Windows<'g> {
     g: &'g Conv2dGeometry,
-    /// Height and width of the output.
+    /// Height and width of the output, and its positions.
     pub output: [usize; 2],
+    pub positions: usize,
     /// Values under the kernel, in one group.
     pub taps: usize,
     /// Output rows of a piece.
@@ -65,7 +66,7 @@ impl<'g> Windows<'g> {
         let most = ((PIECE / taps.max(1)).max(POSITIONS) / output[1].max(1)).max(1);
         // Pieces of one size, or nearly so.
         let piece = output[0].div_ceil(output[0].div_ceil(most).max(1)).max(1);
-        Ok(Windows { g, output, taps, piece })
+        Ok(Windows { g, output, positions: output[0] * output[1], taps, piece })
     }
 
     /// Rows of the output, a piece at a time.
