@@ -43,6 +43,27 @@ fn lars_and_lamb_have_the_cpu_s_bits() {
 }
 
 #[test]
+fn pieces_of_whole_units_may_begin_anywhere_and_have_the_cpu_s_bits() {
+    let seed = fresh_seed();
+    // The second piece begins on an odd element, or on an even one that is no multiple of four.
+    let tensors: [(&str, &[usize]); 2] = [("odd.weight", &[330, 51]), ("even.weight", &[331, 50])];
+    let clip = Clip { value: Some(0.5), norm: NormClip::Adaptive { clipping: 0.1, epsilon: 1e-3 } };
+    for rule in [Rule::Sgd, LARS, LAMB] {
+        let case = Case::of(&tensors, &options(rule, clip), seed, &[]);
+        let starts: Vec<usize> =
+            case.plan.pieces(&(0..case.layout.padded_len())).map(|(_, piece)| piece.start % 4).collect();
+        assert_eq!(starts, [0, 3, 0, 2]);
+        let expected = case.on_the_cpu();
+        for device in devices() {
+            let (found, _) = case.on_the_device(&Cuda::<f32>::new(device.clone()));
+            assert!(found == expected, "{rule:?}, {:?}: other bits than the CPU's", device.options());
+            let (found, _) = case.on_the_device(&Cuda::<bf16>::new(device));
+            assert!(found.parameters == expected.parameters, "{rule:?}: other bits than the CPU's");
+        }
+    }
+}
+
+#[test]
 fn groups_of_several_rules_have_the_cpu_s_bits() {
     let Some(device) = device::device() else { return };
     let seed = fresh_seed();
