@@ -55,9 +55,12 @@ pub enum Error {
         /// The system's own words.
         cause: std::io::Error,
     },
-    /// A device that is not there, or that failed.
+    /// A device that is not there, that lacks something, or that has too little memory for what it was given.
     #[error("{0}")]
     Device(String),
+    /// A device that failed at what it was given, or one of its libraries did.
+    #[error("{0}")]
+    DeviceFailed(String),
     /// The training itself failed: it diverged, or skipped too many steps.
     #[error("{0}")]
     Training(String),
@@ -92,7 +95,7 @@ impl Error {
                 | std::io::ErrorKind::NotADirectory => 2,
                 _ => 1,
             },
-            Error::Training(_) | Error::Network(_) | Error::Collective(_) => 1,
+            Error::DeviceFailed(_) | Error::Training(_) | Error::Network(_) | Error::Collective(_) => 1,
             Error::Peer { exit_code, .. } => *exit_code,
         }
     }

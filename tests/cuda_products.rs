@@ -80,7 +80,13 @@ const PROPOSED: fn() -> DeviceOptions = || DeviceOptions { measure: false, ..Dev
 
 /// Bits of the gradients after one batch and three more added to it; none without a device.
 fn gradients(options: DeviceOptions) -> Option<Vec<u32>> {
+    gradients_of(options, None)
+}
+
+/// The same of a run that keeps its choices in a folder.
+fn gradients_of(options: DeviceOptions, run: Option<&Path>) -> Option<Vec<u32>> {
     let backend = Cuda::<f32>::new(device_with(options)?);
+    run.into_iter().for_each(|run| backend.keep_choices_in(run));
     let (batch, inputs, outputs) = (200, 75, 12);
     let layers = Sequential::new().then("0", Linear::new(64)).then("1", Linear::new(outputs));
     let mut model = Model::new(Box::new(layers), Loss::MeanSquaredError);
@@ -137,6 +143,38 @@ fn an_algorithm_that_was_kept_is_the_one_that_runs() {
     assert!(split != proposed, "the entry was not heeded");
     assert!(gradients(MEASURED()) == Some(split));
     assert!(gradients(PROPOSED()) == Some(proposed), "an entry was heeded where nothing is to be measured");
+}
+
+#[test]
+fn a_run_takes_what_is_kept_in_its_folder_wherever_it_is_resumed() {
+    let _alone = alone();
+    let run = tempfile::tempdir().unwrap();
+    let Some(proposed) = gradients(PROPOSED()) else { return };
+    let begun = gradients_of(MEASURED(), Some(run.path()));
+    let (kept, of_run) = (entries(), entries_in(&run.path().join("products")));
+    assert_eq!((kept.len(), of_run.len()), (7, 7));
+    // On another machine, whose cache has other choices, or none.
+    std::fs::remove_dir_all(cache()).unwrap();
+    assert!(gradients_of(MEASURED(), Some(run.path())) == begun, "other bits than before it was stopped");
+    assert_eq!(entries(), [], "what was known was measured");
+    let real = std::env::var("WARPSTEP_TEST_DEVICE").is_ok();
+    for (path, text) in of_run.iter().filter(|_| !real) {
+        let [mark, ..] = words(text);
+        std::fs::write(path, with_words(text, &[mark, 3, 0, 0, 0, 0, 0, 0])).unwrap();
+    }
+    if !real {
+        let split = gradients_of(MEASURED(), Some(run.path()));
+        assert!(split.is_some() && split != Some(proposed), "the run's choice was not heeded");
+        gradients(MEASURED());
+        assert!(gradients_of(MEASURED(), Some(run.path())) == split, "the cache came before the run");
+    }
+    // A run can keep what a machine cannot.
+    std::fs::remove_dir_all(cache()).unwrap();
+    std::fs::create_dir_all(cache().join("warpstep")).unwrap();
+    std::fs::write(products(), "in the way").unwrap();
+    let other = tempfile::tempdir().unwrap();
+    gradients_of(MEASURED(), Some(other.path()));
+    assert_eq!(entries_in(&other.path().join("products")).len(), 7);
 }
 
 #[test]

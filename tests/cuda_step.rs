@@ -138,6 +138,21 @@ fn a_small_networks_step_is_as_many_launches_as_it_depends_on_one_after_the_othe
     assert_eq!((host.copies, host.copies_out, host.library_calls, host.fills), (0, 0, 0, 0), "{host:?}");
 }
 
+#[test]
+fn without_graphs_each_kernel_is_waited_for_so_that_the_one_that_fails_is_named() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(device) = device::device_with(DeviceOptions { graphs: false, ..DeviceOptions::default() }) else { return };
+    let Some(emulator) = Emulator::find() else { return };
+    let mut trainer = trainer::<bf16>(&device, 1, None, 0.01);
+    pipelined(&mut trainer, 2, 1);
+    emulator.reset();
+    pipelined(&mut trainer, 3, 1);
+    let host = emulator.host();
+    assert_eq!(host.graph_launches, 0, "{host:?}");
+    assert!(host.launches > 0 && host.library_calls > 0, "{host:?}");
+    assert_eq!(host.synchronizations, host.launches + host.library_calls, "{host:?}");
+}
+
 fn the_same_reports<S: Storage>() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(device) = device::device() else { return };

@@ -84,6 +84,28 @@ fn the_emulated_device_is_listed_and_works() {
 }
 
 #[test]
+fn a_driver_that_is_too_old_is_named_and_nothing_is_tried_with_it() {
+    if emulated::find_library().is_none() || !is_embedded() {
+        println!("skipped: the emulator was not built, or Warpstep was built without nvcc");
+        return;
+    }
+    let old = |arguments: &[&str]| {
+        let mut command = warpstep_apart();
+        command.args(arguments).env("LD_LIBRARY_PATH", "").env("WARPSTEP_EMULATOR_DRIVER", "12040").output().unwrap()
+    };
+    let told = "the NVIDIA driver is too old: it supports CUDA 12.4, and Warpstep needs 13.0: ";
+    let output = old(&["doctor", "--device", "emulated"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stdout(&output).contains(told) && stdout(&output).contains("580 or newer"), "{}", stdout(&output));
+    assert!(!stdout(&output).contains(": works"), "{}", stdout(&output));
+    let out = tempfile::tempdir().unwrap();
+    let run = ["train", "examples/digits.toml", "--device", "emulated", "--out", out.path().to_str().unwrap()];
+    let output = old(&run);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains(told), "{}", stderr(&output));
+}
+
+#[test]
 fn libraries_are_found_by_the_names_that_packages_install() {
     if is_driver_present() && !emulated::is_active() {
         println!("skipped: this machine has a driver, and so it may have the libraries under other names as well");

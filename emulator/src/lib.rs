@@ -28,8 +28,9 @@
 //!
 //! # Variables of the environment
 //!
-//! `WARPSTEP_EMULATOR_DEVICES` (1), `WARPSTEP_EMULATOR_MEMORY` (bytes of each, 16 GiB), `WARPSTEP_EMULATOR_CHECKS=off` (neither
-//! races nor unwritten reads are looked for), `CUDA_VISIBLE_DEVICES` as the driver has it.
+//! `WARPSTEP_EMULATOR_DEVICES` (1), `WARPSTEP_EMULATOR_MEMORY` (bytes of each, 16 GiB), `WARPSTEP_EMULATOR_DRIVER` (the version that
+//! the driver tells, 13000), `WARPSTEP_EMULATOR_CHECKS=off` (neither races nor unwritten reads are looked for),
+//! `CUDA_VISIBLE_DEVICES` as the driver has it.
 
 pub mod counts;
 pub mod driver;

@@ -20,6 +20,7 @@ pub use op::{Op, StepContext, Use};
 pub use slice::{DeviceSlice, HostSlice, Number, Numeric, Slice};
 
 use std::ops::Range;
+use std::path::Path;
 
 use self::step::Gather;
 use crate::data::Table;
@@ -66,6 +67,10 @@ pub trait Backend:
     fn peak_arithmetic(&self) -> Option<f64> {
         None
     }
+
+    /// Keeps what the device chooses by measuring, from now on, in a folder of the run too, and takes what is kept there before
+    /// anything else.
+    fn keep_choices_in(&self, _: &Path) {}
 
     /// A buffer of `len` zeros.
     ///

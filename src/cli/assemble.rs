@@ -9,6 +9,7 @@ use super::{RunArgs, RunFileArgs};
 use crate::backend::Backend;
 use crate::backend::cpu::{self, Cpu};
 use crate::backend::cuda::auto::{Choice, Machine, choose};
+use crate::backend::cuda::doctor::check;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count, emulated, is_embedded};
 use crate::config::{DeviceChoice, Precision, RunFile};
 use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
@@ -94,43 +95,62 @@ impl Opened {
 /// # Errors
 /// No such device, or no emulator; an emulated device starts the program again and does not come back.
 pub fn open_device(run: &RunFile, world: &World, graphs: bool) -> Result<Opened> {
-    let ordinal = match run.device {
+    let tf32 = run.precision == Precision::Tf32;
+    // What is measured on one machine may come out otherwise on the next.
+    let measure = DeviceOptions::default().measure && !run.reproducible;
+    let options = |ordinal| DeviceOptions { ordinal, tf32, graphs, measure, ..DeviceOptions::default() };
+    let device = match run.device {
         DeviceChoice::Cpu => return Ok(Opened::Cpu(Cpu::new())),
         DeviceChoice::Auto => match choose(&Machine::look(), run.model.has_convolutions()) {
-            Choice::Cuda(ordinal) => own_device(world).unwrap_or(ordinal),
-            Choice::Cpu(reason) => {
-                if run.precision != Precision::F32 {
-                    return Err(run.locate(Error::config(
-                        "run.precision",
-                        format!(
-                            "the CPU computes in f32; expected \"f32\" (the others need a CUDA device: {})",
-                            reason.as_deref().unwrap_or("none was found")
-                        ),
-                    )));
+            // Several processes go the same way: what one of them cannot open fails for all.
+            Choice::Cuda(ordinal) if world.size > 1 => Device::open(options(own_device(world).unwrap_or(ordinal)))?,
+            choice => match open_chosen(choice, options) {
+                Ok(device) => device,
+                Err(reason) => {
+                    if run.precision != Precision::F32 {
+                        return Err(run.locate(Error::config(
+                            "run.precision",
+                            format!(
+                                "the CPU computes in f32; expected \"f32\" (the others need a CUDA device: {})",
+                                reason.as_deref().unwrap_or("none was found")
+                            ),
+                        )));
+                    }
+                    if let Some(reason) = reason {
+                        tell(format_args!(
+                            "device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more"
+                        ));
+                    }
+                    return Ok(Opened::Cpu(Cpu::new()));
                 }
-                if let Some(reason) = reason {
-                    tell(format_args!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more"));
-                }
-                return Ok(Opened::Cpu(Cpu::new()));
-            }
+            },
         },
         DeviceChoice::Cuda(ordinal) => {
-            ordinal.map_or_else(|| own_device(world).unwrap_or(0), |ordinal| ordinal as usize)
+            Device::open(options(ordinal.map_or_else(|| own_device(world).unwrap_or(0), |ordinal| ordinal as usize)))?
         }
         DeviceChoice::Emulated => {
             enter_emulated()?;
-            own_device(world).unwrap_or(0)
+            Device::open(options(own_device(world).unwrap_or(0)))?
         }
     };
-    let tf32 = run.precision == Precision::Tf32;
-    let options = DeviceOptions { ordinal, tf32, graphs, ..DeviceOptions::default() };
-    // What is measured on one machine may come out otherwise on the next.
-    let device = Device::open(DeviceOptions { measure: options.measure && !run.reproducible, ..options })?;
     Ok(match run.precision {
         Precision::Bf16 => Opened::CudaBf16(Cuda::new(device)),
         Precision::F16 => Opened::CudaF16(Cuda::new(device)),
         Precision::F32 | Precision::Tf32 => Opened::Cuda(Cuda::new(device)),
     })
+}
+
+/// The GPU that was chosen, where it works; else why none is taken, where there are signs of one.
+fn open_chosen(
+    choice: Choice,
+    options: impl Fn(usize) -> DeviceOptions,
+) -> std::result::Result<Arc<Device>, Option<String>> {
+    match choice {
+        Choice::Cuda(ordinal) => Device::open(options(ordinal))
+            .and_then(|device| check(&device).map(|()| device))
+            .map_err(|error| Some(format!("cuda:{ordinal} does not work: {error}"))),
+        Choice::Cpu(reason) => Err(reason),
+    }
 }
 
 /// The device of this process, where several of a machine were started: each its own, but where each sees no other.
@@ -164,9 +184,9 @@ pub fn enter_emulated() -> Result<()> {
 /// The number of the GPU that `auto` takes for all that there is; none for the CPU. Where there are signs of a GPU that does not
 /// work, it says why.
 pub fn choose_auto() -> Option<usize> {
-    match choose(&Machine::look(), true) {
-        Choice::Cuda(ordinal) => Some(ordinal),
-        Choice::Cpu(reason) => {
+    match open_chosen(choose(&Machine::look(), true), |ordinal| DeviceOptions { ordinal, ..DeviceOptions::default() }) {
+        Ok(device) => Some(device.options().ordinal),
+        Err(reason) => {
             if let Some(reason) = reason {
                 tell(format_args!("device = \"auto\": the CPU is used: {reason}; `warpstep doctor` tells more"));
             }

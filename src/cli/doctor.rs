@@ -86,6 +86,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         cpu: processor(),
         works: cuda.devices.iter().all(works),
         auto: match choose(&Machine::look(), true) {
+            Choice::Cuda(ordinal) if cuda.devices.iter().any(|device| device.ordinal == ordinal && !works(device)) => {
+                format!("cpu (cuda:{ordinal} does not work)")
+            }
             Choice::Cuda(ordinal) => format!("cuda:{ordinal}"),
             Choice::Cpu(None) => "cpu".to_owned(),
             Choice::Cpu(Some(reason)) => format!("cpu ({reason})"),

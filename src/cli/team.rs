@@ -116,21 +116,32 @@ fn over_nccl(world: &World, device: &Arc<Device>, timeout: Duration) -> Result<J
         }
         return over_mpi(world, timeout);
     }
-    let mut id = if world.rank == 0 { Nccl::unique_id()?.to_vec() } else { Vec::new() };
-    let mut rendezvous = None;
-    if world.size > 1 {
-        let at = world.rendezvous.as_ref().ok_or_else(|| {
-            Error::config(
+    let mut rendezvous = match &world.rendezvous {
+        _ if world.size == 1 => None,
+        Some(at) => Some(Rendezvous::join(world, at, timeout)?),
+        None => {
+            return Err(Error::config(
                 "environment variable MASTER_ADDR",
                 format!("is not set, but {} started several processes; expected the address of rank 0", world.how),
-            )
-        })?;
-        rendezvous.insert(Rendezvous::join(world, at, timeout)?).broadcast(&mut id)?;
+            ));
+        }
+    };
+    let prepared = Nccl::prepare(device).and_then(|prepared| {
+        let id = if world.rank == 0 { Nccl::unique_id()?.to_vec() } else { Vec::new() };
+        Ok((prepared, id))
+    });
+    if let Some(rendezvous) = &mut rendezvous {
+        // A process that does not come would leave the others in the library, where nobody watches them.
+        rendezvous.all_ready(prepared.as_ref().err())?;
+    }
+    let (prepared, mut id) = prepared?;
+    if let Some(rendezvous) = &mut rendezvous {
+        rendezvous.broadcast(&mut id)?;
     }
     let id: [u8; ID_BYTES] = id
         .try_into()
         .map_err(|id: Vec<u8>| Error::Network(format!("NCCL's id has {} bytes, expected {ID_BYTES}", id.len())))?;
-    Ok((Arc::new(Nccl::join(device, &id, world.rank, world.size)?), rendezvous))
+    Ok((Arc::new(prepared.join(&id, world.rank, world.size)?), rendezvous))
 }
 
 #[cfg(feature = "mpi")]

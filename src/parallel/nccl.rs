@@ -22,7 +22,7 @@ use crate::tell::tell;
 /// Bytes of the id by which processes find each other.
 pub const ID_BYTES: usize = 128;
 
-/// How long an abort waits for a call of another thread to return, which takes no time unless it hangs.
+/// How long an abort waits for a call of another thread to return, and for its own: they take no time unless they hang.
 const RETURNS: Duration = Duration::from_secs(1);
 
 /// A device among those of all processes.
@@ -30,8 +30,13 @@ pub struct Nccl {
     communicator: Arc<Communicator>,
 }
 
-struct Communicator {
+/// A device that is ready to join others.
+pub struct Prepared {
     communication: Communication,
+}
+
+struct Communicator {
+    communication: Arc<Communication>,
     rank: usize,
     world: usize,
     /// Held while the library is called.
@@ -101,17 +106,36 @@ impl Nccl {
         Ok(bytemuck::cast(id.internal))
     }
 
-    /// Joins the processes of an id with a device. Comes back when all have. The device is watched from then on: the host does not
-    /// wait for a process that is gone ([`Device::watch`]).
+    /// Does all of [`Nccl::join`] that this process can do, and fail at, by itself.
+    ///
+    /// # Errors
+    /// No NCCL, or a device that failed.
+    pub fn prepare(device: &Arc<Device>) -> Result<Prepared> {
+        load()?;
+        Ok(Prepared { communication: Communication::new(device)? })
+    }
+
+    /// Joins the processes of an id with a device ([`Prepared::join`]).
     ///
     /// # Errors
     /// No NCCL, a process that does not come, or a device that failed.
     pub fn join(device: &Arc<Device>, id: &[u8; ID_BYTES], rank: usize, world: usize) -> Result<Self> {
-        load()?;
+        Nccl::prepare(device)?.join(id, rank, world)
+    }
+}
+
+impl Prepared {
+    /// Joins the processes of an id. Comes back when all have. The device is watched from then on: the host does not wait for a
+    /// process that is gone ([`Device::watch`]).
+    ///
+    /// # Errors
+    /// A process that does not come, or a device that failed.
+    pub fn join(self, id: &[u8; ID_BYTES], rank: usize, world: usize) -> Result<Nccl> {
         if rank >= world {
             return Err(Error::shape("NCCL", format!("a rank below {world}"), rank.to_string()));
         }
-        let communication = Communication::new(device)?;
+        let Prepared { communication } = self;
+        let device = Arc::clone(communication.device());
         communication.bind()?;
         let id = sys::ncclUniqueId { internal: bytemuck::cast(*id) };
         let mut handle = std::ptr::null_mut();
@@ -119,7 +143,7 @@ impl Nccl {
         let status = unsafe { sys::ncclCommInitRank(&mut handle, world as c_int, id, rank as c_int) };
         check(&format!("join {world} processes as number {rank}"), status)?;
         let communicator = Arc::new(Communicator {
-            communication,
+            communication: Arc::new(communication),
             rank,
             world,
             calls: Mutex::new(()),
@@ -197,13 +221,27 @@ impl Communicator {
             }
         };
         let handle = self.handle.swap(std::ptr::null_mut(), Ordering::AcqRel);
-        if !handle.is_null() {
-            // SAFETY: it is taken out, so that nobody aborts it twice or calls it from now on; a call that hangs in it is what the
+        if handle.is_null() {
+            return;
+        }
+        // Kernels that wait are ended at once; but the call comes back only when no recording names the communicator any more, and
+        // this thread may hold one. The thread keeps what the library uses until then.
+        let (handle, communication) = (AtomicPtr::new(handle), Arc::clone(&self.communication));
+        let (done, wait) = std::sync::mpsc::channel();
+        let end = move || {
+            // SAFETY: it was taken out, so that nobody aborts it twice or calls it from now on; a call that hangs in it is what the
             // library has aborts for, from another thread.
-            let status = unsafe { sys::ncclCommAbort(handle) };
+            let status = unsafe { sys::ncclCommAbort(handle.into_inner()) };
             if let Err(error) = check("give up", status) {
                 tell(error);
             }
+            drop(communication);
+            // Nobody waits any more where it took longer.
+            let _ = done.send(());
+        };
+        match std::thread::Builder::new().name("warpstep-abort".into()).spawn(end) {
+            Ok(_) => drop(wait.recv_timeout(RETURNS)),
+            Err(error) => tell(Error::io("start", "a thread that gives NCCL's exchange up", error)),
         }
     }
 

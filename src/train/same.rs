@@ -26,7 +26,8 @@ pub fn same_parameters<B: Backend>(
             let list: Vec<String> = ranks.iter().map(ToString::to_string).collect();
             let problem = format!(
                 "after step {step} the parameter `{name}` of rank {} has other bits than that of the other ranks: a process \
-                 computes wrongly, or its memory is damaged; go on from the last checkpoint before with --resume, on other hardware",
+                 computes wrongly, its memory is damaged, or its device is of another kind than theirs; go on from the last checkpoint \
+                 before with --resume, on other hardware",
                 list.join(", ")
             );
             // All know it, and one says it.

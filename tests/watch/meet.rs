@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::common::free_port;
+use warpstep::Error;
 use warpstep::parallel::rendezvous::{Endpoint, Listener, Rendezvous};
 use warpstep::parallel::world::{Launcher, World, host_name};
 
@@ -38,6 +39,34 @@ fn exchange(mut rendezvous: Rendezvous) -> (Vec<Vec<u8>>, Vec<u8>) {
     rendezvous.broadcast(&mut bytes).unwrap();
     rendezvous.barrier().unwrap();
     (all, bytes)
+}
+
+#[test]
+fn one_that_is_not_ready_is_told_to_all_others_before_they_go_on() {
+    for failing in [vec![], vec![0], vec![2, 1]] {
+        let at = here(free_port());
+        let ranks: Vec<_> = (0..3)
+            .map(|rank| {
+                let (at, failed) = (at.clone(), failing.contains(&rank));
+                thread::spawn(move || {
+                    let mut rendezvous = Rendezvous::join(&world(rank, 3), &at, LONG).unwrap();
+                    let error = failed.then(|| Error::Device(format!("no NCCL on {rank}")));
+                    rendezvous.all_ready(error.as_ref())
+                })
+            })
+            .collect();
+        for (rank, found) in ranks.into_iter().map(|thread| thread.join().unwrap()).enumerate() {
+            match (failing.iter().min(), found) {
+                (Some(_), Ok(())) => assert!(failing.contains(&rank), "rank {rank} does not know of it"),
+                (Some(first), Err(error)) => {
+                    assert_eq!(error.to_string(), format!("rank {first}: no NCCL on {first}"));
+                    assert_eq!(error.exit_code(), 2);
+                    assert!(!failing.contains(&rank));
+                }
+                (None, found) => found.unwrap(),
+            }
+        }
+    }
 }
 
 #[test]

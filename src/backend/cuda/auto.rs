@@ -1,6 +1,6 @@
 //! What `device = "auto"` takes: a GPU where one works, else the CPU.
 
-use super::context::device_count;
+use super::context::{device_count, old_driver};
 use super::doctor::facts;
 use super::libraries::Library;
 use super::{emulated, is_driver_present, is_embedded};
@@ -10,6 +10,8 @@ use super::{emulated, is_driver_present, is_embedded};
 pub struct Machine {
     /// Whether the driver's library loads.
     pub driver: bool,
+    /// Why that driver cannot be used, where it is too old.
+    pub old_driver: Option<String>,
     /// Whether the devices are emulated: never taken unasked.
     pub emulated: bool,
     /// Name and compute capability of each device.
@@ -45,6 +47,7 @@ impl Machine {
         let devices = (0..device_count()).filter_map(|ordinal| facts(ordinal).ok());
         Machine {
             driver: true,
+            old_driver: old_driver(),
             emulated: false,
             devices: devices.map(|facts| (facts.name, facts.capability)).collect(),
             embedded: is_embedded(),
@@ -59,6 +62,9 @@ impl Machine {
 pub fn choose(machine: &Machine, convolutions: bool) -> Choice {
     if machine.emulated || !machine.driver {
         return Choice::Cpu(None);
+    }
+    if let Some(old) = &machine.old_driver {
+        return Choice::Cpu(Some(old.clone()));
     }
     if machine.devices.is_empty() {
         return Choice::Cpu(Some("there is a driver, but it knows no device".to_owned()));
@@ -89,6 +95,7 @@ mod tests {
     fn whole() -> Machine {
         Machine {
             driver: true,
+            old_driver: None,
             emulated: false,
             devices: vec![("NVIDIA H100".to_owned(), (9, 0))],
             embedded: true,
@@ -125,6 +132,7 @@ mod tests {
     #[test]
     fn what_a_gpu_lacks_is_said_with_what_installs_it() {
         assert!(reason(&Machine { devices: Vec::new(), ..whole() }, false).contains("no device"));
+        assert_eq!(reason(&Machine { old_driver: Some("too old".to_owned()), ..whole() }, false), "too old");
         let old = vec![("Tesla V100".to_owned(), (7, 0))];
         assert!(reason(&Machine { devices: old, ..whole() }, false).contains("7.0"));
         assert!(reason(&Machine { embedded: false, ..whole() }, false).contains("nvidia-cuda-nvrtc"));

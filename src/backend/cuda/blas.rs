@@ -11,7 +11,7 @@ use cudarc::cublaslt::sys::{
     cudaDataType,
 };
 
-use super::context::Device;
+use super::context::{Device, LESS_MEMORY};
 use super::product::{Epilogue, Matrix, Product, Shape};
 use crate::error::{Error, Result};
 
@@ -33,7 +33,11 @@ unsafe impl Sync for Blas {}
 const WORKSPACE_BYTES: usize = 32 << 20;
 
 pub(super) fn blas_error(what: &str, error: CublasError) -> Error {
-    Error::Device(format!("cuBLASLt: cannot {what}: {:?}", error.0))
+    let told = format!("cuBLASLt: cannot {what}: {:?}", error.0);
+    match error.0 {
+        sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => Error::Device(format!("{told}: {LESS_MEMORY}")),
+        _ => Error::DeviceFailed(told),
+    }
 }
 
 impl Blas {

@@ -4,7 +4,7 @@
 //! because the choice is made once: what was measured is written to the cache, where the first that writes wins, and read from
 //! then on, by every process. Where it cannot be written, where a run asks for the same bits on any machine, and within a
 //! recording, the library's own first proposal is taken, which is a function of the shape. Every algorithm that is proposed
-//! gives the same bits each time it runs (see `Limits` in blas.rs).
+//! gives the same bits each time it runs (see `Limits` in blas.rs). What a run took is kept in its folder besides.
 
 use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t;
 
@@ -45,18 +45,19 @@ pub(super) unsafe fn choose(
         return Ok(Choice { algorithm: first, is_final: false });
     }
     let question = format!("{} {shape:?}", blas.version());
-    let algorithm = match Entry::new(device, "products", HEAD, &question) {
-        Some(entry) => entry.find_or_measure(
-            |&data| fits(blas, described, &cublasLtMatmulAlgo_t { data }),
-            || {
-                // What is measured must be what is taken when it is read again.
-                let fit: Vec<_> = found.iter().filter(|algorithm| fits(blas, described, algorithm)).copied().collect();
-                // SAFETY: as the caller promises.
-                Ok(unsafe { measure(device, blas, described, product, &fit)? }.map(|algorithm| algorithm.data))
-            },
-        )?,
-        None => None,
-    };
+    let entry = Entry::new(device, "products", HEAD, &question);
+    let algorithm = entry.find_or_measure(
+        |&data| fits(blas, described, &cublasLtMatmulAlgo_t { data }),
+        || {
+            // What is measured must be what is taken when it is read again.
+            let fit: Vec<_> = found.iter().filter(|algorithm| fits(blas, described, algorithm)).copied().collect();
+            // SAFETY: as the caller promises.
+            Ok(unsafe { measure(device, blas, described, product, &fit)? }.map(|algorithm| algorithm.data))
+        },
+    )?;
+    if let (None, Some(first)) = (&algorithm, &first) {
+        entry.keep_for_run(&first.data);
+    }
     Ok(Choice { algorithm: algorithm.map(|data| cublasLtMatmulAlgo_t { data }).or(first), is_final: true })
 }
 

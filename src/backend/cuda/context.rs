@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
+use super::compiler::Compiled;
+use super::libraries::Library;
 use super::module::{Image, image};
 use super::step::{KeptScale, Scalars};
 use crate::error::{Error, Result};
@@ -15,6 +18,10 @@ use crate::error::{Error, Result};
 /// The libraries that are named in errors with what installs them.
 const DRIVER_MISSING: &str = "no NVIDIA driver was found (libcuda.so): install NVIDIA's driver for this GPU, or use \
                               device = \"cpu\"; `warpstep doctor` tells what is there";
+
+/// What helps where kernels were made for a newer driver.
+const NEWER_DRIVER: &str = "the kernels were compiled by a CUDA that is newer than this driver: install a newer driver, or build \
+                            Warpstep with nvcc 13.0";
 
 /// What a run can change that needs more memory than there is.
 pub const LESS_MEMORY: &str = "make data.batch_size, data.context or the model smaller, compute blocks again in the backward \
@@ -28,7 +35,8 @@ pub struct DeviceOptions {
     pub ordinal: usize,
     /// Whether products of f32 take their inputs in tf32 (10 bits of fraction).
     pub tf32: bool,
-    /// Whether programs are recorded and replayed as CUDA graphs.
+    /// Whether programs are recorded and replayed as CUDA graphs. Where they are not, each kernel and each call of a library is
+    /// waited for, so that the one is named that fails.
     pub graphs: bool,
     /// Whether a small arena is updated in one cooperative launch.
     pub persistent_update: bool,
@@ -107,6 +115,8 @@ pub struct Device {
     pub(super) operation: Mutex<Option<&'static str>>,
     blas: std::sync::OnceLock<super::blas::Blas>,
     dnn: std::sync::OnceLock<super::convolution::Dnn>,
+    /// Where the run keeps what was chosen for it.
+    choices: Mutex<Option<PathBuf>>,
     /// Whether the second of two ways is taken, by question (ways.rs).
     pub(super) ways: Mutex<HashMap<String, bool>>,
     /// Where the scalars of work stand that is no step of a queue, and of whatever is queued now.
@@ -146,9 +156,29 @@ impl std::fmt::Debug for Device {
 pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
     let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
-    match (name, text) {
-        (Ok(name), Ok(text)) => Error::Device(format!("CUDA: cannot {what}: {text} ({name})")),
-        _ => Error::Device(format!("CUDA: cannot {what}: error {:?}", error.0)),
+    let told = match (name, text) {
+        (Ok(name), Ok(text)) => format!("CUDA: cannot {what}: {text} ({name})"),
+        _ => format!("CUDA: cannot {what}: error {:?}", error.0),
+    };
+    by_status(error.0, told)
+}
+
+/// What was told of a status, with what to do where that is known: what another device, another driver or a smaller run would mend is
+/// told apart from a device that failed.
+fn by_status(status: sys::CUresult, told: String) -> Error {
+    use sys::CUresult as Status;
+    match status {
+        Status::CUDA_ERROR_OUT_OF_MEMORY => Error::Device(format!("{told}: {LESS_MEMORY}")),
+        Status::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | Status::CUDA_ERROR_NO_BINARY_FOR_GPU => {
+            Error::Device(format!("{told}: {NEWER_DRIVER}"))
+        }
+        Status::CUDA_ERROR_NO_DEVICE
+        | Status::CUDA_ERROR_INVALID_DEVICE
+        | Status::CUDA_ERROR_DEVICE_UNAVAILABLE
+        | Status::CUDA_ERROR_STUB_LIBRARY
+        | Status::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+        | Status::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => Error::Device(told),
+        _ => Error::DeviceFailed(told),
     }
 }
 
@@ -156,6 +186,30 @@ pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
 pub fn is_driver_present() -> bool {
     // SAFETY: asks whether a library of this name loads; nothing of it is called.
     unsafe { sys::is_culib_present() }
+}
+
+/// The oldest driver's version: that of the CUDA whose functions are called here, and whose nvcc makes the kernels.
+const LEAST_DRIVER: i32 = 13_000;
+
+/// What the driver supports, as 13000 for CUDA 13.0; 0 where it does not tell.
+pub(super) fn driver_version() -> i32 {
+    let mut version = 0;
+    // SAFETY: the driver is present, as the caller knows, and needs no start for this; there is room for the number.
+    let status = unsafe { sys::cuDriverGetVersion(&mut version) };
+    if status == sys::CUresult::CUDA_SUCCESS { version } else { 0 }
+}
+
+/// Why the driver, which is present, cannot be used, where it is too old.
+pub(super) fn old_driver() -> Option<String> {
+    let version = driver_version();
+    (1..LEAST_DRIVER).contains(&version).then(|| {
+        format!(
+            "the NVIDIA driver is too old: it supports CUDA {}.{}, and Warpstep needs 13.0: {}",
+            version / 1000,
+            version % 1000 / 10,
+            Library::Driver.install()
+        )
+    })
 }
 
 /// Number of devices; 0 without a driver, or with one that does not start.
@@ -174,6 +228,9 @@ impl Device {
     pub fn open(options: DeviceOptions) -> Result<Arc<Self>> {
         if !is_driver_present() {
             return Err(Error::Device(DRIVER_MISSING.into()));
+        }
+        if let Some(old) = old_driver() {
+            return Err(Error::Device(old));
         }
         result::init().map_err(|error| driver_error("start the driver", error))?;
         let count = device_count();
@@ -201,6 +258,9 @@ impl Device {
     pub fn on_stream(stream: &Arc<CudaStream>, options: DeviceOptions) -> Result<Arc<Self>> {
         let context = stream.context().clone();
         let options = DeviceOptions { ordinal: context.ordinal(), ..options };
+        if let Some(old) = old_driver() {
+            return Err(Error::Device(old));
+        }
         let fail = |error| driver_error(&format!("open device {}", options.ordinal), error);
         context.bind_to_thread().map_err(fail)?;
         let capability = context.compute_capability().map_err(fail)?;
@@ -226,6 +286,7 @@ impl Device {
             operation: Mutex::default(),
             blas: std::sync::OnceLock::new(),
             dnn: std::sync::OnceLock::new(),
+            choices: Mutex::default(),
             ways: Mutex::default(),
             own_state: 0,
             state: AtomicU64::new(0),
@@ -295,6 +356,17 @@ impl Device {
         self.context.record_err(result);
     }
 
+    /// Keeps what is chosen by measuring, from now on, in this folder too, and takes what is kept there before anything else: a run
+    /// that is resumed has its bits wherever it is, and processes that see the folder choose alike.
+    pub fn keep_choices_in(&self, folder: PathBuf) {
+        // A thread that panicked changed nothing of it.
+        *self.choices.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder);
+    }
+
+    pub(super) fn choices(&self) -> Option<PathBuf> {
+        self.choices.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The products' library, opened on first use.
     pub(super) fn blas(&self) -> Result<&super::blas::Blas> {
         if let Some(blas) = self.blas.get() {
@@ -342,14 +414,6 @@ impl Device {
     pub(super) fn is_recording(&self) -> Result<bool> {
         let status = self.stream.capture_status().map_err(|error| driver_error("ask for the recording", error))?;
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
-    }
-
-    /// The driver's version, 0 where it does not tell.
-    pub(super) fn driver_version(&self) -> i32 {
-        let mut version = 0;
-        // SAFETY: there is room for the number.
-        let status = unsafe { sys::cuDriverGetVersion(&mut version) };
-        if status == sys::CUresult::CUDA_SUCCESS { version } else { 0 }
     }
 
     /// Makes the context that of this thread.
@@ -401,9 +465,9 @@ impl Device {
         let image = image(file, self.capability)?;
         let bytes: &[u8] = match &image {
             Image::Fatbin(bytes) => bytes,
-            Image::Ptx(bytes) => bytes,
+            Image::Compiled(Compiled::Machine(bytes) | Compiled::Ptx(bytes)) => bytes,
         };
-        // SAFETY: a fatbin says its own length, PTX ends with a 0; the driver copies what it loads.
+        // SAFETY: a fatbin and machine code say their own length, PTX ends with a 0; the driver copies what it loads.
         unsafe { result::module::load_data(bytes.as_ptr().cast()) }
             .map_err(|error| driver_error(&format!("load the kernels of {file}"), error))
     }
@@ -553,13 +617,17 @@ impl Device {
     /// # Errors
     /// What failed since the last time.
     pub fn synchronize(&self) -> Result<()> {
+        self.finish("finish the work queued")
+    }
+
+    /// The same, where `what` is what the queued work does.
+    pub(super) fn finish(&self, what: &str) -> Result<()> {
         self.bind()?;
         if self.watched().is_some() {
-            let what = "finish the work queued";
             let event = self.stream.record_event(None).map_err(|error| driver_error(what, error))?;
             self.wait_for(&event, what)?;
         }
-        self.stream.synchronize().map_err(|error| driver_error("finish the work queued", error))?;
+        self.stream.synchronize().map_err(|error| driver_error(what, error))?;
         self.context.check_err().map_err(|error| driver_error("free memory", error))
     }
 }
@@ -590,6 +658,33 @@ impl Drop for Device {
         for &module in self.loaded().modules.values() {
             // SAFETY: no function of the module is used after the device, which owns them all.
             self.context.record_err(unsafe { result::module::unload(module) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_failed_is_no_wrong_input_and_too_little_memory_is() {
+        use sys::CUresult as Status;
+        let told = |status| {
+            let error = by_status(status, "told".to_owned());
+            (error.exit_code(), error.to_string())
+        };
+        for failed in
+            [Status::CUDA_ERROR_ILLEGAL_ADDRESS, Status::CUDA_ERROR_ECC_UNCORRECTABLE, Status::CUDA_ERROR_UNKNOWN]
+        {
+            assert_eq!(told(failed), (1, "told".to_owned()));
+        }
+        for (wrong, advice) in [
+            (Status::CUDA_ERROR_OUT_OF_MEMORY, "data.batch_size"),
+            (Status::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "newer driver"),
+            (Status::CUDA_ERROR_NO_DEVICE, "told"),
+        ] {
+            let (code, text) = told(wrong);
+            assert!(code == 2 && text.contains(advice), "{text}");
         }
     }
 }

@@ -14,7 +14,7 @@ use cudarc::cudnn::sys::{
     cudnnConvolutionMode_t, cudnnDataType_t, cudnnDeterminism_t, cudnnMathType_t, cudnnStatus_t, cudnnTensorFormat_t,
 };
 
-use super::context::Device;
+use super::context::{Device, LESS_MEMORY};
 use crate::backend::ops::Conv2dGeometry;
 use crate::error::{Error, Result};
 
@@ -76,7 +76,13 @@ const WORKSPACE_LIMIT: usize = 512 << 20;
 const ALIGNMENT: usize = 256;
 
 fn dnn_error(what: &str, error: CudnnError) -> Error {
-    Error::Device(format!("cuDNN: cannot {what}: {:?}", error.0))
+    let told = format!("cuDNN: cannot {what}: {:?}", error.0);
+    match error.0 {
+        cudnnStatus_t::CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED => {
+            Error::Device(format!("{told}: {LESS_MEMORY}"))
+        }
+        _ => Error::DeviceFailed(told),
+    }
 }
 
 impl Dnn {

@@ -1,11 +1,12 @@
 //! What `warpstep doctor` finds of CUDA on this machine, and whether the backend works on each device.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 use serde::Serialize;
 
-use super::context::driver_error;
+use super::context::{driver_error, old_driver};
 use super::libraries::{Library, python_folders};
 use super::{Cuda, Device, DeviceOptions, device_count, emulated, is_embedded};
 use crate::backend::cpu::Cpu;
@@ -84,7 +85,7 @@ pub struct CudaReport {
     pub driver_release: Option<String>,
     /// The driver and the libraries.
     pub libraries: Vec<LibraryReport>,
-    /// Why the driver knows no devices, where it does not start.
+    /// Why the driver is of no use, where it does not start or is too old.
     pub driver_error: Option<String>,
     /// The kernels.
     pub kernels: KernelsReport,
@@ -102,7 +103,7 @@ pub fn examine(only: Option<usize>) -> CudaReport {
         nvcc: super::module::NVCC,
         advice: (!is_embedded() && !has(Library::Nvrtc)).then(|| {
             "this build holds no kernels and there is no NVRTC: install NVRTC, or build Warpstep where nvcc is on the path \
-             (`pip install nvidia-cuda-nvcc` brings one)"
+             (`scripts/nvcc` brings one)"
                 .to_owned()
         }),
     };
@@ -112,7 +113,10 @@ pub fn examine(only: Option<usize>) -> CudaReport {
     CudaReport {
         emulated: emulated::is_active(),
         driver_release: std::fs::read_to_string("/sys/module/nvidia/version").ok().map(|text| text.trim().to_owned()),
-        driver_error: started.err().map(|error| driver_error("start the driver", error).to_string()),
+        driver_error: started
+            .err()
+            .map(|error| driver_error("start the driver", error).to_string())
+            .or_else(|| if has(Library::Driver) { old_driver() } else { None }),
         libraries,
         kernels,
         devices,
@@ -154,7 +158,7 @@ fn describe(ordinal: usize) -> DeviceReport {
     let checks = match device {
         Ok(device) => {
             let backend = Cuda::<f32>::new(device);
-            vec![report("a kernel", check_update(&backend)), report("a product by cuBLASLt", check_product(&backend))]
+            CHECKS.map(|(name, check)| report(name, check(&backend))).into()
         }
         Err(error) => vec![report("opening it", Err(error))],
     };
@@ -166,6 +170,19 @@ fn describe(ordinal: usize) -> DeviceReport {
         multiprocessors: facts.multiprocessors,
         checks,
     }
+}
+
+/// What is tried on a device.
+const CHECKS: [(&str, fn(&Cuda<f32>) -> Result<()>); 2] =
+    [("a kernel", check_update), ("a product by cuBLASLt", check_product)];
+
+/// Whether a device does what every training asks of one.
+///
+/// # Errors
+/// What fails.
+pub fn check(device: &Arc<Device>) -> Result<()> {
+    let backend = Cuda::<f32>::new(Arc::clone(device));
+    CHECKS.iter().try_for_each(|(_, check)| check(&backend))
 }
 
 fn report(name: &'static str, found: Result<()>) -> CheckReport {
@@ -265,7 +282,7 @@ fn check_update(backend: &Cuda<f32>) -> Result<()> {
     let (found, expected) = (updated(backend)?, updated(&Cpu::<f32>::new())?);
     match found.iter().zip(&expected).position(|(found, expected)| found != expected) {
         None => Ok(()),
-        Some(at) => Err(Error::Device(format!(
+        Some(at) => Err(Error::DeviceFailed(format!(
             "the update's kernels leave {:e} where the CPU leaves {:e} (parameter {at}): the device, its driver or its memory \
              is faulty, or this is a bug of Warpstep's",
             found[at], expected[at]
@@ -311,7 +328,7 @@ fn check_product(backend: &Cuda<f32>) -> Result<()> {
     let (found, expected) = (multiplied(backend)?, multiplied(&Cpu::<f64>::new())?);
     match found.iter().zip(&expected).position(|(found, expected)| wrong(found - expected)) {
         None => Ok(()),
-        Some(at) => Err(Error::Device(format!(
+        Some(at) => Err(Error::DeviceFailed(format!(
             "a product by cuBLASLt gives {:e} where the CPU gives {:e} (value {at}): the device, its driver or the library is \
              faulty, or this is a bug of Warpstep's",
             found[at], expected[at]

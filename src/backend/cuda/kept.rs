@@ -1,17 +1,24 @@
 //! What was measured once and is kept on disk: the first that writes wins, and everybody reads it from then on, so that a choice that
-//! changes bits is the same for every run on a device.
+//! changes bits is the same for every run on a device, for every process of a run, and for a run that is resumed elsewhere.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cudarc::driver::{CudaEvent, sys};
 
-use super::context::{Device, driver_error};
+use super::context::{Device, driver_error, driver_version};
 use super::module::cache_folder;
 use crate::error::Result;
 
-/// The place in the cache of one choice.
+/// Where one choice is kept: in the run's folder, so that it goes on with the bits that it had wherever it is resumed, and in the cache
+/// of this machine.
 pub(super) struct Entry {
+    run: Option<Place>,
+    cache: Option<Place>,
+}
+
+/// A file that keeps a choice.
+struct Place {
     path: PathBuf,
     /// The first line.
     head: &'static str,
@@ -20,13 +27,18 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// The entry in `folder` of the cache for what `question` says, on this device; none where there is no cache. `head` names what is
-    /// kept, and the form in which.
-    pub fn new(device: &Device, folder: &str, head: &'static str, question: &str) -> Option<Self> {
-        let folder = cache_folder()?.join(folder);
-        let on = (device.name(), device.compute_capability(), device.multiprocessors(), device.driver_version());
-        let key = blake3::hash(format!("{on:?} {question}").as_bytes()).to_hex().to_string();
-        Some(Entry { path: folder.join(&key[..32]), head, key })
+    /// The entry in `folder` for what `question` says, on this device; `head` names what is kept, and the form in which.
+    pub fn new(device: &Device, folder: &str, head: &'static str, question: &str) -> Self {
+        let on = (device.name(), device.compute_capability(), device.multiprocessors());
+        let place = |base: PathBuf, key: String| {
+            let key = blake3::hash(key.as_bytes()).to_hex().to_string();
+            Place { path: base.join(folder).join(&key[..32]), head, key }
+        };
+        Entry {
+            // Another driver runs the same kernels; what it measures would be another choice.
+            run: device.choices().map(|base| place(base, format!("{on:?} {question}"))),
+            cache: cache_folder().map(|base| place(base, format!("{:?} {question}", (on, driver_version())))),
+        }
     }
 
     /// What is kept and fits, or else what `measure` finds, which is kept if it can be; none where it cannot, or nothing was found.
@@ -38,30 +50,46 @@ impl Entry {
         fits: impl Fn(&[u64; WORDS]) -> bool,
         measure: impl FnOnce() -> Result<Option<[u64; WORDS]>>,
     ) -> Result<Option<[u64; WORDS]>> {
-        let kept = || self.read().filter(&fits);
-        if let Some(words) = kept() {
-            return Ok(Some(words));
-        }
-        // Before it is measured for nothing: can it be kept?
-        let Some(aside) = self.make_room() else { return Ok(None) };
-        // Another process may have kept one meanwhile; what is there and is not that is damaged, or foreign.
-        if self.path.exists() && kept().is_none() {
-            let _ = std::fs::remove_file(&self.path);
-        }
-        let measured = measure();
-        let written = match &measured {
-            Ok(Some(words)) => std::fs::write(&aside, self.text(words)).is_ok(),
-            Ok(None) | Err(_) => false,
-        };
-        if written {
-            // A link is made whole or not at all, and never over one that another process made first.
-            let _ = std::fs::hard_link(&aside, &self.path);
-        }
-        let _ = std::fs::remove_file(&aside);
-        measured?;
-        Ok(kept())
+        let places: Vec<&Place> = [&self.run, &self.cache].into_iter().flatten().collect();
+        find_in(&places, false, &fits, &mut Some(measure))
     }
 
+    /// Keeps what was taken without being measured, for this run alone: it may have room to measure when it is resumed.
+    pub fn keep_for_run(&self, words: &[u64]) {
+        if let Some((place, aside)) = self.run.as_ref().and_then(|place| Some((place, place.make_room()?))) {
+            place.keep(&aside, Some(words));
+        }
+    }
+}
+
+/// What the first of the places keeps that keeps anything, or else what `measure` finds; kept in all places before, too. `keeps`: whether
+/// a place before these would keep it.
+fn find_in<const WORDS: usize>(
+    places: &[&Place],
+    keeps: bool,
+    fits: &dyn Fn(&[u64; WORDS]) -> bool,
+    measure: &mut Option<impl FnOnce() -> Result<Option<[u64; WORDS]>>>,
+) -> Result<Option<[u64; WORDS]>> {
+    let Some((place, rest)) = places.split_first() else {
+        // Not for nothing.
+        return measure.take().filter(|_| keeps).map_or(Ok(None), |measure| measure());
+    };
+    let kept = || place.read().filter(fits);
+    if let Some(words) = kept() {
+        return Ok(Some(words));
+    }
+    let Some(aside) = place.make_room() else { return find_in(rest, keeps, fits, measure) };
+    // Another process may have kept one meanwhile; what is there and is not that is damaged, or foreign.
+    if place.path.exists() && kept().is_none() {
+        let _ = std::fs::remove_file(&place.path);
+    }
+    let found = find_in(rest, true, fits, measure);
+    place.keep(&aside, found.as_ref().ok().and_then(Option::as_ref).map(<[u64; WORDS]>::as_slice));
+    // The first that wrote is right.
+    Ok(found?.and_then(|_| kept()))
+}
+
+impl Place {
     /// Makes a file beside the entry to write to.
     fn make_room(&self) -> Option<PathBuf> {
         static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
@@ -69,6 +97,15 @@ impl Entry {
         let aside = self.path.with_extension(format!("{}-{number}.tmp", std::process::id()));
         std::fs::create_dir_all(self.path.parent()?).and_then(|()| std::fs::write(&aside, "")).ok()?;
         Some(aside)
+    }
+
+    /// Keeps the words, where nothing is kept yet, by way of a file that [`Place::make_room`] made.
+    fn keep(&self, aside: &Path, words: Option<&[u64]>) {
+        if words.is_some_and(|words| std::fs::write(aside, self.text(words)).is_ok()) {
+            // A link is made whole or not at all, and never over one that another process made first.
+            let _ = std::fs::hard_link(aside, &self.path);
+        }
+        let _ = std::fs::remove_file(aside);
     }
 
     fn text(&self, words: &[u64]) -> String {

@@ -72,7 +72,7 @@ impl Library {
             Library::CublasLt => "pip install nvidia-cublas",
             Library::Cudnn => "pip install nvidia-cudnn-cu13",
             Library::Nccl => "pip install nvidia-nccl-cu13",
-            Library::Nvrtc => "pip install nvidia-cuda-nvrtc",
+            Library::Nvrtc => "pip install nvidia-cuda-nvrtc==13.*",
         }
     }
 

@@ -13,6 +13,7 @@ mod buffer;
 mod channel;
 mod choice;
 mod communication;
+mod compiler;
 mod context;
 mod conv;
 mod convolution;
@@ -57,6 +58,7 @@ pub use step::Queue;
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -157,6 +159,10 @@ impl<S: Storage> Backend for Cuda<S> {
 
     fn peak_arithmetic(&self) -> Option<f64> {
         Hardware::of_device(self.device.name()).map(|gpu| gpu.arithmetic(&self.device.precision_name(S::NAME)))
+    }
+
+    fn keep_choices_in(&self, folder: &Path) {
+        self.device.keep_choices_in(folder.to_owned());
     }
 
     fn allocate<T: bytemuck::Pod + Send + Sync>(&self, len: usize) -> Result<Buffer<T>> {

@@ -1,12 +1,11 @@
-//! The kernels: embedded fatbins, or CUDA source that NVRTC compiles on this machine, once, into a cache on disk.
+//! The kernels: embedded fatbins, or CUDA source that NVRTC compiles on this machine (compiler.rs).
 
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cudarc::nvrtc;
-
+use super::compiler::{Compiled, Source, release};
 use crate::error::{Error, Result};
 use crate::tell::tell;
 
@@ -16,7 +15,7 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 const NVRTC: &str = "WARPSTEP_NVRTC";
 
 /// The compute capability that files are for whose names end with `HOPPER_ENDING`.
-const HOPPER: (i32, i32) = (9, 0);
+pub(super) const HOPPER: (i32, i32) = (9, 0);
 
 /// Whether devices of this compute capability have the instructions of a file of kernels.
 pub(super) fn is_for(file: &str, capability: (i32, i32)) -> bool {
@@ -27,8 +26,8 @@ pub(super) fn is_for(file: &str, capability: (i32, i32)) -> bool {
 pub(super) enum Image {
     /// A fatbin that was compiled when Warpstep was built.
     Fatbin(&'static [u8]),
-    /// PTX with a 0 at its end.
-    Ptx(Vec<u8>),
+    /// What NVRTC made of the source.
+    Compiled(Compiled),
 }
 
 /// Whether Warpstep was built with nvcc at hand.
@@ -48,23 +47,20 @@ pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
     let Some((file, source)) = SOURCES.iter().find(|(name, _)| *name == file) else {
         return Err(Error::Device(format!("there is no kernels/{file}.cu in this build")));
     };
-    let source = Source::new(file, source, capability);
-    if let Some(ptx) = source.kept() {
-        return Ok(Image::Ptx(ptx));
+    let source = Source::new(file, with_headers(source), capability);
+    if let Some(compiled) = source.kept() {
+        return Ok(Image::Compiled(compiled));
     }
     static AHEAD: Once = Once::new();
-    if let Some(folder) = cache_folder().filter(|_| is_present()) {
+    if let Some(folder) = cache_folder().filter(|_| release().is_some()) {
         // All of them, side by side: a run needs most, and would wait for each as it comes to it. What fails is told by the one that
         // is asked for.
         AHEAD.call_once(|| {
-            tell(format_args!(
-                "NVRTC compiles the kernels, once, into {}: this may take half a minute",
-                folder.display()
-            ));
+            tell(format_args!("NVRTC compiles the kernels, once, into {}: this may take a minute", folder.display()));
             let _ = compile_all(capability);
         });
     }
-    source.ptx().map(Image::Ptx)
+    source.compiled().map(Image::Compiled)
 }
 
 /// Compiles every kernel with NVRTC for devices of this compute capability, into the cache where a run looks for what was not
@@ -77,7 +73,7 @@ pub fn compile_all(capability: (i32, i32)) -> Result<usize> {
     let next = AtomicUsize::new(0);
     let some = || -> Result<()> {
         while let Some((file, source)) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-            Source::new(file, source, capability).ptx()?;
+            Source::new(file, with_headers(source), capability).compiled()?;
         }
         Ok(())
     };
@@ -88,77 +84,6 @@ pub fn compile_all(capability: (i32, i32)) -> Result<usize> {
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })?;
     Ok(sources.len())
-}
-
-/// What NVRTC is given.
-struct Source {
-    file: &'static str,
-    /// With its headers.
-    text: String,
-    options: String,
-    /// Where its PTX is kept.
-    cached: Option<PathBuf>,
-}
-
-impl Source {
-    fn new(file: &'static str, source: &str, capability: (i32, i32)) -> Self {
-        let text = with_headers(source);
-        // Functions without a space, lambdas among them, are the device's: there is no other here.
-        let capability = if is_for(file, capability) { capability } else { HOPPER };
-        // What is Hopper's alone has a name of its own.
-        let own = if capability == HOPPER { "a" } else { "" };
-        let options = format!(
-            "--gpu-architecture=compute_{}{}{own} -std=c++17 -fmad=false -default-device",
-            capability.0, capability.1
-        );
-        let key = blake3::hash(format!("{options}\n{text}").as_bytes()).to_hex();
-        let cached = cache_folder().map(|folder| folder.join(format!("{file}-{}.ptx", &key[..16])));
-        Source { file, text, options, cached }
-    }
-
-    /// Its PTX with a 0 at its end, where that was compiled before.
-    fn kept(&self) -> Option<Vec<u8>> {
-        std::fs::read(self.cached.as_ref()?).ok().filter(|ptx| ptx.ends_with(&[0]))
-    }
-
-    /// The same, compiled where it was not.
-    fn ptx(&self) -> Result<Vec<u8>> {
-        if let Some(ptx) = self.kept() {
-            return Ok(ptx);
-        }
-        let ptx = self.compile()?;
-        if let Some(path) = &self.cached {
-            keep(path, &ptx);
-        }
-        Ok(ptx)
-    }
-
-    fn compile(&self) -> Result<Vec<u8>> {
-        if !is_present() {
-            return Err(Error::Device(
-                "this Warpstep was built without nvcc, and NVRTC is not installed either: install it \
-                 (`pip install nvidia-cuda-nvrtc` and name its folder in LD_LIBRARY_PATH, or NVIDIA's CUDA toolkit), or \
-                 build Warpstep where nvcc is on the path"
-                    .into(),
-            ));
-        }
-        let options = nvrtc::CompileOptions {
-            options: self.options.split(' ').map(str::to_owned).collect(),
-            name: Some(format!("{}.cu", self.file)),
-            ..Default::default()
-        };
-        let ptx = nvrtc::compile_ptx_with_opts(&self.text, options)
-            .map_err(|error| Error::Device(format!("NVRTC does not compile kernels/{}.cu: {error:?}", self.file)))?;
-        let mut bytes = ptx.to_src().into_bytes();
-        bytes.push(0);
-        Ok(bytes)
-    }
-}
-
-/// Whether there is an NVRTC.
-fn is_present() -> bool {
-    // SAFETY: asks whether a library of this name loads; nothing of it is called.
-    unsafe { nvrtc::sys::is_culib_present() }
 }
 
 /// The source with its `#include "x.cuh"` lines replaced by what they name, each once.
@@ -191,19 +116,6 @@ pub(super) fn cache_folder() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     base.filter(|path| path.is_absolute()).or_else(home).map(|folder| folder.join("warpstep"))
-}
-
-/// Writes the cache aside and renames it; a cache that cannot be written is only slower.
-fn keep(path: &std::path::Path, ptx: &[u8]) {
-    let aside = path.with_extension(format!("{}.tmp", std::process::id()));
-    let kept = path
-        .parent()
-        .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(&aside, ptx))
-        .and_then(|()| std::fs::rename(&aside, path));
-    if kept.is_err() {
-        let _ = std::fs::remove_file(&aside);
-    }
 }
 
 #[cfg(test)]
@@ -242,7 +154,7 @@ mod tests {
             assert!(output.status.success() && !text.contains("skipped: no NVRTC"), "{text}\n{told}");
             return;
         }
-        if !is_embedded() || !is_present() {
+        if !is_embedded() || release().is_none() {
             println!("skipped: no NVRTC here, or no embedded kernels to compare with");
             return;
         }
@@ -250,8 +162,18 @@ mod tests {
             let (_, fatbin) = FATBINS.iter().find(|(file, _)| file == name).unwrap();
             let embedded = kernels(&warpstep_emulator::fatbin::ptx(fatbin).unwrap());
             assert!(!embedded.is_empty(), "{name}");
-            let compiled = String::from_utf8(Source::new(name, source, (9, 0)).compile().unwrap()).unwrap();
-            assert_eq!(kernels(&compiled), embedded, "{name}");
+            let (ptx, machine) = Source::new(name, with_headers(source), (9, 0)).compile().unwrap();
+            assert_eq!(kernels(&String::from_utf8(ptx).unwrap()), embedded, "{name}");
+            let machine = machine.unwrap();
+            assert!(machine.starts_with(b"\x7fELF"), "{name}");
+            let names = String::from_utf8_lossy(&machine);
+            embedded
+                .iter()
+                .for_each(|kernel| assert!(names.contains(&format!(".text.{kernel}\0")), "{name}: {kernel}"));
         });
+        // A device that this NVRTC does not know yet gets PTX for an older one.
+        let (name, source) = SOURCES.iter().find(|(name, _)| *name == "report").unwrap();
+        let (ptx, machine) = Source::new(name, with_headers(source), (99, 0)).compile().unwrap();
+        assert!(machine.is_none() && !kernels(&String::from_utf8(ptx).unwrap()).is_empty());
     }
 }

@@ -5,6 +5,7 @@ use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 use cudarc::driver::sys;
 use libloading::os::unix::Library;
 
+use super::context::driver_version;
 use super::{Device, emulated};
 
 /// What a device's clocks are at a moment.
@@ -126,7 +127,7 @@ impl Device {
             ("gpu", self.name().to_owned()),
             ("compute capability", format!("{major}.{minor}")),
             ("multiprocessors", self.multiprocessors().to_string()),
-            ("CUDA version of the driver", version(self.driver_version())),
+            ("CUDA version of the driver", version(driver_version())),
         ];
         if let Ok((_, total)) = self.memory() {
             facts.push(("gpu memory", format!("{:.1} GiB", total as f64 / f64::from(1 << 30))));

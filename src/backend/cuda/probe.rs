@@ -112,7 +112,8 @@ fn replay(device: &Arc<Device>) -> Result<Probe<'_>> {
     // A capture must be ended, whatever happened in it.
     let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
     queued?;
-    let graph = graph.map_err(fail)?.ok_or_else(|| Error::Device("CUDA: a recording of launches is empty".into()))?;
+    let graph =
+        graph.map_err(fail)?.ok_or_else(|| Error::DeviceFailed("CUDA: a recording of launches is empty".into()))?;
     let graph = Replayed(graph);
     let seen = Arc::clone(&count);
     Ok(Probe {

@@ -46,10 +46,13 @@ impl Device {
         Ok(times)
     }
 
-    /// Does `work`, which queues one kernel, between two events where kernels are timed.
+    /// Does `work`, which queues one kernel, between two events where kernels are timed; where they are to be launched one by
+    /// one, waits for it.
     pub(super) fn timed(&self, name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
         if !self.is_timing() {
-            return work();
+            work()?;
+            let waits = !self.options().graphs && !self.is_recording()?;
+            return if waits { self.finish(&format!("run {name}")) } else { Ok(()) };
         }
         let start = self.event()?;
         work()?;
@@ -59,6 +62,14 @@ impl Device {
             timings.push(Timing { operation, name: name.to_owned(), events });
         }
         Ok(())
+    }
+
+    /// Does `work`, of whose kernels none is timed.
+    pub(super) fn untimed<T>(&self, work: impl FnOnce() -> T) -> T {
+        let timings = self.timings().take();
+        let done = work();
+        *self.timings() = timings;
+        done
     }
 
     fn event(&self) -> Result<CudaEvent> {

@@ -112,5 +112,5 @@ pub(super) fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Resu
     worked?;
     graph
         .map_err(|error| driver_error("record the step", error))?
-        .ok_or_else(|| Error::Device("CUDA: the recording of the step is empty".into()))
+        .ok_or_else(|| Error::DeviceFailed("CUDA: the recording of the step is empty".into()))
 }

@@ -223,7 +223,7 @@ fn around_the_host<S: Storage>(
 fn submit_and_wait<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, Cuda<S>>) -> Result<Finished> {
     submit_one(backend, queue, work)?;
     while queue.take(true)? {}
-    queue.finished.pop_back().ok_or_else(|| Error::Device("the work that was queued did not end".into()))
+    queue.finished.pop_back().ok_or_else(|| Error::DeviceFailed("the work that was queued did not end".into()))
 }
 
 /// Queues work that one recording holds.

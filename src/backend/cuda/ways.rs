@@ -29,17 +29,18 @@ impl Device {
             return Ok(second);
         }
         // Asked again where it can be measured.
-        if !self.options().measure || self.is_timing() || self.is_recording()? {
+        if !self.options().measure || self.is_recording()? {
             return Ok(false);
         }
-        let found = match Entry::new(self, "ways", HEAD, question) {
-            Some(entry) => entry.find_or_measure(
-                |&[way]: &[u64; 1]| way < 2,
-                || Ok(self.measure_ways(bytes, ways)?.map(|way| [way as u64])),
-            )?,
-            None => None,
-        };
+        let entry = Entry::new(self, "ways", HEAD, question);
+        let found = entry.find_or_measure(
+            |&[way]: &[u64; 1]| way < 2,
+            || Ok(self.untimed(|| self.measure_ways(bytes, ways))?.map(|way| [way as u64])),
+        )?;
         let second = found == Some([1]);
+        if found.is_none() {
+            entry.keep_for_run(&[0]);
+        }
         self.ways.lock().unwrap_or_else(PoisonError::into_inner).insert(question.to_owned(), second);
         Ok(second)
     }

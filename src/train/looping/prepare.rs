@@ -104,6 +104,8 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             files::write_whole(&run.folder.join("config.toml"), run.config.as_bytes())?;
             files::write_whole(&run.folder.join("preprocess.json"), run.preprocess.as_bytes())?;
         }
+        // Nothing was chosen for this run yet: its first step does, in all processes when they are here.
+        trainer.backend().keep_choices_in(&run.folder.join(CHOICES));
         let tokens_per_sample = match (&input, run.splits.train.target()) {
             (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => Some(*context),
             _ => None,
@@ -165,7 +167,7 @@ fn the_same_latest(
 }
 
 /// What of a run folder is a run's. Not `logs`: a launcher opens them before there is a run, and adds to what is there.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "config.toml",
     "metrics.jsonl",
     "summary.json",
@@ -174,7 +176,11 @@ const OURS: [&str; 8] = [
     "tensorboard",
     "checkpoints",
     "profile.json",
+    CHOICES,
 ];
+
+/// Where a device keeps what it chose by measuring.
+const CHOICES: &str = "choices";
 
 /// Whether the run may go on in its folder: a hold of it, where it is there, and the checkpoint to go on from.
 fn look_at_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> Result<(Option<File>, Option<PathBuf>)> {

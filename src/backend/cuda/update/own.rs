@@ -81,7 +81,7 @@ impl<S: Storage> Cuda<S> {
             arena.prepared = Some(Prepared::of_part(self.device(), plan, elements)?);
         }
         let Some(prepared) = &mut arena.prepared else {
-            return Err(Error::Device("the update's plan was not kept".into()));
+            return Err(Error::DeviceFailed("the update's plan was not kept".into()));
         };
         Ok((prepared, arrays))
     }
