@@ -1,5 +1,5 @@
-//! Compiles `kernels/*.cu` with nvcc, each to a fatbin (machine code for sm_80, sm_90a and sm_100, PTX of compute_80 for the
-//! rest; what is Hopper's alone for sm_90a), and writes the table that `backend/cuda/module.rs` embeds. Only what changed is
+//! Compiles `kernels/*.cu` with nvcc, each to a fatbin (machine code for sm_80, sm_90a, sm_100 and sm_120, PTX of compute_80 for
+//! the rest; what is Hopper's alone for sm_90a), and writes the table that `backend/cuda/module.rs` embeds. Only what changed is
 //! compiled again. Without nvcc the table holds the CUDA source instead, which NVRTC compiles at run time. Never asks for a GPU.
 
 use std::error::Error;
@@ -14,6 +14,7 @@ const TARGETS: &[&str] = &[
     "arch=compute_80,code=sm_80",
     "arch=compute_90a,code=sm_90a",
     "arch=compute_100,code=sm_100",
+    "arch=compute_120,code=sm_120",
     "arch=compute_80,code=compute_80",
 ];
 

@@ -138,6 +138,67 @@ fn a_resume_of_nothing_says_so() {
 }
 
 #[test]
+fn a_resume_writes_over_nothing_that_is_not_this_run_s() {
+    let place = Place::new(RUN);
+    let train = ["train", "run.toml", "--quiet", "--resume", "--out", "out"];
+    let others = ["config.toml", "report.html", "summary.json"];
+    for name in others {
+        let _ = fs::remove_dir_all(place.path("out"));
+        fs::create_dir(place.path("out")).unwrap();
+        place.write(&format!("out/{name}"), "mine");
+        place.refused(&train, &["holds no checkpoint to go on from", "--out", "--overwrite"]);
+        assert_eq!(fs::read_to_string(place.path("out").join(name)).unwrap(), "mine");
+    }
+    fs::remove_dir_all(place.path("out")).unwrap();
+    place.good(&train);
+    let change = |set: &'static str| [&train[..], &["--set", set]].concat();
+    // With a checkpoint, and without one as a run leaves it that was killed early.
+    let told = ["optimizer.learning_rate", "0.1", "0.2"];
+    let error = place.refused(&change("optimizer.learning_rate=0.2"), &told);
+    assert!(error.contains("was made with optimizer.learning_rate = 0.1, found 0.2"), "{error}");
+    place.refused(&change("run.steps=8"), &["was made with run.steps = 4, found 8", "model.weights"]);
+    fs::remove_dir_all(place.path("out/checkpoints")).unwrap();
+    place.refused(&change("optimizer.learning_rate=0.2"), &told);
+    // What changes no number makes no other run.
+    place.good(&change("run.log_every_steps=2"));
+}
+
+#[test]
+fn the_same_run_leaves_the_same_files() {
+    let place = trained(RUN);
+    let tensors = |out: &str| {
+        let read = |name: &str| fs::read(place.path(out).join("checkpoints/step-00000004").join(name)).unwrap();
+        ["model.safetensors", "optimizer.safetensors"].map(read)
+    };
+    let first = tensors("out");
+    for again in ["second", "third", "fourth"] {
+        place.good(&["train", "run.toml", "--quiet", "--out", again]);
+        assert!(tensors(again) == first, "{again}: other bytes");
+    }
+}
+
+#[test]
+fn plots_go_where_links_and_pipes_lead() {
+    let place = trained(RUN);
+    place.write("real.svg", "old");
+    std::os::unix::fs::symlink("real.svg", place.path("link.svg")).unwrap();
+    place.good(&["plot", "runs", "out", "-o", "link.svg"]);
+    assert!(place.path("link.svg").is_symlink());
+    assert!(fs::read_to_string(place.path("real.svg")).unwrap().contains("<svg"));
+    std::os::unix::fs::symlink("/dev/null", place.path("nothing.svg")).unwrap();
+    place.good(&["plot", "runs", "out", "-o", "nothing.svg"]);
+    assert!(place.path("nothing.svg").is_symlink() && !Path::new("/dev/null").is_file());
+}
+
+#[test]
+fn more_processes_than_there_can_be_are_refused() {
+    let place = Place::new(RUN);
+    let many = ["--gpus", "4294967296", "--nodes", "4294967296"];
+    place.refused(&[&["plan", "run.toml"][..], &many].concat(), &["expected at most"]);
+    place.refused(&["plan", "run.toml", "--efficiency", "2"], &["--efficiency", "at most 1"]);
+}
+
+#[test]
 fn a_resume_needs_no_file_of_initial_weights() {
     let place = trained(RUN);
     fs::copy(place.path("out/checkpoints/step-00000004/model.safetensors"), place.path("w.safetensors")).unwrap();

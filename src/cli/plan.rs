@@ -89,6 +89,9 @@ const REACHED_BANDWIDTH: f64 = 0.9;
 /// Of a GPU's memory, what is left for a run beside its context and libraries.
 const USABLE_MEMORY: f64 = 0.94;
 
+/// More processes than any cluster has.
+const MOST_PROCESSES: usize = 1 << 20;
+
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let run_file = options.run.read()?;
@@ -102,6 +105,10 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         if !(value > 0.0 && value.is_finite()) {
             return Err(Error::config(flag, format!("found {value}, expected a number above 0")).into());
         }
+    }
+    if options.efficiency > 1.0 {
+        let problem = format!("found {}, expected a share of the peak, above 0 and at most 1", options.efficiency);
+        return Err(Error::config("--efficiency", problem).into());
     }
     let data = open_data(&run_file)?;
     let mut device = device(&options, run_file.precision)?;
@@ -333,7 +340,11 @@ impl<B: Update> Work<'_, B> {
 
 impl Plan {
     fn new<B: Update>(options: &Options, run: &RunFile, data: &OpenedData, device: Device) -> Result<Self> {
-        let world = options.gpus * options.nodes;
+        let world =
+            options.gpus.checked_mul(options.nodes).filter(|&world| world <= MOST_PROCESSES).ok_or_else(|| {
+                let found = format!("found {} processes on each of {} nodes", options.gpus, options.nodes);
+                Error::config("--gpus, --nodes", format!("{found}, expected at most {MOST_PROCESSES} in all"))
+            })?;
         let batch = run.train.batch_size;
         if !batch.is_multiple_of(world) {
             return Err(run.locate(Error::config(

@@ -54,7 +54,7 @@ pub(crate) struct Options {
     #[arg(long)]
     overwrite: bool,
     /// Print shapes, parameters, memory and arithmetic, and train nothing
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["json", "quiet"])]
     dry_run: bool,
     /// Launch each kernel of a step by itself instead of replaying a CUDA graph, to find out which one fails
     #[arg(long)]

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use super::assemble::{Opened, open_data, open_device, steps};
 use super::train::make_run;
@@ -60,6 +62,9 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         run_file: &run_file,
         data: &data,
     };
+    if options.keep.is_none() {
+        remove_when_interrupted(proof.folder.clone())?;
+    }
     let result = match &device {
         Opened::Cpu(backend) => proof.on(backend),
         Opened::Cuda(backend) => proof.on(backend),
@@ -85,6 +90,18 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     say(&text)?;
     let count = found.tensors.iter().filter(|t| t.whole != t.resumed).count();
     Err(Error::Training(format!("{count} of {} tensors differ after the resume", found.tensors.len())).into())
+}
+
+/// Removes the folder and ends the process when a signal asks for its end.
+fn remove_when_interrupted(folder: PathBuf) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|e| Error::io("listen to", "signals", e))?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            let _ = std::fs::remove_dir_all(folder);
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
 }
 
 /// What is proved.

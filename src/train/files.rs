@@ -6,11 +6,18 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Writes `bytes` to `path`: aside, flushed to the disk, then renamed over what was there.
+/// Writes `bytes` to `path`: aside, flushed to the disk, then renamed over what was there. A link stays one, and what it leads to is
+/// written; what is no file, a device or a pipe, is written into.
 ///
 /// # Errors
-/// What the operating system refuses; `path` is then as it was.
+/// What the operating system refuses; a file is then as it was.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let followed = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let path = followed.as_path();
+    if fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        let opened = fs::OpenOptions::new().write(true).open(path);
+        return opened.and_then(|mut to| to.write_all(bytes)).map_err(|e| Error::io("write", path, e));
+    }
     let aside = aside(path);
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&aside)?;

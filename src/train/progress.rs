@@ -94,7 +94,9 @@ impl Progress {
         ))?;
         let from = if first_step > 0 { format!(" from step {}", grouped(first_step)) } else { String::new() };
         self.line(&format!("{} steps{from} into {}", grouped(steps), folder.display()))?;
-        if self.log.is_none() && std::io::stdout().is_terminal() {
+        // A terminal that cannot go back in its line gets the lines that a pipe gets.
+        let goes_back = std::env::var_os("TERM").is_none_or(|name| name != "dumb");
+        if self.log.is_none() && goes_back && std::io::stdout().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
             // The message is cut where the terminal is too narrow for it, so what matters most stands first.
             if let Ok(style) = ProgressStyle::with_template("{bar:10.cyan/blue} {wide_msg}") {

@@ -1,7 +1,8 @@
 //! Named tensors in safetensors files, under the names that their PyTorch twins have.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::Path;
 
@@ -142,8 +143,31 @@ pub fn write(path: &Path, tensors: &TensorMap, metadata: HashMap<String, String>
     let made = File::create(path).and_then(|file| file.metadata()).map_err(|e| Error::io("create", path, e))?;
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(refused)?;
     std::fs::set_permissions(path, made.permissions()).map_err(|e| Error::io("give permissions to", path, e))?;
+    sort_metadata(path).map_err(|e| Error::io("write", path, e))?;
     files::sync(path)
 }
+
+/// Puts the metadata of a file that the library wrote, which has them first and in any order, in order of their keys, so that the same
+/// tensors make the same file.
+fn sort_metadata(path: &Path) -> std::io::Result<()> {
+    let mut file = File::options().read(true).write(true).open(path)?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length)?;
+    let mut header = vec![0; usize::try_from(u64::from_le_bytes(length)).map_err(std::io::Error::other)?];
+    file.read_exact(&mut header)?;
+    let Some(rest) = header.strip_prefix(METADATA) else { return Ok(()) };
+    let mut sorted = serde_json::Deserializer::from_slice(rest).into_iter::<BTreeMap<String, String>>();
+    let Some(Ok(metadata)) = sorted.next() else { return Ok(()) };
+    let text = serde_json::to_vec(&metadata)?;
+    if text.len() == sorted.byte_offset() {
+        file.seek(SeekFrom::Start((length.len() + METADATA.len()) as u64))?;
+        file.write_all(&text)?;
+    }
+    Ok(())
+}
+
+/// How a header begins.
+const METADATA: &[u8] = br#"{"__metadata__":"#;
 
 /// Whether a safetensors file is there, whole or in [parts].
 pub fn exists(path: &Path) -> bool {

@@ -195,16 +195,71 @@ fn look_at_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> R
     if run.start != Start::Resume {
         return Ok((lock, None));
     }
-    let Some(latest) = checkpoint::find(checkpoints, Which::Latest)? else { return Ok((lock, None)) };
+    let kept = fs::read_to_string(folder.join("config.toml")).ok();
+    let other = kept.as_ref().and_then(|kept| difference(kept, &run.config, &run.identity));
+    let Some(latest) = checkpoint::find(checkpoints, Which::Latest)? else {
+        // A run that ended before its first checkpoint begins again. What is not of this run is not written over.
+        let is_this_run = kept.is_some() && other.is_none();
+        if !is_this_run && OURS.iter().any(|name| folder.join(name).exists()) {
+            let other =
+                other.map_or_else(String::new, |[key, was, is]| format!(" ({key}: found {was}, expected {is})"));
+            return Err(Error::config(
+                folder.display().to_string(),
+                format!(
+                    "holds no checkpoint to go on from, and files that are not this run's{other}; choose another folder with --out, \
+                     or replace what is there by --overwrite"
+                ),
+            ));
+        }
+        return Ok((lock, None));
+    };
     let state = checkpoint::read_state(&latest)?;
     if state.config_hash != hash {
+        let other = other.map_or_else(
+            || "was made by another configuration than this run file's".to_owned(),
+            |[key, was, is]| format!("was made with {key} = {was}, found {is}"),
+        );
         return Err(Error::checkpoint(
             latest,
-            "was made by another configuration than this run file's; resume with the run file and the --set options it was \
-             made with (its config.toml lies in the run folder)",
+            format!(
+                "{other}; resume with the run file and the --set options it was made with (its config.toml lies in the run folder), or \
+                 train on in a new run whose model.weights names the old one's model.safetensors"
+            ),
         ));
     }
     Ok((lock, Some(latest)))
+}
+
+/// A key that makes another run of this one, what a folder's config.toml says of it, and what this run does. `config` is the whole
+/// of this run's, `identity` what of it makes it this run.
+fn difference(kept: &str, config: &str, identity: &str) -> Option<[String; 3]> {
+    let [kept, config, identity] = [kept, config, identity].map(keys);
+    let of = |keys: &[(String, String)], wanted: &str| {
+        let found = keys.iter().find(|(key, _)| key == wanted);
+        found.map_or_else(|| "nothing".to_owned(), |(_, value)| value.clone())
+    };
+    let more = kept.iter().filter(|(key, _)| !config.iter().any(|(other, _)| other == key));
+    let names = identity.iter().chain(more).map(|(key, _)| key.clone());
+    names
+        .map(|key| {
+            let (was, is) = (of(&kept, &key), of(&config, &key));
+            [key, was, is]
+        })
+        .find(|[_, was, is]| was != is)
+}
+
+/// Keys with their sections, and values, of a file that is written a line a key.
+fn keys(text: &str) -> Vec<(String, String)> {
+    let mut section = String::new();
+    let mut keys = Vec::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix('[') {
+            section = name.trim_matches(['[', ']']).to_owned();
+        } else if let Some((key, value)) = line.split_once(" = ") {
+            keys.push((format!("{section}.{key}"), value.to_owned()));
+        }
+    }
+    keys
 }
 
 /// Removes the run that a folder holds.
