@@ -134,6 +134,53 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         ),
         (with("learning_rate = 0.1", "lr = 0.1\nwd = 0.1"), &["the unknown keys lr, wd"]),
         (
+            with("learning_rate = 0.1", "learning_rate = 0.1\nbetas = [0.9, 0.9]"),
+            &["run.toml:13", "does not go with rule = \"momentum\""],
+        ),
+        (
+            with("learning_rate = 0.1", "learning_rate = 0.1\ngamma = 2"),
+            &["does not go with rule = \"momentum\", form = \"pytorch\""],
+        ),
+        (
+            with("learning_rate = 0.1", "learning_rate = 0.1\nclip.adaptive_epsilon = 2"),
+            &["goes with clip.adaptive alone"],
+        ),
+        (
+            with("rule = \"momentum\"", "rule = \"nesterov\"\nmomentum = 0"),
+            &["run.toml:12", "optimizer.momentum", "a number above 0"],
+        ),
+        (
+            with("rule = \"momentum\"", "rule = \"nesterov\"\nform = \"polyak\""),
+            &["optimizer.form", "expected \"pytorch\""],
+        ),
+        (with("rule = \"momentum\"", "rule = \"nesterov\"\nnesterov = false"), &["optimizer.nesterov", "found false"]),
+        (
+            with(
+                "learning_rate = 0.1",
+                "learning_rate = 0.1\ngroups = [{ pattern = \"a\" }, { pattern = \"b\", weight_decay = -1 }]",
+            ),
+            &["optimizer.groups[1].weight_decay", "found -1"],
+        ),
+        (
+            with("learning_rate = 0.1", "learning_rate = 0.1\naccumulate = 5000000000"),
+            &["found 5000000000", "from 0 to 4294967295"],
+        ),
+        (format!("{GOOD}gamma = 2\n"), &["schedule.gamma", "does not go with kind = \"cosine\""]),
+        (
+            with("kind = \"cosine\"", "kind = \"one_cycle\"\nwarmup_steps = 2"),
+            &["does not go with kind = \"one_cycle\""],
+        ),
+        (with("steps = 4", "steps = 4\nname = \"../up\""), &["run.name", "without a /"]),
+        (with("steps = 4", "steps = 4\nname = \"\""), &["run.name", "found \"\""]),
+        (
+            with("preset = \"mlp\"\nhidden = [8]", "preset = \"cnn\"\nconvolutions = 9223372036854775807"),
+            &["model.convolutions", "at most 10000"],
+        ),
+        (
+            with("preset = \"mlp\"\nhidden = [8]", "preset = \"gpt\"\nrotary_base = 2"),
+            &["goes with positions = \"rotary\" alone"],
+        ),
+        (
             with("learning_rate = 0.1", "learning_rate = \"fast\""),
             &["run.toml:12", "\"fast\"", "expected a finite number"],
         ),

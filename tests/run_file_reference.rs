@@ -469,7 +469,7 @@ fn compare_rules(page: &mut Page) {
     page.same_names("rule", &rules, &named_in(page, "rule"));
     for name in &rules {
         let forms: Tries = &[&[], &[("form", "\"polyak\"")]];
-        let tries = if matches!(name.as_str(), "momentum" | "nesterov") { forms } else { NONE_GIVEN };
+        let tries = if name == "momentum" { forms } else { NONE_GIVEN };
         for (place, heading) in [(optimizer, "[optimizer]"), (groups, "[[optimizer.groups]]")] {
             let keys = place.ask_all(&chosen("rule", name), tries);
             page.compare(name, &keys, |page| [page.rows(heading), page.rows_of("rule", name)].concat());

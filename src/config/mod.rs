@@ -9,6 +9,7 @@ mod parallel;
 mod section;
 mod tree;
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use toml_edit::{DocumentMut, Item, TableLike};
@@ -125,6 +126,12 @@ impl RunFile {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
         let name: String = run.or("name", stem)?;
+        if run.has("name") && Path::new(&name).file_name() != Some(OsStr::new(&name)) {
+            let problem = format!(
+                "found {name:?}, expected the name of a folder within runs, without a /; run.out takes any path"
+            );
+            return Err(run.error("name", problem));
+        }
         let out = run.or("out", Path::new("runs").join(&name))?;
         // Where a resume by this record finds the run again, from wherever it is started.
         run.record("out", std::path::absolute(&out).unwrap_or_else(|_| out.clone()).write());

@@ -73,7 +73,26 @@ pub fn model(section: &mut Section) -> Result<ModelOptions> {
             ("binary_cross_entropy", LossKind::BinaryCrossEntropy),
         ],
     )?;
-    Ok(ModelOptions { preset, loss, label_smoothing: section.or("label_smoothing", 0.0)? })
+    let options = ModelOptions { preset, loss, label_smoothing: section.or("label_smoothing", 0.0)? };
+    // Models are made layer by layer, before anything of them is found too large.
+    match &options.preset {
+        Preset::Gpt(gpt) => at_most(section, "layers", gpt.layers)?,
+        Preset::TextEncoder(encoder) => at_most(section, "layers", encoder.layers)?,
+        Preset::Cnn(cnn) => at_most(section, "convolutions", cnn.convolutions)?,
+        Preset::ResNet(resnet) => at_most(section, "blocks", resnet.blocks.iter().copied().max().unwrap_or(0))?,
+        _ => {}
+    }
+    Ok(options)
+}
+
+/// More layers than any model has.
+const MOST_LAYERS: usize = 10_000;
+
+fn at_most(section: &Section, key: &str, found: usize) -> Result<()> {
+    if found <= MOST_LAYERS {
+        return Ok(());
+    }
+    Err(section.error(key, format!("found {found}, expected at most {MOST_LAYERS}")))
 }
 
 fn preset(section: &mut Section) -> Result<Preset> {
@@ -173,6 +192,7 @@ fn gpt(section: &mut Section, size: &str) -> Result<GptOptions> {
         }),
         _ => GptPositions::None,
     };
+    section.reject(&["rotary_base", "rotary_interleaved"], "goes with positions = \"rotary\" alone")?;
     let activations: Vec<(&str, HiddenActivation)> = ACTIVATIONS
         .iter()
         .map(|(name, kind)| (*name, HiddenActivation::Pointwise(*kind)))

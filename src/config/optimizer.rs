@@ -3,6 +3,7 @@
 use regex::Regex;
 
 use super::section::Section;
+use super::tree::Node;
 use crate::error::Result;
 use crate::optim::{Clip, Decay, GroupPattern, MomentumForm, MuonScale, NormClip, OptimizerOptions, Rule, Schedule};
 
@@ -79,6 +80,8 @@ pub fn optimizer(section: &mut Section, matrices_only: bool) -> Result<Optimizer
 fn rule(section: &mut Section, default: &str) -> Result<(Rule, RuleName)> {
     let name = section.choice_or("rule", &RULES, default)?;
     let betas = |section: &mut Section, default: [f64; 2]| section.or("betas", default);
+    let mut with =
+        RULES.iter().find(|(_, rule)| *rule == name).map_or_else(String::new, |(name, _)| format!("rule = \"{name}\""));
     let rule = match name {
         RuleName::Sgd => Rule::Sgd,
         RuleName::Momentum | RuleName::Nesterov => {
@@ -87,7 +90,20 @@ fn rule(section: &mut Section, default: &str) -> Result<(Rule, RuleName)> {
                 &[("pytorch", MomentumForm::Pytorch), ("polyak", MomentumForm::Polyak)],
                 "pytorch",
             )?;
+            with += match form {
+                MomentumForm::Pytorch => ", form = \"pytorch\"",
+                MomentumForm::Polyak => ", form = \"polyak\"",
+            };
             let momentum = section.or("momentum", 0.9)?;
+            if (name, form) == (RuleName::Nesterov, MomentumForm::Polyak) {
+                return Err(section.error("form", "found \"polyak\", expected \"pytorch\" with rule = \"nesterov\""));
+            }
+            if name == RuleName::Nesterov && matches!(section.node("nesterov"), Some(Node::Boolean(false))) {
+                return Err(section.error(
+                    "nesterov",
+                    "found false with rule = \"nesterov\", expected rule = \"momentum\" without it",
+                ));
+            }
             match form {
                 MomentumForm::Pytorch => Rule::Momentum {
                     form,
@@ -118,8 +134,13 @@ fn rule(section: &mut Section, default: &str) -> Result<(Rule, RuleName)> {
             )?,
         },
     };
+    section.reject(&RULE_KEYS, &format!("does not go with {with}"))?;
     Ok((rule, name))
 }
+
+/// Keys that some rules have.
+const RULE_KEYS: [&str; 10] =
+    ["form", "momentum", "dampening", "nesterov", "gamma", "betas", "epsilon", "trust", "iterations", "scale"];
 
 fn clip(section: &mut Section) -> Result<Clip> {
     let mut table = section.section("clip")?;
@@ -139,6 +160,7 @@ fn clip(section: &mut Section) -> Result<Clip> {
             ));
         }
     };
+    table.reject(&["adaptive_epsilon"], "goes with clip.adaptive alone")?;
     section.close("clip", table, true)?;
     Ok(Clip { value, norm })
 }
@@ -190,11 +212,32 @@ pub fn schedule(section: &mut Section) -> Result<Schedule> {
         },
         Kind::InverseSqrt => Decay::InverseSqrt,
     };
+    // What each kind asked for is its own; the rest of these belongs to others.
+    let name = KINDS.iter().find(|(_, other)| *other == kind).map_or("", |(name, _)| *name);
+    let why = format!("does not go with kind = \"{name}\"");
     if kind == Kind::OneCycle {
+        section.reject(&SCHEDULE_KEYS, &why)?;
         return Ok(Schedule { decay, ..Schedule::default() });
     }
-    Ok(Schedule { decay, warmup_steps: section.or("warmup_steps", 0u64)?, floor: section.or("floor", 0.0)? })
+    let schedule =
+        Schedule { decay, warmup_steps: section.or("warmup_steps", 0u64)?, floor: section.or("floor", 0.0)? };
+    section.reject(&SCHEDULE_KEYS, &why)?;
+    Ok(schedule)
 }
+
+/// Keys that some schedules have.
+const SCHEDULE_KEYS: [&str; 10] = [
+    "power",
+    "milestones",
+    "every_steps",
+    "gamma",
+    "decay_steps",
+    "rise",
+    "initial_divisor",
+    "final_divisor",
+    "warmup_steps",
+    "floor",
+];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {

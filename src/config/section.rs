@@ -79,10 +79,10 @@ impl Read for i64 {
 }
 
 macro_rules! read_count {
-    ($($ty:ty),*) => {$(
+    ($($ty:ty: $expected:literal),*) => {$(
         impl Read for $ty {
             fn expected() -> String {
-                "a whole number of 0 or more".into()
+                $expected.into()
             }
             fn read(node: &Node) -> Option<Self> {
                 match node {
@@ -96,7 +96,11 @@ macro_rules! read_count {
         }
     )*};
 }
-read_count!(u32, u64, usize);
+read_count!(
+    u32: "a whole number from 0 to 4294967295",
+    u64: "a whole number of 0 or more",
+    usize: "a whole number of 0 or more"
+);
 
 impl Read for f64 {
     fn expected() -> String {
@@ -210,6 +214,17 @@ impl Section {
                 let hint = if hint.is_empty() { format!("; expected one of {}", known.join(", ")) } else { hint };
                 Err(self.error(key, format!("unknown key{hint}")))
             }
+        }
+    }
+
+    /// Checks that none of these keys is given, which belong to other choices than those that were made; `why` says so of them.
+    ///
+    /// # Errors
+    /// One that is given, and that nothing asked for.
+    pub fn reject(&self, keys: &[&str], why: &str) -> Result<()> {
+        match keys.iter().find(|key| self.has(key) && !self.knows(key)) {
+            Some(key) => Err(self.error(key, why)),
+            None => Ok(()),
         }
     }
 

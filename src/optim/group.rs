@@ -76,23 +76,30 @@ impl OptimizerOptions {
         if !at_least_zero(self.weight_decay) {
             return wrong("weight_decay", self.weight_decay, "a number of 0 or more");
         }
-        for group in &self.groups {
+        for (number, group) in self.groups.iter().enumerate() {
+            let of = |key: &str| format!("groups[{number}].{key}");
             if !at_least_zero(group.learning_rate_scale) {
-                return wrong("groups.learning_rate_scale", group.learning_rate_scale, "a number of 0 or more");
+                return wrong(&of("learning_rate_scale"), group.learning_rate_scale, "a number of 0 or more");
             }
             if let Some(decay) = group.weight_decay.filter(|&d| !at_least_zero(d)) {
-                return wrong("groups.weight_decay", decay, "a number of 0 or more");
+                return wrong(&of("weight_decay"), decay, "a number of 0 or more");
             }
         }
-        for rule in self.groups.iter().filter_map(|g| g.rule).chain([self.rule]) {
+        let groups = self.groups.iter().enumerate();
+        let own = groups.filter_map(|(number, group)| Some((format!("groups[{number}]."), group.rule?)));
+        for (of, rule) in own.chain([(String::new(), self.rule)]) {
+            let wrong = |key: &str, found: f64, expected: &str| wrong(&format!("{of}{key}"), found, expected);
             let (fractions, epsilon): (Vec<(&str, f64)>, Option<f64>) = match rule {
                 Rule::Sgd => (vec![], None),
                 Rule::Momentum { momentum, dampening, nesterov, gamma, .. } => {
                     if !(gamma > 0.0 && gamma.is_finite()) {
                         return wrong("gamma", gamma, "a number above 0");
                     }
-                    if nesterov && (dampening != 0.0 || momentum <= 0.0) {
-                        return wrong("dampening", dampening, "0, and a momentum above 0, with nesterov");
+                    if nesterov && dampening != 0.0 {
+                        return wrong("dampening", dampening, "0 with nesterov");
+                    }
+                    if nesterov && momentum <= 0.0 {
+                        return wrong("momentum", momentum, "a number above 0 with nesterov");
                     }
                     if !(0.0..=1.0).contains(&dampening) {
                         return wrong("dampening", dampening, "a number from 0 to 1");

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::{result, sys};
 
-use super::module::{HOPPER, cache_folder, is_for};
+use super::module::{HOPPER, cache_folder, is_embedded, is_for};
 use super::{emulated, libraries::Library};
 use crate::error::{Error, Result};
 
@@ -71,9 +71,19 @@ impl Source {
     /// NVRTC missing, or refusing the source.
     pub fn compiled(&self) -> Result<Compiled> {
         let Some(release) = release() else {
+            let (why, or) = if is_embedded() {
+                (
+                    "NVRTC is not installed",
+                    "; this Warpstep holds kernels, and needs none of NVRTC's unless WARPSTEP_NVRTC=1",
+                )
+            } else {
+                (
+                    "this Warpstep was built without nvcc, and NVRTC is not installed either",
+                    ", or build Warpstep where nvcc is on the path",
+                )
+            };
             return Err(Error::Device(format!(
-                "this Warpstep was built without nvcc, and NVRTC is not installed either: install it (`{}`, and name its folder in \
-                 LD_LIBRARY_PATH, or NVIDIA's CUDA toolkit), or build Warpstep where nvcc is on the path",
+                "{why}: install it (`{}`, and name its folder in LD_LIBRARY_PATH, or NVIDIA's CUDA toolkit){or}",
                 Library::Nvrtc.install()
             )));
         };

@@ -251,9 +251,12 @@ fn difference(kept: &str, config: &str, identity: &str) -> Option<[String; 3]> {
 /// Keys with their sections, and values, of a file that is written a line a key.
 fn keys(text: &str) -> Vec<(String, String)> {
     let mut section = String::new();
-    let mut keys = Vec::new();
+    let mut keys: Vec<(String, String)> = Vec::new();
     for line in text.lines() {
-        if let Some(name) = line.strip_prefix('[') {
+        if let (true, Some((_, value))) = (line.starts_with([' ', ']']), keys.last_mut()) {
+            // A value of several lines.
+            *value += line.trim();
+        } else if let Some(name) = line.strip_prefix('[') {
             section = name.trim_matches(['[', ']']).to_owned();
         } else if let Some((key, value)) = line.split_once(" = ") {
             keys.push((format!("{section}.{key}"), value.to_owned()));
