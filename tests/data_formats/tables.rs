@@ -197,3 +197,27 @@ fn one_class_alone_is_refused_whatever_the_format() -> TestResult {
     }
     Ok(())
 }
+
+#[test]
+fn features_of_the_same_name_keep_their_order_in_a_user_s_table() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.csv");
+    std::fs::write(&path, "a,a,b,y\n1,2,3,4\n5,6,7,8\n")?;
+    let open_with = |features: Option<Vec<Column>>| {
+        open(&DataOptions::new(FormatOptions::Csv(CsvOptions { features, ..csv_options(path.clone()) })), None, 1)
+    };
+    let data = open_with(None)?;
+    for rows in ["a,a,b,y\n1,2,3,0\n", "b,a,a\n3,1,2\n", "1,2,3,0\n", "1,2,3\n"] {
+        let user = data.preprocess.text(rows, Path::new("rows"))?;
+        assert_eq!(reals(&user[0].input), [1.0, 2.0, 3.0], "{rows}");
+    }
+    // The second of two columns of one name.
+    let data = open_with(Some(vec![Column::Number(1)]))?;
+    for rows in ["a,a,b,y\n1,2,3,0\n", "a,b\n2,3\n"] {
+        let user = data.preprocess.text(rows, Path::new("rows"))?;
+        assert_eq!(reals(&user[0].input), [2.0], "{rows}");
+    }
+    let error = data.preprocess.text("b,a,a\n3,1,2\n", Path::new("rows")).unwrap_err().to_string();
+    assert!(error.contains("has 2 columns \"a\", expected 1"), "{error}");
+    Ok(())
+}

@@ -374,6 +374,7 @@ fn choose(
 }
 
 /// The columns of the table that a model was trained on.
+#[derive(Clone, Copy)]
 pub(crate) struct Known<'a> {
     pub names: Option<&'a [String]>,
     pub numbers: &'a [usize],
@@ -396,8 +397,8 @@ pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'
         let record = record.map_err(|e| told(path, &e))?;
         let line = record.position().map_or(0, |p| p.line());
         if named.is_none() && rows.is_empty() {
-            let place = |name: &String| record.iter().position(|cell| cell == name);
-            named = names.and_then(|names| names.iter().map(place).collect());
+            let header: Vec<&str> = record.iter().collect();
+            named = names.map(|names| by_names(names, &known, &header, path)).transpose()?.flatten();
             if named.is_some() {
                 continue;
             }
@@ -425,4 +426,36 @@ pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'
         rows.push((line, columns.iter().map(number).collect::<Result<_>>()?));
     }
     Ok(rows)
+}
+
+/// Where a user's header has the features of these names; none where it is no header with all of them. Where it has the columns
+/// of the training table, each is where it was there. Of features of the same name, the first is the first otherwise.
+///
+/// # Errors
+/// More columns of a name than features, of which nothing tells which are meant.
+fn by_names(names: &[String], known: &Known<'_>, header: &[&str], path: &Path) -> Result<Option<Vec<usize>>> {
+    let fits = |(name, number): (&String, &usize)| header.get(*number) == Some(&name.as_str());
+    if header.len() == known.width && names.iter().zip(known.numbers).all(fits) {
+        return Ok(Some(known.numbers.to_vec()));
+    }
+    let mut found = Vec::with_capacity(names.len());
+    for (i, name) in names.iter().enumerate() {
+        let before = names[..i].iter().filter(|n| *n == name).count();
+        let Some(place) = (0..header.len()).filter(|place| header[*place] == name).nth(before) else { return Ok(None) };
+        found.push(place);
+    }
+    let count = |name: &str| header.iter().filter(|cell| **cell == name).count();
+    for name in names {
+        let (has, takes) = (count(name), names.iter().filter(|n| *n == name).count());
+        if has > takes {
+            return Err(Error::data(
+                path,
+                format!(
+                    "has {has} columns {name:?}, expected {takes}, since the columns are not those of the training table \
+                     otherwise; leave out those that the model was not trained on"
+                ),
+            ));
+        }
+    }
+    Ok(Some(found))
 }
