@@ -147,6 +147,51 @@ fn idx_gives_its_pixels_and_validation_is_taken_from_the_training_samples() -> T
     Ok(())
 }
 
+/// Pictures of 2 x 2 with these values, as an IDX file of another type than bytes.
+fn idx_of_type(kind: u8, values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0, 0, kind, 3];
+    [values.len() as u32 / 4, 2, 2].iter().for_each(|d| bytes.extend(d.to_be_bytes()));
+    for value in values {
+        match kind {
+            0x0b => bytes.extend((*value as i16).to_be_bytes()),
+            0x0c => bytes.extend((*value as i32).to_be_bytes()),
+            0x0d => bytes.extend(value.to_be_bytes()),
+            _ => bytes.extend(f64::from(*value).to_be_bytes()),
+        }
+    }
+    bytes
+}
+
+#[test]
+fn a_png_becomes_what_the_same_picture_is_in_an_idx_file_of_any_type() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let pixels: [u8; 8] = [0, 51, 102, 255, 10, 20, 30, 40];
+    std::fs::write(folder.path().join("train-labels-idx1-ubyte"), idx(&[2], &[0, 1]))?;
+    let png = folder.path().join("0.png");
+    image::GrayImage::from_raw(2, 2, pixels[..4].to_vec()).ok_or("no picture")?.save(&png)?;
+    let images = folder.path().join("train-images-idx3-ubyte");
+    let whole: Vec<f32> = pixels.iter().map(|p| f32::from(*p)).collect();
+    let shares: Vec<f32> = whole.iter().map(|p| p / 255.0).collect();
+    let types = [0x0b, 0x0c, 0x0d, 0x0e].map(|kind| (kind, &whole)).into_iter().chain([(0x0d, &shares), (0x0e, &shares)]);
+    for (kind, values) in types {
+        std::fs::write(&images, idx_of_type(kind, values))?;
+        for how in [Normalize::None, Normalize::Unit, Normalize::Dataset] {
+            let data = open(&DataOptions { normalize: Some(how.clone()), ..idx_options(folder.path()) }, None, 1)?;
+            let batch = read(&*data.splits.train, &[Pick::Sample(0)])?;
+            let user = data.preprocess.file(&png)?;
+            for (user, trained) in reals(&user[0].input).iter().zip(reals(&batch.inputs)) {
+                assert!((user - trained).abs() <= 1e-6 * (1.0 + trained.abs()), "{kind:#x} {how:?}: {user} {trained}");
+            }
+        }
+    }
+    // What white is cannot be known: rows of numbers are taken in place of pictures.
+    std::fs::write(&images, idx_of_type(0x0d, &[-1.0, 0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0]))?;
+    let data = open(&idx_options(folder.path()), None, 1)?;
+    assert!(data.preprocess.file(&png).is_err());
+    assert_eq!(reals(&data.preprocess.text("-1,0,0.5,1", Path::new("row"))?[0].input), [-1.0, 0.0, 0.5, 1.0]);
+    Ok(())
+}
+
 #[test]
 fn images_are_found_by_class_and_folders_of_their_own_are_the_other_splits() -> TestResult {
     let folder = tempfile::tempdir()?;

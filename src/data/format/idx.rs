@@ -57,6 +57,7 @@ pub(crate) fn open(options: &IdxOptions, lookup: &Lookup) -> Result<Pool> {
     let Array { dims, mut values } = array;
     let train = dims[0];
     let most = labels_all.iter().copied().max().unwrap_or(0);
+    let white = white(&values);
     if let Some((image_path, label_path)) = test_images.zip(test_labels) {
         let (array, labels) = pair(&image_path, &label_path, Some(&dims[1..]))?;
         match (&mut values, array.values) {
@@ -80,10 +81,11 @@ pub(crate) fn open(options: &IdxOptions, lookup: &Lookup) -> Result<Pool> {
         [channels, height, width] => (vec![channels, height, width], true),
         _ => (dims[1..].to_vec(), false),
     };
-    let recipe = if picture {
-        Recipe::Image { channels: shape[0], height: shape[1], width: shape[2], full_scale }
-    } else {
-        Recipe::values(shape.iter().product())
+    let recipe = match white {
+        Some(full_scale) if picture => {
+            Recipe::Image { channels: shape[0], height: shape[1], width: shape[2], full_scale }
+        }
+        _ => Recipe::values(shape.iter().product()),
     };
     Ok(Pool {
         place: images,
@@ -98,6 +100,16 @@ pub(crate) fn open(options: &IdxOptions, lookup: &Lookup) -> Result<Pool> {
         pictures: None,
         recipe,
     })
+}
+
+/// The value that stands for white in pictures of these values, so that a PNG or JPEG can be brought to them: 255 for bytes; for
+/// other types the least of 1, 255 and 65535 that none is above. None where no such is known, since some are below 0 or above
+/// all of these.
+fn white(values: &Values) -> Option<f32> {
+    let Values::Floats(values) = values else { return Some(255.0) };
+    let low = values.iter().copied().fold(f32::INFINITY, f32::min);
+    let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    [1.0, 255.0, 65535.0].into_iter().find(|white| low >= 0.0 && high <= *white)
 }
 
 /// The file of `folder` whose name has one of `split` and one of `kind`.
