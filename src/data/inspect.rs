@@ -56,7 +56,7 @@ pub fn inspect(data: &OpenedData) -> Result<String> {
     let batch = first(&*data.splits.train, measured(data.input().elements()))?;
     line("values", values(&batch));
     if let Some(affine) = &data.preprocess.affine {
-        let told = |values: &[f32]| match values {
+        let told = |values: &[f64]| match values {
             [] => String::new(),
             [first, rest @ ..] if rest.iter().all(|v| v == first) => format!("{first:.6}"),
             [a, b, c] => format!("{a:.6} {b:.6} {c:.6}"),

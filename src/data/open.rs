@@ -142,7 +142,7 @@ fn two_classes(source: &str, train: &dyn Dataset) -> Result<()> {
 
 /// Splits of real-valued samples.
 fn of_pool(
-    pool: Pool,
+    mut pool: Pool,
     options: &DataOptions,
     splits: &SplitOptions,
     seed: u64,
@@ -177,6 +177,7 @@ fn of_pool(
         affine: Some(affine.clone()),
         pictures,
     };
+    let affine = pool.table.round(&affine, &pool.place)?;
     let (table, targets) = (Arc::new(pool.table), Arc::new(pool.targets));
     let view = |indices: Vec<u32>, augment: Option<Augment>| -> Arc<dyn Dataset> {
         let (table, targets) = (Arc::clone(&table), Arc::clone(&targets));

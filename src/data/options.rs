@@ -337,9 +337,9 @@ pub enum Normalize {
     /// `{ mean = [..], std = [..] }`: then less this mean and over this standard deviation, a channel, or one for all.
     Given {
         /// One value, or one a channel.
-        mean: Vec<f32>,
+        mean: Vec<f64>,
         /// One value, or one a channel.
-        std: Vec<f32>,
+        std: Vec<f64>,
     },
 }
 

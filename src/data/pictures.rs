@@ -40,7 +40,7 @@ impl Pictures {
     /// More of them than pictures have channels.
     pub fn normalization(&self) -> Result<[f32; 2]> {
         match (&self.affine.scale[..], &self.affine.shift[..]) {
-            (&[scale], &[shift]) => Ok([scale, shift]),
+            (&[scale], &[shift]) => Ok([scale as f32, shift as f32]),
             (scales, shifts) => Err(Error::data(
                 "preprocess",
                 format!("found {} scales and {} shifts of pictures, expected 1", scales.len(), shifts.len()),

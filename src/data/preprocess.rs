@@ -243,7 +243,7 @@ impl Preprocess {
             Recipe::Values { names, numbers, width, delimiter } => {
                 let known = format::csv::Known { names: names.as_deref(), numbers, width: *width };
                 let rows = format::csv::user_rows(text, path, *delimiter, known)?;
-                Ok(rows.into_iter().map(|(line, row)| self.sample(format!("{}:{line}", path.display()), row)).collect())
+                rows.into_iter().map(|(line, row)| self.row(path, line, &row)).collect()
             }
             Recipe::Text { .. } | Recipe::Tokens { .. } => Err(Error::data(
                 path,
@@ -252,6 +252,18 @@ impl Preprocess {
             Recipe::Image { .. } => Err(Error::data(path, "the model takes pictures: give a PNG or JPEG file")),
             Recipe::Audio { .. } => Err(Error::data(path, "the model takes recordings: give a WAV file")),
         }
+    }
+
+    /// A row of a table, as the training table's are normalized.
+    fn row(&self, path: &Path, line: u64, row: &[f64]) -> Result<UserSample> {
+        let normalized = match &self.affine {
+            Some(affine) => affine.rounded(row),
+            None => Ok(row.iter().map(|value| *value as f32).collect()),
+        };
+        let input = normalized.map_err(|value| {
+            Error::data(path, format!("line {line}: {value} is out of the range of f32 once it is normalized; correct it"))
+        })?;
+        Ok(UserSample { name: format!("{}:{line}", path.display()), input: Inputs::Real(input) })
     }
 
     fn sample(&self, name: String, mut values: Vec<f32>) -> UserSample {

@@ -221,3 +221,35 @@ fn features_of_the_same_name_keep_their_order_in_a_user_s_table() -> TestResult 
     assert!(error.contains("has 2 columns \"a\", expected 1"), "{error}");
     Ok(())
 }
+
+#[test]
+fn a_large_offset_takes_no_digits_of_a_column_in_training_or_prediction() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.csv");
+    // Seconds of the clock, whose spacing in f32 is 128; a constant that f64 rounds; a column whose deviation f32 cannot invert.
+    let rows: Vec<String> = (0..64).map(|k| format!("{},0.1,{}e-42,{k}", 1_700_000_000 + k, k % 2)).collect();
+    std::fs::write(&path, format!("time,same,tiny,y\n{}\n", rows.join("\n")))?;
+    let options = |normalize: Normalize| {
+        let normalize = Some(normalize);
+        DataOptions { normalize, ..DataOptions::new(FormatOptions::Csv(csv_options(path.clone()))) }
+    };
+    let (mean, std) = (1_700_000_031.5, (4095.0f64 / 12.0).sqrt());
+    let given = Normalize::Given { mean: vec![mean, 0.1, 0.0], std: vec![std, 1.0, 1.0] };
+    for how in [Normalize::Dataset, given] {
+        let data = open(&options(how.clone()), None, 1)?;
+        let preprocess = Preprocess::from_json(&data.preprocess.to_json()?)?;
+        for k in [0, 1, 40, 63] {
+            let batch = read(&*data.splits.train, &[Pick::Sample(k)])?;
+            let values = reals(&batch.inputs);
+            let expected = (k as f64 - 31.5) / std;
+            assert!((f64::from(values[0]) - expected).abs() < 1e-6, "{how:?} {k}: {} {expected}", values[0]);
+            assert_eq!(values[1], 0.0, "{how:?}");
+            assert!(values[2].abs() < 1e-40, "{how:?}: {}", values[2]);
+            assert_eq!(reals(&preprocess.text(&rows[k], Path::new("row"))?[0].input), values, "{how:?}");
+        }
+    }
+    refused(&options(Normalize::Given { mean: vec![0.0], std: vec![1e-42] }), &["data.normalize", "std", "channel 0"]);
+    let wide = Normalize::Given { mean: vec![0.0], std: vec![1e-30] };
+    refused(&options(wide), &["sample 0", "1700000000", "range of f32"]);
+    Ok(())
+}

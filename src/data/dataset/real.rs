@@ -1,5 +1,6 @@
 //! Samples of real values.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use super::super::augment::Augment;
@@ -16,6 +17,8 @@ pub(crate) trait Decode: Send + Sync {
 pub(crate) enum Values {
     Bytes(Vec<u8>),
     Floats(Vec<f32>),
+    /// Of tables of numbers, until they are normalized.
+    Doubles(Vec<f64>),
     Files(Box<dyn Decode>),
 }
 
@@ -46,9 +49,48 @@ impl RealTable {
                 out.iter_mut().zip(values).for_each(|(out, value)| *out = f32::from(*value));
             }
             Values::Floats(values) => out.copy_from_slice(&values[index * elements..][..elements]),
+            Values::Doubles(values) => {
+                let values = &values[index * elements..][..elements];
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = *value as f32);
+            }
             Values::Files(files) => files.decode(index, out)?,
         }
         Ok(())
+    }
+
+    /// The raw values of sample `index` with all their digits (`=`).
+    pub fn wide(&self, index: usize, out: &mut [f64]) -> Result<()> {
+        let elements = self.elements();
+        if let Values::Doubles(values) = &self.values {
+            out.copy_from_slice(&values[index * elements..][..elements]);
+            return Ok(());
+        }
+        let mut values = vec![0.0; elements];
+        self.raw(index, &mut values)?;
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = f64::from(value));
+        Ok(())
+    }
+
+    /// Normalizes values of f64 and rounds them; what is left to do for samples as they are read. Values of other types stay as
+    /// they are.
+    pub fn round(&mut self, affine: &Affine, place: &Path) -> Result<Affine> {
+        let elements = self.elements();
+        let Values::Doubles(wide) = &self.values else { return Ok(affine.clone()) };
+        let mut values = Vec::with_capacity(wide.len());
+        for (row, sample) in wide.chunks(elements).enumerate() {
+            let rounded = affine.rounded(sample).map_err(|value| {
+                Error::data(
+                    place,
+                    format!(
+                        "sample {row}: {value} is out of the range of f32 once it is normalized; correct it, or set \
+                         data.normalize = \"none\""
+                    ),
+                )
+            })?;
+            values.extend(rounded);
+        }
+        self.values = Values::Floats(values);
+        Ok(Affine::uniform(self.channels, 1.0))
     }
 }
 
@@ -128,7 +170,7 @@ impl Dataset for RealView {
             let bytes = &bytes[index * elements..][..elements];
             for (channel, (values, bytes)) in values.chunks_mut(plane).zip(bytes.chunks(plane)).enumerate() {
                 let (scale, shift) = (self.affine.scale[channel], self.affine.shift[channel]);
-                convert(values, bytes, scale, shift);
+                convert(values, bytes, scale as f32, shift as f32);
             }
         } else {
             self.table.raw(index, values)?;

@@ -27,7 +27,7 @@ struct Columns {
 struct Table {
     columns: Columns,
     /// `[rows, features]`.
-    features: Vec<f32>,
+    features: Vec<f64>,
     /// `[rows, targets]`.
     targets: Vec<String>,
     lines: Vec<u64>,
@@ -118,7 +118,7 @@ pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
     let columns = table.columns;
     Ok(Pool {
         place: path,
-        table: RealTable { shape, channels, full_scale: 1.0, background: 0.0, values: Values::Floats(table.features) },
+        table: RealTable { shape, channels, full_scale: 1.0, background: 0.0, values: Values::Doubles(table.features) },
         targets,
         names: None,
         pattern: None,
@@ -154,15 +154,20 @@ fn numbers(path: &Path, table: &Table) -> Result<Vec<f32>> {
         .enumerate()
         .map(|(i, cell)| {
             let (line, column) = place(i);
-            number(path, line, column, &table.columns, cell)
+            number(path, line, column, &table.columns, cell).map(|value| value as f32)
         })
         .collect()
 }
 
-fn number(path: &Path, line: u64, column: usize, columns: &Columns, cell: &str) -> Result<f32> {
-    match cell.parse::<f32>() {
-        Ok(value) if value.is_finite() => Ok(value),
-        _ => {
+/// A cell's number, where f32 has one that is finite too.
+fn finite(cell: &str) -> Option<f64> {
+    cell.parse::<f64>().ok().filter(|value| (*value as f32).is_finite())
+}
+
+fn number(path: &Path, line: u64, column: usize, columns: &Columns, cell: &str) -> Result<f64> {
+    match finite(cell) {
+        Some(value) => Ok(value),
+        None => {
             let name = columns.names.as_ref().and_then(|n| n.get(column));
             let advice = if cell.is_empty() {
                 "fill the cell or leave the row out".to_string()
@@ -383,7 +388,7 @@ pub(crate) struct Known<'a> {
 
 /// The features of a user's rows, with their lines: by name under a header with all the names; else every cell of a row
 /// that has the features alone, or those with their numbers in the training table.
-pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'_>) -> Result<Vec<(u64, Vec<f32>)>> {
+pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'_>) -> Result<Vec<(u64, Vec<f64>)>> {
     let Known { names, numbers, width } = known;
     let mut reader = ReaderBuilder::new()
         .has_headers(false)
@@ -416,7 +421,7 @@ pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'
         };
         let number = |column: &usize| {
             let cell = record.get(*column).unwrap_or_default();
-            cell.parse::<f32>().ok().filter(|v| v.is_finite()).ok_or_else(|| {
+            finite(cell).ok_or_else(|| {
                 Error::data(
                     path,
                     format!("line {line}, column {}: found {cell:?}, expected a finite number", column + 1),

@@ -192,7 +192,7 @@ fn pair(images: &Path, labels: &Path, shape: Option<&[usize]>) -> Result<(Array,
     let labels = match numbers.values {
         Values::Floats(values) => values.into_iter().enumerate().map(as_label).collect::<Result<_>>()?,
         Values::Bytes(values) => values.into_iter().map(i32::from).collect(),
-        Values::Files(_) => Vec::new(),
+        Values::Doubles(_) | Values::Files(_) => Vec::new(),
     };
     Ok((array, labels))
 }

@@ -34,7 +34,7 @@ pub(crate) fn open(options: &InlineOptions) -> Result<Pool> {
             channels: features,
             full_scale: 1.0,
             background: 0.0,
-            values: Values::Floats(values),
+            values: Values::Doubles(values.into_iter().map(f64::from).collect()),
         },
         targets,
         names: None,
