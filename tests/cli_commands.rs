@@ -342,3 +342,78 @@ fn launch_for_gpus_that_are_not_there_says_so() {
     let arguments = ["launch", "--gpus", "2", "--", "train", "run.toml", "--out", "out"];
     place.refused(&arguments, &["launch --gpus 2: no NVIDIA driver was found; `warpstep launch --cpus 2`"]);
 }
+
+/// A table of two columns whose classes a line divides; `rows` of them from row `first` on.
+fn table(first: usize, rows: usize, offset: f64) -> String {
+    let row = |i: usize| {
+        let (a, b) = ((i * 7 % 11) as f64 - 5.0, (i * 5 % 13) as f64 - 6.0);
+        format!("{},{b},{}\n", a + offset, if a + b > 0.0 { "up" } else { "down" })
+    };
+    (first..first + rows).map(row).collect()
+}
+
+/// A run of a format whose splits have files of their own.
+fn own_files(data: &str, model: &str) -> String {
+    format!(
+        "[run]\nsteps = 20\ndevice = \"cpu\"\n[data]\nbatch_size = 4\n{data}\n[model]\n{model}\n[optimizer]\n\
+         rule = \"adam\"\nlearning_rate = 0.05\n"
+    )
+}
+
+#[test]
+fn a_split_with_a_file_of_its_own_is_evaluated_as_the_model_was_trained_whatever_became_of_the_training_file() {
+    let csv = "format = \"csv\"\npath = \"train.txt\"\ntest = \"test.txt\"\nnormalize = \"dataset\"\nheader = false";
+    let lines = "format = \"lines\"\npath = \"train.txt\"\ntest = \"test.txt\"\nmin_count = 1";
+    let text = "format = \"text\"\npath = \"train.txt\"\ntest = \"test.txt\"\ncontext = 4";
+    let line = |i: usize| if i.is_multiple_of(2) { "pos\ta good good film\n" } else { "neg\tan awful bad film\n" };
+    let labelled: String = (0..12).map(line).collect();
+    let cases = [
+        (csv, "preset = \"linear\"", table(0, 40, 3.0), table(50, 20, 3.0), table(0, 30, 90.0) + "5,5,sideways\n"),
+        (
+            lines,
+            "preset = \"text_cnn\"\nwidth = 4\nfilters = 4\nkernels = [1, 2]",
+            labelled.clone(),
+            labelled.clone(),
+            "pos\tbad bad bad bad bad bad bad\nneutral\tthe film\n".to_owned(),
+        ),
+        (
+            text,
+            "preset = \"gpt\"\nlayers = 1\nheads = 1\nwidth = 8",
+            "abcabcabcabcabcabcabc\n".repeat(9),
+            "abcabc\n".repeat(4),
+            "0123 ABC\n".to_owned(),
+        ),
+    ];
+    for (data, model, train, test, more) in cases {
+        let place = Place::new(&own_files(data, model));
+        place.write("train.txt", &train);
+        place.write("test.txt", &test);
+        place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+        let (before, _) = place.good(&["eval", "out", "--json"]);
+        place.good(&["eval", "out", "--split", "train"]);
+        place.write("train.txt", &(train.clone() + &more));
+        let (after, _) = place.good(&["eval", "out", "--json"]);
+        assert_eq!(after, before, "{data}");
+        let expected = ["data.path", "train.txt is not what the model was trained on", "in the training split, expected"];
+        place.refused(&["eval", "out", "--split", "train"], &expected);
+        place.refused(&["train", "run.toml", "--quiet", "--out", "out", "--resume"], &expected);
+        place.write("train.txt", &train);
+        place.good(&["train", "run.toml", "--quiet", "--out", "out", "--resume"]);
+    }
+}
+
+#[test]
+fn a_split_that_is_taken_from_data_that_changed_is_refused() {
+    let data = "format = \"csv\"\npath = \"train.txt\"\nnormalize = \"dataset\"\nheader = false\nsplit = { test = 0.25 }";
+    let place = Place::new(&own_files(data, "preset = \"linear\""));
+    place.write("train.txt", &table(0, 40, 0.0));
+    place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    place.good(&["eval", "out"]);
+    place.write("train.txt", &table(0, 44, 0.0));
+    place.refused(&["eval", "out"], &["data.path", "found 33 samples in the training split, expected 30"]);
+    // As many samples, of other values.
+    place.write("train.txt", &table(0, 40, 100.0));
+    let changed = ["data.path", "another mean or deviation", "channel 0"];
+    place.refused(&["eval", "out"], &changed);
+    place.refused(&["train", "run.toml", "--quiet", "--out", "out", "--resume"], &changed);
+}

@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::assemble::{Trained, build_model, open_data};
 use super::say;
 use crate::backend::cpu::Cpu;
-use crate::data::TargetSpec;
+use crate::data::{Held, TargetSpec, as_trained};
 use crate::error::Error;
 use crate::optim::OptimizerOptions;
 use crate::train::checkpoint::{self, Which};
@@ -69,15 +69,16 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let trained = Trained::open(&options.run, options.checkpoint.map(Which::from))?;
     let data = open_data(&trained.run)?;
-    let splits = &data.splits;
-    let (name, dataset) = match options.split {
-        Some(Split::Train) => ("train", Some(&splits.train)),
-        Some(Split::Validation) => ("validation", splits.validation.as_ref()),
-        Some(Split::Test) => ("test", splits.test.as_ref()),
-        None if splits.test.is_some() => ("test", splits.test.as_ref()),
-        None => ("validation", splits.validation.as_ref()),
+    let (name, which) = match options.split {
+        Some(Split::Train) => ("train", Held::No),
+        Some(Split::Validation) => ("validation", Held::Validation),
+        Some(Split::Test) => ("test", Held::Test),
+        None if data.splits.test.is_some() => ("test", Held::Test),
+        None => ("validation", Held::Validation),
     };
-    let dataset = dataset.ok_or_else(|| {
+    let (asked, base) = (&trained.run.data, Some(&*trained.run.base));
+    let dataset = as_trained(asked, base, &data, which, &trained.preprocess).map_err(|e| trained.run.locate(e))?;
+    let dataset = &dataset.ok_or_else(|| {
         let problem = match options.split {
             Some(_) => format!("the run's data has no {name} split; set data.split.{name}, or choose another"),
             None => "the run's data has no test and no validation split; give --split train".to_owned(),
@@ -88,8 +89,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let optimizer = OptimizerOptions { master: true, ..trained.run.optimizer.clone() };
     let mut trainer = Trainer::new(TrainerParts {
         backend: Cpu::<f32>::new(),
-        model: build_model(&trained.run, &data.preprocess)?,
-        input: model_input(data.input()),
+        model: build_model(&trained.run, &trained.preprocess)?,
+        input: model_input(&trained.preprocess.input),
         batch_size: 1.max(trained.run.train.batch_size.min(2)),
         accumulate: 1,
         optimizer: &optimizer,

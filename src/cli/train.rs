@@ -302,6 +302,7 @@ pub(crate) fn make_run<B: Backend>(
         config: run.resolved.clone(),
         identity: run.identity.clone(),
         preprocess: data.preprocess.to_json()?,
+        source: data.source.clone(),
         weights: weights.map(|path| Lookup::new(Some(&run.base)).find_for("model.weights", path)).transpose()?,
         start,
         interrupt: Arc::default(),

@@ -5,6 +5,7 @@
 //! seed and of `n`, so a resumed run needs only the number of the batch to go on with.
 
 pub mod augment;
+mod changed;
 mod dataset;
 mod format;
 mod inspect;
@@ -14,6 +15,7 @@ mod open;
 pub mod options;
 mod pictures;
 mod preprocess;
+mod reopen;
 mod resident;
 mod sampler;
 pub mod source;
@@ -27,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+pub use changed::{Change, Sizes};
 pub use crate::log_mel::{LogMel, LogMelOptions, MelScale};
 pub use format::natural_order;
 pub use inspect::inspect;
@@ -36,8 +39,10 @@ pub use open::{OpenedData, open};
 pub use options::{DataOptions, FormatOptions};
 pub use pictures::Pictures;
 pub use preprocess::{Preprocess, Recipe, UserSample};
+pub(crate) use reopen::as_trained;
 pub use resident::{Given, Layout, Picked, Table};
 pub use sampler::{Sampler, SamplerOptions};
+pub(crate) use source::Held;
 pub use tokenizer::{GPT2_END_OF_TEXT, GPT2_VOCABULARY, Tokenizer, TokenizerKind};
 pub use words::{Cleaning, PAD, UNKNOWN, Words};
 

@@ -12,7 +12,7 @@ use super::options::{DataOptions, FormatOptions, Normalize, Part, Resident, Samp
 use super::preprocess::{Preprocess, Recipe};
 use super::sampler::{Sampler, SamplerOptions};
 use super::source::Lookup;
-use super::{Dataset, InputSpec, Splits, TargetSpec, split};
+use super::{Dataset, InputSpec, Sizes, Splits, TargetSpec, split};
 use crate::error::{Error, Result};
 use crate::plan::Share;
 
@@ -112,9 +112,10 @@ pub fn open(options: &DataOptions, base: Option<&Path>, seed: u64) -> Result<Ope
     };
     two_classes(&source, &*splits.train)?;
     let windows = splits.train.starts().is_some();
+    let sizes = Some(Sizes::of(&splits));
     Ok(OpenedData {
         splits,
-        preprocess,
+        preprocess: Preprocess { sizes, ..preprocess },
         format: options.format.name(),
         source,
         sampling: options.sampling.unwrap_or(if windows { Sampling::Random } else { Sampling::Shuffle }),
@@ -176,6 +177,7 @@ fn of_pool(
         recipe: pool.recipe,
         affine: Some(affine.clone()),
         pictures,
+        sizes: None,
     };
     let affine = pool.table.round(&affine, &pool.place)?;
     let (table, targets) = (Arc::new(pool.table), Arc::new(pool.targets));
@@ -207,7 +209,13 @@ fn of_tokens(
             format!("found it set, but format = \"{name}\" has no real inputs"),
         ));
     }
-    let preprocess =
-        Preprocess { input: splits.train.input(), target: splits.train.target(), recipe, affine: None, pictures: None };
+    let preprocess = Preprocess {
+        input: splits.train.input(),
+        target: splits.train.target(),
+        recipe,
+        affine: None,
+        pictures: None,
+        sizes: None,
+    };
     Ok((splits, preprocess, place.display().to_string()))
 }

@@ -9,7 +9,7 @@ use super::format::{self, audio};
 use super::source;
 use super::tokenizer::Tokenizer;
 use super::words::Words;
-use super::{Affine, InputSpec, Inputs, Pictures, TargetSpec};
+use super::{Affine, InputSpec, Inputs, Pictures, Sizes, TargetSpec};
 use crate::error::{Error, Result};
 use crate::log_mel::{LogMel, LogMelOptions};
 
@@ -97,6 +97,9 @@ pub struct Preprocess {
     /// Pictures that the model makes of its inputs.
     #[serde(default)]
     pub pictures: Option<Pictures>,
+    /// Samples of each split, by which data that changed are told; none in run folders of before.
+    #[serde(default)]
+    pub sizes: Option<Sizes>,
 }
 
 impl Preprocess {

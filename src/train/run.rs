@@ -52,6 +52,8 @@ pub struct Run<B: Backend> {
     pub identity: String,
     /// What turns a user's file into an input, as JSON: `preprocess.json`.
     pub preprocess: String,
+    /// What the data were read from, for errors.
+    pub source: String,
     /// `model.weights`: a safetensors file that gives the initial weights, where not those of the model's own initialization.
     pub weights: Option<PathBuf>,
     /// How to begin.

@@ -106,6 +106,34 @@ pub(crate) fn open(
     Ok((place, splits, Recipe::Line { words }))
 }
 
+/// A split with a file of its own, `file` by `key`, for a model that knows these words and classes.
+pub(crate) fn own_split(
+    key: &str,
+    file: &Path,
+    lookup: &Lookup,
+    words: &Words,
+    names: &[String],
+) -> Result<Arc<dyn Dataset>> {
+    let path = lookup.file_for(key, file)?;
+    let mut lines = Lines::default();
+    lines.add_labelled(&path)?;
+    let label = |(label, number): (&String, &usize)| {
+        names.iter().position(|name| name == label).map(|class| class as i32).ok_or_else(|| {
+            Error::data(&path, format!("line {number}: found the class {label:?}, which the model was not trained on"))
+        })
+    };
+    let labels = lines.labels.iter().zip(&lines.numbers).map(label).collect::<Result<Vec<_>>>()?;
+    let indices = (0..labels.len() as u32).collect();
+    let values = lines.texts.iter().flat_map(|text| words.encode(text)).collect();
+    Ok(Arc::new(LabelledTokens {
+        values: Arc::new(values),
+        length: words.length(),
+        vocabulary: words.vocabulary(),
+        targets: Arc::new(TargetTable::Class { labels, names: names.to_vec() }),
+        indices,
+    }))
+}
+
 /// The files of a folder with the class that each name tells: its stem, or its ending where all stems are the same.
 fn by_name(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let files: Vec<PathBuf> = children(folder)?.into_iter().filter(|p| p.is_file()).collect();

@@ -37,6 +37,25 @@ pub(crate) fn open(options: &TextOptions, splits: &SplitOptions, lookup: &Lookup
     Ok((path, splits, Recipe::Text { tokenizer }))
 }
 
+/// A split with a text of its own, `file` by `key`, for a model that knows this tokenizer; `what` it is for errors.
+pub(crate) fn own_split(
+    key: &str,
+    file: &Path,
+    lookup: &Lookup,
+    (tokenizer, context): (&Tokenizer, usize),
+    what: &str,
+) -> Result<Arc<dyn Dataset>> {
+    let path = lookup.file_for(key, file)?;
+    let tokens = tokenizer.encode(&read_text(&path)?).map_err(|e| match e {
+        Error::Data { problem, .. } => Error::data(&path, problem),
+        other => other,
+    })?;
+    let vocabulary = tokenizer.vocabulary();
+    let store = Arc::new(TokenStore::new(tokens, vocabulary));
+    let all = 0..store.len();
+    Windows { context, vocabulary }.windows(&path, store, all, what)
+}
+
 /// Makes splits of streams of tokens.
 pub(super) struct Windows {
     pub context: usize,

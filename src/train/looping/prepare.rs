@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::{Interval, LastStep, Loop, model_input};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::data::{InputSpec, Sampler, SamplerOptions, TargetSpec};
+use crate::data::{InputSpec, Preprocess, Sampler, SamplerOptions, TargetSpec};
 use crate::error::{Error, Result};
 use crate::optim::NormClip;
 use crate::parallel::{Collective, GradientsOptions, Shard, agree, broadcast};
@@ -227,6 +227,7 @@ fn look_at_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> R
             ),
         ));
     }
+    the_same_data(run)?;
     Ok((lock, Some(latest)))
 }
 
@@ -263,6 +264,24 @@ fn keys(text: &str) -> Vec<(String, String)> {
         }
     }
     keys
+}
+
+/// Whether the data give what they gave when the run began, as far as `preprocess.json` tells: the position in the data, and the
+/// numbers that samples become, hang on it.
+fn the_same_data<B: Backend>(run: &Run<B>) -> Result<()> {
+    let file = run.folder.join("preprocess.json");
+    if !file.is_file() {
+        return Ok(());
+    }
+    let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
+    let saved = Preprocess::from_json(&text).map_err(|e| Error::data(&file, format!("cannot be used: {e}")))?;
+    match saved.changed(&Preprocess::from_json(&run.preprocess)?) {
+        None => Ok(()),
+        Some(change) => Err(change.refused(
+            &run.source,
+            "put the data back as they were when the run began, or begin a new run by another --out",
+        )),
+    }
 }
 
 /// Removes the run that a folder holds.
