@@ -417,3 +417,21 @@ fn a_split_that_is_taken_from_data_that_changed_is_refused() {
     place.refused(&["eval", "out"], &changed);
     place.refused(&["train", "run.toml", "--quiet", "--out", "out", "--resume"], &changed);
 }
+
+#[test]
+fn every_preset_of_texts_learns_two_classes_by_either_loss() {
+    let data = "format = \"lines\"\npath = \"train.txt\"\nmin_count = 1";
+    for preset in ["text_cnn\"\nfilters = 4\nkernels = [1, 2]", "text_encoder\"\nlayers = 1\nheads = 2"] {
+        for loss in ["cross_entropy", "binary_cross_entropy"] {
+            let model = format!("preset = \"{preset}\nwidth = 8\ndropout = 0.0\nloss = \"{loss}\"");
+            let place = Place::new(&own_files(data, &model).replace("steps = 20", "steps = 150"));
+            let line = |i: usize| if i.is_multiple_of(2) { "pos\ta good good film\n" } else { "neg\tan awful bad film\n" };
+            place.write("train.txt", &(0..8).map(line).collect::<String>());
+            place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+            let (scores, _) = place.good(&["eval", "out", "--split", "train", "--json"]);
+            assert!(scores.contains("\"accuracy\":1.0"), "{preset} {loss}: {scores}");
+            let (told, _) = place.good(&["predict", "out", "--text", "a good film"]);
+            assert!(told.contains("pos "), "{preset} {loss}: {told}");
+        }
+    }
+}

@@ -224,7 +224,8 @@ impl ModelOptions {
             Preset::TextEncoder(options) => {
                 let options = TextEncoderOptions { label_smoothing: self.label_smoothing, ..options.clone() };
                 let context = fit.context.unwrap_or(0);
-                return options.build(fit.tokens("text_encoder")?, context, fit.padding, fit.outputs);
+                let model = options.build(fit.tokens("text_encoder")?, context, fit.padding, fit.outputs)?;
+                return Ok(Model { loss, ..model });
             }
             Preset::Gpt(options) => return self.gpt(options, &fit),
         };
