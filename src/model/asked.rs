@@ -226,6 +226,22 @@ mod tests {
     }
 
     #[test]
+    fn label_smoothing_is_refused_with_every_loss_that_takes_none() {
+        let smooth = |preset, loss| ModelOptions { preset, loss, label_smoothing: 0.1 };
+        let input = Input::Real(vec![4]);
+        let mlp = || Preset::Mlp(MlpOptions::default());
+        for (model, goal) in [
+            (smooth(mlp(), None), Goal::Values(1)),
+            (smooth(mlp(), Some(LossKind::BinaryCrossEntropy)), Goal::Classes(2)),
+            (smooth(Preset::Logistic(LinearOptions::default()), None), Goal::Classes(2)),
+        ] {
+            let parts = ["found 0.1", "leave the key out", "model.loss = \"cross_entropy\""];
+            refused(&model, &fit(goal, None), &input, "model.label_smoothing", &parts);
+        }
+        plan(&smooth(mlp(), None), &fit(Goal::Classes(2), None), &input).unwrap();
+    }
+
+    #[test]
     fn a_preset_that_does_not_fit_the_inputs_is_told_at_its_key() {
         let classes = fit(Goal::Classes(10), None);
         let pictures = [

@@ -211,6 +211,17 @@ impl ModelOptions {
                 ));
             }
         };
+        if self.label_smoothing > 0.0 && !matches!(loss, Loss::CrossEntropy { .. }) {
+            let by_default = if self.loss.is_none() { " by default" } else { "" };
+            return Err(Error::config(
+                "model.label_smoothing",
+                format!(
+                    "found {}, but the loss is{by_default} another than \"cross_entropy\", which alone spreads targets over classes; \
+                     leave the key out, or set model.loss = \"cross_entropy\" where targets are classes",
+                    self.label_smoothing
+                ),
+            ));
+        }
         let fit = Fit { outputs, ..*fit };
         self.preset.takes(&fit)?;
         let layers = match &self.preset {
