@@ -1,15 +1,17 @@
 //! Lines of text as words of a vocabulary.
 
 use std::collections::HashMap;
+use std::sync::LazyLock;
 
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 /// `data.words`: how a line becomes words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cleaning {
-    /// `clean`: letters, digits and `(),!?'` are kept, contractions and punctuation become words of their own (the
-    /// preparation of Kim 2014).
+    /// `clean`: letters and digits of every script and `(),!?'` are kept, contractions and punctuation become words of their own
+    /// (the preparation of Kim 2014, which keeps those of ASCII alone).
     Clean,
     /// `whitespace`: words are what stands between blanks.
     Whitespace,
@@ -118,8 +120,10 @@ fn split(line: &str, cleaning: Cleaning, lowercase: bool) -> Vec<String> {
 }
 
 fn clean(line: &str) -> String {
-    let kept = |c: char| if c.is_ascii_alphanumeric() || "(),!?'`".contains(c) { c } else { ' ' };
-    let mut text: String = line.chars().map(kept).collect();
+    // Marks are parts of letters: an accent that stands by itself, a vowel sign.
+    static LEFT_OUT: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r"[^\p{L}\p{M}\p{N}(),!?'`]").expect("a regular expression"));
+    let mut text = LEFT_OUT.replace_all(line, " ").into_owned();
     for ending in ["'s", "'ve", "n't", "'re", "'d", "'ll"] {
         text = text.replace(ending, &format!(" {ending}"));
     }
@@ -138,6 +142,19 @@ mod tests {
         let line = "It's a film you don't -- and won't -- forget, \"ever\" (really)!";
         let expected = "it 's a film you do n't and wo n't forget , ever ( really ) !";
         assert_eq!(split(line, Cleaning::Clean, true).join(" "), expected);
+    }
+
+    #[test]
+    fn letters_of_every_script_are_kept() {
+        for (line, expected) in [
+            ("Das Gefühl, daß … Ärger!", "das gefühl , daß ärger !"),
+            ("«Très déjà-vu» — cafe\u{301}s", "très déjà vu cafe\u{301}s"),
+            ("Хороший фильм; 10/10", "хороший фильм 10 10"),
+            ("यह फ़िल्म अच्छी है।", "यह फ़िल्म अच्छी है"),
+            ("良い映画、最高★", "良い映画 最高"),
+        ] {
+            assert_eq!(split(line, Cleaning::Clean, true).join(" "), expected);
+        }
     }
 
     #[test]
