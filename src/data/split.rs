@@ -9,6 +9,9 @@ use super::options::{Part, SplitOptions};
 use crate::error::{Error, Result};
 use crate::random::{Philox, Purpose};
 
+/// Added to the stream that samples of a split are drawn by, for the stream by which ties between classes are.
+const TIES: u32 = 2;
+
 /// Numbers of the samples of each split, ascending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Parts {
@@ -67,7 +70,7 @@ pub(crate) fn divide(place: &Path, facts: &Facts<'_>, options: &SplitOptions, se
         let Some(part) = part else { continue };
         let chosen = match count(key, part, total, rest.len())? {
             Some(count) => match facts.classes.filter(|_| stratify) {
-                Some(classes) => choose_by_class(&rest, classes, count, &philox(stream)),
+                Some(classes) => choose_by_class(&rest, classes, count, &philox(stream), &philox(stream + TIES)),
                 None => choose(&rest, count, &philox(stream)),
             },
             None => matching(key, part, &rest, facts)?,
@@ -120,8 +123,9 @@ fn choose(rest: &[u32], count: usize, philox: &Philox) -> Vec<u32> {
     order
 }
 
-/// `count` of `rest`, each class by its share; what rounding leaves goes to the classes with the largest remainders.
-fn choose_by_class(rest: &[u32], classes: &[i32], count: usize, philox: &Philox) -> Vec<u32> {
+/// `count` of `rest`, each class by its share; what rounding leaves goes to the classes with the largest remainders, drawn by `ties`
+/// where these are the same.
+fn choose_by_class(rest: &[u32], classes: &[i32], count: usize, philox: &Philox, ties: &Philox) -> Vec<u32> {
     let width = rest.iter().map(|i| classes[*i as usize] as usize + 1).max().unwrap_or(0);
     let mut by_class = vec![Vec::new(); width];
     let mut order = rest.to_vec();
@@ -132,6 +136,7 @@ fn choose_by_class(rest: &[u32], classes: &[i32], count: usize, philox: &Philox)
     let exact = |members: &Vec<u32>| members.len() * count;
     let mut take: Vec<usize> = by_class.iter().map(|m| exact(m) / rest.len()).collect();
     let mut by_remainder: Vec<usize> = (0..width).collect();
+    ties.shuffle(&mut by_remainder);
     by_remainder.sort_by_key(|c| std::cmp::Reverse(exact(&by_class[*c]) % rest.len()));
     let missing = count - take.iter().sum::<usize>();
     for class in by_remainder.into_iter().take(missing) {
@@ -283,6 +288,22 @@ mod tests {
         let again = divide(Path::new("x"), &facts(&classes), &options, 7)?;
         assert_eq!(parts, again);
         assert_ne!(parts, divide(Path::new("x"), &facts(&classes), &options, 8)?);
+        Ok(())
+    }
+
+    #[test]
+    fn of_classes_with_the_same_share_the_seed_chooses_those_that_get_one_more() -> Result<()> {
+        let classes: Vec<i32> = (0..80).map(|i| i % 20).collect();
+        let options = SplitOptions { test: Some(Part::Fraction(0.1)), ..Default::default() };
+        let mut seen = std::collections::BTreeSet::new();
+        for seed in 0..40 {
+            let test = divide(Path::new("x"), &facts(&classes), &options, seed)?.test;
+            assert_eq!(test, divide(Path::new("x"), &facts(&classes), &options, seed)?.test);
+            let held: std::collections::BTreeSet<i32> = test.iter().map(|i| classes[*i as usize]).collect();
+            assert_eq!(held.len(), 8, "seed {seed}: one of each class that is chosen");
+            seen.extend(held);
+        }
+        assert_eq!(seen.len(), 20, "each class is chosen by some seed");
         Ok(())
     }
 
