@@ -147,9 +147,11 @@ pub(super) fn add_to_rows<R: Real>(y: &mut [R], bias: &[R]) {
     }
 }
 
-/// `sums = sum over the rows of x` `[rows, sums.len()]`, or `+=` with `accumulate`. Rows are added in their order.
+/// `sums = sum over the rows of x` `[rows, sums.len()]`, or `+=` with `accumulate`. Rows are added in their order, in blocks whose
+/// sums are added in f64: the error does not grow with the number of rows.
 pub(super) fn sum_rows<R: Real>(sums: &mut [R], x: &[R], accumulate: bool) {
     const STRIPE: usize = 64;
+    const BLOCK: usize = 256;
     let width = sums.len();
     if width == 0 {
         return;
@@ -159,12 +161,17 @@ pub(super) fn sum_rows<R: Real>(sums: &mut [R], x: &[R], accumulate: bool) {
             #[inline(always)]
             || {
                 let start = stripe * STRIPE;
-                let mut total = [R::zero(); STRIPE];
-                for row in x.chunks_exact(width) {
-                    total.iter_mut().zip(&row[start..start + sums.len()]).for_each(|(t, &x)| *t += x);
+                let mut totals = [0.0f64; STRIPE];
+                for rows in x.chunks(BLOCK * width) {
+                    let mut block = [R::zero(); STRIPE];
+                    for row in rows.chunks_exact(width) {
+                        block.iter_mut().zip(&row[start..start + sums.len()]).for_each(|(t, &x)| *t += x);
+                    }
+                    totals.iter_mut().zip(block).for_each(|(total, t)| *total += t.f64());
                 }
-                for (sum, t) in sums.iter_mut().zip(total) {
-                    *sum = if accumulate { *sum + t } else { t };
+                for (sum, total) in sums.iter_mut().zip(totals) {
+                    let total = R::from_f64(total);
+                    *sum = if accumulate { *sum + total } else { total };
                 }
             },
         )
@@ -256,4 +263,31 @@ pub(super) fn two_sums<R: Real>([a, b, c]: [&[R]; 3], f: impl Fn(R, R, R) -> (R,
         second[i] += y;
     }
     (sum_lanes(first), sum_lanes(second))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Philox, Purpose};
+
+    #[test]
+    fn the_error_of_a_sum_of_rows_does_not_grow_with_their_number() {
+        const WIDTH: usize = 70;
+        let philox = Philox::new(7, Purpose::Sampling, 0);
+        for rows in [0usize, 1, 255, 256, 257, 512, 1000, 131_072] {
+            let x: Vec<f32> = (0..rows * WIDTH).map(|i| philox.uniform(i as u64) + 0.25).collect();
+            for accumulate in [false, true] {
+                let mut sums = vec![1.5f32; WIDTH];
+                sum_rows(&mut sums, &x, accumulate);
+                for (column, sum) in sums.iter().enumerate() {
+                    let exact: f64 = x.iter().skip(column).step_by(WIDTH).map(|v| f64::from(*v)).sum();
+                    let exact = exact + if accumulate { 1.5 } else { 0.0 };
+                    // A block of 256 rows rounds as many times, a share of 2^-24 of what it has summed up so far: half of it, on
+                    // average, and in either direction.
+                    let bound = 128.0 * f64::from(f32::EPSILON) * exact;
+                    assert!((f64::from(*sum) - exact).abs() <= bound / 16.0, "{rows} rows: {sum}, expected {exact}");
+                }
+            }
+        }
+    }
 }
