@@ -293,6 +293,63 @@ fn wave_files_of_every_width_give_the_same_samples() -> TestResult {
     Ok(())
 }
 
+/// A WAV file of these samples, with chunks of other kinds before them: their names and contents.
+fn wave_with_chunks(chunks: &[(&[u8; 4], &[u8])], pad: bool, format: &[u8], data: &[u8]) -> Vec<u8> {
+    let mut body = b"WAVE".to_vec();
+    for (name, content) in chunks.iter().copied().chain([(b"fmt ", format), (b"data", data)]) {
+        body.extend(name);
+        body.extend((content.len() as u32).to_le_bytes());
+        body.extend(content);
+        if pad && content.len() % 2 == 1 {
+            body.push(0);
+        }
+    }
+    [&b"RIFF"[..], &(body.len() as u32).to_le_bytes(), &body].concat()
+}
+
+/// The format of one channel at 8 kHz.
+fn wave_format(tag: u16, bits: u16) -> Vec<u8> {
+    let bytes = bits / 8;
+    let mut format = [tag, 1].map(u16::to_le_bytes).concat();
+    format.extend(8000u32.to_le_bytes());
+    format.extend((8000 * u32::from(bytes)).to_le_bytes());
+    format.extend([bytes, bits].map(u16::to_le_bytes).concat());
+    format
+}
+
+#[test]
+fn chunks_of_odd_sizes_before_the_samples_are_skipped_and_samples_of_other_kinds_named() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let root = folder.path();
+    let pcm: Vec<u8> = [0i16, 16384, -32768, 8192].iter().flat_map(|s| s.to_le_bytes()).collect();
+    for class in ["a", "b"] {
+        std::fs::create_dir(root.join(class))?;
+        std::fs::write(root.join(class).join("0.wav"), wave_with_chunks(&[], true, &wave_format(1, 16), &pcm))?;
+    }
+    let audio = AudioOptions {
+        path: root.into(),
+        samples: Some(4),
+        features: AudioFeatures::Waveform(None),
+        ..AudioOptions::default()
+    };
+    let options = DataOptions::new(FormatOptions::Audio(audio));
+    for (pad, chunks) in [
+        (true, &[(b"LIST", &b"abcde"[..])][..]),
+        (true, &[(b"LIST", b"abcde"), (b"fact", b"abcd"), (b"junk", b"x")]),
+        (false, &[(b"LIST", b"abcde")]),
+    ] {
+        std::fs::write(root.join("a/0.wav"), wave_with_chunks(chunks, pad, &wave_format(1, 16), &pcm))?;
+        let batch = read(&*open(&options, None, 1)?.splits.train, &[Pick::Sample(0)])?;
+        assert_eq!(reals(&batch.inputs), [0.0, 0.5, -1.0, 0.25], "{chunks:?}");
+    }
+    let expected = "expected integers of 8, 16, 24 or 32 bits, or floats of 32";
+    for (tag, bits, kind) in [(3, 64, "floats of 64 bits"), (7, 8, "mu-law"), (1, 64, "integers of 64 bits")] {
+        std::fs::write(root.join("a/0.wav"), wave_with_chunks(&[], true, &wave_format(tag, bits), &[0; 64]))?;
+        refused(&options, &["0.wav", kind, expected]);
+    }
+    Ok(())
+}
+
 #[test]
 fn a_name_that_the_pattern_does_not_match_is_told() -> TestResult {
     let folder = tempfile::tempdir()?;

@@ -1,5 +1,6 @@
 //! Recordings in WAV files, by class folder or by a pattern on their names.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use hound::{SampleFormat, WavReader};
@@ -153,13 +154,79 @@ fn by_pattern(folder: &Path, pattern: &regex::Regex) -> Result<(Vec<String>, Vec
     Ok((class_names, files))
 }
 
+/// The chunks of a WAV file that are read: what the samples are, and the samples.
+struct Chunks<'a> {
+    format: &'a [u8],
+    data: &'a [u8],
+    /// Bytes of samples that the file tells of.
+    told: u32,
+}
+
+impl<'a> Chunks<'a> {
+    /// Finds them, whatever lies before them; none in a file that is built otherwise. A chunk of an odd size has a byte after it that
+    /// counts for nothing, which some programs leave out.
+    fn find(bytes: &'a [u8]) -> Option<Self> {
+        if bytes.get(..4)? != b"RIFF" || bytes.get(8..12)? != b"WAVE" {
+            return None;
+        }
+        let mut format = None;
+        let mut rest = &bytes[12..];
+        loop {
+            let (name, size) = (rest.get(..4)?, rest.get(4..8)?);
+            let told = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
+            let body = &rest[8..];
+            match (name, format) {
+                (b"data", Some(format)) => return Some(Chunks { format, data: body, told }),
+                (b"fmt ", _) => format = Some(body.get(..told as usize)?),
+                _ => {}
+            }
+            rest = body.get(told as usize..)?;
+            if told % 2 == 1 && !matches!(rest.get(..4), Some(b"data" | b"fmt ")) {
+                rest = rest.get(1..)?;
+            }
+        }
+    }
+
+    /// A file of these chunks alone, up to the samples.
+    fn head(&self) -> Vec<u8> {
+        let size = |len: usize| u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes();
+        let all = (self.told as usize).saturating_add(self.format.len()).saturating_add(20);
+        let format = [b"fmt ".as_slice(), &size(self.format.len()), self.format].concat();
+        [b"RIFF".as_slice(), &size(all), b"WAVE", &format, b"data", &self.told.to_le_bytes()].concat()
+    }
+
+    /// The kind of samples, where it is one that is not read.
+    fn unknown(&self) -> Option<String> {
+        let word = |at: usize| self.format.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+        let (tag, bits) = (word(0)?, word(14)?);
+        // The extensible form has the tag further on.
+        let tag = if tag == 0xfffe { word(24).unwrap_or(tag) } else { tag };
+        match (tag, bits) {
+            (1, 8 | 16 | 24 | 32) | (3, 32) => None,
+            (1, bits) => Some(format!("integers of {bits} bits")),
+            (3, bits) => Some(format!("floats of {bits} bits")),
+            (6, _) => Some("A-law samples".to_owned()),
+            (7, _) => Some("mu-law samples".to_owned()),
+            (tag, bits) => Some(format!("samples of {bits} bits in the format of number {tag}")),
+        }
+    }
+}
+
 /// Reads a WAV file of 8, 16, 24 or 32 bit integers or of 32 bit floats.
 pub(crate) fn read_wave(path: &Path) -> Result<Wave> {
     must_be_file(path)?;
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let wrong = |problem: String| Error::data(path, problem);
     let damaged = |e: hound::Error| wrong(format!("is not a WAV file that can be read ({e}); fetch the file again"));
-    let mut reader = WavReader::new(&bytes[..]).map_err(damaged)?;
+    let chunks = Chunks::find(&bytes);
+    if let Some(kind) = chunks.as_ref().and_then(Chunks::unknown) {
+        return Err(wrong(format!(
+            "holds {kind}, expected integers of 8, 16, 24 or 32 bits, or floats of 32; convert it to one of these"
+        )));
+    }
+    // What is built otherwise is left to the reader, which tells what is wrong with it.
+    let (head, data) = chunks.map_or((Vec::new(), &bytes[..]), |chunks| (chunks.head(), chunks.data));
+    let mut reader = WavReader::new((&head[..]).chain(data)).map_err(damaged)?;
     let spec = reader.spec();
     if spec.channels == 0 || !(1..=FASTEST).contains(&spec.sample_rate) {
         return Err(wrong(format!(
