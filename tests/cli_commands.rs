@@ -435,3 +435,26 @@ fn every_preset_of_texts_learns_two_classes_by_either_loss() {
         }
     }
 }
+
+#[test]
+fn a_run_none_of_whose_steps_counted_fails_and_weights_that_are_not_finite_are_refused() {
+    // Squares of these are above all that f32 has.
+    let data = "format = \"csv\"\npath = \"train.txt\"\nheader = false\ntarget_type = \"real\"";
+    let place = Place::new(&own_files(data, "preset = \"linear\""));
+    place.write("train.txt", "1,1e38\n2,-1e38\n3,2e38\n4,1e38\n5,1e38\n");
+    let output = place.run(&["train", "run.toml", "--quiet", "--out", "out"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("all 20 steps were not finite"), "{}", stderr(&output));
+
+    let place = trained(RUN);
+    let weights = fs::read_dir(place.path("out/checkpoints")).unwrap().find_map(|entry| {
+        let file = entry.unwrap().path().join("model.safetensors");
+        file.is_file().then_some(file)
+    });
+    let mut bytes = fs::read(weights.unwrap()).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(place.path("broken.safetensors"), bytes).unwrap();
+    let arguments = ["train", "run.toml", "--quiet", "--out", "again", "--set", "model.weights=broken.safetensors"];
+    place.refused(&arguments, &["broken.safetensors", "of the tensor `", "is NaN, expected finite numbers"]);
+}

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::files;
 use super::step::{Counters, Trainer};
 use super::summary::SplitScores;
-use super::tensors::{self, TensorMap};
+use super::tensors::{self, HostTensor, TensorMap};
 use crate::backend::ops::Update;
 use crate::backend::step::LossScale;
 use crate::backend::{Arena, Backend, Held};
@@ -386,7 +386,30 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
 /// # Errors
 /// A file that is missing or damaged, or is of another model.
 pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-    let mut model = tensors::read(file)?;
+    load_tensors(tensors::read(file)?, file, backend, arena)
+}
+
+/// As [`load_model`], for the weights that a run begins with.
+///
+/// # Errors
+/// As [`load_model`]; a value that is not finite, with its tensor.
+pub fn load_weights<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+    let model = tensors::read(file)?;
+    let found = |(name, tensor): (_, &HostTensor)| {
+        tensor.values.iter().position(|value| !value.is_finite()).map(|at| (name, at, tensor.values[at]))
+    };
+    // Of several, always the same one is told.
+    if let Some((name, at, value)) = model.iter().filter_map(found).min_by_key(|(name, ..)| *name) {
+        let problem = format!(
+            "value {at} of the tensor `{name}` is {value}, expected finite numbers; let model.weights name those of a run that did \
+             not diverge"
+        );
+        return Err(Error::checkpoint(file, problem));
+    }
+    load_tensors(model, file, backend, arena)
+}
+
+fn load_tensors<B: Backend>(mut model: TensorMap, file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
     if arena.layout.get("transformer.wte.weight").is_some() && is_hugging_face_gpt2(&model) {
         model = from_hugging_face_gpt2(model, file)?;
     }

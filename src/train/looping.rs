@@ -215,10 +215,23 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             }
             self.stopwatch = Some(Instant::now());
         }
+        self.some_step_counted()?;
         match self.finish(device, observers)? {
             Some(summary) => Ok(Outcome { end: over.unwrap_or(End::Completed), summary: Some(summary) }),
             None => Ok(self.ended_by_signal()),
         }
+    }
+
+    /// Whether the run changed its model at all.
+    fn some_step_counted(&self) -> Result<()> {
+        if self.state.applied_steps > 0 || self.state.skipped_steps == 0 {
+            return Ok(());
+        }
+        Err(Error::Training(format!(
+            "the gradients of all {} steps were not finite, so that none changed the model: lower optimizer.learning_rate, look for \
+             extreme values in the data, or, with run.precision = \"f16\", give more steps, as its loss scale halves with each",
+            self.state.skipped_steps
+        )))
     }
 
     /// Writes a checkpoint, since a signal asked to end; `evaluation_due`: whether its step has still to be evaluated.

@@ -78,7 +78,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
         if let (Some(weights), None) = (&run.weights, &latest) {
             let (backend, arena) = trainer.parts_mut();
-            checkpoint::load_model(weights, backend, arena)?;
+            checkpoint::load_weights(weights, backend, arena)?;
             trainer.restart_average()?;
         }
         let mut state = match &latest {
