@@ -226,6 +226,25 @@ mod tests {
     }
 
     #[test]
+    fn a_residual_branch_may_be_empty_or_compute_nothing() {
+        let residual = |layers: Vec<LayerOptions>, shortcut: Vec<LayerOptions>| {
+            let residual = LayerOptions::Residual { layers, shortcut, recompute: false };
+            options(Preset::Layers(vec![linear(Some(4)), residual, linear(None)]))
+        };
+        let dropout = || LayerOptions::Dropout { probability: 0.5 };
+        let fit = fit(Goal::Values(1), None);
+        for model in [
+            residual(vec![], vec![]),
+            residual(vec![dropout()], vec![]),
+            residual(vec![LayerOptions::Flatten], vec![]),
+            residual(vec![], vec![linear(Some(4))]),
+            residual(vec![dropout()], vec![dropout()]),
+        ] {
+            plan(&model, &fit, &Input::Real(vec![4])).unwrap();
+        }
+    }
+
+    #[test]
     fn label_smoothing_is_refused_with_every_loss_that_takes_none() {
         let smooth = |preset, loss| ModelOptions { preset, loss, label_smoothing: 0.1 };
         let input = Input::Real(vec![4]);

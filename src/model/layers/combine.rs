@@ -1,7 +1,7 @@
 //! Combinators: one layer after another, and around another.
 
 use crate::backend::Backend;
-use crate::backend::ops::Add;
+use crate::backend::ops::{Add, Concatenate};
 use crate::error::{Error, Result};
 use crate::model::{Layer, Planner, Tensor};
 
@@ -84,9 +84,18 @@ pub(super) fn add<B: Backend>(planner: &mut Planner<'_, B>, a: Tensor, b: Tensor
     if a.shape != b.shape {
         return Err(Error::shape("residual", format!("two branches of {:?}", a.shape), format!("{:?}", b.shape)));
     }
+    // A branch that computes nothing gives what it is given, and an operation takes no operand twice.
+    let b = if a.value == b.value { copied(planner, &b)? } else { b };
     let (y, sum) = planner.tensor(&a.shape, a.needs_gradient || b.needs_gradient);
     planner.emit(Add { a: a.real("residual")?, b: b.real("residual")?, y, len: a.len() });
     Ok(sum)
+}
+
+/// Emits a copy of `x`.
+fn copied<B: Backend>(planner: &mut Planner<'_, B>, x: &Tensor) -> Result<Tensor> {
+    let (y, copy) = planner.tensor(&x.shape, x.needs_gradient);
+    planner.emit(Concatenate { parts: vec![x.real("residual")?], widths: vec![x.len()], y, rows: 1 });
+    Ok(copy)
 }
 
 impl<B: Backend> Layer<B> for Residual<B> {

@@ -123,6 +123,11 @@ impl LayerOptions {
 /// A layer whose options are out of their range.
 pub(super) fn build<B: Backend>(list: &[LayerOptions], fit: &Fit) -> Result<Sequential<B>> {
     check("layers", !list.is_empty(), "no layer", "one or more")?;
+    sequence(list, fit)
+}
+
+/// Layers, or none, one after another.
+fn sequence<B: Backend>(list: &[LayerOptions], fit: &Fit) -> Result<Sequential<B>> {
     let mut layers = Sequential::new();
     for (number, options) in list.iter().enumerate() {
         push(&mut layers, number.to_string(), options, fit).map_err(|e| match e {
@@ -215,9 +220,12 @@ fn push<B: Backend>(layers: &mut Sequential<B>, name: String, options: &LayerOpt
         LayerOptions::Flatten => layers.push(name, Box::new(Flatten::new())),
         LayerOptions::MeanOverTime => layers.push(name, Box::new(MeanOverTime::new())),
         LayerOptions::Residual { layers: branch, shortcut, recompute } => {
-            let residual = Residual::new("layers", build(branch, fit)?);
-            let residual =
-                if shortcut.is_empty() { residual } else { residual.with_shortcut("shortcut", build(shortcut, fit)?) };
+            let residual = Residual::new("layers", sequence(branch, fit)?);
+            let residual = if shortcut.is_empty() {
+                residual
+            } else {
+                residual.with_shortcut("shortcut", sequence(shortcut, fit)?)
+            };
             layers.push(name, recomputed(residual, *recompute));
         }
     }
