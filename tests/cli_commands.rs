@@ -458,3 +458,13 @@ fn a_run_none_of_whose_steps_counted_fails_and_weights_that_are_not_finite_are_r
     let arguments = ["train", "run.toml", "--quiet", "--out", "again", "--set", "model.weights=broken.safetensors"];
     place.refused(&arguments, &["broken.safetensors", "of the tensor `", "is NaN, expected finite numbers"]);
 }
+
+#[test]
+fn a_group_whose_parameters_all_belong_to_groups_before_it_is_told_so() {
+    let group = |pattern: &str| format!("[[optimizer.groups]]\npattern = '{pattern}'\nweight_decay = 0.5\n");
+    let place = Place::new(&(RUN.to_owned() + &group("weight|bias") + &group("^0")));
+    let told = place.refused(&["train", "run.toml", "--out", "out"], &["`^0`", "groups before it", "`weight|bias`", "put it before"]);
+    assert!(!told.contains("names no parameter"), "{told}");
+    let place = Place::new(&(RUN.to_owned() + &group("^9")));
+    place.refused(&["train", "run.toml", "--out", "out"], &["`^9`, which names no parameter"]);
+}

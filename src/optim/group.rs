@@ -284,12 +284,24 @@ impl UpdatePlan {
             tensors.push(TensorPlan { offset: entry.offset, len: entry.len, units, group });
         }
         if let Some(index) = used.iter().position(|used| !used) {
+            let pattern = &options.groups[index].pattern;
+            if let Some(entry) = layout.entries().iter().find(|entry| pattern.is_match(&entry.name)) {
+                let before = options.groups.iter().find(|group| group.pattern.is_match(&entry.name));
+                let before = before.map_or("", |group| group.pattern.as_str());
+                return Err(Error::config(
+                    "optimizer.groups.pattern",
+                    format!(
+                        "found `{pattern}`, all of whose parameters groups before it take, such as `{before}` takes `{}`; expected \
+                         parameters of its own: put it before them, or leave it out",
+                        entry.name
+                    ),
+                ));
+            }
             let names: Vec<&str> = layout.entries().iter().map(|e| e.name.as_str()).take(8).collect();
             return Err(Error::config(
                 "optimizer.groups.pattern",
                 format!(
-                    "found `{}`, which names no parameter; expected a pattern that fits one of {}, ..",
-                    options.groups[index].pattern,
+                    "found `{pattern}`, which names no parameter; expected a pattern that fits one of {}, ..",
                     names.join(", ")
                 ),
             ));
