@@ -182,3 +182,18 @@ fn every_third_line_is_the_third_sample_and_blank_lines_are_none() -> TestResult
     assert_eq!(open(&DataOptions::new(FormatOptions::Lines(padded)), None, 1)?.input().elements(), 9);
     Ok(())
 }
+
+#[test]
+fn a_byte_order_mark_is_no_character_of_a_text() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.txt");
+    let open_text = |text: &str| -> Result<OpenedData, Box<dyn StdError>> {
+        std::fs::write(&path, text)?;
+        Ok(open(&text_options(&path, TokenizerKind::Characters, 2), None, 1)?)
+    };
+    let (with, without) = (open_text("\u{feff}abcabc")?, open_text("abcabc")?);
+    assert_eq!(with.preprocess, without.preprocess);
+    let first = |data: &OpenedData| read(&*data.splits.train, &[Pick::Window(0)]);
+    assert_eq!(first(&with)?, first(&without)?);
+    Ok(())
+}

@@ -158,7 +158,7 @@ impl Lines {
     fn add_class(&mut self, path: &Path, class: &str) -> Result<()> {
         let text = read_text(path)?;
         let first = self.texts.len();
-        for (number, line) in (1..).zip(text.trim_start_matches('\u{feff}').lines()) {
+        for (number, line) in (1..).zip(text.lines()) {
             if !line.trim().is_empty() {
                 self.push(path, first, number, class, line);
             }
@@ -170,7 +170,7 @@ impl Lines {
     fn add_labelled(&mut self, path: &Path) -> Result<()> {
         let text = read_text(path)?;
         let first = self.texts.len();
-        for (number, line) in (1..).zip(text.trim_start_matches('\u{feff}').lines()) {
+        for (number, line) in (1..).zip(text.lines()) {
             if line.trim().is_empty() {
                 continue;
             }

@@ -42,12 +42,16 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(unpacked)
 }
 
-/// The text of a UTF-8 file, also gzip.
+/// The text of a UTF-8 file, also gzip, without a byte order mark at its start.
 ///
 /// # Errors
 /// As [`read`]; bytes that are not UTF-8, with line and byte.
 pub fn read_text(path: &Path) -> Result<String> {
-    utf8(path, read(path)?)
+    let mut text = utf8(path, read(path)?)?;
+    if text.starts_with('\u{feff}') {
+        text.remove(0);
+    }
+    Ok(text)
 }
 
 /// `bytes` of the file `path` as text.
