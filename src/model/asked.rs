@@ -1,6 +1,7 @@
 //! What a run file asked of a model, and errors of its shapes in the run file's words: the key, what was found, what was
 //! expected, what to do.
 
+use super::layers::TOO_FEW;
 use super::presets::{Goal, LayerOptions};
 use crate::error::{Error, Result};
 
@@ -132,8 +133,12 @@ impl Asked {
         match &self.made {
             Made::Preset { name, pictures } => {
                 let path: Vec<&str> = scope.iter().map(String::as_str).filter(|name| !name.is_empty()).collect();
+                let advice = match expected.as_str() {
+                    TOO_FEW => MORE_SAMPLES,
+                    _ if *pictures => "; expected fewer model.channels, or larger pictures",
+                    _ => "",
+                };
                 let layer = if path.is_empty() { operation } else { format!("{} ({operation})", path.join(".")) };
-                let advice = if *pictures { "; expected fewer model.channels, or larger pictures" } else { "" };
                 Error::config(
                     "model.preset",
                     format!("found \"{name}\", whose layer {layer} takes {expected}, with {found}{advice}"),
@@ -163,6 +168,10 @@ fn key(scope: &[String]) -> String {
     key
 }
 
+/// What to do where batch norm is given [`TOO_FEW`] values.
+const MORE_SAMPLES: &str = "; set a larger data.batch_size, or, with run.reproducible = true, fewer parallel.parts: each part of a batch is \
+                       normalized by itself";
+
 /// What to do about a layer of a list that is given what it does not take.
 fn advice(operation: &str, expected: &str) -> &'static str {
     match operation {
@@ -173,6 +182,7 @@ fn advice(operation: &str, expected: &str) -> &'static str {
         "conv2d" if expected.contains("groups") => "; set groups to a number that divides both",
         "conv2d" | "max_pool2d" | "average_pool2d" => "; set a smaller kernel, or more padding",
         "residual" => "; give it a shortcut with layers that change the shape alike",
+        "batch_norm" if expected == TOO_FEW => MORE_SAMPLES,
         "self_attention" => "; set heads to a number that divides the width",
         _ => "",
     }
@@ -241,6 +251,22 @@ mod tests {
             residual(vec![dropout()], vec![dropout()]),
         ] {
             plan(&model, &fit, &Input::Real(vec![4])).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_batch_norm_of_too_few_values_tells_of_the_parts_of_a_batch() {
+        let norm = LayerOptions::BatchNorm { epsilon: 1e-5, momentum: 0.1 };
+        let layers = options(Preset::Layers(vec![norm, linear(None)]));
+        let mlp = options(Preset::Mlp(MlpOptions { batch_norm: true, ..MlpOptions::default() }));
+        for (model, key) in [(layers, "model.layers[0]"), (mlp, "model.preset")] {
+            match model.build::<Cpu<f32>>(&fit(Goal::Values(1), None)).unwrap().plan(&Input::Real(vec![4]), 1, Mode::Training) {
+                Err(Error::Config { place, problem }) => {
+                    assert_eq!(place, key);
+                    assert!(problem.contains("data.batch_size") && problem.contains("parallel.parts"), "{problem}");
+                }
+                other => panic!("expected an error, found {:?}", other.map(|_| ())),
+            }
         }
     }
 

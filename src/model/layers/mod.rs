@@ -22,6 +22,7 @@ pub use dropout::Dropout;
 pub use embedding::{Embedding, Positions, TokenAndPosition};
 pub use linear::{Linear, TiedLinear};
 pub use log_mel::LogMel;
+pub(in crate::model) use norm::TOO_FEW;
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
 pub use pool::{AveragePool2d, MaxPool2d, Window};
 pub use recompute::Recompute;

@@ -58,6 +58,9 @@ impl BatchNorm {
     }
 }
 
+/// What batch norm takes, where it is given less.
+pub(in crate::model) const TOO_FEW: &str = "at least 2 values a channel in training";
+
 fn batch_dimensions(shape: &[usize]) -> Result<[usize; 3]> {
     match shape {
         [batch, channels, rest @ ..] => Ok([*batch, *channels, rest.iter().product()]),
@@ -75,7 +78,7 @@ impl<B: Backend> Layer<B> for BatchNorm {
         if planner.training() && batch * spatial < 2 {
             return Err(Error::shape(
                 "batch_norm",
-                "at least 2 values a channel in training",
+                TOO_FEW,
                 format!("{:?}", x.shape),
             ));
         }
