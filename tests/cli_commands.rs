@@ -468,3 +468,14 @@ fn a_group_whose_parameters_all_belong_to_groups_before_it_is_told_so() {
     let place = Place::new(&(RUN.to_owned() + &group("^9")));
     place.refused(&["train", "run.toml", "--out", "out"], &["`^9`, which names no parameter"]);
 }
+
+#[test]
+fn a_logistic_regression_of_values_says_so_at_the_start() {
+    let data = "format = \"csv\"\npath = \"train.txt\"\nheader = false";
+    let place = Place::new(&own_files(data, "preset = \"logistic\""));
+    place.write("train.txt", "1,0\n2,0\n3,1\n4,1\n5,1\n");
+    let (_, told) = place.good(&["train", "run.toml", "--quiet", "--out", "values"]);
+    assert!(told.contains("read as values") && told.contains("data.target_type = \"class\""), "{told}");
+    let classes = ["train", "run.toml", "--quiet", "--out", "classes", "--set", "data.target_type=class"];
+    assert_eq!(place.good(&classes).1, "");
+}

@@ -17,9 +17,10 @@ use crate::backend::Backend;
 use crate::backend::ops::Update;
 use crate::backend::profile::Profiled;
 use crate::config::RunFile;
-use crate::data::OpenedData;
+use crate::data::{FormatOptions, OpenedData, TargetSpec};
 use crate::data::source::Lookup;
 use crate::error::{Error, Result};
+use crate::model::presets::Preset;
 use crate::optim::NormClip;
 use crate::parallel::watch::Watch;
 use crate::parallel::world::World;
@@ -162,6 +163,11 @@ fn train_in_team(
     if start == Start::Resume && collective.rank() == 0 && matches!(latest(folder), Ok(None)) {
         tell(format_args!("no checkpoint in {}: begins at step 0", folder.display()));
     }
+    if collective.rank() == 0
+        && let Some(note) = values_for_classes(run_file, &data)
+    {
+        tell(note);
+    }
     let show = match (options.json, options.quiet) {
         // One process speaks for all.
         _ if collective.rank() > 0 => Show::Log(collective.rank()),
@@ -178,6 +184,22 @@ fn train_in_team(
         Opened::CudaBf16(backend) => go.train(backend),
         Opened::CudaF16(backend) => go.train(backend),
     }
+}
+
+/// What a user should know whose logistic regression is none: its targets were read as values.
+fn values_for_classes(run: &RunFile, data: &OpenedData) -> Option<String> {
+    let plain = matches!(run.model.preset, Preset::Logistic(_)) && run.model.loss.is_none();
+    let (read, key) = match &run.data.format {
+        FormatOptions::Csv(_) => ("the target column was", "set data.target_type = \"class\""),
+        FormatOptions::Inline(_) => ("data.targets were", "give them as strings"),
+        _ => return None,
+    };
+    (plain && matches!(data.target(), TargetSpec::Real { .. })).then(|| {
+        format!(
+            "preset = \"logistic\": {read} read as values, which are fitted by least squares; {key} where they are classes, or \
+             model.loss = \"binary_cross_entropy\" where they are probabilities"
+        )
+    })
 }
 
 /// A run that only wants its device.
