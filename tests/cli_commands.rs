@@ -479,3 +479,27 @@ fn a_logistic_regression_of_values_says_so_at_the_start() {
     let classes = ["train", "run.toml", "--quiet", "--out", "classes", "--set", "data.target_type=class"];
     assert_eq!(place.good(&classes).1, "");
 }
+
+#[test]
+fn values_of_binary_cross_entropy_are_from_0_to_1_in_the_data_and_in_predictions() {
+    let data = "format = \"csv\"\npath = \"train.txt\"\nheader = false\ntest = \"test.txt\"";
+    let text = own_files(data, "preset = \"linear\"\nloss = \"binary_cross_entropy\"");
+    let place = Place::new(&text.replace("steps = 20", "steps = 2000"));
+    place.write("train.txt", "-2,0.1\n-1,0.3\n1,0.7\n2,0.9\n");
+    place.write("test.txt", "0,0.5\n");
+    place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    let (told, _) = place.good(&["predict", "out", "--text", "-2\n0\n2", "--json"]);
+    let values: Vec<f64> = told
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["values"][0].as_f64().unwrap())
+        .collect();
+    for (value, expected) in values.iter().zip([0.1, 0.5, 0.9]) {
+        assert!((value - expected).abs() < 0.05, "{values:?}");
+    }
+    place.write("test.txt", "0,0.5\n1,1.5\n");
+    let expected = ["test.txt: line 2, column 2", "found the target 1.5", "from 0 to 1", "mean_squared_error"];
+    place.refused(&["train", "run.toml", "--quiet", "--out", "again"], &expected);
+    let inline = "format = \"inline\"\ninputs = [1, 2, 3, 4]\ntargets = [0, 1, -1, 0]";
+    let place = Place::new(&own_files(inline, "preset = \"linear\"\nloss = \"binary_cross_entropy\""));
+    place.refused(&["train", "run.toml", "--quiet", "--out", "out"], &["data.targets", "row 2", "found the target -1"]);
+}

@@ -16,7 +16,7 @@ use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::layers::LogMel;
-use crate::model::presets::{Fit, Goal, Preset};
+use crate::model::presets::{Fit, Goal, LossKind, Preset};
 use crate::parallel::world::World;
 use crate::tell::tell;
 use crate::train::checkpoint::{self, Which};
@@ -197,7 +197,12 @@ pub fn choose_auto() -> Option<usize> {
 
 /// Opens the data of a run file.
 pub fn open_data(run: &RunFile) -> Result<OpenedData> {
-    crate::data::open(&run.data, Some(&run.base), run.train.seed).map_err(|e| run.locate(e))
+    let data = crate::data::open(&run.data, Some(&run.base), run.train.seed).map_err(|e| run.locate(e))?;
+    if run.model.loss == Some(LossKind::BinaryCrossEntropy) {
+        let advice = "correct it, or set model.loss = \"mean_squared_error\"";
+        data.check_targets(0.0..=1.0, advice).map_err(|e| run.locate(e))?;
+    }
+    Ok(data)
 }
 
 /// The steps of a run on one process.

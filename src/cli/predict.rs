@@ -11,6 +11,7 @@ use super::eval::WhichArg;
 use super::{count, say};
 use crate::data::UserSample;
 use crate::error::Error;
+use crate::model::presets::LossKind;
 use crate::train::checkpoint::Which;
 use crate::train::infer::softmax;
 use crate::train::looping::model_input;
@@ -67,9 +68,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     }
     let mut predictor = trained.predictor()?;
     let input = model_input(&trained.preprocess.input);
+    // The loss of these values takes logits, of which they are the logistic function.
+    let logits = trained.run.model.loss == Some(LossKind::BinaryCrossEntropy);
     for sample in &samples {
         let (output, _) = predictor.run(&input, &sample.input, 1)?;
         let Some(names) = trained.preprocess.class_names() else {
+            let value = |value: f32| if logits { 1.0 / (1.0 + (-value).exp()) } else { value };
+            let output: Vec<f32> = output.into_iter().map(value).collect();
             let line = if options.json {
                 serde_json::json!({ "sample": sample.name, "values": output }).to_string()
             } else {

@@ -23,6 +23,7 @@ mod split;
 mod tokenizer;
 mod words;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -246,6 +247,13 @@ pub trait Dataset: Send + Sync {
     /// backend may keep them all ([`Table`]).
     fn is_plain(&self) -> bool {
         false
+    }
+    /// Checks that every real target is within `range`, such as a loss needs it; `advice` is what to do where one is not.
+    ///
+    /// # Errors
+    /// A target that is not, with its place.
+    fn check_targets(&self, _range: RangeInclusive<f32>, _advice: &str) -> Result<()> {
+        Ok(())
     }
     /// How many samples each class has, where targets are classes.
     fn class_counts(&self) -> Option<Vec<usize>> {

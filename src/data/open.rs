@@ -1,5 +1,6 @@
 //! From options to the splits of a run.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -49,6 +50,16 @@ impl OpenedData {
     /// What a sample's target is.
     pub fn target(&self) -> &TargetSpec {
         &self.preprocess.target
+    }
+
+    /// Checks the real targets of all splits, as [`Dataset::check_targets`] does.
+    ///
+    /// # Errors
+    /// As [`Dataset::check_targets`].
+    pub fn check_targets(&self, range: RangeInclusive<f32>, advice: &str) -> Result<()> {
+        let Splits { train, validation, test } = &self.splits;
+        let splits = [Some(train), validation.as_ref(), test.as_ref()];
+        splits.into_iter().flatten().try_for_each(|split| split.check_targets(range.clone(), advice))
     }
 
     /// How training batches of `batch_size` samples are put together.
@@ -150,7 +161,7 @@ fn of_pool(
 ) -> Result<(Splits, Preprocess, String)> {
     let (classes, len) = match &pool.targets {
         super::dataset::TargetTable::Class { labels, .. } => (Some(&labels[..]), labels.len()),
-        super::dataset::TargetTable::Real { values, width } => (None, values.len() / width),
+        super::dataset::TargetTable::Real { values, width, .. } => (None, values.len() / width),
     };
     let facts = split::Facts {
         len,

@@ -108,9 +108,7 @@ fn of_pool(
             }
             TargetTable::Class { labels, names: names.clone() }
         }
-        (TargetTable::Real { values, width }, TargetSpec::Real { width: before }) if width == *before => {
-            TargetTable::Real { values, width }
-        }
+        (real @ TargetTable::Real { .. }, target @ TargetSpec::Real { .. }) if real.spec() == *target => real,
         _ => return Err(refused()),
     };
     let affine = saved.affine.clone().unwrap_or_else(|| Affine::uniform(pool.table.channels, 1.0));

@@ -5,7 +5,7 @@ mod real;
 mod stream;
 
 pub(crate) use labelled::LabelledTokens;
-pub(crate) use real::{Decode, RealTable, RealView, TargetTable, Values};
+pub(crate) use real::{Decode, Places, RealTable, RealView, TargetTable, Values};
 pub(crate) use stream::{TokenFile, TokenStore, TokenWindows};
 
 use super::Pick;

@@ -1,6 +1,7 @@
 //! Samples of real values.
 
-use std::path::Path;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::super::augment::Augment;
@@ -97,7 +98,29 @@ impl RealTable {
 /// The targets of all samples.
 pub(crate) enum TargetTable {
     Class { labels: Vec<i32>, names: Vec<String> },
-    Real { values: Vec<f32>, width: usize },
+    Real { values: Vec<f32>, width: usize, places: Places },
+}
+
+/// Where real targets stand, for errors.
+pub(crate) enum Places {
+    /// In the run file: rows of `data.targets`.
+    RunFile,
+    /// In tables: the line of each row, and the files, each with the number of its first row and its target columns.
+    Tables { lines: Vec<u64>, files: Vec<(usize, PathBuf, Vec<usize>)> },
+}
+
+impl Places {
+    /// An error about target `column` of `row`.
+    fn error(&self, row: usize, column: usize, problem: &str) -> Error {
+        let (lines, files) = match self {
+            Places::RunFile => return Error::config("data.targets", format!("row {row}: {problem}")),
+            Places::Tables { lines, files } => (lines, files),
+        };
+        let file = files.iter().rev().find(|(first, ..)| *first <= row);
+        let (path, columns) = file.map_or((PathBuf::new(), &[][..]), |(_, path, columns)| (path.clone(), &columns[..]));
+        let (line, column) = (lines.get(row).copied().unwrap_or(0), columns.get(column).map_or(0, |column| column + 1));
+        Error::data(path, format!("line {line}, column {column}: {problem}"))
+    }
 }
 
 impl TargetTable {
@@ -112,7 +135,7 @@ impl TargetTable {
     pub fn read(&self, index: usize, out: TargetMut<'_>) -> Result<()> {
         match self {
             TargetTable::Class { labels, .. } => out.index()?[0] = labels[index],
-            TargetTable::Real { values, width } => out.real()?.copy_from_slice(&values[index * width..][..*width]),
+            TargetTable::Real { values, width, .. } => out.real()?.copy_from_slice(&values[index * width..][..*width]),
         }
         Ok(())
     }
@@ -180,6 +203,19 @@ impl Dataset for RealView {
             augment.apply(values, draw, index);
         }
         self.targets.read(index, target)
+    }
+
+    fn check_targets(&self, range: RangeInclusive<f32>, advice: &str) -> Result<()> {
+        let TargetTable::Real { values, width, places } = &*self.targets else { return Ok(()) };
+        for row in self.indices.iter().map(|index| *index as usize) {
+            let targets = &values[row * width..][..*width];
+            if let Some(column) = targets.iter().position(|value| !range.contains(value)) {
+                let (found, low, high) = (targets[column], range.start(), range.end());
+                let problem = format!("found the target {found}, expected a number from {low} to {high}; {advice}");
+                return Err(places.error(row, column, &problem));
+            }
+        }
+        Ok(())
     }
 
     fn is_plain(&self) -> bool {

@@ -5,7 +5,7 @@ use std::path::Path;
 use ::csv::{ByteRecord, ErrorKind, ReaderBuilder, Trim};
 
 use super::super::augment::Subject;
-use super::super::dataset::{RealTable, TargetTable, Values};
+use super::super::dataset::{Places, RealTable, TargetTable, Values};
 use super::super::options::{Column, CsvOptions, Normalize, TargetKind};
 use super::super::preprocess::Recipe;
 use super::super::source::{self, Lookup};
@@ -62,6 +62,7 @@ pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
     if kind == TargetKind::Real {
         real = numbers(&path, &table)?;
     }
+    let mut files = vec![(0, path.clone(), table.columns.targets.clone())];
     let mut ends = [train; 2];
     let own = [("data.validation", &options.validation), ("data.test", &options.test)];
     for ((key, file), end) in own.into_iter().zip(&mut ends) {
@@ -93,6 +94,7 @@ pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
                     }
                 }
             }
+            files.push((table.lines.len(), path, more.columns.targets));
             table.features.extend(more.features);
             table.targets.extend(more.targets);
             table.lines.extend(more.lines);
@@ -100,7 +102,9 @@ pub(crate) fn open(options: &CsvOptions, lookup: &Lookup) -> Result<Pool> {
         *end = table.lines.len();
     }
     let targets = match kind {
-        TargetKind::Real => TargetTable::Real { values: real, width },
+        TargetKind::Real => {
+            TargetTable::Real { values: real, width, places: Places::Tables { lines: table.lines, files } }
+        }
         TargetKind::Class => {
             let (names, labels) = numbered(table.targets.iter().map(String::as_str));
             TargetTable::Class { labels, names }

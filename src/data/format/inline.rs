@@ -1,7 +1,7 @@
 //! A few numbers that stand in the run file itself.
 
 use super::super::augment::Subject;
-use super::super::dataset::{RealTable, TargetTable, Values};
+use super::super::dataset::{Places, RealTable, TargetTable, Values};
 use super::super::options::{InlineOptions, InlineTargets, Normalize};
 use super::super::preprocess::Recipe;
 use super::{Pool, numbered};
@@ -14,7 +14,7 @@ pub(crate) fn open(options: &InlineOptions) -> Result<Pool> {
     let (given, targets) = match &options.targets {
         InlineTargets::Real(targets) => {
             let (width, values) = flat("data.targets", targets)?;
-            (targets.len(), TargetTable::Real { values, width })
+            (targets.len(), TargetTable::Real { values, width, places: Places::RunFile })
         }
         InlineTargets::Class(classes) => {
             let (names, labels) = numbered(classes.iter().map(String::as_str));
