@@ -394,7 +394,8 @@ fn a_split_with_a_file_of_its_own_is_evaluated_as_the_model_was_trained_whatever
         place.write("train.txt", &(train.clone() + &more));
         let (after, _) = place.good(&["eval", "out", "--json"]);
         assert_eq!(after, before, "{data}");
-        let expected = ["data.path", "train.txt is not what the model was trained on", "in the training split, expected"];
+        let expected =
+            ["data.path", "train.txt is not what the model was trained on", "in the training split, expected"];
         place.refused(&["eval", "out", "--split", "train"], &expected);
         place.refused(&["train", "run.toml", "--quiet", "--out", "out", "--resume"], &expected);
         place.write("train.txt", &train);
@@ -404,7 +405,8 @@ fn a_split_with_a_file_of_its_own_is_evaluated_as_the_model_was_trained_whatever
 
 #[test]
 fn a_split_that_is_taken_from_data_that_changed_is_refused() {
-    let data = "format = \"csv\"\npath = \"train.txt\"\nnormalize = \"dataset\"\nheader = false\nsplit = { test = 0.25 }";
+    let data =
+        "format = \"csv\"\npath = \"train.txt\"\nnormalize = \"dataset\"\nheader = false\nsplit = { test = 0.25 }";
     let place = Place::new(&own_files(data, "preset = \"linear\""));
     place.write("train.txt", &table(0, 40, 0.0));
     place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
@@ -425,7 +427,8 @@ fn every_preset_of_texts_learns_two_classes_by_either_loss() {
         for loss in ["cross_entropy", "binary_cross_entropy"] {
             let model = format!("preset = \"{preset}\nwidth = 8\ndropout = 0.0\nloss = \"{loss}\"");
             let place = Place::new(&own_files(data, &model).replace("steps = 20", "steps = 150"));
-            let line = |i: usize| if i.is_multiple_of(2) { "pos\ta good good film\n" } else { "neg\tan awful bad film\n" };
+            let line =
+                |i: usize| if i.is_multiple_of(2) { "pos\ta good good film\n" } else { "neg\tan awful bad film\n" };
             place.write("train.txt", &(0..8).map(line).collect::<String>());
             place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
             let (scores, _) = place.good(&["eval", "out", "--split", "train", "--json"]);
@@ -463,7 +466,10 @@ fn a_run_none_of_whose_steps_counted_fails_and_weights_that_are_not_finite_are_r
 fn a_group_whose_parameters_all_belong_to_groups_before_it_is_told_so() {
     let group = |pattern: &str| format!("[[optimizer.groups]]\npattern = '{pattern}'\nweight_decay = 0.5\n");
     let place = Place::new(&(RUN.to_owned() + &group("weight|bias") + &group("^0")));
-    let told = place.refused(&["train", "run.toml", "--out", "out"], &["`^0`", "groups before it", "`weight|bias`", "put it before"]);
+    let told = place.refused(
+        &["train", "run.toml", "--out", "out"],
+        &["`^0`", "groups before it", "`weight|bias`", "put it before"],
+    );
     assert!(!told.contains("names no parameter"), "{told}");
     let place = Place::new(&(RUN.to_owned() + &group("^9")));
     place.refused(&["train", "run.toml", "--out", "out"], &["`^9`, which names no parameter"]);

@@ -48,7 +48,8 @@ fn a_residual_branch_that_computes_nothing_adds_its_input() {
     check(Residual::new("inner", Sequential::new()).with_shortcut("shortcut", Linear::new(4)), &[4], 3);
     check(Residual::new("inner", Flatten::new()).with_shortcut("shortcut", Sequential::new()), &[4], 3);
     let mut probe =
-        Probe::<f64>::new(Residual::new("inner", Dropout::new(0.5)), &Input::Real(vec![3]), 1, Mode::Evaluation, 1).unwrap();
+        Probe::<f64>::new(Residual::new("inner", Dropout::new(0.5)), &Input::Real(vec![3]), 1, Mode::Evaluation, 1)
+            .unwrap();
     probe.set_input(&[1.0, -2.0, 0.5]).unwrap();
     probe.run(&[0.0; 3]).unwrap();
     assert_eq!(probe.output(), [2.0, -4.0, 1.0]);

@@ -29,7 +29,7 @@ pub(crate) struct Options {
     #[arg(value_name = "FILE", required_unless_present = "text")]
     files: Vec<PathBuf>,
     /// A line of text, or a row of a table, in place of files
-    #[arg(long, conflicts_with = "files")]
+    #[arg(long, conflicts_with = "files", allow_hyphen_values = true)]
     text: Option<String>,
     /// Classes to name for each sample
     #[arg(long, value_name = "K", default_value = "1", value_parser = count)]

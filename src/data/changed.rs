@@ -155,7 +155,8 @@ fn changed_normalization(before: &Affine, now: &Affine) -> Option<Change> {
     let differ = |a: f64, b: f64| (a - b).abs() > ROUNDING * a.abs().max(b.abs());
     let channels = before.scale.iter().zip(&before.shift).zip(now.scale.iter().zip(&now.shift));
     // What a shift is worth depends on the scale: an offset of nothing is no offset.
-    let differs = |((a, c), (b, d)): ((&f64, &f64), (&f64, &f64))| differ(*a, *b) || (differ(*c, *d) && (c - d).abs() > ROUNDING);
+    let differs =
+        |((a, c), (b, d)): ((&f64, &f64), (&f64, &f64))| differ(*a, *b) || (differ(*c, *d) && (c - d).abs() > ROUNDING);
     let channel = channels.into_iter().position(differs)?;
     Some(Change::of_path(format!(
         "found training values of another mean or deviation, so that channel {channel} is normalized as x * {:.6} + {:.6}, \
@@ -190,7 +191,10 @@ mod tests {
         };
         let sizes = |train, validation| Some(Sizes { train, validation, test: 0 });
         for (error, expected) in [
-            (told(&|p| p.sizes = sizes(9, 2)), "data.path: t.csv is not what the model was trained on: found 9 samples"),
+            (
+                told(&|p| p.sizes = sizes(9, 2)),
+                "data.path: t.csv is not what the model was trained on: found 9 samples",
+            ),
             (told(&|p| p.sizes = sizes(8, 3)), "data.validation: its data are not"),
             (told(&|p| p.affine = preprocess(2.1, -7.0).affine), "channel 0 is normalized as x * 2.100000"),
             (told(&|p| p.affine = preprocess(2.0, -7.1).affine), "channel 0"),
@@ -201,6 +205,9 @@ mod tests {
             assert!(error.contains(expected) && error.ends_with("put it back"), "{error:?}: no {expected:?}");
         }
         // A run folder of before says nothing of sizes.
-        assert_eq!(Preprocess { sizes: None, ..before.clone() }.changed(&Preprocess { sizes: sizes(9, 9), ..before }), None);
+        assert_eq!(
+            Preprocess { sizes: None, ..before.clone() }.changed(&Preprocess { sizes: sizes(9, 9), ..before }),
+            None
+        );
     }
 }

@@ -30,8 +30,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-pub use changed::{Change, Sizes};
 pub use crate::log_mel::{LogMel, LogMelOptions, MelScale};
+pub use changed::{Change, Sizes};
 pub use format::natural_order;
 pub use inspect::inspect;
 pub use loader::{Loader, Prefetch, read_batch};

@@ -264,7 +264,10 @@ impl Preprocess {
             None => Ok(row.iter().map(|value| *value as f32).collect()),
         };
         let input = normalized.map_err(|value| {
-            Error::data(path, format!("line {line}: {value} is out of the range of f32 once it is normalized; correct it"))
+            Error::data(
+                path,
+                format!("line {line}: {value} is out of the range of f32 once it is normalized; correct it"),
+            )
         })?;
         Ok(UserSample { name: format!("{}:{line}", path.display()), input: Inputs::Real(input) })
     }

@@ -260,7 +260,11 @@ mod tests {
         let layers = options(Preset::Layers(vec![norm, linear(None)]));
         let mlp = options(Preset::Mlp(MlpOptions { batch_norm: true, ..MlpOptions::default() }));
         for (model, key) in [(layers, "model.layers[0]"), (mlp, "model.preset")] {
-            match model.build::<Cpu<f32>>(&fit(Goal::Values(1), None)).unwrap().plan(&Input::Real(vec![4]), 1, Mode::Training) {
+            match model.build::<Cpu<f32>>(&fit(Goal::Values(1), None)).unwrap().plan(
+                &Input::Real(vec![4]),
+                1,
+                Mode::Training,
+            ) {
                 Err(Error::Config { place, problem }) => {
                     assert_eq!(place, key);
                     assert!(problem.contains("data.batch_size") && problem.contains("parallel.parts"), "{problem}");

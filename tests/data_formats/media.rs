@@ -172,7 +172,8 @@ fn a_png_becomes_what_the_same_picture_is_in_an_idx_file_of_any_type() -> TestRe
     let images = folder.path().join("train-images-idx3-ubyte");
     let whole: Vec<f32> = pixels.iter().map(|p| f32::from(*p)).collect();
     let shares: Vec<f32> = whole.iter().map(|p| p / 255.0).collect();
-    let types = [0x0b, 0x0c, 0x0d, 0x0e].map(|kind| (kind, &whole)).into_iter().chain([(0x0d, &shares), (0x0e, &shares)]);
+    let types =
+        [0x0b, 0x0c, 0x0d, 0x0e].map(|kind| (kind, &whole)).into_iter().chain([(0x0d, &shares), (0x0e, &shares)]);
     for (kind, values) in types {
         std::fs::write(&images, idx_of_type(kind, values))?;
         for how in [Normalize::None, Normalize::Unit, Normalize::Dataset] {

@@ -76,11 +76,7 @@ impl<B: Backend> Layer<B> for BatchNorm {
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
         let [batch, channels, spatial] = batch_dimensions(&x.shape)?;
         if planner.training() && batch * spatial < 2 {
-            return Err(Error::shape(
-                "batch_norm",
-                TOO_FEW,
-                format!("{:?}", x.shape),
-            ));
+            return Err(Error::shape("batch_norm", TOO_FEW, format!("{:?}", x.shape)));
         }
         let weight = planner.parameter("weight", &[channels], Init::Constant(self.weight_init))?;
         let bias = planner.parameter("bias", &[channels], Init::Constant(0.0))?;
