@@ -136,7 +136,7 @@ fn the_table_explains_itself_and_the_file_holds_what_it_shows() {
     }
 }
 
-/// Tells, where a suite is over, what was found so far; fails behind the second.
+/// Notes behind each figure what was found so far; fails behind the second.
 #[derive(Default)]
 struct Witness(Vec<Results>);
 
@@ -145,19 +145,15 @@ impl Observer for Witness {
         Ok(())
     }
 
-    fn figure(&mut self, _: &Figure) -> warpstep::Result<()> {
-        Ok(())
-    }
-
-    fn suite(&mut self, so_far: &Results) -> warpstep::Result<()> {
+    fn figure(&mut self, _: &Figure, so_far: &Results) -> warpstep::Result<()> {
         self.0.push(so_far.clone());
         if self.0.len() < 2 { Ok(()) } else { Err(warpstep::Error::Device("the machine is gone".to_owned())) }
     }
 }
 
 #[test]
-fn what_was_found_is_told_after_each_suite() {
-    let patterns = ["device/fork_join", "kernel/relu", "data/open/tokens"].map(|text| Pattern::parse(text).unwrap());
+fn what_was_found_is_told_after_each_figure() {
+    let patterns = ["kernel/relu", "data/open/tokens"].map(|text| Pattern::parse(text).unwrap());
     let (patterns, command) = (patterns.to_vec(), "warpstep bench".to_owned());
     let request = Request { patterns, place: Place::Cpu, precisions: Vec::new(), seconds: Some(0.001), command };
     let mut witness = Witness::default();
@@ -166,9 +162,74 @@ fn what_was_found_is_told_after_each_suite() {
     fn suites(results: &Results) -> Vec<&str> {
         results.figures.iter().map(|figure| figure.suite.as_str()).collect()
     }
-    let [first, second] = witness.0.as_slice() else { panic!("{} suites", witness.0.len()) };
-    assert_eq!((suites(first), suites(second)), (vec!["device"], vec!["device", "kernel", "kernel"]));
+    let [first, second] = witness.0.as_slice() else { panic!("{} figures", witness.0.len()) };
+    assert_eq!((suites(first), suites(second)), (vec!["kernel"], vec!["kernel", "kernel"]));
     assert!(first.machine.device.starts_with("CPU, ") && first.command == "warpstep bench");
+}
+
+/// The program with a folder of its own for what is temporary, and its results asked for.
+#[cfg(unix)]
+fn started(folder: &TempDir, arguments: &[&str]) -> std::process::Child {
+    std::fs::create_dir(folder.path().join("tmp")).unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::process::Command::new(env!("CARGO_BIN_EXE_warpstep"))
+        .args(["bench", "--device", "cpu"])
+        .args(arguments)
+        .args(["--json", &path("found.json"), "--html", &path("found.html")])
+        .env("TMPDIR", folder.path().join("tmp"))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_the_figure_that_runs_and_all_that_was_found_is_written() {
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let folder = TempDir::new().unwrap();
+        let mut bench = started(&folder, &["--seconds", "0.01", "data/open/tokens", "data/feed/text", "data/open"]);
+        let json = folder.path().join("found.json");
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(120);
+        while !json.exists() && std::time::Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        // SAFETY: kill takes no pointer, and the process was started here and is not asked for yet.
+        assert_eq!(unsafe { libc::kill(bench.id() as i32, signal) }, 0);
+        assert_eq!(bench.wait().unwrap().code(), Some(128 + signal));
+        let results = warpstep::bench::compare::read(&json).unwrap();
+        assert!(!results.figures.is_empty(), "{results:?}");
+        assert!(results.machine.notes.iter().any(|note| note == warpstep::bench::output::UNFINISHED), "{results:?}");
+        assert!(std::fs::read_to_string(folder.path().join("found.html")).unwrap().contains(&results.figures[0].name));
+        assert_eq!(std::fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0, "files were left behind");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_of_the_table_that_goes_does_not_take_the_results_along() {
+    let folder = TempDir::new().unwrap();
+    let mut bench = started(&folder, &["--seconds", "0.01", "device/fork_join"]);
+    drop(bench.stdout.take());
+    assert!(bench.wait().unwrap().success());
+    let results = warpstep::bench::compare::read(&folder.path().join("found.json")).unwrap();
+    assert_eq!(results.figures.iter().map(|figure| figure.name.as_str()).collect::<Vec<_>>(), ["fork_join"]);
+    assert!(!results.machine.notes.iter().any(|note| note == warpstep::bench::output::UNFINISHED), "{results:?}");
+    assert!(folder.path().join("found.html").exists());
+}
+
+#[test]
+fn a_precision_that_no_figure_is_asked_for_in_is_not_measured() {
+    if !is_embedded() || emulated::find_library().is_none() {
+        println!("skipped: no emulated device: it needs nvcc when Warpstep is built, and the emulator beside it");
+        return;
+    }
+    let ran = run(&["bench", "--device", "emulated", "--seconds", "0.001", "step/mlp/bf16", "device/launch"]);
+    assert!(ran.status.success(), "{}", stderr(&ran));
+    let text = stdout(&ran);
+    let precisions: Vec<&str> = text.lines().filter(|line| line.starts_with("This run's limits in ")).collect();
+    // What is of no precision is taken in the first.
+    assert_eq!(precisions.len(), 2, "{text}");
+    assert!(precisions[0].contains(" in f32:") && precisions[1].contains(" in bf16:"), "{text}");
 }
 
 #[test]

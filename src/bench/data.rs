@@ -23,7 +23,8 @@ struct Folder(PathBuf);
 impl Folder {
     fn new() -> Result<Self> {
         let path = std::env::temp_dir().join(format!("warpstep-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|error| Error::io("create", &path, error))?;
+        // Never into a folder that is there already, which would go with ours.
+        std::fs::create_dir(&path).map_err(|error| Error::io("create", &path, error))?;
         Ok(Folder(path))
     }
 }

@@ -13,6 +13,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::interrupt;
 use super::place::Bed;
 use super::results::{Figure, Floor, Spread};
 use crate::backend::profile::Kind;
@@ -35,6 +36,10 @@ pub trait Ground: Sync {
     fn least_span(&self) -> f64;
     /// Why no time taken here is to be quoted.
     fn refusal(&self) -> Option<String>;
+    /// Whether nothing more is to be timed, since somebody asked for the end.
+    fn is_over(&self) -> bool {
+        false
+    }
 }
 
 /// Work that is repeated.
@@ -120,6 +125,10 @@ impl<B: Bed> Ground for Here<'_, B> {
     fn refusal(&self) -> Option<String> {
         (self.backend.kind() == Kind::Emulated)
             .then(|| "emulated device: its times say nothing of any device".to_owned())
+    }
+
+    fn is_over(&self) -> bool {
+        interrupt::caught().is_some()
     }
 }
 
@@ -242,7 +251,8 @@ struct Taken {
     refused: Option<String>,
 }
 
-/// Times a task, in turn with another that gives it a measure (a copy) where there is one.
+/// Times a task, in turn with another that gives it a measure (a copy) where there is one. Where the ground says meanwhile that it is
+/// over, what was timed until then is given, which nobody is to quote.
 ///
 /// # Errors
 /// What the tasks report.
@@ -278,7 +288,7 @@ pub fn measure(
         if over || best.as_ref().is_none_or(|best| width(&taken.times) < width(&best.times)) {
             best = Some(taken);
         }
-        if over || settings.impatient_after.is_some_and(|after| ground.now() > after) {
+        if over || ground.is_over() || settings.impatient_after.is_some_and(|after| ground.now() > after) {
             break;
         }
     }
@@ -304,7 +314,7 @@ fn warm_up(ground: &dyn Ground, settings: &Settings, task: &mut dyn Task) -> Res
         span(ground, task, 1)?;
     }
     let mut last = span(ground, task, 1)?;
-    while ground.now() - began < settings.seconds / 2.0 {
+    while ground.now() - began < settings.seconds / 2.0 && !ground.is_over() {
         let runs = runs(ground, last);
         let some = [span(ground, task, runs)?, span(ground, task, runs)?, span(ground, task, runs)?];
         let now = spread(&some).median;
@@ -327,7 +337,9 @@ fn take(
     let (mut times, mut others) = (Vec::new(), Vec::new());
     let began = ground.now();
     let mut told = 0.0;
-    while ground.now() - began < settings.seconds || times.len() < LEAST_COUNT {
+    while (ground.now() - began < settings.seconds || times.len() < LEAST_COUNT)
+        && (times.is_empty() || !ground.is_over())
+    {
         if let Some(beside) = beside.as_deref_mut() {
             let other = span(ground, beside, 1)?;
             told += other;
@@ -337,7 +349,7 @@ fn take(
         told += time * runs as f64;
         times.push(time);
     }
-    let refused = look(ground, task, began, told)?;
+    let refused = if ground.is_over() { None } else { look(ground, task, began, told)? };
     Ok(Taken { times: spread(&times), beside: beside.map(|_| spread(&others)), refused })
 }
 

@@ -21,7 +21,7 @@ pub enum Output {
     Stdout,
     /// What is there and no plain file, such as a pipe: at the end.
     Stream(PathBuf),
-    /// A file, from the first suite or peer on.
+    /// A file, from the first figure on.
     File(PathBuf),
 }
 

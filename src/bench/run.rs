@@ -8,7 +8,7 @@ use super::measure::{Ground, Here, Settings};
 use super::place::{Bed, OnBed, Place, Precision};
 use super::results::{FORMAT, Figure, Machine, Results};
 use super::speeds::Speeds;
-use super::{data, device, kernel, step, unit, update};
+use super::{data, device, interrupt, kernel, step, unit, update};
 use crate::backend::profile::Kind;
 use crate::error::{Error, Result};
 
@@ -131,17 +131,11 @@ pub trait Observer {
     /// What the observer cannot write.
     fn begins(&mut self, machine: &Machine, speeds: &Speeds) -> Result<()>;
 
-    /// A figure.
+    /// A figure, and everything that was found so far, the figure included.
     ///
     /// # Errors
     /// What the observer cannot write.
-    fn figure(&mut self, figure: &Figure) -> Result<()>;
-
-    /// The figures of a suite in one precision are all there: everything that was found so far.
-    ///
-    /// # Errors
-    /// What the observer cannot write.
-    fn suite(&mut self, so_far: &Results) -> Result<()>;
+    fn figure(&mut self, figure: &Figure, so_far: &Results) -> Result<()>;
 }
 
 impl Request {
@@ -196,13 +190,19 @@ impl Request {
 /// # Errors
 /// No such device, or patterns that mean nothing.
 pub fn names(request: &Request) -> Result<Vec<String>> {
+    Ok(named(request)?.into_iter().flat_map(|(_, names)| names).collect())
+}
+
+/// The names of the figures that are asked for, by the precision that they are taken in.
+fn named(request: &Request) -> Result<Vec<(Precision, Vec<String>)>> {
     let mut all = Vec::new();
     for (number, precision) in request.precisions().into_iter().enumerate() {
-        all.extend(request.place.open(precision, Listing { request, precision, first: number == 0 })?);
+        all.push((precision, request.place.open(precision, Listing { request, precision, first: number == 0 })?));
     }
     let patterns = request.patterns();
     let unmet = |pattern: &&Pattern| {
-        !all.iter().any(|name: &String| name.split_once('/').is_some_and(|(suite, name)| pattern.means(suite, name)))
+        let mut names = all.iter().flat_map(|(_, names): &(Precision, Vec<String>)| names);
+        !names.any(|name| name.split_once('/').is_some_and(|(suite, name)| pattern.means(suite, name)))
     };
     // The tour names what devices of either kind have.
     if let Some(pattern) = patterns.iter().find(unmet).filter(|_| !request.is_tour()) {
@@ -217,7 +217,7 @@ pub fn names(request: &Request) -> Result<Vec<String>> {
         let (suite, name) = name.split_once('/').unwrap_or((name, ""));
         patterns.iter().any(|pattern| pattern.means(suite, name))
     };
-    Ok(all.into_iter().filter(meant).collect())
+    Ok(all.into_iter().map(|(precision, names)| (precision, names.into_iter().filter(meant).collect())).collect())
 }
 
 struct Listing<'a> {
@@ -273,14 +273,16 @@ fn figures<B: Bed>(
     }
 }
 
-/// Takes the figures that are asked for.
+/// Takes the figures that are asked for. Behind a signal ([`interrupt`]) none is begun any more, and what was found is given.
 ///
 /// # Errors
 /// No such device, or one that failed; patterns that mean nothing; what the observer reports.
 pub fn run(request: &Request, observer: &mut (dyn Observer + Send)) -> Result<Results> {
+    let mut precisions: Vec<(usize, Precision)> = request.precisions().into_iter().enumerate().collect();
     if !request.is_tour() {
-        // Patterns that mean nothing are refused before minutes are spent.
-        names(request)?;
+        // Patterns that mean nothing are refused before minutes are spent, and no precision is opened for nothing.
+        let named = named(request)?;
+        precisions.retain(|(number, _)| !named[*number].1.is_empty());
     }
     let mut results = Results {
         format: FORMAT,
@@ -292,11 +294,14 @@ pub fn run(request: &Request, observer: &mut (dyn Observer + Send)) -> Result<Re
         peers: Vec::new(),
     };
     let began = Instant::now();
-    for (number, precision) in request.precisions().into_iter().enumerate() {
+    for (place, (number, precision)) in precisions.into_iter().enumerate() {
+        if interrupt::caught().is_some() {
+            break;
+        }
         let first = number == 0;
         let part = Running { request, precision, first, began, results: &mut results, observer: &mut *observer };
         let machine = request.place.open(precision, part)?;
-        if first {
+        if place == 0 {
             results.machine = machine;
             continue;
         }
@@ -340,8 +345,11 @@ impl Running<'_> {
         }
         let seconds = settings.seconds.min(SPEED_SECONDS);
         let speeds = Speeds::measure(backend, &ground, &Settings { seconds, tries: 1, ..settings }, precision)?;
+        if interrupt::caught().is_some() {
+            return Ok(watch.end(backend));
+        }
         observer.begins(watch.so_far(), &speeds)?;
-        if first {
+        if results.figures.is_empty() {
             results.machine = watch.so_far().clone();
         }
         let patterns = request.patterns();
@@ -352,18 +360,17 @@ impl Running<'_> {
                     (first || is_of(name, precision)) && patterns.iter().any(|pattern| pattern.means(suite, name));
                 let late = request.is_tour() && ground.now() > TOUR_END;
                 left_out.set(left_out.get() + u32::from(meant && late));
-                meant && !late
+                meant && !late && interrupt::caught().is_none()
             };
-            let before = results.figures.len();
             let mut told = |figure: Figure| {
-                observer.figure(&figure)?;
-                results.figures.push(figure);
-                Ok(())
+                // What a signal cut short is no figure.
+                if interrupt::caught().is_some() {
+                    return Ok(());
+                }
+                results.figures.push(figure.clone());
+                observer.figure(&figure, results)
             };
             figures(suite, backend, &ground, &settings, &speeds, &wanted, &mut told)?;
-            if results.figures.len() > before {
-                observer.suite(results)?;
-            }
         }
         let mut machine = watch.end(backend);
         if left_out.get() > 0 {

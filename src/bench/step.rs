@@ -294,7 +294,7 @@ impl<'a, B: Bed> Pieces<'a, B> {
     fn shares(mut self, ground: &dyn Ground, seconds: f64) -> Result<BTreeMap<String, f64>> {
         let mut times: [Vec<f64>; 4] = Default::default();
         let began = ground.now();
-        while times[0].len() < 3 || ground.now() - began < seconds {
+        while times[0].len() < 3 || (ground.now() - began < seconds && !ground.is_over()) {
             for (part, times) in times.iter_mut().enumerate() {
                 let from = ground.now();
                 match part {

@@ -1,7 +1,8 @@
 //! `warpstep bench`.
 
+use std::cell::Cell;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -62,7 +63,7 @@ pub(crate) struct Options {
     /// Threads of the CPU backend
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Write everything that was found to this file, anew after each suite and each work of peers, or, with -, to the standard
+    /// Write everything that was found to this file, anew after each figure and each work of peers, or, with -, to the standard
     /// output in the place of the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -87,16 +88,30 @@ impl Options {
 struct Printer {
     suite: String,
     output: Output,
+    /// Whether somebody waits for more than the table, who is not gone where its reader is.
+    writes: bool,
+    /// Whether nobody reads the table any more.
+    gone: Cell<bool>,
 }
 
 impl Printer {
+    fn new(output: Output, html: Option<&Path>) -> Self {
+        let writes = html.is_some() || output != Output::None;
+        Printer { suite: String::new(), output, writes, gone: Cell::new(false) }
+    }
+
     fn print(&self, text: &str) -> Result<()> {
-        if self.output == Output::Stdout {
+        if self.output == Output::Stdout || self.gone.get() {
             return Ok(());
         }
         let mut out = std::io::stdout().lock();
-        let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-        written.map_err(|error| Error::io("write to", "the standard output", error))
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Err(error) if self.writes && error.kind() == std::io::ErrorKind::BrokenPipe => {
+                self.gone.set(true);
+                Ok(())
+            }
+            written => written.map_err(|error| Error::io("write to", "the standard output", error)),
+        }
     }
 }
 
@@ -106,15 +121,12 @@ impl Observer for Printer {
         self.print(&table::head(machine, speeds))
     }
 
-    fn figure(&mut self, figure: &Figure) -> Result<()> {
+    fn figure(&mut self, figure: &Figure, so_far: &Results) -> Result<()> {
         if self.suite != figure.suite {
             self.suite.clone_from(&figure.suite);
             self.print(&table::suite(&figure.suite))?;
         }
-        self.print(&table::line(figure))
-    }
-
-    fn suite(&mut self, so_far: &Results) -> Result<()> {
+        self.print(&table::line(figure))?;
         self.output.write_so_far(so_far)
     }
 }
@@ -144,12 +156,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     // Before minutes are spent: can all be written?
-    let mut printer = Printer { suite: String::new(), output: Output::open(options.json.as_deref())? };
+    let mut printer = Printer::new(Output::open(options.json.as_deref())?, options.html.as_deref());
     options.html.as_deref().map_or(Ok(()), try_beside)?;
+    interrupt::listen()?;
     let mut results = take(&request, &mut printer)?;
     with_peers(options, &request, &printer, &mut results)?;
-    printer.print(&table::foot(&results))?;
+    // First what is to stay, should the table's reader be gone.
     printer.output.write(&results)?;
+    printer.print(&table::foot(&results))?;
     if let Some(path) = &options.html {
         report::write(&results, path)?;
     }

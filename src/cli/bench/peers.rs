@@ -46,7 +46,6 @@ impl Peers {
         if works.is_empty() || !(self.peers || !self.only.is_empty() || self.llm_c.is_some()) {
             return Ok(());
         }
-        interrupt::listen()?;
         let scripts = Scripts::write()?;
         let places = Places::find(self.llm_c.clone());
         let settings = Settings::new(request.seconds.unwrap_or(USUAL_SECONDS));
