@@ -174,12 +174,18 @@ impl Task for Reading<'_> {
 const MANY: usize = 16;
 
 fn figure(sets: usize, fault: Fault) -> Figure {
+    against(sets, fault, 1.0, 1.0)
+}
+
+/// Beside a floor of so many times the seconds that its bytes take, which may be passed by so much.
+fn against(sets: usize, fault: Fault, times: f64, passable: f64) -> Figure {
     let device = MadeUp::default();
     let mut task = Reading::new(&device, sets, fault);
     let seconds = BUFFER as f64 / SPEEDS[0];
     let limit = |_: Option<&_>| {
-        let floor = Floor { seconds, what: "its bytes at the speed of the memory".into() };
-        Some(Limit { floor, least: seconds, from_memory: true })
+        let what = "its bytes at the speed of the memory".into();
+        let floor = Floor { seconds: times * seconds, what, doubt: None };
+        Some(Limit { floor, passable, least: seconds, from_memory: true })
     };
     let figure = Figure { suite: "kernel".into(), name: format!("{fault:?}"), ..Figure::default() };
     measure(&device, &Settings::new(0.1), &mut task, None, Asked { figure, limit: &limit }).unwrap()
@@ -217,6 +223,14 @@ fn a_buffer_that_the_cache_holds_is_refused() {
 fn a_task_that_only_says_that_it_rotates_its_buffers_is_refused() {
     let why = refusal(MANY, Fault::OneSet);
     assert!(why.starts_with("faster than physics") && why.contains("cache"), "{why}");
+}
+
+#[test]
+fn a_figure_that_is_faster_than_the_floor_that_is_shown_is_refused() {
+    let why = against(MANY, Fault::None, 1.3, 1.0).refused.unwrap();
+    assert!(why.starts_with("125 % of its floor: "), "{why}");
+    assert_eq!(against(MANY, Fault::None, 1.1, 1.0).refused, None, "within the noise");
+    assert_eq!(against(MANY, Fault::None, 2.0, 2.25).refused, None, "fewer operations than are counted");
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn figure(suite: &str, name: &str, seconds: f64) -> Figure {
 
 /// What a run on a CPU leaves, with one of everything that a page has to show.
 fn results() -> Results {
-    let floor = |seconds, what: &str| Some(Floor { seconds, what: what.into() });
+    let floor = |seconds, what: &str| Some(Floor { seconds, what: what.into(), doubt: None });
     let moved = |name: &str, bytes: f64, seconds| Figure {
         bytes: Some(bytes),
         amount: (bytes, "byte".into()),
@@ -91,6 +91,7 @@ fn results() -> Results {
             device: "CPU <2 threads>".into(),
             facts: BTreeMap::from([("memory".to_owned(), "24 GiB & more".to_owned())]),
             notes: vec!["other programs took 40 % of the processor".into()],
+            limits: Vec::new(),
         },
         figures,
         peers: vec![
@@ -204,7 +205,7 @@ fn any_figures_can_be_drawn() {
             let (median, seconds) = (value(), value());
             figure.seconds = Spread { count: 5, min: median, lower_quartile: value(), median, upper_quartile: value() };
             (figure.bytes, figure.flops) = (Some(value()), Some(value()));
-            figure.floor = Some(Floor { seconds, what: String::new() });
+            figure.floor = Some(Floor { seconds, what: String::new(), doubt: None });
         }
         for peer in &mut results.peers {
             peer.ratio =

@@ -351,8 +351,8 @@ pub fn figures<B: Bed>(
         let flops = task.flops();
         let limit = |_: Option<&_>| {
             let what = format!("this run's fastest product, {}", speeds.product_text());
-            let floor = Floor { seconds: flops / speeds.product, what };
-            Some(Limit { floor, least: flops / speeds.fastest_product, from_memory: false })
+            let floor = Floor { seconds: flops / speeds.product, what, doubt: speeds.product_doubt.clone() };
+            Some(Limit { floor, passable: 1.0, least: flops / speeds.fastest_product, from_memory: false })
         };
         let figure =
             Figure { flops: Some(flops), bytes: Some(task.round_bytes() as f64), ..figure(name, (flops, "flop")) };

@@ -9,7 +9,7 @@ use super::layers::{Case, cases};
 use super::measure::{Asked, Ground, Limit, Settings, Task, measure};
 use super::place::Bed;
 use super::results::{Figure, Floor};
-use super::speeds::Speeds;
+use super::speeds::{Speeds, words};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Act, Activations, Arena, Backend, Memory, StepContext};
 use crate::error::Result;
@@ -308,17 +308,28 @@ pub fn figures<B: Bed>(
                 bytes = (2 * output * size_of::<B::Storage>() + tokens * case.batch * size_of::<i32>()) as f64;
             }
             let limit = |_: Option<&_>| {
-                let (of_bytes, of_flops) = (bytes / speeds.copy, flops / speeds.product);
+                let (of_bytes, of_flops) = (bytes / speeds.memory(), flops / speeds.product);
                 let from_memory = of_bytes >= of_flops;
-                let what = if from_memory {
-                    format!("its {:.2} MB at the speed of a copy, {:.1} GB/s", bytes / 1e6, speeds.copy / 1e9)
+                let (what, doubt) = if from_memory {
+                    let pass = words(speeds.pass());
+                    let what =
+                        format!("its {:.2} MB at the speed of {pass}, {:.1} GB/s", bytes / 1e6, speeds.memory() / 1e9);
+                    (what, &speeds.memory_doubt)
                 } else {
-                    format!("its {:.3} GFLOP at this run's fastest product, {}", flops / 1e9, speeds.product_text())
+                    let fewer = if case.fewer > 1.0 {
+                        format!("; Winograd's method does with {} times fewer", case.fewer)
+                    } else {
+                        String::new()
+                    };
+                    let fastest = speeds.product_text();
+                    let what = format!("its {:.3} GFLOP at this run's fastest product, {fastest}{fewer}", flops / 1e9);
+                    (what, &speeds.product_doubt)
                 };
                 let seconds = of_bytes.max(of_flops);
                 let of_flops = flops / speeds.fastest_product / case.fewer;
                 Some(Limit {
-                    floor: Floor { seconds, what },
+                    floor: Floor { seconds, what, doubt: doubt.clone() },
+                    passable: if from_memory { 1.0 } else { case.fewer },
                     least: (bytes / speeds.fastest_memory).max(of_flops),
                     from_memory,
                 })

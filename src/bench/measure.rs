@@ -165,8 +165,10 @@ const MISSING_SECONDS: f64 = 0.02;
 /// A limit that a figure is held to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limit {
-    /// What is shown.
+    /// What is shown. A figure that is faster by more than noise is refused, since then it is no floor.
     pub floor: Floor,
+    /// By how much the floor may be passed all the same: 1 but where fewer operations than are counted can do.
+    pub passable: f64,
     /// Seconds that nothing can be faster than: by the fastest that this run has seen of the device.
     pub least: f64,
     /// Whether the floor is one of memory, so that caches would falsify the figure.
@@ -251,7 +253,7 @@ struct Taken {
     refused: Option<String>,
 }
 
-/// Times a task, in turn with another that gives it a measure (a copy) where there is one. Where the ground says meanwhile that it is
+/// Times a task, in turn with another that gives it a measure (a pass through memory) where there is one. Where the ground says meanwhile that it is
 /// over, what was timed until then is given, which nobody is to quote.
 ///
 /// # Errors
@@ -299,7 +301,10 @@ pub fn measure(
         .or_else(|| ground.refusal())
         .or_else(|| {
             let width = width(&disturbed?);
-            Some(format!("spread too wide: that of the copy beside it, {:.0} % of its median", 100.0 * width))
+            Some(format!(
+                "spread too wide: that of the pass through memory beside it, {:.0} % of its median",
+                100.0 * width
+            ))
         })
         .or_else(|| limit.as_ref().and_then(|limit| impossible(ground, task, &times, limit)))
         .or_else(|| too_wide(&times, settings));
@@ -400,11 +405,18 @@ fn impossible(ground: &dyn Ground, task: &dyn Task, times: &Spread, limit: &Limi
             mib(cache)
         ));
     }
-    (times.median < least * (1.0 - NOISE)).then(|| {
-        format!(
+    if times.median < least * (1.0 - NOISE) {
+        return Some(format!(
             "faster than physics: {:.3} us where {:.3} us is the least; work was skipped, or came out of a cache",
             times.median * 1e6,
             least * 1e6
+        ));
+    }
+    let share = limit.floor.seconds / times.median;
+    (share > (1.0 + NOISE) * limit.passable).then(|| {
+        format!(
+            "{:.0} % of its floor: what that is computed from was slower when it was measured, so it is no floor; take it again",
+            100.0 * share
         )
     })
 }

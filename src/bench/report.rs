@@ -182,7 +182,10 @@ fn figure_row(figure: &Figure) -> String {
     ];
     let mut text = row(name, &cells, refused.as_deref());
     let shares: Vec<String> = parts.iter().map(|(part, share)| format!("{part} {:.0} %", 100.0 * share)).collect();
-    let told = floor.iter().map(|floor| format!("floor: {}", floor.what));
+    let told = floor.iter().map(|floor| {
+        let doubt = floor.doubt.iter().map(|why| format!(", not to be quoted: {why}"));
+        format!("floor: {}{}", floor.what, doubt.collect::<String>())
+    });
     let told: Vec<String> = told.chain((!shares.is_empty()).then(|| shares.join(", "))).collect();
     if !told.is_empty() {
         text += &format!("<tr class=why><td colspan=9>{}</td></tr>", escaped(&told.join("; ")));

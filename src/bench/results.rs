@@ -35,6 +35,24 @@ pub struct Machine {
     pub facts: BTreeMap<String, String>,
     /// What may have changed the figures while they were taken: clocks that fell, throttling, other load.
     pub notes: Vec<String>,
+    /// What floors are computed from, by precision.
+    #[serde(default)]
+    pub limits: Vec<Limits>,
+}
+
+/// What this run has measured of the device before its figures in one precision.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Of products: `f32`, `tf32`, `bf16`, `f16`.
+    pub precision: String,
+    /// Bytes a second of a copy within the memory, those read and those written together.
+    pub copy: f64,
+    /// The same of memory that is read and written where it is.
+    pub in_place: f64,
+    /// Floating-point operations a second of the fastest product.
+    pub product: f64,
+    /// Why floors that are computed from these are not to be quoted, where they are not.
+    pub doubts: Vec<String>,
 }
 
 /// Times of repetitions, in seconds.
@@ -104,8 +122,11 @@ pub struct Figure {
 pub struct Floor {
     /// Seconds a repetition, at least.
     pub seconds: f64,
-    /// Where it comes from: `24 bytes a parameter at this run's copy bandwidth, 21.3 GB/s`.
+    /// Where it comes from: `24 bytes a parameter at the speed of a pass in place taken in turn with it, 21.3 GB/s`.
     pub what: String,
+    /// Why it, and the share of it, are not to be quoted, where they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<String>,
 }
 
 /// The same work by somebody else.

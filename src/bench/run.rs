@@ -302,7 +302,8 @@ pub fn run(request: &Request, observer: &mut (dyn Observer + Send)) -> Result<Re
         let part = Running { request, precision, first, began, results: &mut results, observer: &mut *observer };
         let machine = request.place.open(precision, part)?;
         if place == 0 {
-            results.machine = machine;
+            let limits = std::mem::take(&mut results.machine.limits);
+            results.machine = Machine { limits, ..machine };
             continue;
         }
         for note in machine.notes {
@@ -344,7 +345,8 @@ impl Running<'_> {
             settings.impatient_after = Some(TOUR_IMPATIENT);
         }
         let seconds = settings.seconds.min(SPEED_SECONDS);
-        let speeds = Speeds::measure(backend, &ground, &Settings { seconds, tries: 1, ..settings }, precision)?;
+        let brief = Settings { seconds, ..settings };
+        let speeds = Speeds::measure(backend, &ground, &brief, precision)?;
         if interrupt::caught().is_some() {
             return Ok(watch.end(backend));
         }
@@ -352,6 +354,8 @@ impl Running<'_> {
         if results.figures.is_empty() {
             results.machine = watch.so_far().clone();
         }
+        results.machine.limits.push(speeds.limits());
+        let before = results.figures.len();
         let patterns = request.patterns();
         let left_out = Cell::new(0);
         for suite in SUITES {
@@ -372,7 +376,12 @@ impl Running<'_> {
             };
             figures(suite, backend, &ground, &settings, &speeds, &wanted, &mut told)?;
         }
+        let with_floors = results.figures[before..].iter().any(|figure| figure.floor.is_some());
+        let is_worth_it = with_floors && ground.refusal().is_none() && interrupt::caught().is_none();
+        let drift =
+            if is_worth_it { speeds.drift(backend, &ground, &Settings { tries: 1, ..brief })? } else { Vec::new() };
         let mut machine = watch.end(backend);
+        machine.notes.extend(drift);
         if left_out.get() > 0 {
             machine.notes.push(format!(
                 "{TOUR_END} s were over before the tour was: figures were left out; `warpstep bench SUITE` takes all of a suite"

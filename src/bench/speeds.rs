@@ -1,25 +1,31 @@
 //! How fast the device is, as this run has seen it: what floors are computed from.
 
 use super::device::{ProductTask, TrafficTask};
-use super::measure::{Asked, Ground, Settings, measure};
+use super::measure::{Asked, Ground, Settings, measure, width};
 use super::place::{Bed, Precision};
-use super::results::Figure;
+use super::results::{Figure, Limits};
 use crate::backend::profile::{Kind, Traffic};
 use crate::error::Result;
 
 /// Speeds of a device in a precision.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Speeds {
     /// The precision of products.
     pub precision: Precision,
     /// Bytes a second of a copy within the memory, those read and those written together.
     pub copy: f64,
+    /// The same of memory that is read and written where it is.
+    pub in_place: f64,
     /// The fastest bytes a second seen of the memory: copied, read, written, or both where they are.
     pub fastest_memory: f64,
     /// Floating-point operations a second of the fastest product.
     pub product: f64,
     /// What nothing can be faster than: `product`, and some more, since no shape was tried that could not be.
     pub fastest_product: f64,
+    /// Why floors of memory are not to be quoted, where they are not.
+    pub memory_doubt: Option<String>,
+    /// Why floors of products are not to be quoted, where they are not.
+    pub product_doubt: Option<String>,
 }
 
 /// Shapes of products of which the fastest counts: rows, inputs, outputs.
@@ -33,15 +39,97 @@ fn shapes<B: Bed>(backend: &B) -> Vec<[usize; 3]> {
 
 /// How much faster than the fastest product that was tried another may be.
 const UNTRIED: f64 = 1.25;
+/// How much a speed may change while figures are taken.
+const DRIFT: f64 = 0.1;
+
+/// What a reference came to: amounts a second by the median, by the quickest quarter, and at best; and why it is not to be quoted.
+struct Reference {
+    median: f64,
+    quick: f64,
+    best: f64,
+    doubt: Option<String>,
+}
+
+impl Reference {
+    fn new(amount: f64, figure: Figure, widest: f64, what: &str) -> Self {
+        let times = &figure.seconds;
+        let wide = width(times);
+        // Figures that are refused for their spread say so at length.
+        let why = match figure.refused {
+            Some(_) if wide > widest => {
+                Some(format!("spread too wide: quartiles {:.0} % of the median apart", 100.0 * wide))
+            }
+            refused => refused,
+        };
+        let doubt = why.map(|why| format!("{what} that it is computed from was refused: {why}"));
+        Reference {
+            median: amount / times.median,
+            quick: amount / times.lower_quartile,
+            best: amount / times.min,
+            doubt,
+        }
+    }
+}
+
+/// How memory is gone through, as errors and floors call it.
+pub(super) fn words(traffic: Traffic) -> &'static str {
+    match traffic {
+        Traffic::Copy => "a copy",
+        Traffic::Read => "a pass that reads",
+        Traffic::Write => "a pass that writes",
+        Traffic::InPlace => "a pass in place",
+    }
+}
+
+fn plain(name: &str) -> Asked<'static> {
+    Asked {
+        figure: Figure { suite: "device".to_owned(), name: name.to_owned(), ..Figure::default() },
+        limit: &|_| None,
+    }
+}
+
+fn memory<B: Bed>(backend: &B, ground: &dyn Ground, settings: &Settings, traffic: Traffic) -> Result<Reference> {
+    let mut task = TrafficTask::in_memory(backend, traffic)?;
+    let figure = measure(ground, settings, &mut task, None, plain("memory"))?;
+    Ok(Reference::new(task.bytes(), figure, settings.widest, words(traffic)))
+}
+
+fn product<B: Bed>(
+    backend: &B,
+    ground: &dyn Ground,
+    settings: &Settings,
+    shapes: Vec<[usize; 3]>,
+) -> Result<Reference> {
+    let mut fastest: Option<Reference> = None;
+    for shape in shapes {
+        let mut task = ProductTask::new(backend, shape)?;
+        let figure = measure(ground, settings, &mut task, None, plain("product"))?;
+        let found = Reference::new(task.flops(), figure, settings.widest, "the product");
+        if fastest.as_ref().is_none_or(|fastest| found.quick > fastest.quick) {
+            fastest = Some(found);
+        }
+    }
+    Ok(fastest.unwrap_or(Reference { median: f64::NAN, quick: f64::NAN, best: f64::NAN, doubt: None }))
+}
 
 impl Speeds {
     /// Where nothing is timed.
     pub(super) fn unknown(precision: Precision) -> Self {
         let none = f64::NAN;
-        Speeds { precision, copy: none, fastest_memory: none, product: none, fastest_product: none }
+        Speeds {
+            precision,
+            copy: none,
+            in_place: none,
+            fastest_memory: none,
+            product: none,
+            fastest_product: none,
+            memory_doubt: None,
+            product_doubt: None,
+        }
     }
 
-    /// Measures them. The median counts for the copy, the fastest of all for limits.
+    /// Measures them. The median counts for passes through memory, the quickest quarter for the product, the fastest of all for limits.
+    /// What is refused is measured again, as often as the settings allow; where it is refused then too, floors are not to be quoted.
     ///
     /// # Errors
     /// Not enough memory, or a device that failed.
@@ -51,30 +139,123 @@ impl Speeds {
         settings: &Settings,
         precision: Precision,
     ) -> Result<Self> {
-        let plain = |name: &str| Asked {
-            figure: Figure { suite: "device".to_owned(), name: name.to_owned(), ..Figure::default() },
-            limit: &|_| None,
-        };
-        let (mut copy, mut fastest_memory) = (0.0, 0.0f64);
-        for traffic in [Traffic::Copy, Traffic::Read, Traffic::Write, Traffic::InPlace] {
-            let mut task = TrafficTask::in_memory(backend, traffic)?;
-            let figure = measure(ground, settings, &mut task, None, plain("memory"))?;
-            if traffic == Traffic::Copy {
-                copy = task.bytes() / figure.seconds.median;
-            }
-            fastest_memory = fastest_memory.max(task.bytes() / figure.seconds.min);
-        }
-        let mut product = 0.0f64;
-        for shape in shapes(backend) {
-            let mut task = ProductTask::new(backend, shape)?;
-            let figure = measure(ground, settings, &mut task, None, plain("product"))?;
-            product = product.max(task.flops() / figure.seconds.lower_quartile);
-        }
-        Ok(Speeds { precision, copy, fastest_memory, product, fastest_product: UNTRIED * product })
+        let [copy, in_place, read, write] = [Traffic::Copy, Traffic::InPlace, Traffic::Read, Traffic::Write]
+            .map(|traffic| memory(backend, ground, settings, traffic));
+        let (copy, in_place) = (copy?, in_place?);
+        let product = product(backend, ground, settings, shapes(backend))?;
+        let passes = [copy.best, in_place.best, read?.best, write?.best];
+        let faster = if in_place.median > copy.median { &in_place } else { &copy };
+        // A device whose times say nothing is told of with each figure.
+        let told = |doubt: &Option<String>| if ground.refusal().is_some() { None } else { doubt.clone() };
+        Ok(Speeds {
+            precision,
+            copy: copy.median,
+            in_place: in_place.median,
+            fastest_memory: passes.into_iter().fold(0.0, f64::max),
+            product: product.quick,
+            fastest_product: UNTRIED * product.quick,
+            memory_doubt: told(&faster.doubt),
+            product_doubt: told(&product.doubt),
+        })
+    }
+
+    /// How memory is gone through fastest, of a copy and a pass in place: what floors of memory are computed from. A copy reads the
+    /// lines of the cache that it writes, where it does not pass by them, and a pass in place does not.
+    pub fn pass(&self) -> Traffic {
+        if self.in_place > self.copy { Traffic::InPlace } else { Traffic::Copy }
+    }
+
+    /// Bytes a second of that pass, those read and those written together.
+    pub fn memory(&self) -> f64 {
+        self.copy.max(self.in_place)
     }
 
     /// `227 GFLOP/s in f32`.
     pub fn product_text(&self) -> String {
         format!("{:.0} GFLOP/s in {}", self.product / 1e9, self.precision.name())
+    }
+
+    /// As results hold them.
+    pub fn limits(&self) -> Limits {
+        // JSON has no other numbers.
+        let finite = |speed: f64| if speed.is_finite() { speed } else { 0.0 };
+        Limits {
+            precision: self.precision.name().to_owned(),
+            copy: finite(self.copy),
+            in_place: finite(self.in_place),
+            product: finite(self.product),
+            doubts: self.memory_doubt.iter().chain(&self.product_doubt).cloned().collect(),
+        }
+    }
+
+    /// Measures the pass through memory and the product again, behind the figures: what of both has changed too much for floors, in
+    /// words.
+    ///
+    /// # Errors
+    /// Not enough memory, or a device that failed.
+    pub fn drift<B: Bed>(&self, backend: &B, ground: &dyn Ground, settings: &Settings) -> Result<Vec<String>> {
+        let memory = memory(backend, ground, settings, self.pass())?;
+        let product = product(backend, ground, settings, shapes(backend))?;
+        let precision = self.precision.name();
+        let notes = [
+            changed(words(self.pass()), [self.memory(), memory.median], "GB/s", precision),
+            changed("the fastest product", [self.product, product.quick], "GFLOP/s", precision),
+        ];
+        Ok(notes.into_iter().flatten().collect())
+    }
+}
+
+/// That a speed is another behind the figures than before them, where that is too much for floors.
+fn changed(what: &str, [before, after]: [f64; 2], unit: &str, precision: &str) -> Option<String> {
+    let change = (after / before - 1.0).abs();
+    (change > DRIFT).then(|| {
+        format!(
+            "{what}, which floors are computed from, came to {:.1} {unit} before the figures in {precision} and to {:.1} {unit} behind \
+             them: shares of floors are uncertain by {:.0} %",
+            before / 1e9,
+            after / 1e9,
+            100.0 * change
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::measure::spread;
+    use super::*;
+
+    #[test]
+    fn floors_of_memory_are_those_of_the_faster_pass() {
+        let speeds = |copy, in_place| Speeds { copy, in_place, ..Speeds::unknown(Precision::F32) };
+        assert_eq!((speeds(2e10, 1e10).pass(), speeds(2e10, 1e10).memory()), (Traffic::Copy, 2e10));
+        assert_eq!((speeds(1e10, 2e10).pass(), speeds(1e10, 2e10).memory()), (Traffic::InPlace, 2e10));
+    }
+
+    #[test]
+    fn a_reference_that_was_refused_says_why_its_floors_are_not_to_be_quoted() {
+        let found = |times: &[f64], refused: Option<&str>| {
+            let figure = Figure { seconds: spread(times), refused: refused.map(str::to_owned), ..Figure::default() };
+            Reference::new(1.0, figure, 0.2, "a copy")
+        };
+        assert_eq!(found(&[1.0, 1.0, 1.1], None).doubt, None);
+        let wide = found(&[1.0, 1.0, 2.0, 2.0], Some("spread too wide: and so on"));
+        let told = wide.doubt.as_deref();
+        assert_eq!(
+            told,
+            Some("a copy that it is computed from was refused: spread too wide: quartiles 67 % of the median apart")
+        );
+        let wrong = found(&[1.0], Some("wrong outcome")).doubt;
+        assert_eq!(wrong.as_deref(), Some("a copy that it is computed from was refused: wrong outcome"));
+    }
+
+    #[test]
+    fn a_speed_that_changed_by_more_than_a_tenth_is_noted() {
+        assert_eq!(changed("a copy", [2e10, 2.1e10], "GB/s", "f32"), None);
+        let note = changed("a copy", [2e10, 1.5e10], "GB/s", "bf16").unwrap();
+        assert!(
+            note.starts_with("a copy, which floors are computed from, came to 20.0 GB/s before the figures in bf16"),
+            "{note}"
+        );
+        assert!(note.ends_with("15.0 GB/s behind them: shares of floors are uncertain by 25 %"), "{note}");
     }
 }

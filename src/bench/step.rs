@@ -213,7 +213,8 @@ pub fn figures<B: Bed>(
         let limit = |_: Option<&_>| {
             let seconds = flops / speeds.product;
             let what = format!("its {:.3} GFLOP at this run's fastest product, {}", flops / 1e9, speeds.product_text());
-            Some(Limit { floor: Floor { seconds, what }, least: flops / speeds.fastest_product, from_memory: false })
+            let floor = Floor { seconds, what, doubt: speeds.product_doubt.clone() };
+            Some(Limit { floor, passable: 1.0, least: flops / speeds.fastest_product, from_memory: false })
         };
         let asked = Asked {
             figure: Figure {

@@ -56,13 +56,15 @@ pub fn speed(figure: &Figure) -> String {
 pub fn head(machine: &Machine, speeds: &Speeds) -> String {
     let fact = |name: &str| machine.facts.get(name).map(String::as_str).unwrap_or("unknown");
     format!(
-        "{}; {}; {} processors, load {} before\nThis run's limits in {}: a copy within memory {}, the fastest product {}\n",
+        "{}; {}; {} processors, load {} before\nThis run's limits in {}: a copy within memory {}, a pass in place {}, the fastest \
+         product {}\n",
         machine.device,
         fact("processor"),
         fact("processors that may be used"),
         fact("load before"),
         speeds.precision.name(),
         scaled(speeds.copy, "B/s"),
+        scaled(speeds.in_place, "B/s"),
         scaled(speeds.product, "FLOP/s"),
     )
 }
@@ -109,6 +111,9 @@ pub fn line(figure: &Figure) -> String {
             figure.memory_bytes.map_or_else(String::new, |bytes| format!("; memory {}", scaled(bytes as f64, "B")));
         text += &format!("    {}{memory}\n", parts.join(", "));
     }
+    if let Some(why) = floor.and_then(|floor| floor.doubt.as_ref()) {
+        text += &format!("    its floor is not to be quoted: {why}\n");
+    }
     if let Some(why) = &figure.refused {
         text += &format!("    not to be quoted: {why}\n");
     }
@@ -119,9 +124,10 @@ pub fn line(figure: &Figure) -> String {
 pub fn foot(results: &Results) -> String {
     let refused = results.figures.iter().filter(|figure| figure.refused.is_some()).count();
     let mut text = "\nHow to read this: time is the median of one repetition, +- half the distance between its quartiles. The floor is \
-        the least time that this machine needs for the same bytes or the same arithmetic, by the speed of a copy and of a product \
-        measured in this run; \"of floor\" is floor over time: 100 % is as fast as the machine allows, and for a training step it is \
-        the model FLOP utilization. "
+        the time that the same bytes take at the speed of a copy, or of a pass in place where that is faster, or the same arithmetic \
+        at the speed of the fastest product, both measured in this run; \"of floor\" is floor over time, and for a training step the \
+        model FLOP utilization. 100 % is as fast as this run has seen the machine; more than 110 % is refused, but for convolutions \
+        of 3 x 3, which Winograd's method does with fewer operations than are counted. "
         .to_owned();
     text += match refused {
         0 => "No figure was refused.",
@@ -168,7 +174,7 @@ mod tests {
             amount: (amount.0, amount.1.into()),
             bytes,
             flops,
-            floor: Some(Floor { seconds: 1.0e-3, what: "its MB".into() }),
+            floor: Some(Floor { seconds: 1.0e-3, what: "its MB".into(), doubt: None }),
             ..Figure::default()
         }
     }
@@ -186,9 +192,18 @@ mod tests {
     fn a_line_tells_the_spread_the_share_of_the_floor_and_why_it_is_refused() {
         let mut figure = figure((128.0, "sample"), None, None);
         figure.refused = Some("spread too wide".into());
+        figure.floor.as_mut().unwrap().doubt = Some("the product was refused".into());
         let text = line(&figure);
-        for part in ["mlp", "2.00 ms", "5 %", "64.0 ksamples/s", "1.00 ms", "50 %", "not to be quoted: spread too wide"]
-        {
+        for part in [
+            "mlp",
+            "2.00 ms",
+            "5 %",
+            "64.0 ksamples/s",
+            "1.00 ms",
+            "50 %",
+            "    not to be quoted: spread too wide",
+            "    its floor is not to be quoted: the product was refused",
+        ] {
             assert!(text.contains(part), "{part} in {text}");
         }
     }

@@ -1,14 +1,14 @@
-//! The update alone, beside a copy of memory in turn.
+//! The update alone, in turn with a plain pass through memory: a copy, or one in place where that is faster.
 
 use super::device::TrafficTask;
 use super::measure::{Asked, Ground, Limit, Settings, Task, measure};
 use super::place::Bed;
 use super::results::{Figure, Floor, Spread};
-use super::speeds::Speeds;
+use super::speeds::{Speeds, words};
 use super::works::{Updating, clips, rules, threads};
 use crate::backend::Arena;
 use crate::backend::cpu;
-use crate::backend::profile::{Kind, Traffic};
+use crate::backend::profile::Kind;
 use crate::backend::step::{UpdateWork, Work};
 use crate::error::{Error, Result};
 use crate::optim::{Clip, NormClip, Rule, StepOutcome, StepParams, UpdatePlan};
@@ -367,7 +367,7 @@ pub fn figures<B: Bed>(
     told: &mut dyn FnMut(Figure) -> Result<()>,
 ) -> Result<()> {
     let precision = speeds.precision.name();
-    let mut copy = None;
+    let mut pass = None;
     for (name, work) in updates(backend, precision) {
         if !wanted(&name) {
             continue;
@@ -379,25 +379,28 @@ pub fn figures<B: Bed>(
             continue;
         }
         let mut task = UpdateTask::new(backend, &work)?;
-        let copy = match &mut copy {
-            Some(copy) => copy,
-            None => copy.insert(TrafficTask::in_memory(backend, Traffic::Copy)?),
+        let pass = match &mut pass {
+            Some(pass) => pass,
+            None => pass.insert(TrafficTask::in_memory(backend, speeds.pass())?),
         };
         let (bytes, flops) = task.cost();
-        let copied = copy.bytes();
+        let passed = pass.bytes();
         let limit = |beside: Option<&Spread>| {
             let beside = beside?;
             let products = flops / speeds.product;
-            let seconds = bytes * beside.median / copied + products;
+            let seconds = bytes * beside.median / passed + products;
             let also = if flops > 0.0 { format!(", and {:.1} GFLOP of products", flops / 1e9) } else { String::new() };
             let what = format!(
-                "{} bytes a parameter at the speed of a copy taken in turn with it, {:.1} GB/s{also}",
+                "{} bytes a parameter at the speed of {} taken in turn with it, {:.1} GB/s{also}",
                 bytes / work.parameters as f64,
-                copied / beside.median / 1e9
+                words(speeds.pass()),
+                passed / beside.median / 1e9
             );
-            let fastest = speeds.fastest_memory.max(copied / beside.lower_quartile);
+            // The pass beside it has a spread of its own; the product has been measured before.
+            let doubt = speeds.product_doubt.clone().filter(|_| flops > 0.0);
+            let fastest = speeds.fastest_memory.max(passed / beside.lower_quartile);
             let least = (bytes / fastest).max(flops / speeds.fastest_product);
-            Some(Limit { floor: Floor { seconds, what }, least, from_memory: flops == 0.0 })
+            Some(Limit { floor: Floor { seconds, what, doubt }, passable: 1.0, least, from_memory: flops == 0.0 })
         };
         let asked = Asked {
             figure: Figure {
@@ -412,7 +415,7 @@ pub fn figures<B: Bed>(
             },
             limit: &limit,
         };
-        told(measure(ground, settings, &mut task, Some(copy), asked)?)?;
+        told(measure(ground, settings, &mut task, Some(pass), asked)?)?;
     }
     Ok(())
 }
