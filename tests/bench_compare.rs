@@ -82,6 +82,56 @@ fn a_ratio_to_a_peer_that_falls_is_slower() {
 }
 
 #[test]
+fn peers_of_several_precisions_and_updates_are_compared_each_with_its_own() {
+    let peer = |name: &str, precision: &str, parameters: u64, median| PeerFigure {
+        peer: "JAX".into(),
+        ratio: about(median, 0.01),
+        work: Work {
+            name: name.into(),
+            precision: precision.into(),
+            parameters,
+            update: "adamw+global_norm".into(),
+            ..Work::default()
+        },
+        ..PeerFigure::default()
+    };
+    let with = |tf32, bf16, small, large| Results {
+        peers: vec![
+            peer("mlp", "tf32", 1000, tf32),
+            peer("mlp", "bf16", 1000, bf16),
+            peer("update", "f32", 1_000_000, small),
+            peer("update", "f32", 50_000_000, large),
+        ],
+        ..results(Vec::new())
+    };
+    let found = compare(&with(2.0, 3.0, 2.0, 2.0), &with(2.0, 1.5, 2.0, 4.0));
+    let expected = [
+        ("peers/mlp/bf16 against JAX", Verdict::Slower),
+        ("peers/update/adamw+global_norm/50M/f32 against JAX", Verdict::Faster),
+        ("peers/mlp/tf32 against JAX", Verdict::Same),
+        ("peers/update/adamw+global_norm/1M/f32 against JAX", Verdict::Same),
+    ];
+    assert_eq!(verdicts(&found), expected);
+}
+
+#[test]
+fn a_good_figure_that_is_refused_or_missing_after_is_no_pass() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |name: &str| Figure { refused: Some("spread too wide".into()), ..figure(name, about(1.0, 0.0)) };
+    let before = vec![figure("a", about(1.0, 0.0)), figure("b", about(1.0, 0.0)), refused("c"), refused("d")];
+    let before = written(folder.path(), "before.json", &results(before));
+    let after = written(folder.path(), "after.json", &results(vec![refused("a"), figure("c", about(1.0, 0.0))]));
+    let threshold = [&before, &after, Path::new("--threshold"), Path::new("5")];
+    let (output, out, errors) = called(&threshold);
+    assert_eq!(output.status.code(), Some(1), "{out}{errors}");
+    assert_eq!(errors, "could be quoted before, and is refused or missing after: step/a, step/b\n");
+    // Without a threshold it is told, and no failure.
+    assert_eq!(called(&threshold[..2]).0.status.code(), Some(0));
+    let (output, _, errors) = called(&[&before, &before, Path::new("--threshold"), Path::new("5")]);
+    assert_eq!((output.status.code(), errors.as_str()), (Some(0), ""));
+}
+
+#[test]
 fn figures_that_are_refused_or_of_other_work_are_not_compared() {
     let work = |parameters| Some(Work { name: "mlp".into(), parameters, ..Work::default() });
     let refused = |name: &str| Figure { refused: Some("spread too wide".into()), ..figure(name, about(1.0, 0.0)) };

@@ -31,7 +31,7 @@ pub enum Verdict {
 /// A figure that both results hold.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Change {
-    /// Suite and name; `peers`, the work and the peer's name for a ratio.
+    /// Suite and name; `peers`, the work, its precision and the peer's name for a ratio.
     pub name: String,
     /// How it changed.
     pub verdict: Verdict,
@@ -54,6 +54,8 @@ pub struct Comparison {
     pub only_before: Vec<String>,
     /// Figures that only the later results hold.
     pub only_after: Vec<String>,
+    /// Figures that may be quoted of the earlier results, and are missing or refused in the later ones.
+    pub lost: Vec<String>,
     /// What else differs: machine, device, versions.
     pub notes: Vec<String>,
 }
@@ -85,11 +87,15 @@ pub fn compare(before: &Results, after: &Results) -> Comparison {
     };
     let mut changes: Vec<Change> =
         old.iter().filter_map(|(name, old)| Some(changed(name, old, new.get(name)?))).collect();
+    let is_good = |entry: &Entry<'_>| entry.refused().is_none() && untimed(entry).is_none();
+    let lost = old.iter().filter(|(name, old)| is_good(old) && !new.get(*name).is_some_and(is_good));
+    let lost = lost.map(|(name, _)| name.clone()).collect();
     changes.sort_by(|a, b| a.verdict.cmp(&b.verdict).then(b.change.abs().total_cmp(&a.change.abs())));
     Comparison {
         changes,
         only_before: missing_in(&old, &new),
         only_after: missing_in(&new, &old),
+        lost,
         notes: notes(before, after),
     }
 }
@@ -118,7 +124,7 @@ impl Entry<'_> {
 
 fn entries(results: &Results) -> BTreeMap<String, Entry<'_>> {
     let figures = results.figures.iter().map(|f| (format!("{}/{}", f.suite, f.name), Entry::Figure(f)));
-    let peers = results.peers.iter().map(|p| (format!("peers/{} against {}", p.work.name, p.peer), Entry::Peer(p)));
+    let peers = results.peers.iter().map(|p| (format!("peers/{} against {}", p.work.title(), p.peer), Entry::Peer(p)));
     figures.chain(peers).collect()
 }
 
@@ -141,14 +147,20 @@ fn changed(name: &str, old: &Entry<'_>, new: &Entry<'_>) -> Change {
     Change { name: name.to_owned(), verdict, before, after, change, why }
 }
 
+/// That a figure has no time.
+fn untimed(entry: &Entry<'_>) -> Option<String> {
+    let Spread { count, median, .. } = entry.spread();
+    (count == 0 || median.is_nan() || median <= 0.0).then(|| "no time was taken".to_owned())
+}
+
 /// Why two figures of one name cannot be compared.
 fn unlike(old: &Entry<'_>, new: &Entry<'_>) -> Option<String> {
     let told = |side: &str, reason: &String| format!("refused {side}: {reason}");
     if let Some(why) = old.refused().map(|r| told("before", r)).or_else(|| new.refused().map(|r| told("after", r))) {
         return Some(why);
     }
-    if [old.spread(), new.spread()].iter().any(|s| s.count == 0 || s.median.is_nan() || s.median <= 0.0) {
-        return Some("no time was taken".to_owned());
+    if let Some(why) = untimed(old).or_else(|| untimed(new)) {
+        return Some(why);
     }
     match (old, new) {
         (Entry::Figure(old), Entry::Figure(new)) => {
@@ -186,7 +198,7 @@ fn notes(before: &Results, after: &Results) -> Vec<String> {
         notes.extend(machine.notes.iter().map(|note| format!("{side}: {note}")));
     }
     for peer in &after.peers {
-        let same = before.peers.iter().find(|p| p.peer == peer.peer && p.work.name == peer.work.name);
+        let same = before.peers.iter().find(|p| p.peer == peer.peer && p.work.title() == peer.work.title());
         if let Some(old) =
             same.filter(|old| old.version != peer.version && !old.version.is_empty() && !peer.version.is_empty())
         {

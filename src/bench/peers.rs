@@ -203,7 +203,14 @@ pub fn run(peer: &Peer, unit: &mut dyn Unit, settings: &Settings) -> Result<Peer
     let ours = unit.work();
     let nothing = PeerFigure {
         peer: peer.label.clone(),
-        work: Work { name: ours.name.clone(), ..Work::default() },
+        // What was asked for: of who is not there, nothing else is known.
+        work: Work {
+            name: ours.name.clone(),
+            precision: ours.precision.clone(),
+            update: ours.update.clone(),
+            parameters: if ours.name == "update" { ours.parameters } else { 0 },
+            ..Work::default()
+        },
         ..PeerFigure::default()
     };
     if interrupt::caught().is_some() {
@@ -309,11 +316,7 @@ pub fn heading() -> String {
 /// A figure as a line of a table.
 pub fn line(figure: &PeerFigure) -> String {
     let PeerFigure { peer, work, theirs, ours, ratio, refused, .. } = figure;
-    let name = match work.precision.as_str() {
-        "" | "f32" => work.name.clone(),
-        precision => format!("{}/{precision}", work.name),
-    };
-    let head = format!("{name:<12} {peer:<17}");
+    let head = format!("{:<12} {peer:<17}", work.title());
     if ratio.count == 0 {
         return format!("{head} not compared: {}\n", refused.as_deref().unwrap_or("no turn was taken"));
     }

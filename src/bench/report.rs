@@ -112,7 +112,7 @@ fn peer_table(peers: &[PeerFigure]) -> String {
             };
             let ratios = if done { format!("{ratios}, {} turns", ratio.count) } else { String::new() };
             let cells = [peer.clone(), version.clone(), time(theirs.median), time(ours.median), ratios, shapes];
-            row(&work.name, &cells, refused.as_deref())
+            row(&work.title(), &cells, refused.as_deref())
         })
         .collect();
     table(&["work", "peer", "version", "theirs", "ours", "times as fast", "of"], &rows)

@@ -90,6 +90,18 @@ pub struct Work {
     pub threads: usize,
 }
 
+impl Work {
+    /// Its name, that of its update where it is nothing else, and its precision where that is known: `gpt2/bf16`,
+    /// `update/adamw+global_norm/50M/f32`.
+    pub fn title(&self) -> String {
+        let name = match self.name.as_str() {
+            "update" if !self.update.is_empty() => format!("update/{}/{}M", self.update, self.parameters as f64 / 1e6),
+            name => name.to_owned(),
+        };
+        if self.precision.is_empty() { name } else { format!("{name}/{}", self.precision) }
+    }
+}
+
 /// One thing that was timed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figure {

@@ -67,11 +67,11 @@ pub(super) fn against_floor(figures: &[Figure]) -> Result<Option<String>> {
 /// How many times as fast as each peer we are; nothing where there was none.
 pub(super) fn against_peers(peers: &[PeerFigure]) -> Result<Option<String>> {
     let mut rows = Vec::new();
-    let mut work = "";
+    let mut work = String::new();
     for peer in peers {
-        if work != peer.work.name {
-            work = &peer.work.name;
-            rows.push(Row::Heading(work.to_owned()));
+        if work != peer.work.title() {
+            work = peer.work.title();
+            rows.push(Row::Heading(work.clone()));
         }
         let ratio = &peer.ratio;
         rows.push(if ratio.count == 0 {

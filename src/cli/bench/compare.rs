@@ -22,7 +22,8 @@ pub(crate) struct Options {
     /// The later results
     #[arg(value_name = "AFTER.json")]
     after: PathBuf,
-    /// Exit with 1 where something got slower by more than this, beyond the noise
+    /// Exit with 1 where something got slower by more than this, beyond the noise, or where what could be quoted before is refused
+    /// or missing after
     #[arg(long, value_name = "PERCENT")]
     threshold: Option<f64>,
     /// Print a JSON object
@@ -45,9 +46,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     }
     let Some(percent) = options.threshold else { return Ok(ExitCode::SUCCESS) };
     let slower: Vec<&str> = found.slower_than(percent).map(|change| change.name.as_str()).collect();
-    if slower.is_empty() {
-        return Ok(ExitCode::SUCCESS);
+    if !slower.is_empty() {
+        tell(format_args!("slower by more than {percent} %: {}", slower.join(", ")));
     }
-    tell(format_args!("slower by more than {percent} %: {}", slower.join(", ")));
-    Ok(ExitCode::FAILURE)
+    if !found.lost.is_empty() {
+        tell(format_args!("could be quoted before, and is refused or missing after: {}", found.lost.join(", ")));
+    }
+    Ok(if slower.is_empty() && found.lost.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
