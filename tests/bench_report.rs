@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use warpstep::bench::report::{page, write};
-use warpstep::bench::results::{FORMAT, Figure, Floor, Machine, PeerFigure, Results, Spread, Work};
+use warpstep::bench::results::{FORMAT, Figure, Floor, Limits, Machine, PeerFigure, Results, Spread, Work};
 use warpstep::random::{Philox, Purpose};
 
 fn about(median: f64) -> Spread {
@@ -173,6 +173,29 @@ fn the_page_shows_every_figure_every_peer_and_every_reason() {
     }
     let pictures = page.matches("<svg").count();
     assert_eq!(pictures, 3, "bars against peers, the roofline, bars against floors");
+}
+
+#[test]
+fn each_precision_that_is_drawn_has_its_own_roof_whatever_figures_were_taken() {
+    let limits = |precision: &str, product| Limits {
+        precision: precision.into(),
+        copy: 1e12,
+        in_place: 2e12,
+        product,
+        ..Limits::default()
+    };
+    let computed = |name: &str| Figure { bytes: Some(1e9), flops: Some(1e12), ..figure("kernel", name, 0.01) };
+    let mut results = Results { figures: vec![computed("linear/f32"), computed("linear/bf16")], ..results() };
+    results.machine.limits = vec![limits("f32", 5e13), limits("tf32", 4e14), limits("bf16", 8e14)];
+    let page = page(&results).unwrap();
+    for text in ["fastest product in f32, 50 TFLOP/s", "fastest product in bf16, 800 TFLOP/s", "memory, 2000.0 GB/s"] {
+        assert_eq!(page.matches(text).count(), 1, "{text}");
+    }
+    assert!(!page.contains("fastest product in tf32"), "nothing was taken in it");
+    // A point is told as a share of its own roof: 1e14 operations a second of 5e13 and of 8e14.
+    assert!(page.contains("<td>200 %</td>") && page.contains("<td>12 %</td>"), "{page}");
+    let read: Results = serde_json::from_str(&serde_json::to_string(&results).unwrap()).unwrap();
+    assert_eq!(read, results);
 }
 
 #[test]

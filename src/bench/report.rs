@@ -33,9 +33,9 @@ pub fn page(results: &Results) -> Result<String> {
                 as whiskers. Right of the line, Warpstep is faster.";
     sections += &section("Against peers", told, peers, &peer_table(&results.peers));
     let points = roofline::points(&results.figures);
-    let roofs = roofline::roofs(results);
-    let told = "Each figure that has bytes and operations, beneath what this run has measured of the memory and of products. \
-                Hollow points are refused figures.";
+    let roofs = roofline::roofs(results, &points);
+    let told = "Each figure that has bytes and operations, beneath what this run has measured of the memory and of products, \
+                those of each precision for itself. Hollow points are refused figures.";
     sections += &section("Roofline", told, roofline::drawn(&points, &roofs)?, &point_table(&points, &roofs));
     let told = "Each figure's speed as a share of what its floor allows, quartiles as whiskers. Hollow bars are refused figures.";
     sections += &section("Against the floor", told, bars::against_floor(&results.figures)?, "");
@@ -99,7 +99,7 @@ fn peer_table(peers: &[PeerFigure]) -> String {
             let done = ratio.count > 0;
             let time = |seconds: f64| if done { text::seconds(seconds) } else { String::new() };
             let ratios = format!("{:.2} ({:.2} to {:.2})", ratio.median, ratio.lower_quartile, ratio.upper_quartile);
-            let shapes = if work.parameters > 0 {
+            let shapes = if !work.inputs.is_empty() {
                 format!(
                     "{} parameters, {:?}, {}, {}",
                     grouped(work.parameters),
@@ -123,9 +123,8 @@ fn point_table(points: &[roofline::Point<'_>], roofs: &roofline::Roofs) -> Strin
         .iter()
         .enumerate()
         .map(|(i, point)| {
-            let share = roofs
-                .at(point.intensity)
-                .map_or_else(String::new, |roof| format!("{:.0} %", 100.0 * point.speed / roof));
+            let share =
+                roofs.over(point).map_or_else(String::new, |roof| format!("{:.0} %", 100.0 * point.speed / roof));
             let name = format!("{}/{}", point.figure.suite, point.figure.name);
             let cells = [name, format!("{:.3}", point.intensity), si(point.speed, "FLOP/s"), share];
             row(&(i + 1).to_string(), &cells, None)

@@ -29,22 +29,47 @@ pub(super) struct Point<'a> {
     pub speed: f64,
 }
 
-/// What bounds the points.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Roofs {
-    /// Bytes a second of a copy within the memory.
+/// What bounds the points of a precision.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Roof {
+    /// Of products; empty where it is that of all points.
+    pub precision: String,
+    /// Bytes a second of the fastest pass through the memory.
     pub memory: Option<f64>,
     /// Operations a second of the fastest product.
     pub product: Option<f64>,
 }
 
-impl Roofs {
-    /// Operations a second that the roofs allow at an intensity.
-    pub fn at(&self, intensity: f64) -> Option<f64> {
+impl Roof {
+    /// Operations a second that it allows at an intensity.
+    fn at(&self, intensity: f64) -> Option<f64> {
         match (self.memory.map(|memory| memory * intensity), self.product) {
             (Some(memory), Some(product)) => Some(memory.min(product)),
             (memory, product) => memory.or(product),
         }
+    }
+
+    /// Operations a byte where both bounds meet.
+    fn ridge(&self) -> Option<f64> {
+        self.memory.zip(self.product).map(|(memory, product)| product / memory)
+    }
+
+    /// Whether a figure is bounded by it: names of figures tell their precision, but where a device has one alone.
+    fn is_over(&self, figure: &Figure) -> bool {
+        self.precision.is_empty()
+            || figure.name.split('/').any(|part| part.strip_suffix("_alone").unwrap_or(part) == self.precision)
+    }
+}
+
+/// One a precision.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Roofs(Vec<Roof>);
+
+impl Roofs {
+    /// Operations a second that its roof allows a point.
+    pub fn over(&self, point: &Point<'_>) -> Option<f64> {
+        let named = self.0.iter().find(|roof| roof.is_over(point.figure));
+        named.or(self.0.first())?.at(point.intensity)
     }
 }
 
@@ -59,15 +84,32 @@ fn point(figure: &Figure) -> Option<Point<'_>> {
     (usable(intensity) && usable(speed)).then_some(Point { figure, intensity, speed })
 }
 
-/// The roofs, as the suite `device` has measured them.
-pub(super) fn roofs(results: &Results) -> Roofs {
+/// The roofs over these points, as the run has measured them for its floors; in results that do not hold these, as the suite `device`
+/// has measured them.
+pub(super) fn roofs(results: &Results, points: &[Point<'_>]) -> Roofs {
+    let usable = |speed: f64| (speed.is_finite() && speed > 0.0).then_some(speed);
+    let limits = &results.machine.limits;
+    let mut roofs: Vec<Roof> = limits
+        .iter()
+        .map(|limits| Roof {
+            precision: if results.machine.limits.len() > 1 { limits.precision.clone() } else { String::new() },
+            memory: usable(limits.copy.max(limits.in_place)),
+            product: usable(limits.product),
+        })
+        .collect();
+    // A precision that no point is of would draw a roof over nothing.
+    roofs.retain(|roof| points.iter().any(|point| roof.is_over(point.figure)));
+    if !roofs.is_empty() {
+        return Roofs(roofs);
+    }
     let measured =
         |figure: &&Figure| figure.suite == "device" && figure.refused.is_none() && figure.seconds.median > 0.0;
     let device = || results.figures.iter().filter(measured);
     let memory = device().find(|figure| figure.name == "copy/memory");
     let products = device().filter(|figure| figure.name.starts_with("product/"));
     let product = products.filter_map(|figure| Some(figure.flops? / figure.seconds.median)).reduce(f64::max);
-    Roofs { memory: memory.and_then(|figure| Some(figure.bytes? / figure.seconds.median)), product }
+    let memory = memory.and_then(|figure| Some(figure.bytes? / figure.seconds.median));
+    Roofs(vec![Roof { precision: String::new(), memory, product }])
 }
 
 /// Operations a second as people read them, with the unit that suits the largest.
@@ -98,9 +140,8 @@ struct Field {
 
 impl Field {
     fn new(points: &[Point<'_>], roofs: &Roofs) -> Self {
-        let ridge = roofs.memory.zip(roofs.product).map(|(memory, product)| product / memory);
-        let intensities = || points.iter().map(|p| p.intensity).chain(ridge);
-        let speeds = || points.iter().map(|p| p.speed).chain(roofs.product);
+        let intensities = || points.iter().map(|p| p.intensity).chain(roofs.0.iter().filter_map(Roof::ridge));
+        let speeds = || points.iter().map(|p| p.speed).chain(roofs.0.iter().filter_map(|roof| roof.product));
         let least = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::INFINITY, f64::min);
         let greatest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
         let range = (least(&mut intensities()) / 3.0, greatest(&mut intensities()) * 4.0);
@@ -119,7 +160,9 @@ impl Field {
 fn draw(area: &Area<'_, '_>, points: &[Point<'_>], roofs: &Roofs) -> Result<()> {
     let field = Field::new(points, roofs);
     frame(area, &field)?;
-    roof(area, &field, roofs)?;
+    for (number, each) in roofs.0.iter().enumerate() {
+        roof(area, &field, each, number == 0)?;
+    }
     legend(area, points)?;
     let places: Vec<(i32, i32)> = points.iter().map(|p| field.at(p.intensity, p.speed)).collect();
     let mut taken: Vec<(i32, i32)> = places.clone();
@@ -160,26 +203,31 @@ fn frame(area: &Area<'_, '_>, field: &Field) -> Result<()> {
     words(area, unit(field.each).1, (LEFT - 8, TOP - 20), HPos::Right)
 }
 
-fn roof(area: &Area<'_, '_>, field: &Field, roofs: &Roofs) -> Result<()> {
+/// A roof. All lie over the same memory, which bears its name at the first.
+fn roof(area: &Area<'_, '_>, field: &Field, roof: &Roof, is_first: bool) -> Result<()> {
     let style = BLACK.stroke_width(UNIT as u32);
-    let ridge = roofs.memory.zip(roofs.product).map(|(memory, product)| product / memory);
+    let ridge = roof.ridge();
     let (first, last) = field.range;
     let (each, name) = unit(field.each);
-    if let Some(product) = roofs.product {
+    if let Some(product) = roof.product {
         let from = field.at(ridge.unwrap_or(first), product);
         let to = field.at(last, product);
         line(area, &[from, to], style)?;
-        let told = format!("fastest product, {:.0} {name}", product / each);
+        let of = if roof.precision.is_empty() { String::new() } else { format!(" in {}", roof.precision) };
+        let told = format!("fastest product{of}, {:.0} {name}", product / each);
         words(area, &told, (to.0 - 6, to.1 - 12), HPos::Right)?;
     }
-    if let Some(memory) = roofs.memory {
+    if let Some(memory) = roof.memory {
         // From where the slope enters the field, at its side or at its foot.
         let from = first.max(field.low / memory);
         let to = ridge.unwrap_or(last).max(from);
         line(area, &[field.at(from, memory * from), field.at(to, memory * to)], style)?;
+        if !is_first {
+            return Ok(());
+        }
         let middle = from * (to / from).powf(0.4);
         let middle = field.at(middle, memory * middle);
-        let told = format!("copy, {:.1} GB/s", memory / 1e9);
+        let told = format!("memory, {:.1} GB/s", memory / 1e9);
         let place = ((middle.0 - 8) * UNIT, (middle.1 - 8) * UNIT);
         area.draw_text(&told, &text(12, HPos::Right, VPos::Bottom), place).map_err(failed)?;
     }
