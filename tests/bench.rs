@@ -47,6 +47,9 @@ fn every_suite_names_its_figures_and_what_means_none_is_refused() {
     ] {
         assert!(text.lines().any(|line| line == name), "{name} in {text}");
     }
+    for family in ["kernel/cross_entropy/", "kernel/log_mel/"] {
+        assert!(!text.lines().any(|line| line.starts_with(family) && line.contains("backward")), "{family} in {text}");
+    }
     let mut names: Vec<&str> = text.lines().collect();
     names.sort_unstable();
     names.dedup();
@@ -56,6 +59,8 @@ fn every_suite_names_its_figures_and_what_means_none_is_refused() {
     for (arguments, expected) in [
         (vec!["stop"], "expected device, update, kernel, step, data"),
         (vec!["step/nothing"], "step/nothing, which means no figure; `warpstep bench --list step` names those of step"),
+        (vec!["--device", "cpu", "--list", "kernel/cross_entropy*backward"], "which means no figure"),
+        (vec!["--device", "cpu", "step/mlp", "update/nothing"], "update/nothing, which means no figure"),
         (vec!["--device", "tpu"], "found \"tpu\", expected auto, cpu, cuda, cuda:N or emulated"),
         (vec!["--precision", "f8"], "found \"f8\", expected f32, tf32, bf16 or f16"),
         (vec!["--device", "cpu", "--precision", "bf16"], "the CPU computes in f32"),

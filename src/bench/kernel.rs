@@ -289,14 +289,21 @@ pub fn figures<B: Bed>(
 ) -> Result<()> {
     let precision = speeds.precision.name();
     for case in cases(backend.kind()) {
-        let names = ["forward", "backward"].map(|way| format!("{}/{way}/{precision}", case.name));
-        if !names.iter().any(|name| wanted(name)) {
+        let ways = [(Way::Forward, "forward"), (Way::Backward, "backward")];
+        let ways = ways.into_iter().filter(|(way, _)| *way == Way::Forward || case.has_backward());
+        // Each is asked for once, since who asks may count.
+        let ways: Vec<(Way, String)> = ways
+            .map(|(way, word)| (way, format!("{}/{word}/{precision}", case.name)))
+            .filter(|(_, name)| wanted(name))
+            .collect();
+        if ways.is_empty() {
             continue;
         }
         let mut task = KernelTask::new(backend, &case)?;
         let costs = task.alone.program.costs(&task.alone.parameters)?;
-        for (name, way) in names.into_iter().zip([Way::Forward, Way::Backward]) {
-            if !wanted(&name) || !task.go(way)? {
+        for (way, name) in ways {
+            // What is asked for may end meanwhile.
+            if ground.is_over() || !task.go(way)? {
                 continue;
             }
             let costs = &costs[task.ops()];

@@ -91,6 +91,11 @@ impl<B: Backend> Layer<B> for Loss {
 const SAMPLE_RATE: u32 = 16_000;
 
 impl Case {
+    /// Whether there is a way back: the loss alone leaves its gradient on the way forward, and pictures are made of given waveforms.
+    pub fn has_backward(&self) -> bool {
+        !matches!(self.what, What::CrossEntropy | What::Mel)
+    }
+
     /// The layer, on any backend.
     ///
     /// # Errors
