@@ -7,7 +7,7 @@ use std::time::Duration;
 use warpstep::Result;
 use warpstep::backend::cpu::Cpu;
 use warpstep::bench::peers::{NAMES, Peer, Places, Scripts, Settings, Start, difference, run, visible_device};
-use warpstep::bench::place::Place;
+use warpstep::bench::place::{Place, Precision};
 use warpstep::bench::results::{PeerFigure, Work};
 use warpstep::bench::run::{Pattern, Request};
 use warpstep::bench::unit::{self, Unit};
@@ -467,7 +467,7 @@ fn the_scripts_declare_exactly_our_steps() {
     assert_eq!(own_work("resnet18").parameters, 11_689_512, "torchvision's own");
     let Some(python) = python() else { return };
     let scripts = Scripts::write().unwrap();
-    for name in unit::NAMES.into_iter().filter(|name| !["gpt2", "update"].contains(name)) {
+    for name in unit::STEPS.into_iter().filter(|name| *name != "gpt2") {
         let ours = own_work(name);
         for peer in ["pytorch-eager", "jax"] {
             if let Some(theirs) = declared(peer, &ours, &scripts, &python) {
@@ -532,13 +532,51 @@ fn the_patterns_choose_the_works_that_peers_do() {
         let patterns = patterns.iter().map(|text| Pattern::parse(text).unwrap()).collect();
         Request { patterns, place, precisions: Vec::new(), seconds: None, command: String::new() }.works()
     };
-    assert_eq!(works(&[], Place::Cpu), ["mlp", "cnn", "audio_cnn", "gpt_cpu", "update"]);
+    let usual = "update/momentum+global_norm/50M";
+    assert_eq!(works(&[], Place::Cpu), ["mlp", "cnn", "audio_cnn", "gpt_cpu", usual]);
     assert_eq!(works(&["step/mlp"], Place::Cpu), ["mlp"]);
     assert_eq!(works(&["step/mlp/bf16", "step/gpt2"], Place::Cuda(0)), ["mlp", "gpt2"]);
     assert_eq!(works(&["step/resnet18"], Place::Cpu), ["resnet18"]);
     assert_eq!(works(&["step"], Place::Cpu), ["mlp", "cnn", "audio_cnn", "resnet18", "gpt_cpu", "gpt2"]);
-    assert_eq!(works(&["update/momentum+global_norm"], Place::Cpu), ["update"]);
-    assert_eq!(works(&["update/adamw", "data", "device/copy"], Place::Cpu), Vec::<&str>::new());
+    assert_eq!(works(&["update/momentum+global_norm"], Place::Cpu), [usual]);
+    assert_eq!(works(&["update"], Place::Cuda(0)), ["update/momentum+global_norm/124M"]);
+    assert_eq!(works(&["update/sgd", "data", "device/copy"], Place::Cpu), Vec::<&str>::new());
+}
+
+#[test]
+fn an_update_is_compared_by_the_rule_and_the_size_that_its_pattern_names() {
+    let request = |patterns: &[&str], place| {
+        let patterns = patterns.iter().map(|text| Pattern::parse(text).unwrap()).collect();
+        Request { patterns, place, precisions: Vec::new(), seconds: None, command: String::new() }
+    };
+    for (pattern, place, expected) in [
+        ("update/adamw", Place::Cpu, "update/adamw+global_norm/50M"),
+        ("update/adamw", Place::Cuda(0), "update/adamw+global_norm/124M"),
+        ("update/adamw+global_norm/10M", Place::Cuda(0), "update/adamw+global_norm/10M"),
+        ("update/adamw+global_norm/355M/bf16", Place::Cuda(0), "update/adamw+global_norm/355M"),
+        ("update/*/1M", Place::Cpu, "update/momentum+global_norm/1M"),
+    ] {
+        let request = request(&[pattern, "step/mlp"], place);
+        assert_eq!(request.works(), ["mlp", expected], "{pattern}");
+        assert_eq!(request.without_peers(), Vec::<String>::new());
+    }
+    let without = request(&["update/lion", "step", "kernel", "update/adamw+none"], Place::Cpu).without_peers();
+    assert_eq!(without, ["update/lion", "kernel", "update/adamw+none"]);
+    // What we do ourselves, and what is asked of the others.
+    let work = unit::unit("update/adamw+global_norm/1M", Place::Cpu, Precision::F32).unwrap().work();
+    assert_eq!((work.update.as_str(), work.inputs.as_slice()), ("adamw+global_norm", &[1_000_000][..]));
+    assert_eq!(work.title(), "update/adamw+global_norm/1M/f32");
+}
+
+#[test]
+fn patterns_without_a_work_of_peers_are_told_in_a_line() {
+    let ran = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+        .args(["bench", "--device", "cpu", "--seconds", "0.001", "--peers", "device/fork_join"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&ran.stderr).into_owned();
+    assert!(ran.status.success() && told.lines().count() == 1, "{told}");
+    assert!(told.starts_with("peers: none does the work of device/fork_join; they do step/mlp, step/cnn"), "{told}");
 }
 
 #[cfg(unix)]

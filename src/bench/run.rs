@@ -102,9 +102,10 @@ impl Pattern {
         self.suite == suite
     }
 
-    /// Whether it goes on behind this beginning of a name: `step/mlp/bf16` behind `mlp`.
-    fn is_within(&self, suite: &str, name: &str) -> bool {
-        self.suite == suite && self.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('/'))
+    /// Whether it means a figure whose name begins so, or goes on behind it: `step/mlp/bf16` behind `mlp`.
+    fn has_begun(&self, suite: &str, name: &str) -> bool {
+        let goes_on = |rest: &str| rest.starts_with('/');
+        self.means(suite, name) || (self.suite == suite && self.name.strip_prefix(name).is_some_and(goes_on))
     }
 }
 
@@ -151,23 +152,35 @@ impl Request {
         parts.map(|(suite, name)| Pattern { suite: suite.to_owned(), name: name.to_owned() }).collect()
     }
 
-    /// The works that peers do too, of those that are asked for.
-    pub fn works(&self) -> Vec<&'static str> {
-        let is_cpu = self.place == Place::Cpu;
-        let asked = |name: &str| match name {
+    /// The works that peers do too, of those that are asked for, as [`unit()`](unit::unit) takes them. Of updates, each pattern means
+    /// one: the first of [`update::of_peers`] that it names.
+    pub fn works(&self) -> Vec<String> {
+        let patterns = self.patterns();
+        let is_asked = |name: &str| match name {
             // Minutes on a CPU, and nobody's measure there.
-            "gpt2" if is_cpu => !self.is_tour() && self.means("step", name),
-            "update" => {
-                self.means("update", if is_cpu { "momentum+global_norm/50M" } else { "momentum+global_norm/124M" })
-            }
-            _ => self.means("step", name),
+            "gpt2" if self.place == Place::Cpu && self.is_tour() => false,
+            _ => patterns.iter().any(|pattern| pattern.has_begun("step", name)),
         };
-        unit::NAMES.into_iter().filter(|name| asked(name)).collect()
+        let mut works: Vec<String> = unit::STEPS.into_iter().filter(|name| is_asked(name)).map(str::to_owned).collect();
+        let updates = update::of_peers(self.place);
+        for pattern in &patterns {
+            // Of the tour, one.
+            let few = if self.is_tour() { 1 } else { updates.len() };
+            let update = updates[..few].iter().find(|update| pattern.has_begun("update", update));
+            works.extend(update.map(|update| format!("update/{update}")).filter(|update| !works.contains(update)));
+        }
+        works
     }
 
-    /// Whether a pattern means a figure whose name begins so.
-    fn means(&self, suite: &str, name: &str) -> bool {
-        self.patterns().iter().any(|pattern| pattern.means(suite, name) || pattern.is_within(suite, name))
+    /// The patterns that mean no work that peers do.
+    pub fn without_peers(&self) -> Vec<String> {
+        let updates = update::of_peers(self.place);
+        let has_work = |pattern: &&Pattern| {
+            unit::STEPS.into_iter().any(|name| pattern.has_begun("step", name))
+                || updates.iter().any(|update| pattern.has_begun("update", update))
+        };
+        let without = self.patterns.iter().filter(|pattern| !has_work(pattern));
+        without.map(|Pattern { suite, name }| format!("{suite}/{name}").trim_end_matches('/').to_owned()).collect()
     }
 
     /// The precisions that figures are taken in.

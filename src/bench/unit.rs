@@ -4,12 +4,13 @@ use super::measure::{Ground, Here, Task, spans};
 use super::place::{Bed, OnBed, Place, Precision};
 use super::results::Work;
 use super::step::StepTask;
-use super::update::UpdateTask;
-use super::works;
+use super::update::{self, UpdateTask};
+use super::works::{self, Updating};
+use crate::backend::profile::Kind;
 use crate::error::{Error, Result};
 
-/// The works that [`unit()`] knows by name.
-pub const NAMES: [&str; 7] = ["mlp", "cnn", "audio_cnn", "resnet18", "gpt_cpu", "gpt2", "update"];
+/// The training steps that [`unit()`] knows by name, besides updates.
+pub const STEPS: [&str; 6] = ["mlp", "cnn", "audio_cnn", "resnet18", "gpt_cpu", "gpt2"];
 
 /// A work that can be run for a while at a time.
 pub trait Unit: Send {
@@ -36,23 +37,27 @@ pub trait Unit: Send {
     fn verify(&mut self) -> Result<Option<String>>;
 }
 
-/// A work by its name, with all its memory taken and its first repetitions done.
+/// A work by its name, with all its memory taken and its first repetitions done: one of [`STEPS`], or `update/` and what
+/// [`update::of_peers`] names.
 ///
 /// # Errors
-/// Another name than [`NAMES`], no such device, or not enough memory.
+/// Another name, no such device, or not enough memory.
 pub fn unit(name: &str, place: Place, precision: Precision) -> Result<Box<dyn Unit>> {
-    if !NAMES.contains(&name) {
-        return Err(Error::config("bench", format!("found {name:?}, expected one of {}", NAMES.join(", "))));
+    let updating = name.strip_prefix("update/").and_then(update::by_name);
+    if !STEPS.contains(&name) && updating.is_none() {
+        let known = STEPS.join(", ");
+        return Err(Error::config("bench", format!("found {name:?}, expected one of {known}, update/RULE+CLIP/SIZE")));
     }
     let ordinal = match place {
         Place::Cpu => None,
         Place::Cuda(ordinal) => Some(ordinal),
     };
-    place.open(precision, Opening { name, precision, ordinal })
+    place.open(precision, Opening { name, updating, precision, ordinal })
 }
 
 struct Opening<'a> {
     name: &'a str,
+    updating: Option<Updating>,
     precision: Precision,
     ordinal: Option<usize>,
 }
@@ -62,8 +67,10 @@ impl OnBed for Opening<'_> {
 
     fn on<B: Bed>(self, backend: &B) -> Result<Box<dyn Unit>> {
         let (precision, ordinal, device) = (self.precision.name(), self.ordinal, backend.clone());
-        let mut unit: Box<dyn Unit> = if self.name == "update" {
-            let work = works::update(backend);
+        let mut unit: Box<dyn Unit> = if let Some(mut work) = self.updating {
+            if backend.kind() == Kind::Emulated {
+                work.parameters = works::update(backend).parameters;
+            }
             let task = UpdateTask::new(backend, &work)?;
             let work = work.work(precision, works::threads(backend));
             Box::new(Alone { backend: device, ordinal, work, task })

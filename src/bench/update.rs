@@ -2,10 +2,10 @@
 
 use super::device::TrafficTask;
 use super::measure::{Asked, Ground, Limit, Settings, Task, measure};
-use super::place::Bed;
+use super::place::{Bed, Place};
 use super::results::{Figure, Floor, Spread};
 use super::speeds::{Speeds, words};
-use super::works::{Updating, clips, rules, threads};
+use super::works::{USUAL, USUAL_ON_GPUS, Updating, clips, rules, threads};
 use crate::backend::Arena;
 use crate::backend::cpu;
 use crate::backend::profile::Kind;
@@ -321,6 +321,22 @@ impl<B: Bed> Task for UpdateTask<B> {
 
 /// Numbers of parameters beside the default.
 const SIZES: [usize; 5] = [1_000_000, 10_000_000, 124_000_000, 355_000_000, 1_558_000_000];
+
+/// The updates that peers do too, as figures name them but for the precision: the usual ones first.
+pub fn of_peers(place: Place) -> Vec<String> {
+    let usual = if place == Place::Cpu { USUAL } else { USUAL_ON_GPUS };
+    let sizes = || [usual].into_iter().chain(SIZES.into_iter().filter(move |&size| size != usual));
+    let named = |rule| sizes().map(move |size| format!("{rule}+global_norm/{}M", size as f64 / 1e6));
+    ["momentum", "adamw"].into_iter().flat_map(named).collect()
+}
+
+/// The update of a name as [`of_peers`] gives it.
+pub fn by_name(name: &str) -> Option<Updating> {
+    let (update, size) = name.split_once('/')?;
+    let (rule, clip) = update.split_once('+')?;
+    let millions: f64 = size.strip_suffix('M')?.parse().ok()?;
+    Updating::new(rule, clip, (millions * 1e6) as usize, false)
+}
 
 /// The updates of the suite, by the names of their figures.
 fn updates<B: Bed>(backend: &B, precision: &str) -> Vec<(String, Updating)> {

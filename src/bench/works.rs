@@ -284,6 +284,11 @@ impl Training {
     }
 }
 
+/// Parameters of an update that is timed alone, where no other number is asked for.
+pub const USUAL: usize = 50_000_000;
+/// The same on a GPU: those of GPT-2.
+pub const USUAL_ON_GPUS: usize = 124_000_000;
+
 /// An update alone.
 #[derive(Clone, Debug)]
 pub struct Updating {
@@ -346,8 +351,8 @@ impl Updating {
 /// The update that peers do: global-norm clip and momentum over 50M parameters, 124M on a GPU.
 pub fn update<B: Bed>(backend: &B) -> Updating {
     let parameters = match backend.kind() {
-        Kind::Host => 50_000_000,
-        Kind::Gpu => 124_000_000,
+        Kind::Host => USUAL,
+        Kind::Gpu => USUAL_ON_GPUS,
         Kind::Emulated => 4096,
     };
     let optimizer = clipped(momentum(false), 1e-2);

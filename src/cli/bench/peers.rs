@@ -9,8 +9,9 @@ use crate::bench::peers::{NAMES, Places, Scripts, Settings, heading, line, run};
 use crate::bench::place::{Place, Precision};
 use crate::bench::results::PeerFigure;
 use crate::bench::run::Request;
-use crate::bench::unit;
+use crate::bench::unit::{self, STEPS};
 use crate::error::Result;
+use crate::tell::tell as warn;
 
 /// Seconds of each side, for a work and a peer.
 const USUAL_SECONDS: f64 = 5.0;
@@ -42,8 +43,18 @@ impl Peers {
         tell: &mut dyn FnMut(&str) -> Result<()>,
         keep: &mut dyn FnMut(Vec<PeerFigure>) -> Result<()>,
     ) -> Result<()> {
-        let works = request.works();
-        if works.is_empty() || !(self.peers || !self.only.is_empty() || self.llm_c.is_some()) {
+        if !(self.peers || !self.only.is_empty() || self.llm_c.is_some()) {
+            return Ok(());
+        }
+        let (works, without) = (request.works(), request.without_peers());
+        if !without.is_empty() {
+            warn(format_args!(
+                "peers: none does the work of {}; they do {}, and of update momentum+global_norm and adamw+global_norm",
+                without.join(", "),
+                STEPS.map(|name| format!("step/{name}")).join(", ")
+            ));
+        }
+        if works.is_empty() {
             return Ok(());
         }
         let scripts = Scripts::write()?;
@@ -51,13 +62,13 @@ impl Peers {
         let settings = Settings::new(request.seconds.unwrap_or(USUAL_SECONDS));
         tell(&heading())?;
         for work in works {
-            for precision in precisions(request, work) {
+            for precision in precisions(request, &work) {
                 if interrupt::caught().is_some() {
                     return Ok(());
                 }
-                let mut ours = unit::unit(work, request.place, precision)?;
+                let mut ours = unit::unit(&work, request.place, precision)?;
                 let mut found = Vec::new();
-                for name in self.names(work) {
+                for name in self.names(&work) {
                     let peer = places.peer(name, &ours.work(), &scripts)?;
                     let figure = run(&peer, ours.as_mut(), &settings)?;
                     tell(&line(&figure))?;
