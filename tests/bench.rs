@@ -96,7 +96,9 @@ fn figures_of_the_cpu_tell_what_was_done_on_what_and_against_which_floor() {
     assert!(flops >= f64::from(products) && flops < 1.05 * f64::from(products), "{flops}");
     let relu = figure(&results, "kernel/relu/4096x768/forward/f32");
     assert_eq!(relu.bytes, Some(f64::from(2 * 4 * 4096 * 768)));
-    assert!(relu.floor.as_ref().is_some_and(|floor| floor.seconds > 0.0 && floor.what.contains("copy")));
+    assert!(
+        relu.floor.as_ref().is_some_and(|floor| floor.seconds > 0.0 && floor.what.contains("MB at the speed of a "))
+    );
     for figure in &results.figures {
         let spread = &figure.seconds;
         let ordered = [spread.min, spread.lower_quartile, spread.median, spread.upper_quartile];
@@ -138,6 +140,34 @@ fn the_table_explains_itself_and_the_file_holds_what_it_shows() {
     let results: Results = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
     for figure in &results.figures {
         assert!(text.lines().any(|line| line.starts_with(&figure.name)), "{} in {text}", figure.name);
+    }
+}
+
+#[test]
+fn what_several_processes_cannot_do_is_refused_by_the_first_of_them() {
+    for (arguments, expected) in [
+        (vec!["--list"], "--list: found it in 2 processes, which take their sums in f32 and nothing else"),
+        (vec!["--html", "page.html"], "--html: found it in 2 processes"),
+        (vec!["--peer", "jax"], "--peers: found it in 2 processes"),
+        (vec!["--precision", "bf16"], "--precision: found it in 2 processes"),
+        (
+            vec!["all_reduce/1GiB"],
+            "found all_reduce/1GiB, which means no figure, expected the beginning of one of 4KiB/2_processes",
+        ),
+        (vec!["step/mlp"], "found the suite \"step\", expected all_reduce"),
+    ] {
+        for rank in ["0", "1"] {
+            let mut command = common::warpstep();
+            command.args(["bench", "--device", "cpu"]).args(&arguments);
+            for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")]
+            {
+                command.env(name, value);
+            }
+            let refused = command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", "29500").output().unwrap();
+            let told = stderr(&refused);
+            assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {told}");
+            assert_eq!(told.contains(expected), rank == "0", "{arguments:?}: {told}");
+        }
     }
 }
 
@@ -266,6 +296,11 @@ fn on_the_emulated_device_everything_runs_and_nothing_is_to_be_quoted() {
     }
     for name in ["step/mlp/bf16", "step/cnn/tf32", "update/momentum+global_norm/0.004096M/bf16_alone"] {
         assert!(figure(&results, name).work.is_some());
+    }
+    for name in ["host_to_device/pinned/4KiB", "device_to_host/pinned/4KiB"] {
+        // Its memory is filled, counted and taken in turn: what arrived is right.
+        let seconds = figure(&results, &format!("device/{name}")).seconds;
+        assert!(seconds.count >= 5, "{name}: {seconds:?}");
     }
     // What does not depend on the precision is taken once.
     let launches = results.figures.iter().filter(|figure| figure.name == "launch").count();

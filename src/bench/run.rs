@@ -27,7 +27,7 @@ const TOUR: [&str; 31] = [
     "device/fork_join",
     "device/launch",
     "device/graph_replay",
-    "device/host_to_device/pinned",
+    "device/host_to_device/pinned/256MiB",
     "update/sgd/",
     "update/momentum+global_norm/50M",
     "update/adamw+global_norm/50M",

@@ -77,13 +77,6 @@ pub(crate) struct Options {
     list: bool,
 }
 
-impl Options {
-    /// Whether the results go to the standard output, in the place of the table.
-    fn to_stdout(&self) -> bool {
-        self.json.as_deref().is_some_and(|path| path == "-")
-    }
-}
-
 /// Prints the table while it grows, and writes the results.
 struct Printer {
     suite: String,
@@ -227,8 +220,4 @@ fn place(device: &str) -> Result<Place> {
             Error::config("--device", format!("found {other:?}, expected auto, cpu, cuda, cuda:N or emulated"))
         })?),
     })
-}
-
-fn write_json(results: &Results, options: &Options) -> anyhow::Result<()> {
-    Ok(Output::open(options.json.as_deref())?.write(results)?)
 }

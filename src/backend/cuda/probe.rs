@@ -10,16 +10,21 @@ use super::launch::{Grid, args};
 use super::pinned::Pinned;
 use crate::backend::profile::{Probe, Traffic};
 use crate::error::{Error, Result};
+use crate::random::{Philox, Purpose};
 
 const FILE: &str = "bandwidth";
 /// Values of an access.
 const ACCESS: usize = 4;
 /// Launches in a graph, whose replay is timed.
 const LAUNCHES: u64 = 64;
-/// Bytes of a copy between host and device.
-const HOST_BYTES: usize = 64 << 20;
+/// Bytes of copies between host and device: of a batch of pictures, and of larger ones, whose speed is that of the bus.
+const HOST_BYTES: [usize; 3] = [1 << 20, 16 << 20, 256 << 20];
 /// The same on the emulated device.
-const HOST_BYTES_EMULATED: usize = 1 << 12;
+const HOST_BYTES_EMULATED: [usize; 1] = [1 << 12];
+/// Bytes of the memory that copies take in turn, on either side: more than a processor's caches hold.
+const TURN_BYTES: usize = 512 << 20;
+/// Bytes of random values that memory is filled with, over and over.
+const TILE_BYTES: usize = 1 << 20;
 
 impl Device {
     /// Blocks that go through memory side by side.
@@ -67,9 +72,15 @@ impl Device {
 /// Latencies and copies.
 pub(super) fn all(device: &Arc<Device>) -> Result<Vec<Probe<'_>>> {
     let mut probes = vec![launch(device)?, replay(device)?];
+    let emulated = super::emulated::is_active();
+    let sizes: &[usize] = if emulated { &HOST_BYTES_EMULATED } else { &HOST_BYTES };
     for (name, pinned) in [("pinned", true), ("pageable", false)] {
-        probes.push(host_copy(device, format!("host_to_device/{name}"), true, pinned)?);
-        probes.push(host_copy(device, format!("device_to_host/{name}"), false, pinned)?);
+        for &bytes in sizes {
+            let size = if bytes < 1 << 20 { format!("{}KiB", bytes >> 10) } else { format!("{}MiB", bytes >> 20) };
+            let sets = if emulated { 2 } else { TURN_BYTES / bytes };
+            probes.push(host_copy(device, format!("host_to_device/{name}/{size}"), true, pinned, [bytes, sets]));
+            probes.push(host_copy(device, format!("device_to_host/{name}/{size}"), false, pinned, [bytes, sets]));
+        }
     }
     Ok(probes)
 }
@@ -148,14 +159,57 @@ impl Host {
     }
 }
 
-/// A copy between host and device, whose first word says how many there have been.
-struct HostCopy {
+/// Memory of a copy, on either side. Its first word counts the copies that it has made.
+struct Pair {
     host: Host,
     buffer: Buffer<u64>,
     count: u64,
 }
 
+/// Copies between host and device, through pairs of memory in turn.
+struct HostCopy {
+    pairs: Vec<Pair>,
+    /// The pair of the next copy.
+    next: usize,
+}
+
 impl HostCopy {
+    /// Memory that is filled on either side: pages that were never written are all the same one.
+    fn new(device: &Arc<Device>, pinned: bool, [bytes, sets]: [usize; 2]) -> Result<Self> {
+        let stream = Philox::new(1, Purpose::Sampling, 5);
+        let mut words = vec![0; TILE_BYTES.min(bytes) / size_of::<u32>()];
+        stream.words(0, &mut words);
+        let tile: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+        let pair = |_| {
+            let mut host =
+                if pinned { Host::Pinned(Pinned::new(device, bytes)?) } else { Host::Pageable(vec![0; bytes]) };
+            for part in host.bytes_mut().chunks_mut(tile.len()) {
+                part.copy_from_slice(&tile[..part.len()]);
+            }
+            // It counts from 0 on.
+            host.bytes_mut()[..8].fill(0);
+            let buffer = Buffer::zeros(device, bytes / size_of::<u64>())?;
+            device.write(buffer.address_of(0), host.bytes_mut())?;
+            device.synchronize()?;
+            Ok(Pair { host, buffer, count: 0 })
+        };
+        Ok(HostCopy { pairs: (0..sets.max(1)).map(pair).collect::<Result<_>>()?, next: 0 })
+    }
+
+    fn copy(&mut self, device: &Device, to_device: bool) -> Result<()> {
+        let number = self.next;
+        self.next = (number + 1) % self.pairs.len();
+        let pair = &mut self.pairs[number];
+        if to_device { pair.send(device) } else { pair.fetch(device) }
+    }
+
+    /// How many copies have been made, by what lies where they lead.
+    fn done(&self, to_device: bool) -> Result<u64> {
+        self.pairs.iter().map(|pair| if to_device { read(&pair.buffer) } else { Ok(pair.count) }).sum()
+    }
+}
+
+impl Pair {
     fn send(&mut self, device: &Device) -> Result<()> {
         self.count += 1;
         let bytes = self.host.bytes_mut();
@@ -175,21 +229,29 @@ impl HostCopy {
     }
 }
 
-fn host_copy(device: &Arc<Device>, name: String, to_device: bool, pinned: bool) -> Result<Probe<'_>> {
-    let bytes = if super::emulated::is_active() { HOST_BYTES_EMULATED } else { HOST_BYTES };
-    let host = if pinned { Host::Pinned(Pinned::new(device, bytes)?) } else { Host::Pageable(vec![0; bytes]) };
-    let buffer = Buffer::zeros(device, bytes / size_of::<u64>())?;
-    device.synchronize()?;
-    let copy = Arc::new(Mutex::new(HostCopy { host, buffer, count: 0 }));
-    let seen = Arc::clone(&copy);
+/// The probe of a copy of so many bytes, through so many pairs of memory in turn, which are taken when it first runs: of those that
+/// are named, few are asked for.
+fn host_copy(
+    device: &Arc<Device>,
+    name: String,
+    to_device: bool,
+    pinned: bool,
+    [bytes, sets]: [usize; 2],
+) -> Probe<'_> {
+    let copies: Arc<Mutex<Option<HostCopy>>> = Arc::default();
+    let seen = Arc::clone(&copies);
     let work = move || {
         // What a thread left that panicked within a copy is a count that no longer fits, which is seen.
-        let mut copy = copy.lock().unwrap_or_else(PoisonError::into_inner);
-        if to_device { copy.send(device) } else { copy.fetch(device) }
+        let mut copies = copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let copies = match &mut *copies {
+            Some(copies) => copies,
+            none => none.insert(HostCopy::new(device, pinned, [bytes, sets])?),
+        };
+        copies.copy(device, to_device)
     };
-    let done = move || {
-        let copy = seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if to_device { read(&copy.buffer) } else { Ok(copy.count) }
+    let done = move || match &*seen.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some(copies) => copies.done(to_device),
+        None => Ok(0),
     };
-    Ok(Probe { name, bytes: Some(bytes), work: Box::new(work), done: Box::new(done) })
+    Probe { name, bytes: Some(bytes), work: Box::new(work), done: Box::new(done) }
 }

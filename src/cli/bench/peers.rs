@@ -43,7 +43,7 @@ impl Peers {
         tell: &mut dyn FnMut(&str) -> Result<()>,
         keep: &mut dyn FnMut(Vec<PeerFigure>) -> Result<()>,
     ) -> Result<()> {
-        if !(self.peers || !self.only.is_empty() || self.llm_c.is_some()) {
+        if !self.are_asked_for() {
             return Ok(());
         }
         let (works, without) = (request.works(), request.without_peers());
@@ -78,6 +78,11 @@ impl Peers {
             }
         }
         Ok(())
+    }
+
+    /// Whether any is.
+    pub(crate) fn are_asked_for(&self) -> bool {
+        self.peers || !self.only.is_empty() || self.llm_c.is_some()
     }
 
     /// The peers to run for a work. llm.c does one alone, and is named elsewhere only where it was asked for.
