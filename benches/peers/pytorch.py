@@ -1,10 +1,15 @@
 """The works in PyTorch: fused optimizers, clipping by foreach, scaled_dot_product_attention; eager, compiled or graphed.
 
+On a GPU, attention is cuDNN's where PyTorch has that for the shapes, else flash attention, and so on: this order where PyTorch lets
+it be chosen. Which one it came to stands behind the version.
+
 `eager` is what people write. `compiled` puts two functions through torch.compile: model and loss with their backward, and the clip.
 The optimizer's step is left to PyTorch's own fused kernels, which the compiler does not trace into: also in the work `update`, where
 clip and step are given to it as one function, the clip is all that it compiles. `graphed` captures the whole of `compiled` as one CUDA
 graph, in front of which a batch is gathered.
 """
+
+import contextlib
 
 import common
 from common import AUDIO_DROPOUT, AUDIO_STAGES, BETAS, CLASSIFIED, DECAY, GPT, MAX_NORM, MEL, MOMENTUM, STAGES
@@ -17,6 +22,8 @@ except ImportError:
     common.missing("torch is not installed: pip install torch")
 
 LEARNING_RATE = 1e-4
+# Holds the choice of attention until the process ends.
+ATTENTION = contextlib.ExitStack()
 
 
 class Block(nn.Module):
@@ -150,6 +157,38 @@ def model_and_samples(asked):
     return model.to(asked.device), x, y
 
 
+def prefer_fast_attention(asked):
+    """From now on, the forms of attention that PyTorch has on a GPU in the order of their speed there; older ones choose by themselves."""
+    if asked.work not in GPT or asked.device != "cuda":
+        return
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+        order = [getattr(SDPBackend, name) for name in names if hasattr(SDPBackend, name)]
+        ATTENTION.enter_context(sdpa_kernel(order, set_priority=True))
+    except (ImportError, TypeError):
+        pass
+
+
+def attention_of(asked):
+    """The form of attention that PyTorch takes for this work, as its own choice tells; nothing where it does not."""
+    if asked.work not in GPT:
+        return ""
+    try:
+        from torch.nn.attention import SDPBackend
+
+        sizes = GPT[asked.work]
+        kind = torch.bfloat16 if asked.precision == "bf16" else torch.float32
+        shape = (asked.batch, sizes["heads"], asked.context, sizes["width"] // sizes["heads"])
+        given = torch.empty(shape, dtype=kind, device=asked.device, requires_grad=True)
+        chosen = int(torch._fused_sdp_choice(given, given, given, is_causal=True))
+        named = {int(backend): name for name, backend in SDPBackend.__members__.items()}
+        return ", attention " + named.get(chosen, str(chosen)).lower().removesuffix("_attention")
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
+        return ""
+
+
 def optimizer(asked, parameters):
     # A step that is captured must find its count on the device.
     capturable = asked.form == "graphed"
@@ -251,6 +290,7 @@ def main():
     torch.manual_seed(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked.precision == "tf32"
     torch.backends.cudnn.benchmark = True
+    prefer_fast_attention(asked)
     take, step, parameters, inputs, samples = (update_alone if asked.work == "update" else whole_step)(asked)
     work = {
         "name": asked.work,
@@ -276,7 +316,7 @@ def main():
         return all(bool(torch.isfinite(values).all()) for values in [outcome, *parameters])
 
     wait = torch.cuda.synchronize if asked.device == "cuda" else None
-    common.serve(f"PyTorch {asked.form}", torch.__version__, work, once, finite, wait)
+    common.serve(f"PyTorch {asked.form}", torch.__version__ + attention_of(asked), work, once, finite, wait)
 
 
 main()
