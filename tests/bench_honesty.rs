@@ -96,6 +96,8 @@ enum Fault {
     Cold,
     /// Takes a quarter of a second.
     Long,
+    /// Has four of five done before they are asked for.
+    ReadAhead,
 }
 
 /// Reads a buffer after the other.
@@ -135,6 +137,8 @@ impl Task for Reading<'_> {
             Fault::Unsteady if runs % 2 == 0 => 2.0,
             Fault::Cold if runs % 7 == 1 => 20.0,
             Fault::Long => 1000.0,
+            Fault::ReadAhead if runs % 5 != 0 => 0.9,
+            Fault::ReadAhead => 5.0,
             _ => 1.0,
         };
         // A little uneven, as all times are.
@@ -149,6 +153,10 @@ impl Task for Reading<'_> {
 
     fn sets(&self) -> usize {
         self.sets
+    }
+
+    fn least_runs(&self) -> usize {
+        if self.fault == Fault::ReadAhead { 20 } else { 1 }
     }
 
     fn round_bytes(&self) -> usize {
@@ -268,6 +276,16 @@ fn the_length_of_a_span_is_not_told_by_a_repetition_that_was_slow() {
         // A repetition takes a millisecond in the mean.
         assert!(warmed_up == 0.0 || (single > 50 && times.len() > 50), "{single}, {times:?}");
     }
+}
+
+#[test]
+fn a_span_is_longer_than_what_lies_ready_before_it_begins() {
+    assert_eq!(figure(MANY, Fault::ReadAhead).refused, None);
+    let device = MadeUp::default();
+    let mut task = Reading::new(&device, MANY, Fault::ReadAhead);
+    let times = spans(&device, &mut task, 0.1).unwrap();
+    let [fastest, slowest] = [f64::min, f64::max].map(|of| times.iter().copied().reduce(of).unwrap());
+    assert!(slowest < 1.1 * fastest, "{fastest} to {slowest}");
 }
 
 #[test]

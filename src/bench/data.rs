@@ -12,6 +12,8 @@ use crate::random::{Philox, Purpose};
 
 /// Samples of a batch.
 const BATCH: usize = 64;
+/// Batches that are read ahead.
+const PREFETCH: usize = 4;
 /// Classes of labelled samples.
 const CLASSES: usize = 10;
 /// Tokens of a sample.
@@ -223,6 +225,10 @@ impl Task for Opening {
         Ok(())
     }
 
+    fn is_on_device(&self) -> bool {
+        false
+    }
+
     fn round_bytes(&self) -> usize {
         self.files.bytes
     }
@@ -252,7 +258,7 @@ impl Feeding {
     fn new(files: &Files, threads: usize) -> Result<Self> {
         let mut options = files.options.clone();
         options.threads = threads;
-        options.prefetch = 4;
+        options.prefetch = PREFETCH;
         let data = open(&options, None, 1)?;
         let loader = data.train_batches(BATCH, 1, 0)?;
         Ok(Feeding { data, loader, taken: 0, last: None, expected: None })
@@ -283,6 +289,15 @@ impl Task for Feeding {
         self.last = Some(self.loader.next().ok_or_else(ended)??);
         self.taken += 1;
         Ok(())
+    }
+
+    fn least_runs(&self) -> usize {
+        // Those that were read ahead cost nothing, and those behind them are waited for.
+        4 * PREFETCH
+    }
+
+    fn is_on_device(&self) -> bool {
+        false
     }
 
     fn round_bytes(&self) -> usize {

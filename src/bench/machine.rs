@@ -1,10 +1,14 @@
 //! What a benchmark ran on, and what may have changed its figures meanwhile.
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::place::Bed;
 use super::results::Machine;
 use crate::backend::profile::{Kind, Told};
+
+/// A clock that falls below this share of what it was is noted.
+const FELL: f64 = 0.95;
 
 /// What of the machine changes from moment to moment.
 struct Moment {
@@ -37,14 +41,58 @@ fn field(text: &str, name: &str) -> Option<String> {
     Some(line.trim_start_matches([' ', '\t', ':']).trim().to_owned())
 }
 
+/// MHz of the processor, where the system tells.
+fn clock_of_processor() -> Option<f64> {
+    let of_governor = read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq");
+    match of_governor.and_then(|khz| khz.trim().parse::<f64>().ok()) {
+        Some(khz) => Some(khz / 1e3),
+        None => field(&read("/proc/cpuinfo")?, "cpu MHz").and_then(|mhz| mhz.parse().ok()),
+    }
+}
+
+/// What was seen of a device's clocks behind its work: between two moments, before and after all, they may fall and rise again.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Seen {
+    looks: usize,
+    /// The lowest and the highest clock, in MHz, where it is told.
+    clock_mhz: Option<[f64; 2]>,
+    /// What held the clocks back, and at how many looks.
+    held_back: BTreeMap<&'static str, usize>,
+}
+
+impl Seen {
+    /// Looks once.
+    pub fn look<B: Bed>(&mut self, backend: &B) {
+        let told = backend.told();
+        let clock = if backend.kind() == Kind::Host { clock_of_processor() } else { told.clock_mhz.map(f64::from) };
+        self.note(clock, &told.held_back);
+    }
+
+    fn note(&mut self, clock_mhz: Option<f64>, held_back: &[&'static str]) {
+        self.looks += 1;
+        if let Some(now) = clock_mhz {
+            let [least, most] = self.clock_mhz.unwrap_or([now; 2]);
+            self.clock_mhz = Some([least.min(now), most.max(now)]);
+        }
+        for reason in held_back {
+            *self.held_back.entry(reason).or_default() += 1;
+        }
+    }
+
+    /// What of it may have changed figures, in words.
+    fn notes(&self, device: &str) -> Vec<String> {
+        let fell = self.clock_mhz.filter(|[least, most]| *least < FELL * most);
+        let fell = fell
+            .map(|[least, most]| format!("{device}'s clock was between {least:.0} and {most:.0} MHz behind figures"));
+        let held = self.held_back.iter().map(|(reason, count)| {
+            format!("{device}'s clocks were held back behind {count} of {} figures and tries: {reason}", self.looks)
+        });
+        fell.into_iter().chain(held).collect()
+    }
+}
+
 impl Moment {
     fn now<B: Bed>(backend: &B) -> Self {
-        let cpuinfo = read("/proc/cpuinfo").unwrap_or_default();
-        let of_governor = read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq");
-        let clock_mhz = match of_governor.and_then(|khz| khz.trim().parse::<f64>().ok()) {
-            Some(khz) => Some(khz / 1e3),
-            None => field(&cpuinfo, "cpu MHz").and_then(|mhz| mhz.parse().ok()),
-        };
         let stat = read("/proc/stat").unwrap_or_default();
         let ticks = field(&stat, "cpu ").map(|line| {
             let ticks: Vec<u64> = line.split_whitespace().filter_map(|tick| tick.parse().ok()).collect();
@@ -59,7 +107,7 @@ impl Moment {
             Some(fields.get(11)? + fields.get(12)?)
         });
         Moment {
-            clock_mhz,
+            clock_mhz: clock_of_processor(),
             load: read("/proc/loadavg").and_then(|text| text.split(' ').next()?.parse().ok()),
             throttled: read("/sys/fs/cgroup/cpu.stat").and_then(|text| field(&text, "nr_throttled")?.parse().ok()),
             ticks,
@@ -110,8 +158,8 @@ impl Watch {
         &self.machine
     }
 
-    /// Looks again when all is timed, and notes what changed.
-    pub fn end<B: Bed>(self, backend: &B) -> Machine {
+    /// Looks again when all is timed, and notes what changed, and what was seen meanwhile.
+    pub fn end<B: Bed>(self, backend: &B, seen: &Seen) -> Machine {
         let Watch { mut machine, before } = self;
         let after = Moment::now(backend);
         let mut fact = |name: &str, value: Option<String>| {
@@ -125,14 +173,16 @@ impl Watch {
         let notes = &mut machine.notes;
         let mut fell = |what: &str, before: Option<f64>, after: Option<f64>| {
             if let (Some(before), Some(after)) = (before, after)
-                && after < 0.95 * before
+                && after < FELL * before
             {
                 notes.push(format!("{what} fell from {before:.0} to {after:.0} MHz"));
             }
         };
         fell("the processor's clock", before.clock_mhz, after.clock_mhz);
         fell("the device's clock", before.device.clock_mhz.map(f64::from), after.device.clock_mhz.map(f64::from));
-        for reason in after.device.held_back.iter().chain(&before.device.held_back) {
+        notes.extend(seen.notes(if backend.kind() == Kind::Host { "the processor" } else { "the device" }));
+        let unseen = |reason: &&&str| !seen.held_back.contains_key(**reason);
+        for reason in after.device.held_back.iter().chain(&before.device.held_back).filter(unseen) {
             let note = format!("the device's clocks were held back: {reason}");
             if !notes.contains(&note) {
                 notes.push(note);
@@ -188,6 +238,24 @@ fn rfc_3339(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clocks_that_fall_and_rise_again_between_figures_are_noted() {
+        let mut seen = Seen::default();
+        for (clock, held_back) in [(1980.0, &[][..]), (1410.0, &["power cap"]), (1980.0, &["power cap"])] {
+            seen.note(Some(clock), held_back);
+        }
+        let expected = [
+            "the device's clock was between 1410 and 1980 MHz behind figures",
+            "the device's clocks were held back behind 2 of 3 figures and tries: power cap",
+        ];
+        assert_eq!(seen.notes("the device"), expected);
+        let mut steady = Seen::default();
+        for clock in [1980.0, 1965.0] {
+            steady.note(Some(clock), &[]);
+        }
+        assert_eq!(steady.notes("the device"), Vec::<String>::new());
+    }
 
     #[test]
     fn dates_are_those_of_the_calendar() {

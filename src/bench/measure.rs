@@ -11,9 +11,11 @@
 //! - the caches: work that is timed against the memory must go through more of it than the last cache holds;
 //! - the spread: quartiles that lie too far apart mean that something else ran.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::interrupt;
+use super::machine::Seen;
 use super::place::Bed;
 use super::results::{Figure, Floor, Spread};
 use crate::backend::profile::Kind;
@@ -36,6 +38,8 @@ pub trait Ground: Sync {
     fn least_span(&self) -> f64;
     /// Why no time taken here is to be quoted.
     fn refusal(&self) -> Option<String>;
+    /// Looks at the device's clocks, behind work of it.
+    fn look_at_clocks(&self) {}
     /// Whether nothing more is to be timed, since somebody asked for the end.
     fn is_over(&self) -> bool {
         false
@@ -63,6 +67,16 @@ pub trait Task {
         1
     }
 
+    /// Repetitions of a span, at least: where some lie ready before they are asked for, several times as many.
+    fn least_runs(&self) -> usize {
+        1
+    }
+
+    /// Whether it is the device that works, whose clocks are then worth a look.
+    fn is_on_device(&self) -> bool {
+        true
+    }
+
     /// Bytes that a round through all sets touches.
     fn round_bytes(&self) -> usize;
 
@@ -83,6 +97,7 @@ pub trait Task {
 pub struct Here<'a, B> {
     backend: &'a B,
     began: Instant,
+    seen: Mutex<Seen>,
 }
 
 impl<'a, B: Bed> Here<'a, B> {
@@ -93,7 +108,12 @@ impl<'a, B: Bed> Here<'a, B> {
 
     /// With a clock that was started before.
     pub fn since(backend: &'a B, began: Instant) -> Self {
-        Here { backend, began }
+        Here { backend, began, seen: Mutex::default() }
+    }
+
+    /// What was seen of the clocks behind all that was timed so far.
+    pub fn seen(&self) -> Seen {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -125,6 +145,10 @@ impl<B: Bed> Ground for Here<'_, B> {
     fn refusal(&self) -> Option<String> {
         (self.backend.kind() == Kind::Emulated)
             .then(|| "emulated device: its times say nothing of any device".to_owned())
+    }
+
+    fn look_at_clocks(&self) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).look(self.backend);
     }
 
     fn is_over(&self) -> bool {
@@ -192,7 +216,7 @@ pub fn spans(ground: &dyn Ground, task: &mut dyn Task, seconds: f64) -> Result<V
         one = one.min(span(ground, task, 1)?);
         done += 1;
     }
-    let (runs, began) = (runs(ground, one), ground.now());
+    let (runs, began) = (runs(ground, task, one), ground.now());
     let mut times = vec![span(ground, task, runs)?];
     while ground.now() - began < seconds {
         times.push(span(ground, task, runs)?);
@@ -212,9 +236,10 @@ fn span(ground: &dyn Ground, task: &mut dyn Task, runs: usize) -> Result<f64> {
 }
 
 /// Repetitions of a span.
-fn runs(ground: &dyn Ground, one: f64) -> usize {
+fn runs(ground: &dyn Ground, task: &dyn Task, one: f64) -> usize {
     let most = 10_000.0;
-    if one > 0.0 { (ground.least_span() / one).ceil().clamp(1.0, most) as usize } else { 1 }
+    let enough = if one > 0.0 { (ground.least_span() / one).ceil().clamp(1.0, most) as usize } else { 1 };
+    enough.max(task.least_runs())
 }
 
 /// Median, quartiles, fastest.
@@ -320,7 +345,7 @@ fn warm_up(ground: &dyn Ground, settings: &Settings, task: &mut dyn Task) -> Res
     }
     let mut last = span(ground, task, 1)?;
     while ground.now() - began < settings.seconds / 2.0 && !ground.is_over() {
-        let runs = runs(ground, last);
+        let runs = runs(ground, task, last);
         let some = [span(ground, task, runs)?, span(ground, task, runs)?, span(ground, task, runs)?];
         let now = spread(&some).median;
         if (now / last - 1.0).abs() < 0.05 {
@@ -338,7 +363,7 @@ fn take(
     mut beside: Option<&mut (dyn Task + '_)>,
 ) -> Result<Taken> {
     let first = span(ground, task, 1)?;
-    let runs = runs(ground, first);
+    let runs = runs(ground, task, first);
     let (mut times, mut others) = (Vec::new(), Vec::new());
     let began = ground.now();
     let mut told = 0.0;
@@ -353,6 +378,9 @@ fn take(
         let time = span(ground, task, runs)?;
         told += time * runs as f64;
         times.push(time);
+    }
+    if task.is_on_device() {
+        ground.look_at_clocks();
     }
     let refused = if ground.is_over() { None } else { look(ground, task, began, told)? };
     Ok(Taken { times: spread(&times), beside: beside.map(|_| spread(&others)), refused })

@@ -361,7 +361,7 @@ impl Running<'_> {
         let brief = Settings { seconds, ..settings };
         let speeds = Speeds::measure(backend, &ground, &brief, precision)?;
         if interrupt::caught().is_some() {
-            return Ok(watch.end(backend));
+            return Ok(watch.end(backend, &ground.seen()));
         }
         observer.begins(watch.so_far(), &speeds)?;
         if results.figures.is_empty() {
@@ -393,7 +393,7 @@ impl Running<'_> {
         let is_worth_it = with_floors && ground.refusal().is_none() && interrupt::caught().is_none();
         let drift =
             if is_worth_it { speeds.drift(backend, &ground, &Settings { tries: 1, ..brief })? } else { Vec::new() };
-        let mut machine = watch.end(backend);
+        let mut machine = watch.end(backend, &ground.seen());
         machine.notes.extend(drift);
         if left_out.get() > 0 {
             machine.notes.push(format!(

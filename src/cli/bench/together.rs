@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count};
 use crate::bench::all_reduce::{SUITE, all_reduce, name, sizes};
-use crate::bench::machine::{Watch, date};
+use crate::bench::machine::{Seen, Watch, date};
 use crate::bench::output::Output;
 use crate::bench::place::{Bed, Place};
 use crate::bench::results::{FORMAT, Figure, Results};
@@ -136,7 +136,7 @@ impl Taking<'_> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             command: std::env::args().collect::<Vec<_>>().join(" "),
             date: date(),
-            machine: watch.end(backend),
+            machine: watch.end(backend, &Seen::default()),
             figures: taken,
             peers: Vec::new(),
         })
