@@ -70,7 +70,13 @@ fn results() -> Results {
     let peer = |work: &str, peer: &str, ratio: f64| PeerFigure {
         peer: peer.into(),
         version: "2.15.0".into(),
-        work: Work { name: work.into(), parameters: 235_146, inputs: vec![128, 784], ..Work::default() },
+        work: Work {
+            name: work.into(),
+            parameters: 235_146,
+            inputs: vec![128, 784],
+            precision: "tf32".into(),
+            ..Work::default()
+        },
         theirs: about(ratio * 1e-3),
         ours: about(1e-3),
         ratio: Spread { count: 5, ..about(ratio) },
@@ -78,7 +84,7 @@ fn results() -> Results {
     };
     let missing = |work: &str, name: &str, why: &str| PeerFigure {
         peer: name.into(),
-        work: Work { name: work.into(), ..Work::default() },
+        work: Work { name: work.into(), precision: "tf32".into(), ..Work::default() },
         refused: Some(why.into()),
         ..PeerFigure::default()
     };
@@ -165,12 +171,15 @@ fn the_page_shows_every_figure_every_peer_and_every_reason() {
         "forward 30 %",
         "2.05 (2.01 to 2.11), 5 turns",
         "235,146 parameters",
+        "<th>mlp/tf32</th>",
     ] {
         expected.push(also.to_owned());
     }
     for text in expected {
         assert!(page.contains(&text), "{text}");
     }
+    // Beside its rows, the heading above its bars.
+    assert_eq!(page.matches("mlp/tf32").count(), page.matches("<th>mlp/tf32</th>").count() + 1);
     let pictures = page.matches("<svg").count();
     assert_eq!(pictures, 3, "bars against peers, the roofline, bars against floors");
 }
