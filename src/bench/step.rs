@@ -209,7 +209,8 @@ pub fn figures<B: Bed>(
         }
         let work = training(backend, model)?;
         let mut task = StepTask::new(backend, &work)?;
-        let (flops, amount) = (task.trainer.program().flops() as f64, work.amount());
+        // Those of the model alone, whatever is computed again: so the share of the floor is the model's FLOP utilization.
+        let (flops, amount) = (task.trainer.program().model_flops() as f64, work.amount());
         let limit = |_: Option<&_>| {
             let seconds = flops / speeds.product;
             let what = format!("its {:.3} GFLOP at this run's fastest product, {}", flops / 1e9, speeds.product_text());
