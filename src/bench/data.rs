@@ -1,5 +1,6 @@
 //! Reading data: files opened and read once, and batches fed by threads that read ahead. The files are made by the bench itself.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,15 +20,24 @@ const CLASSES: usize = 10;
 /// Tokens of a sample.
 const CONTEXT: usize = 256;
 
+/// Folders of processes of this number that are passed by.
+const MOST_FOLDERS: usize = 1000;
+
 /// A folder that goes when this does.
 struct Folder(PathBuf);
 
 impl Folder {
     fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("warpstep-bench-{}", std::process::id()));
-        // Never into a folder that is there already, which would go with ours.
-        std::fs::create_dir(&path).map_err(|error| Error::io("create", &path, error))?;
-        Ok(Folder(path))
+        let mut number = 0;
+        loop {
+            let path = std::env::temp_dir().join(format!("warpstep-bench-{}-{number}", std::process::id()));
+            match std::fs::create_dir(&path) {
+                Ok(()) => return Ok(Folder(path)),
+                // Never into a folder that is there already, as one that was killed may leave it: it would go with ours.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists && number < MOST_FOLDERS => number += 1,
+                Err(error) => return Err(Error::io("create", &path, error)),
+            }
+        }
     }
 }
 
@@ -361,4 +371,19 @@ pub fn figures(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_is_there_already_is_passed_by_and_stays() {
+        let [first, second] = [Folder::new().unwrap(), Folder::new().unwrap()];
+        assert_ne!(first.0, second.0);
+        std::fs::write(first.0.join("kept"), "").unwrap();
+        let gone = second.0.clone();
+        drop(second);
+        assert!(first.0.join("kept").exists() && !gone.exists());
+    }
 }
