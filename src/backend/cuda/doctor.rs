@@ -172,9 +172,11 @@ fn describe(ordinal: usize) -> DeviceReport {
     }
 }
 
+/// Tries something on a device.
+type Check = fn(&Cuda<f32>) -> Result<()>;
+
 /// What is tried on a device.
-const CHECKS: [(&str, fn(&Cuda<f32>) -> Result<()>); 2] =
-    [("a kernel", check_update), ("a product by cuBLASLt", check_product)];
+const CHECKS: [(&str, Check); 2] = [("a kernel", check_update), ("a product by cuBLASLt", check_product)];
 
 /// Whether a device does what every training asks of one.
 ///

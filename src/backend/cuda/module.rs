@@ -56,7 +56,10 @@ pub(super) fn image(file: &str, capability: (i32, i32)) -> Result<Image> {
         // All of them, side by side: a run needs most, and would wait for each as it comes to it. What fails is told by the one that
         // is asked for.
         AHEAD.call_once(|| {
-            tell(format_args!("NVRTC compiles the kernels, once, into {}: this may take a minute or two", folder.display()));
+            tell(format_args!(
+                "NVRTC compiles the kernels, once, into {}: this may take a minute or two",
+                folder.display()
+            ));
             let _ = compile_all(capability);
         });
     }
