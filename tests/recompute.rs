@@ -225,7 +225,10 @@ fn eight_blocks_need_less_than_half_of_the_memory_and_one_more_forward() {
     let more = recomputed.flops() - kept.flops();
     // The block's last product, dropout and sum need not be computed again.
     assert!(more > blocks / 2 && more < blocks, "{more} of the blocks' {blocks}");
-    assert_eq!([&kept, &recomputed].map(|program| program.model_flops()), [kept.flops(); 2]);
+    // What a model asks for is the same, and knows nothing of attention's scores, which its backward always computes again.
+    assert_eq!(recomputed.model_flops(), kept.model_flops());
+    let scores: u64 = kept.ops.iter().filter(|op| op.name() == "attention_forward").map(|op| op.flops() / 2).sum();
+    assert_eq!(kept.model_flops(), kept.flops() - scores);
 }
 
 #[test]

@@ -49,6 +49,10 @@ pub trait Op<B: Backend>: Send + Sync {
     fn uses(&self, visit: &mut dyn FnMut(Use));
     /// Floating-point operations (a multiplication and an addition are two).
     fn flops(&self) -> u64;
+    /// Those of them that compute again what a forward did not keep: work that its model does not ask for.
+    fn repeated_flops(&self) -> u64 {
+        0
+    }
     /// Itself, where it may be joined with its neighbours when a program is planned. Own operations are left as they are.
     fn as_any(&self) -> Option<&dyn Any> {
         None
@@ -110,6 +114,7 @@ macro_rules! op {
             $($(#[$field_meta:meta])* $field:ident: $ty:ty,)*
         }
         flops($args:ident) $flops:expr
+        $(; repeated $repeated:expr)?
     ) => {
         $(#[$meta])*
         #[derive(Clone, Debug)]
@@ -128,6 +133,10 @@ macro_rules! op {
                 let $args = self;
                 ($flops) as u64
             }
+            $(fn repeated_flops(&self) -> u64 {
+                let $args = self;
+                ($repeated) as u64
+            })?
             fn as_any(&self) -> Option<&dyn std::any::Any> {
                 Some(self)
             }

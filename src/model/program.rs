@@ -173,9 +173,11 @@ impl<B: Backend> Program<B> {
         sums.enumerate().max_by_key(|&(position, bytes)| (bytes, std::cmp::Reverse(position)))
     }
 
-    /// Floating-point operations that the model asks for: those of one run, without what is computed again to save memory.
+    /// Floating-point operations that the model asks for: those of one run, without what is computed again to save memory, be it
+    /// by a block or within an operation.
     pub fn model_flops(&self) -> u64 {
-        self.flops().saturating_sub(self.repeated_flops)
+        let repeated: u64 = self.ops.iter().map(|op| op.repeated_flops()).sum();
+        self.flops().saturating_sub(self.repeated_flops + repeated)
     }
 
     /// Floating-point operations of one run.

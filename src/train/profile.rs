@@ -242,6 +242,10 @@ impl<B: Profiled> Op<B> for Clocked<B> {
         self.op.flops()
     }
 
+    fn repeated_flops(&self) -> u64 {
+        self.op.repeated_flops()
+    }
+
     fn as_any(&self) -> Option<&dyn Any> {
         self.op.as_any()
     }

@@ -131,7 +131,9 @@ op! {
         /// Keys that are not seen.
         padding: Option<Padding>,
     }
-    flops(a) 5 * a.geometry.product_flops()
+    flops(a) 5 * a.geometry.product_flops();
+    // The scores.
+    repeated a.geometry.product_flops()
 }
 
 op! {
