@@ -54,6 +54,9 @@ pub struct Case {
     pub fewer: f64,
 }
 
+/// By how much fewer operations than are counted a convolution of 3 x 3 may do, by Winograd's method over tiles of 2 x 2.
+pub(super) const WINOGRAD: f64 = 2.25;
+
 /// The cross-entropy alone: what a layer gives is the gradient of the logits.
 struct Loss;
 
@@ -163,7 +166,7 @@ pub fn cases(kind: Kind) -> Vec<Case> {
             batch,
             mode: if what == What::Mel { Mode::Inference } else { Mode::Training },
             below,
-            fewer: if matches!(what, What::Conv(_, 3, 1)) { 2.25 } else { 1.0 },
+            fewer: if matches!(what, What::Conv(_, 3, 1)) { WINOGRAD } else { 1.0 },
         });
     };
     if kind != Kind::Emulated {

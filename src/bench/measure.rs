@@ -278,8 +278,8 @@ struct Taken {
     refused: Option<String>,
 }
 
-/// Times a task, in turn with another that gives it a measure (a pass through memory) where there is one. Where the ground says meanwhile that it is
-/// over, what was timed until then is given, which nobody is to quote.
+/// Times a task, in turn with another that gives it a measure (a pass through memory) where there is one. Where the ground says
+/// meanwhile that it is over, what was timed until then is given, which nobody is to quote.
 ///
 /// # Errors
 /// What the tasks report.
