@@ -29,7 +29,7 @@ pub use footprint::Footprint;
 pub use gradients::{Gradients, GradientsOptions, Wire};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
-pub use nccl::{ID_BYTES, Nccl};
+pub use nccl::{ID_BYTES, Nccl, Prepared};
 pub use options::{ParallelOptions, Shard};
 pub use sharding::{Sharding, ShardingOptions};
 pub use tree::{room_of_tree, tree_reduce_scatter, tree_sum};
