@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// What stands in for the program: it lists no figure called `nothing`, hangs where it is asked for `hang`, and tells how it was called.
@@ -48,8 +48,15 @@ impl Bundle {
     }
 
     fn check(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("bash");
-        command.arg(self.at("gpu-check")).args(arguments).arg("--out").arg(self.at("out")).current_dir(self.0.path());
+        // A shell cannot hear a signal that was ignored when it began, as SIGINT is of what runs in the background.
+        let mut command = Command::new("env");
+        command
+            .args(["--default-signal=INT,TERM", "bash"])
+            .arg(self.at("gpu-check"))
+            .args(arguments)
+            .arg("--out")
+            .arg(self.at("out"))
+            .current_dir(self.0.path());
         command.env("TMPDIR", self.at("tmp")).env("NOTE", self.at("note")).stdin(Stdio::null());
         command
     }
@@ -144,6 +151,18 @@ fn runs(process: &str) -> bool {
     !stat.trim().is_empty() && !stat.trim().starts_with('Z')
 }
 
+/// How a process ends, which takes no minute.
+fn ends(process: &mut Child) -> ExitStatus {
+    for _ in 0..3000 {
+        if let Some(status) = process.try_wait().unwrap() {
+            return status;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    process.kill().unwrap();
+    panic!("it did not end");
+}
+
 fn wait_for(path: &Path) -> String {
     for _ in 0..1500 {
         if let Ok(text) = fs::read_to_string(path) {
@@ -165,7 +184,7 @@ fn a_signal_ends_the_part_that_runs_with_all_that_it_started_and_results_are_wri
         let noted = wait_for(&bundle.at("note"));
         assert!(Command::new("kill").args(["-s", signal, &check.id().to_string()]).status().unwrap().success());
         let code = if signal == "INT" { 130 } else { 143 };
-        assert_eq!(check.wait().unwrap().code(), Some(code), "{signal} {part}");
+        assert_eq!(ends(&mut check).code(), Some(code), "{signal} {part}");
         for process in noted.split_whitespace() {
             assert!(!runs(process), "{process} of {noted} was left running by {signal} {part}");
         }
