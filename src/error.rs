@@ -100,6 +100,17 @@ impl Error {
         }
     }
 
+    /// What other processes are told of it: its exit code, and its words. [`Error::of_peer`] reads it.
+    pub(crate) fn for_peers(&self) -> Vec<u8> {
+        [&[self.exit_code()], self.to_string().as_bytes()].concat()
+    }
+
+    /// A [`Error::Peer`] of what a process of this rank told, which is not empty.
+    pub(crate) fn of_peer(rank: usize, told: &[u8]) -> Self {
+        let (exit_code, problem) = told.split_first().map_or((1, told), |(code, problem)| (*code, problem));
+        Error::Peer { rank, exit_code, problem: String::from_utf8_lossy(problem).into_owned() }
+    }
+
     /// A [`Error::Config`] at `place`.
     pub fn config(place: impl Into<String>, problem: impl Into<String>) -> Self {
         Error::Config { place: place.into(), problem: problem.into() }

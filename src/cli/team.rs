@@ -209,7 +209,7 @@ fn no_gpus(world: &World) -> Option<Error> {
 }
 
 /// An error that every process finds by itself: the first one says it.
-fn said_once(world: &World, error: Error) -> Error {
+pub(crate) fn said_once(world: &World, error: Error) -> Error {
     match world.rank {
         0 => error,
         _ => Error::Peer { rank: 0, exit_code: error.exit_code(), problem: error.to_string() },

@@ -77,11 +77,15 @@ pub fn optimizer(section: &mut Section, matrices_only: bool) -> Result<Optimizer
     Ok(OptimizerSection { optimizer, accumulate, ema })
 }
 
+/// What a run file calls one of these.
+fn name_of<T: PartialEq>(names: &[(&'static str, T)], of: T) -> &'static str {
+    names.iter().find(|(_, other)| *other == of).map_or("", |(name, _)| *name)
+}
+
 fn rule(section: &mut Section, default: &str) -> Result<(Rule, RuleName)> {
     let name = section.choice_or("rule", &RULES, default)?;
     let betas = |section: &mut Section, default: [f64; 2]| section.or("betas", default);
-    let mut with =
-        RULES.iter().find(|(_, rule)| *rule == name).map_or_else(String::new, |(name, _)| format!("rule = \"{name}\""));
+    let mut with = format!("rule = \"{}\"", name_of(&RULES, name));
     let rule = match name {
         RuleName::Sgd => Rule::Sgd,
         RuleName::Momentum | RuleName::Nesterov => {
@@ -213,8 +217,7 @@ pub fn schedule(section: &mut Section) -> Result<Schedule> {
         Kind::InverseSqrt => Decay::InverseSqrt,
     };
     // What each kind asked for is its own; the rest of these belongs to others.
-    let name = KINDS.iter().find(|(_, other)| *other == kind).map_or("", |(name, _)| *name);
-    let why = format!("does not go with kind = \"{name}\"");
+    let why = format!("does not go with kind = \"{}\"", name_of(&KINDS, kind));
     if kind == Kind::OneCycle {
         section.reject(&SCHEDULE_KEYS, &why)?;
         return Ok(Schedule { decay, ..Schedule::default() });

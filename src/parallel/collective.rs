@@ -204,17 +204,10 @@ pub fn agree<T>(collective: &dyn Collective, own: Result<T>) -> Result<T> {
     if collective.world() == 1 {
         return own;
     }
-    let told = match &own {
-        Ok(_) => Vec::new(),
-        Err(error) => format!("{}{error}", char::from(error.exit_code())).into_bytes(),
-    };
+    let told = own.as_ref().err().map_or_else(Vec::new, Error::for_peers);
     let all = gather(collective, &told)?;
     match all.iter().position(|told| !told.is_empty()) {
-        Some(rank) if rank != collective.rank() => Err(Error::Peer {
-            rank,
-            exit_code: all[rank][0],
-            problem: String::from_utf8_lossy(&all[rank][1..]).into_owned(),
-        }),
+        Some(rank) if rank != collective.rank() => Err(Error::of_peer(rank, &all[rank])),
         _ => own,
     }
 }

@@ -194,18 +194,15 @@ impl Rendezvous {
     /// What the first that is not ready says, in all that are; the others know why they are not. A process that is gone, silent for
     /// the timeout, or in another call.
     pub fn all_ready(&mut self, failed: Option<&Error>) -> Result<()> {
-        let told = failed.map_or_else(Vec::new, |error| [&[error.exit_code()], error.to_string().as_bytes()].concat());
-        let all = self.gather(&told)?;
+        let all = self.gather(&failed.map_or_else(Vec::new, Error::for_peers))?;
         let first = all.iter().enumerate().find(|(_, told)| !told.is_empty());
         let mut first =
             first.map_or_else(Vec::new, |(rank, told)| [&(rank as u64).to_le_bytes(), told.as_slice()].concat());
         self.broadcast(&mut first)?;
         match first.split_first_chunk() {
-            Some((rank, [exit_code, problem @ ..])) if failed.is_none() => Err(Error::Peer {
-                rank: usize::try_from(u64::from_le_bytes(*rank)).unwrap_or(usize::MAX),
-                problem: String::from_utf8_lossy(problem).into_owned(),
-                exit_code: *exit_code,
-            }),
+            Some((rank, told)) if failed.is_none() => {
+                Err(Error::of_peer(usize::try_from(u64::from_le_bytes(*rank)).unwrap_or(usize::MAX), told))
+            }
             _ => Ok(()),
         }
     }

@@ -14,7 +14,7 @@ use crate::bench::results::{FORMAT, Figure, Results};
 use crate::bench::run::Pattern;
 use crate::bench::table;
 use crate::cli::assemble::Opened;
-use crate::cli::team::{Team, Vigil};
+use crate::cli::team::{Team, Vigil, said_once};
 use crate::error::{Error, Result};
 use crate::parallel::watch::TIMEOUT;
 use crate::parallel::world::World;
@@ -25,11 +25,7 @@ const SECONDS: f64 = 1.0;
 
 /// Runs it in one of the processes. The first prints.
 pub(super) fn run(options: &Options, world: &World) -> anyhow::Result<ExitCode> {
-    // Each process finds the same: the first one says it.
-    let patterns = asked(options, world.size).map_err(|error| match world.rank {
-        0 => error,
-        _ => Error::Peer { rank: 0, exit_code: error.exit_code(), problem: error.to_string() },
-    })?;
+    let patterns = asked(options, world.size).map_err(|error| said_once(world, error))?;
     set_threads(options)?;
     let device = match place(&options.device)? {
         Place::Cpu => Opened::Cpu(Cpu::new()),
