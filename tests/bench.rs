@@ -146,19 +146,25 @@ fn the_table_explains_itself_and_the_file_holds_what_it_shows() {
 #[test]
 fn what_several_processes_cannot_do_is_refused_by_the_first_of_them() {
     for (arguments, expected) in [
-        (vec!["--list"], "--list: found it in 2 processes, which take their sums in f32 and nothing else"),
-        (vec!["--html", "page.html"], "--html: found it in 2 processes"),
-        (vec!["--peer", "jax"], "--peers: found it in 2 processes"),
-        (vec!["--precision", "bf16"], "--precision: found it in 2 processes"),
+        (vec!["--peer", "jax"], "--peers: found it in 2 processes, expected one: no peer is run in several"),
+        (vec!["--precision", "bf16"], "--precision: found bf16, but the CPU computes in f32"),
+        (
+            vec!["--device", "cuda:1", "--precision", "bf16", "--precision", "f16"],
+            "--precision: found 2 of them, expected one where several processes train",
+        ),
         (
             vec!["all_reduce/1GiB"],
-            "found all_reduce/1GiB, which means no figure, expected the beginning of one of 4KiB/2_processes",
+            "found all_reduce/1GiB, which means no figure, expected the beginning of one of all_reduce/4KiB/2_processes",
         ),
-        (vec!["step/mlp"], "found the suite \"step\", expected all_reduce"),
+        (vec!["step/mlp/bf16"], "found step/mlp/bf16, which means no figure"),
+        (vec!["kernel"], "found the suite \"kernel\", expected all_reduce, step"),
     ] {
         for rank in ["0", "1"] {
             let mut command = common::warpstep();
-            command.args(["bench", "--device", "cpu"]).args(&arguments);
+            command.arg("bench").args(&arguments);
+            if !arguments.contains(&"--device") {
+                command.args(["--device", "cpu"]);
+            }
             for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")]
             {
                 command.env(name, value);

@@ -23,6 +23,7 @@ mod samples;
 pub mod speeds;
 pub mod step;
 pub mod table;
+pub mod together;
 pub mod unit;
 pub mod update;
 pub mod works;

@@ -58,7 +58,7 @@ const TOUR_IMPATIENT: f64 = 60.0;
 /// Seconds after which nothing more of the tour is begun.
 const TOUR_END: f64 = 105.0;
 /// Seconds of a figure that tells the device's speed.
-const SPEED_SECONDS: f64 = 0.5;
+pub const SPEED_SECONDS: f64 = 0.5;
 
 /// Which figures: a suite, and the beginning of names within it, where `*` stands for anything.
 #[derive(Clone, Debug, PartialEq, Eq)]

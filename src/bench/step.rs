@@ -1,6 +1,7 @@
 //! Whole training steps: forward, loss, backward, clip, update.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::layers::WINOGRAD;
 use super::measure::{Asked, Ground, Limit, Settings, Task, measure, spread};
@@ -12,15 +13,20 @@ use super::works::{MODELS, Training, threads, training};
 use crate::backend::cpu::Cpu;
 use crate::backend::profile::Kind;
 use crate::backend::step::{Gather, Room};
-use crate::backend::{Activations, Arena, Memory, StepContext};
+use crate::backend::{Activations, Arena, Backend, Memory, StepContext};
 use crate::data::{Picked, Table};
 use crate::error::Result;
 use crate::model::{Mode, Program};
 use crate::optim::{StepParams, UpdatePlan};
+use crate::parallel::{Collective, GradientsOptions, ParallelOptions, gather};
+use crate::plan::Share;
 use crate::real::Element;
 use crate::train::memory::{RunMemory, Wanted};
+use crate::train::sharing::exchange;
 use crate::train::step::{StepReport, Trainer, TrainerParts};
 
+/// What results call these figures.
+pub const SUITE: &str = "step";
 /// Floating-point operations of a step that its twin in f64 does too; a longer one is looked at without.
 const TWIN_FLOPS: u64 = 20_000_000_000;
 /// The learning rate: so small that thousands of steps on the same few batches do not learn them by heart, which would leave
@@ -29,9 +35,11 @@ const LEARNING_RATE: f64 = 1e-4;
 /// Parameters that are looked at, where there is no twin.
 const SAMPLE: usize = 1 << 12;
 
-/// A model in training.
+/// A model in training, by one process or by several, each with batches of its own.
 pub struct StepTask<B: Bed> {
     trainer: Trainer<B>,
+    /// The processes that make each step together; this one alone where there are none.
+    team: Option<Arc<dyn Collective>>,
     /// Given in turn, as training gives them where the data set lies on the device.
     batches: Vec<Picked>,
     queued: u64,
@@ -59,16 +67,22 @@ impl<B: Bed> StepTask<B> {
     /// # Errors
     /// Not enough memory.
     pub fn new(backend: &B, work: &Training) -> Result<Self> {
-        let trainer = trainer(backend.clone(), work)?;
-        let twin = (trainer.program().flops() <= TWIN_FLOPS).then(|| trainer_of_twin(work)).transpose()?;
+        Self::of(trainer(backend.clone(), work, 1)?, None, work)
+    }
+
+    fn of(trainer: Trainer<B>, team: Option<Arc<dyn Collective>>, work: &Training) -> Result<Self> {
+        let [rank, world] = team.as_ref().map_or([0, 1], |team| [team.rank(), team.world()]);
+        // One that looks at what all found is enough.
+        let is_looked_at = rank == 0 && world as u64 * trainer.program().flops() <= TWIN_FLOPS;
         Ok(StepTask {
+            twin: is_looked_at.then(|| trainer_of_twin(work, world as u32)).transpose()?,
             trainer,
+            team,
             batches: samples::batches(work)?,
             queued: 0,
             done: 0,
             skipped: 0,
             last: None,
-            twin,
             expected: Expected::default(),
         })
     }
@@ -78,8 +92,25 @@ impl<B: Bed> StepTask<B> {
         self.trainer.arena().layout.parameters()
     }
 
-    fn batch(&self) -> &Picked {
-        &self.batches[(self.queued % self.batches.len() as u64) as usize]
+    /// The number of this process, and how many there are.
+    fn place(&self) -> (usize, usize) {
+        self.team.as_ref().map_or((0, 1), |team| (team.rank(), team.world()))
+    }
+
+    /// The batch that a process trains on in the next step: no two of them on the same, but where there are fewer than processes.
+    fn batch_of(&self, rank: usize) -> usize {
+        let number = self.queued * self.place().1 as u64 + rank as u64;
+        (number % self.batches.len() as u64) as usize
+    }
+
+    /// What this process trains on in the next step.
+    pub(super) fn batch(&self) -> &Picked {
+        &self.batches[self.batch_of(self.place().0)]
+    }
+
+    /// Floating-point operations of this process's part of a step: those of the model, whatever is computed again.
+    pub(super) fn model_flops(&self) -> f64 {
+        self.trainer.program().model_flops() as f64
     }
 
     fn take(&mut self, wait: bool) -> Result<()> {
@@ -97,28 +128,72 @@ impl<B: Bed> StepTask<B> {
         self.trainer.backend().download(&arena.parameters, 0, &mut values)?;
         Ok(values.into_iter().map(Element::f32).collect())
     }
+
+    /// What is wrong with what this process found of the step that [`Task::prepare`] was for.
+    fn wrong(&mut self) -> Result<Option<String>> {
+        self.take(true)?;
+        let Expected { steps, values, parameters } = &self.expected;
+        if self.done != *steps || self.done != self.queued {
+            return Ok(Some(format!("{} steps were queued and {} finished, expected {steps}", self.queued, self.done)));
+        }
+        let Some(report) = &self.last else { return Ok(Some("the last step left no report".to_owned())) };
+        let [loss, norm] = [report.loss, report.outcome.grad_norm];
+        if report.outcome.skipped && B::Storage::NAME != "f16" {
+            return Ok(Some("the update was skipped, since a gradient was not finite".to_owned()));
+        }
+        if let Some([expected_loss, expected_norm]) = *values {
+            let [of_loss, of_norm] = tolerances(self.trainer.backend());
+            let off = |found: f64, expected: f64, by: f64| (found - expected).abs() > by * (expected.abs() + 1e-3);
+            // An update that f16 skipped to find its loss scale has no norm.
+            let skipped = report.outcome.skipped;
+            return Ok((off(loss, expected_loss, of_loss) || (!skipped && off(norm, expected_norm, of_norm))).then(
+                || format!("loss {loss} and gradient norm {norm}, its twin in f64 {expected_loss} and {expected_norm}"),
+            ));
+        }
+        let now = self.parameters_now(SAMPLE)?;
+        let moved = now.iter().zip(parameters).filter(|(now, before)| now != before).count();
+        Ok((!loss.is_finite() || (moved == 0 && !report.outcome.skipped))
+            .then(|| format!("loss {loss}, and {moved} of {} parameters moved", now.len())))
+    }
 }
 
-fn trainer<B: Bed>(backend: B, work: &Training) -> Result<Trainer<B>> {
+impl<B: Bed + Backend<Real = f32>> StepTask<B> {
+    /// As [`StepTask::new`], as one of several processes that make each step together: a batch of `work` each, gradients summed
+    /// while the backward goes on.
+    ///
+    /// # Errors
+    /// Not enough memory, or a thread that cannot be started.
+    pub fn together(backend: &B, work: &Training, team: &Arc<dyn Collective>) -> Result<Self> {
+        let ParallelOptions { wire, overlap, .. } = ParallelOptions::default();
+        let share = Share::of_rank(team.rank(), team.world());
+        let trainer = trainer(backend.clone(), work, 1)?;
+        let options = GradientsOptions { share, wire, overlap };
+        let exchange = exchange(&trainer, options, team, ParallelOptions::default().bucket_elements())?;
+        Self::of(trainer.sharing(share, exchange), Some(Arc::clone(team)), work)
+    }
+}
+
+fn trainer<B: Bed>(backend: B, work: &Training, accumulate: u32) -> Result<Trainer<B>> {
     Trainer::new(TrainerParts {
         backend,
         model: work.model()?,
         input: work.input.clone(),
         batch_size: work.batch,
-        accumulate: 1,
+        accumulate,
         optimizer: &work.optimizer,
         ema: None,
         seed: 1,
     })
 }
 
-fn trainer_of_twin(work: &Training) -> Result<Trainer<Cpu<f64>>> {
-    trainer(Cpu::<f64>::new(), work)
+/// It takes the batches of all processes one after the other.
+fn trainer_of_twin(work: &Training, processes: u32) -> Result<Trainer<Cpu<f64>>> {
+    trainer(Cpu::<f64>::new(), work, processes)
 }
 
 impl<B: Bed> Task for StepTask<B> {
     fn run(&mut self) -> Result<()> {
-        let batch = &self.batches[(self.queued % self.batches.len() as u64) as usize];
+        let batch = &self.batches[self.batch_of(self.place().0)];
         self.trainer.queue(batch, Some(LEARNING_RATE))?;
         self.queued += 1;
         self.take(false)
@@ -148,36 +223,20 @@ impl<B: Bed> Task for StepTask<B> {
         let now = self.parameters_now(usize::MAX)?;
         twin.arena_mut().parameters.iter_mut().zip(now).for_each(|(to, from)| *to = f64::from(from));
         twin.set_counters(self.trainer.counters());
-        let report = twin.step(std::slice::from_ref(self.batch()), LEARNING_RATE)?;
+        let batches: Vec<Picked> = (0..self.place().1).map(|rank| self.batches[self.batch_of(rank)].clone()).collect();
+        let report = twin.step(&batches, LEARNING_RATE)?;
         self.expected.values = Some([report.loss, report.outcome.grad_norm]);
         self.twin = Some(twin);
         Ok(())
     }
 
     fn verify(&mut self) -> Result<Option<String>> {
-        self.take(true)?;
-        let Expected { steps, values, parameters } = &self.expected;
-        if self.done != *steps || self.done != self.queued {
-            return Ok(Some(format!("{} steps were queued and {} finished, expected {steps}", self.queued, self.done)));
-        }
-        let Some(report) = &self.last else { return Ok(Some("the last step left no report".to_owned())) };
-        let [loss, norm] = [report.loss, report.outcome.grad_norm];
-        if report.outcome.skipped && B::Storage::NAME != "f16" {
-            return Ok(Some("the update was skipped, since a gradient was not finite".to_owned()));
-        }
-        if let Some([expected_loss, expected_norm]) = *values {
-            let [of_loss, of_norm] = tolerances(self.trainer.backend());
-            let off = |found: f64, expected: f64, by: f64| (found - expected).abs() > by * (expected.abs() + 1e-3);
-            // An update that f16 skipped to find its loss scale has no norm.
-            let skipped = report.outcome.skipped;
-            return Ok((off(loss, expected_loss, of_loss) || (!skipped && off(norm, expected_norm, of_norm))).then(
-                || format!("loss {loss} and gradient norm {norm}, its twin in f64 {expected_loss} and {expected_norm}"),
-            ));
-        }
-        let now = self.parameters_now(SAMPLE)?;
-        let moved = now.iter().zip(parameters).filter(|(now, before)| now != before).count();
-        Ok((!loss.is_finite() || (moved == 0 && !report.outcome.skipped))
-            .then(|| format!("loss {loss}, and {moved} of {} parameters moved", now.len())))
+        let own = self.wrong()?;
+        let Some(team) = &self.team else { return Ok(own) };
+        // What one of them sees, all refuse.
+        let all = gather(&**team, own.unwrap_or_default().as_bytes())?;
+        let wrong = all.iter().enumerate().find(|(_, told)| !told.is_empty());
+        Ok(wrong.map(|(rank, told)| format!("rank {rank}: {}", String::from_utf8_lossy(told))))
     }
 }
 
@@ -210,24 +269,15 @@ pub fn figures<B: Bed>(
         }
         let work = training(backend, model)?;
         let mut task = StepTask::new(backend, &work)?;
-        // Those of the model alone, whatever is computed again: so the share of the floor is the model's FLOP utilization.
-        let (flops, amount) = (task.trainer.program().model_flops() as f64, work.amount());
-        let limit = |_: Option<&_>| {
-            let seconds = flops / speeds.product;
-            let what = format!("its {:.3} GFLOP at this run's fastest product, {}", flops / 1e9, speeds.product_text());
-            let floor = Floor { seconds, what, doubt: speeds.product_doubt.clone() };
-            // Of a network of convolutions, most may do with fewer operations than are counted.
-            let fewer = if model.contains("cnn") || model.contains("resnet") { WINOGRAD } else { 1.0 };
-            let least = flops / speeds.fastest_product / fewer;
-            Some(Limit { floor, passable: fewer, least, from_memory: false })
-        };
+        let flops = task.model_flops();
+        let limit = |_: Option<&_>| Some(limit(model, flops, speeds));
         let asked = Asked {
             figure: Figure {
-                suite: "step".to_owned(),
+                suite: SUITE.to_owned(),
                 name,
-                amount,
+                amount: work.amount(),
                 flops: Some(flops),
-                memory_bytes: Some(memory(backend, &work, task.batch().table())? as u64),
+                memory_bytes: Some(memory(backend, &work, task.batch().table(), [0, 1])? as u64),
                 work: Some(work.work(task.parameters(), precision, threads(backend))),
                 ..Figure::default()
             },
@@ -236,14 +286,27 @@ pub fn figures<B: Bed>(
         let mut figure = measure(ground, settings, &mut task, None, asked)?;
         let batch = task.batch().clone();
         drop(task);
-        figure.parts = Pieces::new(backend, &work, batch)?.shares(ground, settings.seconds / 4.0)?;
+        figure.parts = shares(backend, &work, batch, ground, settings.seconds / 4.0)?;
         told(figure)?;
     }
     Ok(())
 }
 
-/// Bytes that a run of this plans.
-fn memory<B: Bed>(_: &B, work: &Training, table: &Table) -> Result<usize> {
+/// What a step of a model, of so many operations, is held to. They are those of the model alone, whatever is computed again: so the
+/// share of the floor is the model's FLOP utilization.
+pub(super) fn limit(model: &str, flops: f64, speeds: &Speeds) -> Limit {
+    let seconds = flops / speeds.product;
+    let what = format!("its {:.3} GFLOP at this run's fastest product, {}", flops / 1e9, speeds.product_text());
+    let floor = Floor { seconds, what, doubt: speeds.product_doubt.clone() };
+    // Of a network of convolutions, most may do with fewer operations than are counted.
+    let fewer = if model.contains("cnn") || model.contains("resnet") { WINOGRAD } else { 1.0 };
+    Limit { floor, passable: fewer, least: flops / speeds.fastest_product / fewer, from_memory: false }
+}
+
+/// Bytes that a run of this plans in a process, by its number and that of all.
+pub(super) fn memory<B: Bed>(_: &B, work: &Training, table: &Table, [rank, world]: [usize; 2]) -> Result<usize> {
+    let share = Share::of_rank(rank, world);
+    let sharding = || ParallelOptions::default().sharding((rank, world), &share, 1);
     let wanted = Wanted {
         input: work.input.clone(),
         batch_size: work.batch,
@@ -251,9 +314,20 @@ fn memory<B: Bed>(_: &B, work: &Training, table: &Table) -> Result<usize> {
         evaluations: Vec::new(),
         optimizer: &work.optimizer,
         average: false,
-        share: None,
+        share: (world > 1).then(|| (share, sharding())),
     };
     Ok(RunMemory::plan::<B>(&mut work.model()?, &wanted)?.1.with_table::<B>(table).total())
+}
+
+/// The share of each part of a step, by the medians of its times, for about so many seconds.
+pub(super) fn shares<B: Bed>(
+    backend: &B,
+    work: &Training,
+    batch: Picked,
+    ground: &dyn Ground,
+    seconds: f64,
+) -> Result<BTreeMap<String, f64>> {
+    Pieces::new(backend, work, batch)?.shares(ground, seconds)
 }
 
 /// A step in pieces, each timed alone.

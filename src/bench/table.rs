@@ -2,6 +2,7 @@
 
 use super::results::{Figure, Machine, Results};
 use super::speeds::Speeds;
+use super::together::COMMUNICATION;
 
 /// Widths of the columns: what, time, spread, speed, floor, per cent.
 const WHAT: usize = 44;
@@ -129,6 +130,10 @@ pub fn foot(results: &Results) -> String {
         model FLOP utilization. 100 % is as fast as this run has seen the machine; more than 110 % is refused, but for convolutions \
         of 3 x 3, which Winograd's method does with fewer operations than are counted. "
         .to_owned();
+    if results.figures.iter().any(|figure| figure.parts.contains_key(COMMUNICATION)) {
+        text += "Communication is what a step of all processes takes longer than the same step by each of them alone, all at the same \
+                 time: 10 % of it is a scaling efficiency of 90 %. ";
+    }
     text += match refused {
         0 => "No figure was refused.",
         _ => {

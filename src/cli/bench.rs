@@ -41,7 +41,9 @@ enum Command {
   step    whole training steps: mlp, cnn, gpt_cpu, audio_cnn, resnet18, gpt2
   data    decoding files, feeding batches
 
-Started as several processes (mpirun -n 2 warpstep bench, torchrun), it takes their sums by size: all_reduce.
+Started as several processes (warpstep launch --gpus 8 -- bench, mpirun -n 2 warpstep bench), other suites:
+  all_reduce  sums over all processes by size
+  step        whole training steps of all processes, each with a batch of its own, and what of them is communication
 
 A pattern is the beginning of figures' names, with * for anything: step/mlp, update/adamw*124M, kernel/*backward."
 )]
@@ -186,17 +188,18 @@ fn set_threads(options: &Options) -> Result<()> {
     })
 }
 
+/// The precisions that are asked for.
+fn precisions(options: &Options) -> Result<Vec<Precision>> {
+    let known = |name: &String| {
+        let known = Precision::ALL.into_iter().find(|precision| precision.name() == name);
+        known.ok_or_else(|| Error::config("--precision", format!("found {name:?}, expected f32, tf32, bf16 or f16")))
+    };
+    options.precision.iter().map(known).collect()
+}
+
 fn request(options: &Options) -> Result<Request> {
     let patterns = options.patterns.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>>>()?;
-    let mut precisions = Vec::new();
-    for name in &options.precision {
-        let known = Precision::ALL.into_iter().find(|precision| precision.name() == name);
-        precisions.push(
-            known.ok_or_else(|| {
-                Error::config("--precision", format!("found {name:?}, expected f32, tf32, bf16 or f16"))
-            })?,
-        );
-    }
+    let precisions = precisions(options)?;
     Ok(Request {
         patterns,
         place: place(&options.device)?,

@@ -17,7 +17,7 @@ pub mod resident;
 pub mod run;
 mod same;
 pub mod shadow;
-mod sharing;
+pub(crate) mod sharing;
 pub mod signals;
 pub mod step;
 pub mod summary;

@@ -25,7 +25,10 @@ pub(super) fn check_sharding<B: Backend + Update>(run: &Run<B>) -> Result<()> {
 }
 
 /// What makes the gradients of a trainer's parts those of the whole batch.
-pub(super) fn exchange<B: Backend<Real = f32> + Update>(
+///
+/// # Errors
+/// A thread that cannot be started.
+pub(crate) fn exchange<B: Backend<Real = f32> + Update>(
     trainer: &Trainer<B>,
     options: GradientsOptions,
     collective: &Arc<dyn Collective>,

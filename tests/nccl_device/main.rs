@@ -10,6 +10,8 @@ mod collectives;
 mod emulator;
 mod sharded;
 mod steps;
+#[path = "../common/threads.rs"]
+mod threads;
 
 use std::sync::{Arc, Mutex};
 
