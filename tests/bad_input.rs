@@ -103,6 +103,18 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("batch_size = 8", "split = 3"), &["data.split", "expected a table"]),
         (with("batch_size = 8", "normalize = \"datset\""), &["data.normalize", "did you mean dataset?"]),
         (with("batch_size = 8", "augment = { flop = true }"), &["data.augment.flop", "did you mean flip?"]),
+        (
+            with("batch_size = 8", "threads = 2000"),
+            &["run.toml:6", "data.threads", "found 2000, expected 1024 at most"],
+        ),
+        (
+            with("batch_size = 8", "prefetch = 70000"),
+            &["run.toml:6", "data.prefetch", "found 70000, expected 65536 at most"],
+        ),
+        (
+            with("format = \"digits\"", "format = \"inline\"\ninputs = [[1], [1e300]]\ntargets = [1, 2]"),
+            &["run.toml:6", "data.inputs", "the range of f32"],
+        ),
         (with("preset = \"mlp\"", ""), &["model.preset", "missing", "mlp"]),
         (with("preset = \"mlp\"", "preset = \"mpl\""), &["model.preset", "did you mean mlp?"]),
         (with("preset = \"mlp\"", "preset = \"gpt\""), &["model"]),
@@ -216,6 +228,22 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (format!("{GOOD}[checkpoint]\nkeep = 0\n"), &["checkpoint.keep", "found 0"]),
         (format!("{GOOD}[evaluate]\nbatches = 0\n"), &["evaluate.batches", "found 0"]),
         (format!("{GOOD}[evaluate]\nevery_steps = 1\nevery_epochs = 1\n"), &["evaluate.every_epochs", "both"]),
+        (
+            format!("{GOOD}[evaluate]\nevery_epochs = -1\n"),
+            &["run.toml:16", "evaluate.every_epochs", "found -1, expected a number above 0, or 0"],
+        ),
+        (
+            format!("{GOOD}[checkpoint]\nevery_epochs = -0.5\n"),
+            &["run.toml:16", "checkpoint.every_epochs", "found -0.5"],
+        ),
+        (
+            with("rule = \"momentum\"", "rule = \"adam\"\nepsilon = 1e-60"),
+            &["optimizer.epsilon", "a number above 0 in f32 too"],
+        ),
+        (
+            with("kind = \"cosine\"", "kind = \"one_cycle\"\nfinal_divisor = 0.5"),
+            &["run.toml:15", "schedule.final_divisor", "found 0.5, expected a number of 1 or more"],
+        ),
         (format!("{GOOD}[early_stopping]\n"), &["early_stopping.patience", "missing"]),
     ];
     assert!(cases.len() >= 60, "{}", cases.len());

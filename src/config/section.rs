@@ -120,10 +120,10 @@ impl Read for f64 {
 
 impl Read for f32 {
     fn expected() -> String {
-        f64::expected()
+        "a finite number within the range of f32, up to 3.4e38 either way".into()
     }
     fn read(node: &Node) -> Option<Self> {
-        f64::read(node).map(|value| value as f32)
+        f64::read(node).map(|value| value as f32).filter(|value| value.is_finite())
     }
     fn write(&self) -> Value {
         // The shortest decimal that gives this f32 again.

@@ -43,7 +43,7 @@ impl Node {
             Node::Array(items) => format!("an array of {}", items.len()),
             Node::String(text) => format!("{text:?} (a string)"),
             Node::Integer(value) => format!("{value}"),
-            Node::Float(value) => format!("{value} (a number with a point)"),
+            Node::Float(value) => format!("{value:?} (a number with a point)"),
             Node::Boolean(value) => format!("{value}"),
             Node::Datetime(text) => format!("{text} (a date)"),
         }

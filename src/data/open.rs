@@ -100,8 +100,10 @@ impl OpenedData {
 /// # Errors
 /// Options that do not fit the data; files that are missing or damaged, with the place.
 pub fn open(options: &DataOptions, base: Option<&Path>, seed: u64) -> Result<OpenedData> {
-    if options.threads > 1024 || options.prefetch > 1 << 16 {
-        return Err(Error::config("data.prefetch", "found more than 65536 batches or 1024 threads"));
+    for (key, found, most) in [("data.prefetch", options.prefetch, 1 << 16), ("data.threads", options.threads, 1024)] {
+        if found > most {
+            return Err(Error::config(key, format!("found {found}, expected {most} at most")));
+        }
     }
     let lookup = Lookup::new(base);
     let (splits, preprocess, source) = match &options.format {

@@ -125,7 +125,7 @@ impl OptimizerOptions {
             }
             // In f32, where 0 would make 0 / 0 of parameters whose gradients were always 0.
             if let Some(epsilon) = epsilon.filter(|&e| !(e as f32 > 0.0 && e.is_finite())) {
-                return wrong("epsilon", epsilon, "a number above 0");
+                return wrong("epsilon", epsilon, "a number above 0 in f32 too, as 1e-8 is");
             }
         }
         self.clip.validate()

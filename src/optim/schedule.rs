@@ -147,9 +147,10 @@ impl Schedule {
                 if !(*rise > 0.0 && *rise < 1.0) {
                     return wrong("rise", rise.to_string(), "a number between 0 and 1".into());
                 }
-                if *initial_divisor < 1.0 || *final_divisor < 1.0 {
-                    let found = format!("{initial_divisor} and {final_divisor}");
-                    return wrong("initial_divisor and final_divisor", found, "numbers of 1 or more".into());
+                for (key, divisor) in [("initial_divisor", *initial_divisor), ("final_divisor", *final_divisor)] {
+                    if divisor < 1.0 {
+                        return wrong(key, divisor.to_string(), "a number of 1 or more".into());
+                    }
                 }
                 Ok(())
             }

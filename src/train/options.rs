@@ -114,11 +114,14 @@ impl TrainOptions {
         let wrong = |key: &str, found: String, expected: &str| {
             Err(Error::config(key, format!("found {found}, expected {expected}")))
         };
-        let cadence = |key: &str, cadence: Cadence| match cadence {
-            Cadence::Steps(0) => wrong(key, "0 steps".into(), "1 or more"),
-            Cadence::Epochs(epochs) if !(epochs > 0.0 && epochs.is_finite()) => {
-                wrong(key, format!("{epochs} epochs"), "a number above 0")
-            }
+        // Of a run file, 0 is no cadence.
+        let cadence = |section: &str, cadence: Cadence| match cadence {
+            Cadence::Steps(0) => wrong(&format!("{section}.every_steps"), "0".into(), "1 or more"),
+            Cadence::Epochs(epochs) if !(epochs > 0.0 && epochs.is_finite()) => wrong(
+                &format!("{section}.every_epochs"),
+                epochs.to_string(),
+                "a number above 0, or 0 for the end alone",
+            ),
             _ => Ok(()),
         };
         match self.length {

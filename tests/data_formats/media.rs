@@ -185,6 +185,11 @@ fn a_png_becomes_what_the_same_picture_is_in_an_idx_file_of_any_type() -> TestRe
             }
         }
     }
+    let mut large = idx_of_type(0x0e, &whole);
+    let third = large.len() - 6 * 8;
+    large[third..third + 8].copy_from_slice(&1e300f64.to_be_bytes());
+    std::fs::write(&images, large)?;
+    refused(&idx_options(folder.path()), &["value 2 is 1e300", "expected a number within the range of f32"]);
     // What white is cannot be known: rows of numbers are taken in place of pictures.
     std::fs::write(&images, idx_of_type(0x0d, &[-1.0, 0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0]))?;
     let data = open(&idx_options(folder.path()), None, 1)?;

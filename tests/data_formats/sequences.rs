@@ -125,6 +125,12 @@ fn damaged_token_files_are_refused_with_the_place() -> TestResult {
     with(&little_endian(0..3), &["holds 3 tokens", "at least 5"])?;
     refused(&tokens_options(&folder.path().join("none_*.bin"), 100), &["no file fits"]);
     refused(&tokens_options(folder.path(), 100), &["train.bin"]);
+    for wrong in [1, 3_000_000_000] {
+        refused(
+            &tokens_options(&path, wrong),
+            &["data.vocabulary", &format!("found {wrong}, expected 2 to 2147483647")],
+        );
+    }
     Ok(())
 }
 

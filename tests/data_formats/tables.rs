@@ -18,6 +18,8 @@ fn csv_columns_are_found_by_name_and_by_number() -> TestResult {
     assert_eq!(reals(&batch.inputs), [1.0, 2.0, 3.0, 4.0, 5.0, 6.5]);
     assert_eq!(labels(&batch.targets), [0, 1, 0]);
     assert_eq!(data.preprocess.class_names(), Some(&["big".to_string(), "small".to_string()][..]));
+    let large = data.preprocess.text("1,2\n1,1e300\n", Path::new("rows")).err().ok_or("no error")?.to_string();
+    assert!(large.contains("line 2, column 2") && large.contains("the range of f32"), "{large}");
     // A user's rows, with and without the header, in another order.
     for rows in ["height,width\n2,1\n", "1,2\n", "1,big,2\n"] {
         let user = data.preprocess.text(rows, Path::new("rows"))?;
@@ -48,6 +50,10 @@ fn csv_cells_that_are_no_numbers_are_told_with_line_and_column() -> TestResult {
     with(b"a,b,y\n1,2,3\n4,,6\n", last(), &["line 3", "column 2 (\"b\")", "\"\""])?;
     with(b"a,b,y\n1,2,3\n4,NaN,6\n", last(), &["line 3", "column 2", "NaN"])?;
     with(b"a,b,y\n1,2,3\n4,inf,6\n", last(), &["line 3", "inf"])?;
+    for large in ["1e300", "-1e39", "1e400"] {
+        let text = format!("a,b,y\n1,2,3\n4,{large},6\n");
+        with(text.as_bytes(), last(), &["line 3", "column 2", large, "a number within the range of f32"])?;
+    }
     with(b"a,b,y\n1,2,3\n4,5\n", last(), &["line 3", "found 2 cells, expected 3"])?;
     with(b"a,b,y\n1,2,3\n4,\xff,6\n", last(), &["line 3", "UTF-8"])?;
     with(b"a,b,y\n1,2,\n", last(), &["line 2", "column 3"])?;

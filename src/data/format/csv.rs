@@ -9,7 +9,7 @@ use super::super::dataset::{Places, RealTable, TargetTable, Values};
 use super::super::options::{Column, CsvOptions, Normalize, TargetKind};
 use super::super::preprocess::Recipe;
 use super::super::source::{self, Lookup};
-use super::{Pool, not_empty, numbered};
+use super::{Pool, instead_of, not_empty, numbered};
 use crate::error::{Error, Result};
 
 /// The columns that are used, by number.
@@ -168,6 +168,14 @@ fn finite(cell: &str) -> Option<f64> {
     cell.parse::<f64>().ok().filter(|value| (*value as f32).is_finite())
 }
 
+/// What is expected in the place of a cell that has no such number. Digits are a number, be it more than f64 has.
+fn instead_of_cell(cell: &str) -> &'static str {
+    let digits = cell.bytes().any(|byte| byte.is_ascii_digit());
+    instead_of(
+        cell.parse::<f64>().map_or(f64::NAN, |value| if digits { value.clamp(f64::MIN, f64::MAX) } else { value }),
+    )
+}
+
 fn number(path: &Path, line: u64, column: usize, columns: &Columns, cell: &str) -> Result<f64> {
     match finite(cell) {
         Some(value) => Ok(value),
@@ -185,7 +193,11 @@ fn number(path: &Path, line: u64, column: usize, columns: &Columns, cell: &str) 
             let name = name.map_or(String::new(), |n| format!(" ({n:?})"));
             Err(Error::data(
                 path,
-                format!("line {line}, column {}{name}: found {cell:?}, expected a finite number; {advice}", column + 1),
+                format!(
+                    "line {line}, column {}{name}: found {cell:?}, expected {}; {advice}",
+                    column + 1,
+                    instead_of_cell(cell)
+                ),
             ))
         }
     }
@@ -428,7 +440,7 @@ pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'
             finite(cell).ok_or_else(|| {
                 Error::data(
                     path,
-                    format!("line {line}, column {}: found {cell:?}, expected a finite number", column + 1),
+                    format!("line {line}, column {}: found {cell:?}, expected {}", column + 1, instead_of_cell(cell)),
                 )
             })
         };

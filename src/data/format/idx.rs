@@ -7,7 +7,7 @@ use super::super::dataset::{RealTable, TargetTable, Values};
 use super::super::options::{IdxOptions, Normalize};
 use super::super::preprocess::Recipe;
 use super::super::source::{self, Lookup};
-use super::Pool;
+use super::{Pool, instead_of};
 use crate::error::{Error, Result};
 
 /// Most classes that labels may tell of; those of bytes tell of 256.
@@ -242,6 +242,7 @@ fn parse(path: &Path, mut bytes: Vec<u8>) -> Result<Array> {
         ));
     }
     bytes.drain(..header);
+    let told = |i: usize, value: f64| format!("value {i} is {value:?}, expected {}", instead_of(value));
     let values = match kind {
         0x08 => Values::Bytes(bytes),
         0x09 => Values::Floats(bytes.iter().map(|b| f32::from(*b as i8)).collect()),
@@ -250,13 +251,17 @@ fn parse(path: &Path, mut bytes: Vec<u8>) -> Result<Array> {
         0x0d => Values::Floats(words(&bytes).map(f32::from_bits).collect()),
         _ => {
             let double = |b: &[u8]| f64::from_bits(words(b).fold(0, |high, low| high << 32 | u64::from(low)));
-            Values::Floats(bytes.chunks_exact(8).map(|b| double(b) as f32).collect())
+            let doubles = bytes.chunks_exact(8).map(double);
+            if let Some((i, value)) = doubles.clone().enumerate().find(|(_, value)| !(*value as f32).is_finite()) {
+                return wrong(told(i, value));
+            }
+            Values::Floats(doubles.map(|value| value as f32).collect())
         }
     };
     if let Values::Floats(values) = &values
         && let Some(i) = values.iter().position(|v| !v.is_finite())
     {
-        return wrong(format!("value {i} is {}, expected a finite number", values[i]));
+        return wrong(told(i, f64::from(values[i])));
     }
     Ok(Array { dims, values })
 }

@@ -98,6 +98,11 @@ pub(super) fn room<T: Clone + Default>(place: &Path, count: usize, each: usize) 
     Ok(values)
 }
 
+/// What is expected in the place of `value`, of which f32 has no finite number.
+fn instead_of(value: f64) -> &'static str {
+    if value.is_finite() { "a number within the range of f32, up to 3.4e38 either way" } else { "a finite number" }
+}
+
 /// An empty source is no source.
 fn not_empty(place: &Path, what: &str, count: usize) -> Result<()> {
     if count == 0 {

@@ -23,8 +23,11 @@ pub(crate) fn open(
     splits: &SplitOptions,
     lookup: &Lookup,
 ) -> Result<(PathBuf, Splits, Recipe)> {
-    if !(2..=i32::MAX as usize).contains(&options.vocabulary) {
-        return Err(Error::config("data.vocabulary", format!("found {}, expected 2 or more", options.vocabulary)));
+    /// Tokens are `i32`.
+    const MOST: usize = i32::MAX as usize;
+    if !(2..=MOST).contains(&options.vocabulary) {
+        let problem = format!("found {}, expected 2 to {MOST}", options.vocabulary);
+        return Err(Error::config("data.vocabulary", problem));
     }
     let mut train = lookup.find_all("data.path", &options.path)?;
     let mut validation = options.validation.as_deref().map(|p| lookup.find_all("data.validation", p)).transpose()?;
