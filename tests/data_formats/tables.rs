@@ -68,6 +68,37 @@ fn csv_cells_that_are_no_numbers_are_told_with_line_and_column() -> TestResult {
 }
 
 #[test]
+fn csv_errors_tell_the_line_that_an_editor_shows() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.csv");
+    let rows = ["note,a,y", "one,1,2", "", "", "\"two^lines^of text\",3,4", "", "WRONG"];
+    for end in ["\n", "\r\n", "\r"] {
+        let text = |wrong: &str| (rows.join(end) + end).replace('^', end).replace("WRONG", wrong);
+        for (wrong, parts) in [
+            ("five,x,6", &["line 9, column 2 (\"a\"): found \"x\""][..]),
+            ("five,5,y", &["line 9, column 3 (\"y\"): found \"y\""]),
+            ("five,5", &["line 9: found 2 cells, expected 3"]),
+        ] {
+            std::fs::write(&path, text(wrong))?;
+            let features = Some(vec![Column::Name("a".into())]);
+            let csv = CsvOptions { features, target_type: Some(TargetKind::Real), ..csv_options(path.clone()) };
+            refused(&DataOptions::new(FormatOptions::Csv(csv)), parts);
+        }
+        // The first row that is wrong stands after a cell of several lines, and a byte order mark is none.
+        std::fs::write(&path, format!("\u{feff}{}", text("five,5,6")))?;
+        refused(&DataOptions::new(FormatOptions::Csv(csv_options(path.clone()))), &["line 2, column 1 (\"note\")"]);
+        // A user's rows.
+        std::fs::write(&path, text("five,5,6"))?;
+        let features = Some(vec![Column::Name("a".into())]);
+        let csv = CsvOptions { features, ..csv_options(path.clone()) };
+        let data = open(&DataOptions::new(FormatOptions::Csv(csv)), None, 1)?;
+        let error = data.preprocess.text(&text("five,x,6"), Path::new("rows")).err().ok_or("no error")?.to_string();
+        assert!(error.contains("line 9, column 2: found \"x\""), "{end:?}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn inline_rows_are_the_samples() -> TestResult {
     let inputs = vec![vec![1.0, 2.0], vec![2.0, 4.0], vec![3.0, 6.0]];
     let targets = InlineTargets::Real(vec![vec![1.0], vec![3.0], vec![5.0]]);

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use ::csv::{ByteRecord, ErrorKind, ReaderBuilder, Trim};
+use ::csv::{ByteRecord, ErrorKind, Position, ReaderBuilder, Trim};
 
 use super::super::augment::Subject;
 use super::super::dataset::{Places, RealTable, TargetTable, Values};
 use super::super::options::{Column, CsvOptions, Normalize, TargetKind};
 use super::super::preprocess::Recipe;
 use super::super::source::{self, Lookup};
+use super::line_numbers::LineNumbers;
 use super::{Pool, instead_of, not_empty, numbered};
 use crate::error::{Error, Result};
 
@@ -267,8 +268,9 @@ fn read(options: &CsvOptions, path: &Path, delimiter: char, training: Option<Tra
     let mut record = ByteRecord::new();
     let mut columns: Option<Columns> = None;
     let mut table = (Vec::new(), Vec::new(), Vec::new());
-    while reader.read_byte_record(&mut record).map_err(|e| told(path, &e))? {
-        let line = record.position().map_or(0, |p| p.line());
+    let mut lines = LineNumbers::new(bytes);
+    while reader.read_byte_record(&mut record).map_err(|e| told(path, &e, &mut lines))? {
+        let line = lines.of_row(record.position().map_or(0, Position::byte));
         let cell = |column: usize| {
             let bytes = record.get(column).unwrap_or_default();
             std::str::from_utf8(bytes).map_err(|_| {
@@ -310,15 +312,12 @@ fn read(options: &CsvOptions, path: &Path, delimiter: char, training: Option<Tra
     Ok(Table { columns, features: table.0, targets: table.1, lines: table.2 })
 }
 
-fn told(path: &Path, error: &::csv::Error) -> Error {
+fn told(path: &Path, error: &::csv::Error, lines: &mut LineNumbers<'_>) -> Error {
     match error.kind() {
-        ErrorKind::UnequalLengths { pos, expected_len, len } => Error::data(
-            path,
-            format!(
-                "line {}: found {len} cells, expected {expected_len} as in the first line",
-                pos.as_ref().map_or(0, |p| p.line())
-            ),
-        ),
+        ErrorKind::UnequalLengths { pos, expected_len, len } => {
+            let line = lines.of_row(pos.as_ref().map_or(0, Position::byte));
+            Error::data(path, format!("line {line}: found {len} cells, expected {expected_len} as in the first row"))
+        }
         _ => Error::data(path, format!("is not a CSV table: {error}")),
     }
 }
@@ -414,9 +413,11 @@ pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'
         .from_reader(text.as_bytes());
     let mut named: Option<Vec<usize>> = None;
     let mut rows = Vec::new();
+    let mut lines = LineNumbers::new(text.as_bytes());
     for record in reader.records() {
-        let record = record.map_err(|e| told(path, &e))?;
-        let line = record.position().map_or(0, |p| p.line());
+        let record = record.map_err(|e| told(path, &e, &mut lines))?;
+        // Where the row begins: the reader's own count stays behind at other ends than LF, and at empty lines.
+        let line = lines.of_row(record.position().map_or(0, Position::byte));
         if named.is_none() && rows.is_empty() {
             let header: Vec<&str> = record.iter().collect();
             named = names.map(|names| by_names(names, &known, &header, path)).transpose()?.flatten();

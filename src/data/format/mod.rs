@@ -6,6 +6,7 @@ pub(crate) mod digits;
 pub(crate) mod idx;
 pub(crate) mod images;
 pub(crate) mod inline;
+mod line_numbers;
 pub(crate) mod lines;
 pub(crate) mod text;
 pub(crate) mod tokens;
