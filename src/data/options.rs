@@ -173,7 +173,8 @@ pub enum Color {
 /// Keys of `format = "images"`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ImagesOptions {
-    /// `data.path`: a folder with a folder a class, or with `train`, `validation` (or `val`) and `test` folders of those.
+    /// `data.path`: a folder with a folder a class, or with `train`, `validation` (or `val`) and `test` folders of those. Files of
+    /// folders within a class folder are of the class too.
     pub path: PathBuf,
     /// `data.resize`: `[height, width]` to which every picture is brought (bilinear, averaging when it shrinks).
     pub resize: Option<[usize; 2]>,

@@ -248,6 +248,97 @@ fn images_are_found_by_class_and_folders_of_their_own_are_the_other_splits() -> 
     Ok(())
 }
 
+#[test]
+fn files_in_folders_within_a_class_folder_are_of_that_class_in_one_order() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let root = folder.path().join("pictures");
+    let picture = |name: &str, shade: u8| -> TestResult {
+        let path = root.join(name);
+        std::fs::create_dir_all(path.parent().ok_or("no folder")?)?;
+        Ok(image::GrayImage::from_pixel(1, 1, image::Luma([shade])).save(path)?)
+    };
+    // Before `z.png` by their names, after it as they lie deeper.
+    for (name, shade) in [("cat/b/2/c.png", 4), ("cat/z.png", 1), ("cat/b/y.png", 2), ("cat/b/1/a.png", 3)] {
+        picture(name, shade)?;
+    }
+    picture("dog/only/deeper.PNG", 5)?;
+    picture("dog/.hidden/left_out.png", 9)?;
+    std::fs::write(root.join("dog/only/notes.txt"), "no picture")?;
+    let options = |path: &Path| {
+        let images = ImagesOptions { path: path.into(), ..Default::default() };
+        DataOptions { normalize: Some(Normalize::None), ..DataOptions::new(FormatOptions::Images(images)) }
+    };
+    let shades = |options: &DataOptions| -> Result<(Vec<f32>, Vec<i32>), Box<dyn StdError>> {
+        let data = open(options, None, 1)?;
+        let all: Vec<Pick> = (0..data.splits.train.len()).map(Pick::Sample).collect();
+        let batch = read(&*data.splits.train, &all)?;
+        Ok((reals(&batch.inputs).to_vec(), labels(&batch.targets).to_vec()))
+    };
+    assert_eq!(shades(&options(&root))?, (vec![1.0, 2.0, 3.0, 4.0, 5.0], vec![0, 0, 0, 0, 1]));
+    // Rules on names see the folders.
+    let held = DataOptions { split: split(None, Some(Part::Pattern("^cat/b/".into()))), ..options(&root) };
+    assert_eq!(sizes(&open(&held, None, 1)?), [2, 0, 3]);
+    // A model knows the data that it was trained on by more than what lies in the class folders themselves.
+    let before = open(&options(&root), None, 1)?.preprocess;
+    picture("dog/only/more/6.png", 6)?;
+    assert!(before.changed(&open(&options(&root), None, 1)?.preprocess).is_some());
+    // What used to be an empty class folder is not taken for a class in silence.
+    for (name, shade) in [("splits/Train/cat/1.png", 1), ("splits/Train/dog/1.png", 2), ("splits/Test/cat/1.png", 3)] {
+        picture(name, shade)?;
+    }
+    refused(
+        &options(&root.join("splits")),
+        &["Test: found class folders in it", "no folder beside it that is called train"],
+    );
+    Ok(())
+}
+
+#[test]
+fn links_are_followed_and_one_that_leads_nowhere_or_back_is_told() -> TestResult {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir()?;
+    let root = folder.path().join("pictures");
+    for class in ["cat", "dog"] {
+        std::fs::create_dir_all(root.join(class))?;
+        image::GrayImage::new(1, 1).save(root.join(class).join("1.png"))?;
+    }
+    let elsewhere = folder.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere)?;
+    image::GrayImage::new(1, 1).save(elsewhere.join("2.png"))?;
+    symlink(&elsewhere, root.join("cat/linked"))?;
+    symlink(elsewhere.join("2.png"), root.join("dog/2.png"))?;
+    let images = ImagesOptions { path: root.clone(), ..Default::default() };
+    let options = DataOptions::new(FormatOptions::Images(images));
+    assert_eq!(sizes(&open(&options, None, 1)?), [4, 0, 0]);
+    for (name, target, told) in [
+        (
+            "cat/3.png",
+            "/no/such/3.png",
+            "cat/3.png: is a link to /no/such/3.png, which cannot be followed (No such file",
+        ),
+        ("cat/linked_too", "/no/such/folder", "linked_too: is a link to /no/such/folder"),
+        ("emu", "/no/such/class", "emu: is a link to /no/such/class"),
+        ("train", "/no/such/split", "train: is a link to /no/such/split"),
+        ("dog/around", "../../pictures", "is a link to a folder that it lies in"),
+        ("dog/self", "self", "dog/self: is a link to self, which cannot be followed (Too many levels"),
+    ] {
+        symlink(target, root.join(name))?;
+        refused(&options, &[told]);
+        std::fs::remove_file(root.join(name))?;
+    }
+    // Of other formats, where the name fits.
+    let texts = folder.path().join("texts");
+    std::fs::create_dir(&texts)?;
+    for (name, text) in [("neg.txt", "one\ntwo\n"), ("pos.txt", "three\nfour\n")] {
+        std::fs::write(texts.join(name), text)?;
+    }
+    let lines = DataOptions::new(FormatOptions::Lines(LinesOptions { path: texts.clone(), ..Default::default() }));
+    assert_eq!(sizes(&open(&lines, None, 1)?), [4, 0, 0]);
+    symlink("gone.txt", texts.join("neutral.txt"))?;
+    refused(&lines, &["neutral.txt: is a link to gone.txt, which cannot be followed"]);
+    Ok(())
+}
+
 /// 16 bits of one channel.
 pub const MONO: hound::WavSpec =
     hound::WavSpec { channels: 1, sample_rate: 8000, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };

@@ -122,10 +122,7 @@ fn by_name(folder: &Path, key: &str, split: &[&str], kind: &[&str], required: bo
     }
     let name = |p: &Path| p.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let has = |name: &str, parts: &[&str]| parts.iter().any(|p| name.contains(p));
-    let mut found: Vec<PathBuf> = source::children(folder)?
-        .into_iter()
-        .filter(|p| p.is_file() && has(&name(p), split) && has(&name(p), kind))
-        .collect();
+    let mut found = source::files_that(folder, |p| has(&name(p), split) && has(&name(p), kind))?;
     if found.len() > 1 {
         // A file and its packed twin are one.
         let all = found.clone();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::super::dataset::{LabelledTokens, TargetTable};
 use super::super::options::{LinesOptions, SplitOptions};
 use super::super::preprocess::Recipe;
-use super::super::source::{Lookup, children, read_text};
+use super::super::source::{Lookup, files_that, read_text};
 use super::super::words::Words;
 use super::super::{Dataset, Splits, split};
 use super::{not_empty, numbered, room};
@@ -136,7 +136,7 @@ pub(crate) fn own_split(
 
 /// The files of a folder with the class that each name tells: its stem, or its ending where all stems are the same.
 fn by_name(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let files: Vec<PathBuf> = children(folder)?.into_iter().filter(|p| p.is_file()).collect();
+    let files = files_that(folder, |_| true)?;
     not_empty(folder, "text file", files.len())?;
     let stem = |p: &Path| p.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let same = files.len() > 1 && files.iter().all(|f| stem(f) == stem(&files[0]));

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 pub(crate) use bytes::must_be_file;
 pub use bytes::{map, read, read_text};
-pub(crate) use folder::{ClassFile, Held, by_class, children, files_with};
+pub(crate) use folder::{ClassFile, Held, by_class, files_that, files_with};
 
 /// The places in which a relative path is looked for, first to last.
 #[derive(Clone, Debug)]
@@ -98,10 +98,8 @@ impl Lookup {
             if !folder.is_dir() {
                 continue;
             }
-            let found: Vec<PathBuf> = children(folder)?
-                .into_iter()
-                .filter(|f| f.is_file() && f.file_name().is_some_and(|n| fits(&name, &n.to_string_lossy())))
-                .collect();
+            let named = |file: &Path| file.file_name().is_some_and(|n| fits(&name, &n.to_string_lossy()));
+            let found = files_that(folder, named)?;
             if !found.is_empty() {
                 return Ok(found);
             }
