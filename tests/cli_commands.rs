@@ -448,6 +448,7 @@ fn a_run_none_of_whose_steps_counted_fails_and_weights_that_are_not_finite_are_r
     let output = place.run(&["train", "run.toml", "--quiet", "--out", "out"]);
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("all 20 steps were not finite"), "{}", stderr(&output));
+    assert!(place.path("out/summary.json").is_file());
 
     let place = trained(RUN);
     let weights = fs::read_dir(place.path("out/checkpoints")).unwrap().find_map(|entry| {
@@ -460,6 +461,56 @@ fn a_run_none_of_whose_steps_counted_fails_and_weights_that_are_not_finite_are_r
     fs::write(place.path("broken.safetensors"), bytes).unwrap();
     let arguments = ["train", "run.toml", "--quiet", "--out", "again", "--set", "model.weights=broken.safetensors"];
     place.refused(&arguments, &["broken.safetensors", "of the tensor `", "is NaN, expected finite numbers"]);
+}
+
+#[test]
+fn a_training_whose_losses_are_not_finite_at_its_end_says_so_and_fails_whenever_it_is_asked() {
+    let train = ["train", "run.toml", "--quiet", "--out", "out"];
+    let failed = |place: &Place, arguments: &[&str], expected: &str| {
+        let output = place.run(arguments);
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {error}");
+        assert!(error.starts_with(&format!("error: {expected}")) && error.lines().count() == 1, "{error}");
+        error
+    };
+    let far = |steps: u32| {
+        Place::new(&RUN.replace("steps = 4", &format!("steps = {steps}")).replace("rate = 0.1", "rate = 1e30"))
+    };
+    let place = far(30);
+    let error = failed(&place, &train, "the training loss was not finite from step 2 on, to the end at step 30: lower");
+    assert!(error.contains("optimizer.clip") && error.contains("run.precision"), "{error}");
+    assert!(place.path("out/summary.json").is_file() && place.path("out/report.html").is_file());
+    // The run has ended: to go on with it is no success either.
+    failed(&place, &[&train[..], &["--resume"]].concat(), "the training loss was not finite from step 2 on");
+    // What only the last update did is seen in what is evaluated after it.
+    failed(&far(1), &train, "the test loss after the last step, 1, was not finite: lower optimizer.learning_rate");
+}
+
+#[test]
+fn losses_that_are_not_finite_for_a_while_are_no_failure_and_at_the_end_cost_no_checkpoint_of_before() {
+    let place = Place::new(
+        "[run]\nsteps = 12\ndevice = \"cpu\"\n[data]\nformat = \"csv\"\npath = \"train.csv\"\nvalidation = \"validation.csv\"\n\
+         batch_size = 1\nsampling = \"sequential\"\n[model]\npreset = \"linear\"\n[optimizer]\nrule = \"sgd\"\nlearning_rate = 0.1\n\
+         [evaluate]\nevery_steps = 2\n[checkpoint]\nevery_steps = 1\n",
+    );
+    // The square of such a target is above all that f32 has: these steps are skipped.
+    let rows = |wrong: std::ops::Range<usize>| -> String {
+        let row = |step: usize| if wrong.contains(&step) { "1,3e38\n" } else { "1,1\n" };
+        (1..=12).map(row).collect::<String>()
+    };
+    place.write("validation.csv", "x,y\n1,1\n");
+    place.write("train.csv", &format!("x,y\n{}", rows(4..7)));
+    place.good(&["train", "run.toml", "--quiet", "--out", "recovered"]);
+    place.write("train.csv", &format!("x,y\n{}", rows(7..13)));
+    let output = place.run(&["train", "run.toml", "--quiet", "--out", "out"]);
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    for expected in ["from step 7 on, to the end at step 12", "the best checkpoint, of step 6, stays"] {
+        assert!(error.contains(expected), "{error}");
+    }
+    let checkpoints = place.path("out/checkpoints");
+    assert_eq!(fs::read_to_string(checkpoints.join("best")).unwrap().trim(), "step-00000006");
+    assert!(checkpoints.join("step-00000005").is_dir(), "one from before the losses went wrong was removed");
 }
 
 #[test]

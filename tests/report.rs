@@ -43,6 +43,7 @@ fn summary() -> Summary {
         device: "CPU <2 threads>".into(),
         parameters: 12_345,
         skipped_steps: 0,
+        not_finite_from: None,
         peak_memory_bytes: peak_memory_bytes(),
         version: "0".into(),
     }

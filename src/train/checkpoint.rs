@@ -48,6 +48,9 @@ pub struct RunState {
     /// Whether its step has still to be evaluated: a signal came before that.
     #[serde(default)]
     pub evaluation_due: bool,
+    /// First of the steps up to this one whose training losses were all not finite; none where this one's was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_finite_from: Option<u64>,
     /// blake3 of the part of the configuration that decides the numbers.
     pub config_hash: String,
     /// The schedule, in words.
@@ -74,6 +77,7 @@ impl RunState {
             best: None,
             evaluations_without_improvement: 0,
             evaluation_due: false,
+            not_finite_from: None,
             config_hash,
             schedule,
             loss_scale: None,

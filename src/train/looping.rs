@@ -18,7 +18,7 @@ use super::run::{End, Event, Observer, Outcome, Run, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
 use super::step::{LossSums, StepReport, Trainer};
-use super::summary::Scores;
+use super::summary::{Scores, Summary};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
 use crate::data::{Dataset, InputSpec, Prefetch, Splits, TargetSpec};
@@ -154,7 +154,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         {
             tell(observers, &Event::Note("this run has ended: there is nothing to go on with"))?;
             tell(observers, &Event::Finished(&summary))?;
-            return Ok(Outcome { end, summary: Some(summary) });
+            return self.ended(end, summary);
         }
         if over.is_none() && std::mem::take(&mut self.state.evaluation_due) {
             match self.validate(self.options.evaluate_batches, observers)? {
@@ -210,28 +210,26 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
                     }
                 }
             }
-            if save {
+            // Of a training that diverged none is written, for which one from before would go.
+            if save && self.state.not_finite_from.is_none() {
                 self.save(observers)?;
             }
             self.stopwatch = Some(Instant::now());
         }
-        self.some_step_counted()?;
         match self.finish(device, observers)? {
-            Some(summary) => Ok(Outcome { end: over.unwrap_or(End::Completed), summary: Some(summary) }),
+            Some(summary) => self.ended(over.unwrap_or(End::Completed), summary),
             None => Ok(self.ended_by_signal()),
         }
     }
 
-    /// Whether the run changed its model at all.
-    fn some_step_counted(&self) -> Result<()> {
-        if self.state.applied_steps > 0 || self.state.skipped_steps == 0 {
-            return Ok(());
-        }
-        Err(Error::Training(format!(
-            "the gradients of all {} steps were not finite, so that none changed the model: lower optimizer.learning_rate, look for \
-             extreme values in the data, or, with run.precision = \"f16\", give more steps, as its loss scale halves with each",
-            self.state.skipped_steps
-        )))
+    /// The end of a run that has a summary, by which it may have failed.
+    fn ended(&self, end: End, summary: Summary) -> Result<Outcome> {
+        let Some(problem) = summary.failure() else { return Ok(Outcome { end, summary: Some(summary) }) };
+        // All know it, and one says it.
+        Err(match self.collective.rank() {
+            0 => Error::Training(problem),
+            _ => Error::Peer { rank: 0, problem, exit_code: 1 },
+        })
     }
 
     /// Writes a checkpoint, since a signal asked to end; `evaluation_due`: whether its step has still to be evaluated.
@@ -335,6 +333,11 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         self.state.seconds = self.seconds_before + self.began.elapsed().as_secs_f64();
         self.last_step = LastStep { rate, norm: outcome.grad_norm, squares: norm_squares };
         let step = self.state.step;
+        if sums.loss.is_finite() {
+            self.state.not_finite_from = None;
+        } else {
+            self.state.not_finite_from.get_or_insert(step);
+        }
         self.skipped_in_a_row = if outcome.skipped { self.skipped_in_a_row + 1 } else { 0 };
         if outcome.skipped && self.skipped_in_a_row >= self.options.max_skipped_steps {
             return Err(Error::Training(format!(

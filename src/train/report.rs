@@ -181,6 +181,7 @@ mod tests {
             device: "CPU <1>".into(),
             parameters: 12_345,
             skipped_steps: 0,
+            not_finite_from: None,
             peak_memory_bytes: None,
             version: "0".into(),
         };

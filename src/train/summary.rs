@@ -61,13 +61,53 @@ pub struct Summary {
     pub parameters: usize,
     /// Steps skipped for gradients that were not finite.
     pub skipped_steps: u64,
+    /// First of the steps up to the end whose training losses were all not finite; none where the last one's was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_finite_from: Option<u64>,
     /// Peak resident size of the process; none where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// Version of Warpstep.
     pub version: String,
 }
 
+/// What to do about losses that are not finite.
+const DIVERGED: &str = "lower optimizer.learning_rate, set optimizer.clip = { global_norm = 1.0 }, look for extreme values in the data, or, \
+                        with run.precision = \"f16\", take \"bf16\"";
+
 impl Summary {
+    /// Why the run failed though it came to its end; none where its model is one to use. Losses that were not finite for a while
+    /// are no failure.
+    pub fn failure(&self) -> Option<String> {
+        if self.steps > 0 && self.skipped_steps == self.steps {
+            return Some(format!(
+                "the gradients of all {} steps were not finite, so that none changed the model: lower optimizer.learning_rate, look for \
+                 extreme values in the data, or, with run.precision = \"f16\", give more steps, as its loss scale halves with each",
+                self.steps
+            ));
+        }
+        let evaluated = [("validation", self.last.validation), ("test", self.last.test)];
+        let not_finite = |scores: Option<Scores>| scores.is_some_and(|scores| scores.loss.is_none());
+        let found = match self.not_finite_from {
+            Some(first) if first == self.steps => {
+                format!("the training loss of the last step, {first}, was not finite")
+            }
+            Some(first) => {
+                format!("the training loss was not finite from step {first} on, to the end at step {}", self.steps)
+            }
+            None => {
+                let (split, _) = evaluated.into_iter().find(|(_, scores)| not_finite(*scores))?;
+                format!("the {split} loss after the last step, {}, was not finite", self.steps)
+            }
+        };
+        let best = match self.best {
+            SplitScores { step, validation: Some(_), .. } if step < self.steps => {
+                format!("; the best checkpoint, of step {step}, stays")
+            }
+            _ => String::new(),
+        };
+        Some(format!("{found}: {DIVERGED}{best}"))
+    }
+
     /// Writes it to `path`, whole or not at all.
     ///
     /// # Errors

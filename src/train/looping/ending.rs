@@ -217,6 +217,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             device: device.to_owned(),
             parameters: self.trainer.arena().layout.parameters(),
             skipped_steps: self.state.skipped_steps,
+            not_finite_from: self.state.not_finite_from,
             peak_memory_bytes: peak_memory_bytes(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
@@ -232,14 +233,33 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
     }
 }
 
-/// Whether `found` is better than `before` by more than `min_delta`.
+/// Whether `found` is better than `before` by more than `min_delta`. A model whose loss is not finite is none to keep, however many of
+/// its predictions happen to be right.
 fn improves(metric: Metric, before: Option<Scores>, found: Scores, min_delta: f64) -> bool {
-    let Some(before) = before else { return true };
+    let Some(loss) = found.loss else { return false };
+    let Some((before, loss_before)) = before.and_then(|before| Some((before, before.loss?))) else { return true };
     match (metric, before.accuracy, found.accuracy) {
         (Metric::Accuracy, Some(before), Some(found)) => found > before + min_delta,
-        _ => match (before.loss, found.loss) {
-            (Some(before), Some(found)) => found < before - min_delta,
-            (before, found) => before.is_none() && found.is_some(),
-        },
+        _ => loss < loss_before - min_delta,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_that_is_not_finite_is_never_the_best() {
+        let scores = |loss: f64, accuracy: f64| Scores::new(loss, Some(accuracy));
+        let (good, diverged) = (scores(0.5, 0.1), scores(f64::NAN, 0.9));
+        for metric in [Metric::Loss, Metric::Accuracy] {
+            assert!(!improves(metric, None, diverged, 0.0), "{metric:?}");
+            assert!(!improves(metric, Some(good), diverged, 0.0), "{metric:?}");
+            assert!(improves(metric, None, good, 0.0), "{metric:?}");
+            // A state of before may hold one.
+            assert!(improves(metric, Some(diverged), good, 0.0), "{metric:?}");
+        }
+        assert!(improves(Metric::Accuracy, Some(good), scores(0.7, 0.2), 0.0));
+        assert!(!improves(Metric::Loss, Some(good), scores(0.7, 0.2), 0.0));
     }
 }
