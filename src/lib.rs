@@ -92,6 +92,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
+mod host;
 pub mod log_mel;
 pub mod model;
 pub mod optim;

@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use common::{has_emulated_device, run, stderr, stdout, tensor_hashes, warpstep, warpstep_apart};
 use tempfile::TempDir;
@@ -511,6 +511,22 @@ fn losses_that_are_not_finite_for_a_while_are_no_failure_and_at_the_end_cost_no_
     let checkpoints = place.path("out/checkpoints");
     assert_eq!(fs::read_to_string(checkpoints.join("best")).unwrap().trim(), "step-00000006");
     assert!(checkpoints.join("step-00000005").is_dir(), "one from before the losses went wrong was removed");
+}
+
+#[test]
+fn a_model_that_the_host_has_no_memory_for_is_refused_in_one_sentence() {
+    let place = Place::new(&RUN.replace("[8]", "[10000, 10000]"));
+    // The parameters, 400 MB, find room, as much again for their gradients does not. Arenas of threads would take some of it.
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -v 700000; exec \"$0\" \"$@\""]).arg(warpstep().get_program());
+    command.args(["train", "run.toml", "--quiet", "--threads", "1", "--out", "out"]).env("MALLOC_ARENA_MAX", "1");
+    let output = command.current_dir(place.0.path()).output().unwrap();
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{:?}: {error}", output.status.signal());
+    for part in ["not enough memory: 38", "MiB were asked for", "MiB are free", "the model smaller"] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+    assert_eq!(error.lines().count(), 1, "{error}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use super::{Batch, Dataset, Draw, InputMut, Inputs, Pick, Picked, Sampler, SamplerOptions, Table, TargetMut, Targets};
 use crate::error::{Error, Result};
+use crate::host;
 
 /// How far ahead batches are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,12 +46,12 @@ fn read_sized(
 ) -> Result<()> {
     let samples = picks.len();
     match &mut batch.inputs {
-        Inputs::Real(values) => values.resize(samples * inputs_each, 0.0),
-        Inputs::Tokens(values) => values.resize(samples * inputs_each, 0),
+        Inputs::Real(values) => host::resize(values, samples.saturating_mul(inputs_each))?,
+        Inputs::Tokens(values) => host::resize(values, samples.saturating_mul(inputs_each))?,
     }
     match &mut batch.targets {
-        Targets::Index(values) => values.resize(samples * targets_each, 0),
-        Targets::Real(values) => values.resize(samples * targets_each, 0.0),
+        Targets::Index(values) => host::resize(values, samples.saturating_mul(targets_each))?,
+        Targets::Real(values) => host::resize(values, samples.saturating_mul(targets_each))?,
     }
     batch.samples = samples;
     for (i, pick) in picks.iter().enumerate() {

@@ -112,12 +112,13 @@ impl ParamTable {
         }
         let mut parameters = backend.allocate(if master { len } else { 0 })?;
         let mut stored = backend.allocate(if one_type { 0 } else { len })?;
-        for (index, range) in ranges.iter().enumerate() {
-            let values = self.initial(index, seed).into_iter();
+        for (index, elements) in pieces_of_all(&ranges) {
+            let first = elements.start;
+            let values = self.initial(index, seed, within(&ranges[index], elements)).into_iter();
             if master {
-                backend.upload(&mut parameters, range.start, &values.map(B::Real::from_f64).collect::<Vec<_>>())?;
+                backend.upload(&mut parameters, first, &values.map(B::Real::from_f64).collect::<Vec<_>>())?;
             } else {
-                backend.upload(&mut stored, range.start, &values.map(B::Storage::from_f64).collect::<Vec<_>>())?;
+                backend.upload(&mut stored, first, &values.map(B::Storage::from_f64).collect::<Vec<_>>())?;
             }
         }
         let (state_layout, state) = self.initial_states(backend)?;
@@ -152,23 +153,25 @@ impl ParamTable {
         let own_len = |wanted: bool| wanted.then_some(own.len());
         let mut own_parameters = own_len(window || !one_type).map(|len| backend.allocate(len)).transpose()?;
         let own_stored = own_len(window && !one_type).map(|len| backend.allocate(len)).transpose()?;
-        for (index, range) in ranges.iter().enumerate() {
-            let common = overlap(&own, range);
+        for (index, elements) in pieces_of_all(&ranges) {
+            let common = overlap(&own, &elements);
             if common.is_empty() && window {
                 continue;
             }
-            let values: Vec<_> = self.initial(index, seed).into_iter().map(B::Real::from_f64).collect();
+            let first = elements.start;
+            let values = self.initial(index, seed, within(&ranges[index], elements)).into_iter();
+            let values: Vec<_> = values.map(B::Real::from_f64).collect();
             match &mut own_parameters {
                 Some(parameters) if !common.is_empty() => {
-                    let values = &values[common.start - range.start..common.end - range.start];
+                    let values = &values[common.start - first..common.end - first];
                     backend.upload(parameters, common.start - own.start, values)?;
                 }
                 Some(_) => {}
-                None => backend.upload(&mut parameters, range.start, &values)?,
+                None => backend.upload(&mut parameters, first, &values)?,
             }
             if !window && !one_type {
                 let values: Vec<_> = values.into_iter().map(|value| B::Storage::from_f32(value.f32())).collect();
-                backend.upload(&mut stored, range.start, &values)?;
+                backend.upload(&mut stored, first, &values)?;
             }
         }
         let own_gradients = own_len(hold.gradients.is_some()).map(|len| backend.allocate(len)).transpose()?;
@@ -202,9 +205,10 @@ impl ParamTable {
     fn initial_states<B: Backend>(&self, backend: &B) -> Result<(ParamLayout, B::Buffer<B::Real>)> {
         let layout = self.state_layout()?;
         let mut state = backend.allocate(layout.padded_len())?;
-        for (index, entry) in layout.entries().iter().enumerate() {
-            let values = vec![B::Real::from_f64(self.initial_state(index)); entry.len];
-            backend.upload(&mut state, entry.offset, &values)?;
+        let ranges: Vec<_> = layout.entries().iter().map(|entry| entry.range()).collect();
+        for (index, elements) in pieces_of_all(&ranges) {
+            let values = vec![B::Real::from_f64(self.initial_state(index)); elements.len()];
+            backend.upload(&mut state, elements.start, &values)?;
         }
         Ok((layout, state))
     }
@@ -223,19 +227,20 @@ impl ParamTable {
         ParamLayout::new(&self.states.iter().map(|s| s.spec.clone()).collect::<Vec<_>>())
     }
 
-    /// Initial values of parameter `index`: they depend on the seed, the parameter's name and the position alone.
-    pub fn initial(&self, index: usize, seed: u64) -> Vec<f64> {
+    /// Initial values of these elements of parameter `index`: they depend on the seed, the parameter's name and the position alone.
+    pub fn initial(&self, index: usize, seed: u64, elements: Range<usize>) -> Vec<f64> {
         let Declared { spec, init } = &self.parameters[index];
-        let len: usize = spec.shape.iter().product();
+        let (first, end) = (elements.start as u64, elements.end as u64);
         let stream = Philox::new(seed, Purpose::Initialization, crc32c::crc32c(spec.name.as_bytes()));
         match *init {
-            Init::Constant(value) => vec![value; len],
-            Init::Uniform { bound } => (0..len.div_ceil(4) as u64)
+            Init::Constant(value) => vec![value; elements.len()],
+            Init::Uniform { bound } => (first / 4..end.div_ceil(4))
                 .flat_map(|block| stream.block(block))
-                .take(len)
+                .skip(elements.start % 4)
+                .take(elements.len())
                 .map(|word| bound * (2.0 * f64::from(to_unit(word)) - 1.0))
                 .collect(),
-            Init::Normal { std } => (0..len as u64).map(|i| std * stream.normal(i)).collect(),
+            Init::Normal { std } => (first..end).map(|i| std * stream.normal(i)).collect(),
         }
     }
 
@@ -246,6 +251,22 @@ impl ParamTable {
             Init::Uniform { .. } | Init::Normal { .. } => 0.0,
         }
     }
+}
+
+/// Elements whose initial values the host makes at a time, so that it needs no room for a whole tensor besides the device's.
+const PIECE: usize = 1 << 20;
+
+/// The pieces of all tensors that lie in these ranges, each with the number of its tensor.
+fn pieces_of_all(ranges: &[Range<usize>]) -> impl Iterator<Item = (usize, Range<usize>)> {
+    ranges.iter().enumerate().flat_map(|(index, range)| {
+        let end = range.end;
+        range.clone().step_by(PIECE).map(move |first| (index, first..end.min(first.saturating_add(PIECE))))
+    })
+}
+
+/// Elements of an arena as those of a tensor that lies in `range` of it.
+fn within(range: &Range<usize>, elements: Range<usize>) -> Range<usize> {
+    elements.start - range.start..elements.end - range.start
 }
 
 fn declare(
@@ -265,4 +286,27 @@ fn declare(
     by_name.insert(name.clone(), declared.len());
     declared.push(Declared { spec: ParamSpec { name, shape: shape.to_vec() }, init });
     Ok(declared.len() as u32 - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initial_values_are_the_same_in_whatever_pieces_they_are_made() {
+        let mut table = ParamTable::default();
+        let inits = [Init::Constant(0.5), Init::Uniform { bound: 0.1 }, Init::Normal { std: 0.02 }];
+        for (number, init) in inits.into_iter().enumerate() {
+            table.parameter(number.to_string(), &[7, 5], init).unwrap();
+            let whole = table.initial(number, 1, 0..35);
+            for size in 1..35 {
+                let pieces = (0..35).step_by(size).map(|first| first..35.min(first + size));
+                let pieces: Vec<f64> = pieces.flat_map(|piece| table.initial(number, 1, piece)).collect();
+                assert_eq!(pieces, whole, "{init:?}, {size} at a time");
+            }
+        }
+        let ranges = [4..9, 16..16 + PIECE + 3];
+        let pieces: Vec<_> = pieces_of_all(&ranges).collect();
+        assert_eq!(pieces, [(0, 4..9), (1, 16..16 + PIECE), (1, 16 + PIECE..16 + PIECE + 3)]);
+    }
 }

@@ -18,6 +18,7 @@ use self::sample::{Part, draw};
 use crate::backend::ops::Update;
 use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
+use crate::host;
 use crate::optim::{NormClip, Rule, StepOutcome, StepParams, UpdatePlan};
 use crate::real::{Element, Real};
 
@@ -102,7 +103,7 @@ fn values<B: Backend>(backend: &B, arena: &Arena<B>, plan: &UpdatePlan, part: &P
 }
 
 fn gradients<B: Backend>(backend: &B, arena: &Arena<B>) -> Result<Vec<B::Real>> {
-    let mut gradients = vec![B::Real::default(); arena.layout.padded_len()];
+    let mut gradients = host::zeros(arena.layout.padded_len())?;
     backend.download(&arena.gradients, 0, &mut gradients)?;
     Ok(gradients)
 }

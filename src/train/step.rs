@@ -15,7 +15,6 @@ use crate::model::{Input, Mode, Model, Program, Value};
 use crate::optim::{OptimizerOptions, StepOutcome, StepParams, UpdatePlan};
 use crate::parallel::{Sharding, ShardingOptions};
 use crate::plan::{Share, Window};
-use crate::real::Element;
 
 /// Sums of a loss and of right predictions.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -249,10 +248,8 @@ impl<B: Backend + Update> Trainer<B> {
     /// The parameters that this process updates.
     fn copy_of_parameters(&self) -> Result<B::Buffer<B::Real>> {
         let (parameters, elements) = self.arena.own_parameters();
-        let mut values = vec![B::Real::from_f64(0.0); elements.len()];
-        self.backend.download(parameters, elements.start, &mut values)?;
-        let mut copy = self.backend.allocate(values.len())?;
-        self.backend.upload(&mut copy, 0, &values)?;
+        let mut copy = self.backend.allocate(elements.len())?;
+        self.backend.copy_part(&mut copy, 0, parameters, elements)?;
         Ok(copy)
     }
 

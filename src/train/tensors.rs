@@ -11,6 +11,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use super::{files, parts};
 use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
+use crate::host;
 use crate::plan::{ParamLayout, overlap};
 use crate::real::Element;
 
@@ -28,7 +29,7 @@ pub fn download<B: Backend, T: Element>(
     into: &mut TensorMap,
 ) -> Result<()> {
     for entry in layout.entries() {
-        let mut values = vec![T::default(); entry.len];
+        let mut values: Vec<T> = host::zeros(entry.len)?;
         backend.download(buffer, entry.offset, &mut values)?;
         let values = values.into_iter().map(Element::f32).collect();
         into.insert(format!("{prefix}{}", entry.name), HostTensor { shape: entry.shape.clone(), values });

@@ -42,6 +42,7 @@ use self::parallel::{PIECE, vectorize};
 use super::step::Gather;
 use super::{Act, Activations, Arena, Backend, Memory, Numeric, Op, Slice, StepContext};
 use crate::error::{Error, Result};
+use crate::host;
 use crate::real::Real;
 
 /// The CPU, computing in `R`: f32 to train, f64 to check gradients.
@@ -92,15 +93,7 @@ impl<R: Real> Backend for Cpu<R> {
     }
 
     fn allocate<T: bytemuck::Pod + Send + Sync>(&self, len: usize) -> Result<Vec<T>> {
-        let mut buffer = Vec::new();
-        buffer.try_reserve_exact(len).map_err(|_| {
-            Error::Device(format!(
-                "not enough memory for {} MiB: make data.batch_size or the model smaller",
-                len.saturating_mul(size_of::<T>()) >> 20
-            ))
-        })?;
-        buffer.resize(len, T::zeroed());
-        Ok(buffer)
+        host::zeros(len)
     }
 
     fn upload<T: bytemuck::Pod + Send + Sync>(&self, to: &mut Vec<T>, offset: usize, from: &[T]) -> Result<()> {

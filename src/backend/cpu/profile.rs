@@ -11,6 +11,7 @@ use super::Cpu;
 use super::parallel::vectorize;
 use crate::backend::profile::{KernelTime, Kind, Probe, Profiled, Traffic};
 use crate::error::{Error, Result};
+use crate::host;
 use crate::real::Real;
 
 /// Values of a piece of a copy.
@@ -127,15 +128,7 @@ impl<R: Real> Profiled for Cpu<R> {
     }
 
     fn free_bytes(&self) -> usize {
-        let told = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let line = told.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
-        let of_system = line.and_then(|kib| kib.trim().parse::<usize>().ok()).map_or(DEFAULT_FREE, |kib| kib << 10);
-        // A group of processes may be allowed less than the machine has.
-        let number = |name: &str| -> Option<usize> {
-            std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse().ok()
-        };
-        let of_group = number("memory.max").map(|most| most.saturating_sub(number("memory.current").unwrap_or(0)));
-        of_system.min(of_group.unwrap_or(usize::MAX))
+        host::free_bytes().unwrap_or(DEFAULT_FREE)
     }
 
     fn parts(&self) -> usize {

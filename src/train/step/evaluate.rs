@@ -7,6 +7,7 @@ use crate::backend::step::Pass;
 use crate::backend::{Backend, Held, StepContext, stores_what_it_computes_in};
 use crate::data::Batch;
 use crate::error::Result;
+use crate::host;
 use crate::model::Mode;
 
 /// What a process does while others evaluate.
@@ -106,7 +107,7 @@ impl<B: Backend + Update> Trainer<B> {
             None => std::mem::swap(average, &mut self.arena.parameters),
             Some(Held { parameters: Some(parameters), .. }) => std::mem::swap(average, parameters),
             Some(Held { elements, .. }) => {
-                let mut values = [(); 2].map(|()| vec![B::Real::default(); elements.len()]);
+                let mut values = [host::zeros(elements.len())?, host::zeros(elements.len())?];
                 self.backend.download(average, 0, &mut values[0])?;
                 self.backend.download(&self.arena.parameters, elements.start, &mut values[1])?;
                 self.backend.upload(&mut self.arena.parameters, elements.start, &values[0])?;

@@ -73,7 +73,7 @@ impl Part<'_> {
         let found: Vec<Found> = pieces.par_iter_mut().with_max_len(1).map(|piece| pass.piece(piece, &lars)).collect();
         pass.finish_lamb(&mut pieces, &found, &mut self)?;
         drop(pieces);
-        let muon = pass.muon(&mut arrays, &self.elements);
+        let muon = pass.muon(&mut arrays, &self.elements)?;
         let mut least = found.iter().map(|found| found.coefficient).fold(muon, f64::min);
         if let NormClip::Adaptive { .. } = plan.clip.norm {
             least = self.together.processes(least)?.into_iter().fold(least, f64::min);
