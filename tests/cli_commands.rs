@@ -296,7 +296,10 @@ fn small_mistakes_are_answered_in_kind() {
     place.refused(&["predict", "out", "x.png", "--top", "0"], &["expected a whole number of 1 or more"]);
     place.refused(&["train", "run.toml", "--profile", "0"], &["expected a whole number of 1 or more"]);
     place.refused(&["launch", "--gpus", "0", "--", "train", "run.toml"], &["expected a whole number of 1 or more"]);
-    place.refused(&["generate", "out", "--temperature", "-1"], &["--temperature: found -1, expected a number of 0"]);
+    for wrong in ["-1", "NaN", "inf"] {
+        let told = format!("--temperature: found {wrong}, expected a finite number of 0 or more");
+        place.refused(&["generate", "out", "--temperature", wrong], &[&told]);
+    }
     place.refused(&["plan", "run.toml", "--network", "-1"], &["--network: found -1, expected a number above 0"]);
     place.refused(&["plan", "run.toml", "--gpus", "16"], &["multiple of 16", "--set data.batch_size=16"]);
     place.refused(
@@ -329,6 +332,11 @@ fn nothing_to_judge_by_and_a_prompt_out_of_the_vocabulary_are_refused() {
     let place = Place::new(&gpt);
     place.write("text.txt", &"to be or not to be\n".repeat(30));
     place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    let at = |temperature: &str| {
+        place.good(&["generate", "out", "--prompt", "to", "--tokens", "20", "--temperature", temperature]).0
+    };
+    // Logits over it are more than f32 has.
+    assert_eq!(at("1e-50"), at("0"));
     place.refused(&["generate", "out", "--prompt", "É"], &["error: --prompt: line 1 has the character 'É'"]);
 }
 

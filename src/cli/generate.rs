@@ -45,7 +45,7 @@ pub(crate) struct Options {
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     if !(options.temperature >= 0.0 && options.temperature.is_finite()) {
-        let problem = format!("found {}, expected a number of 0 or more", options.temperature);
+        let problem = format!("found {}, expected a finite number of 0 or more", options.temperature);
         return Err(Error::config("--temperature", problem).into());
     }
     if options.top_k == Some(0) {

@@ -87,7 +87,7 @@ pub fn softmax(logits: &[f32]) -> Vec<f64> {
 /// How the next token is drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by it; 0 takes the most probable token.
+    /// Logits are divided by it; 0, to which the draws of ever smaller ones come, takes the most probable token.
     pub temperature: f64,
     /// Only so many of the most probable tokens are drawn from.
     pub top_k: Option<usize>,
@@ -99,7 +99,7 @@ pub struct Sampling {
 /// that may be drawn. `each` is told of every new token and may end it by returning false.
 ///
 /// # Errors
-/// A prompt that is empty, or what the model reports.
+/// A prompt that is empty, a model whose logits are not finite, or what it reports.
 pub fn generate<B: Backend>(
     predictor: &mut Predictor<B>,
     tokens: &mut Vec<i32>,
@@ -121,6 +121,11 @@ pub fn generate<B: Backend>(
         let (logits, shape) = predictor.run(&Input::Tokens(length), &Inputs::Tokens(padded), 1)?;
         let width = shape.last().copied().unwrap_or(1);
         let logits = &logits[(window.len() - 1) * width..][..vocabulary.min(width)];
+        if logits.iter().any(|logit| !logit.is_finite()) {
+            let problem = "the model tells no probabilities of tokens: its outputs are not finite, as after a training that \
+                           diverged; name a checkpoint from before that";
+            return Err(Error::Training(problem.into()));
+        }
         let token = draw(logits, sampling, &stream, drawn as u64) as i32;
         tokens.push(token);
         if !each(token)? {
@@ -133,17 +138,52 @@ pub fn generate<B: Backend>(
 fn draw(logits: &[f32], sampling: Sampling, stream: &Philox, position: u64) -> usize {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-    if sampling.temperature <= 0.0 {
+    let Some(&best) = order.first().filter(|_| sampling.temperature > 0.0) else {
         return order.first().copied().unwrap_or(0);
-    }
+    };
     order.truncate(sampling.top_k.unwrap_or(logits.len()).max(1));
-    let scaled: Vec<f32> = order.iter().map(|&i| (f64::from(logits[i]) / sampling.temperature) as f32).collect();
-    let mut left = f64::from(stream.uniform(position));
-    for (&token, probability) in order.iter().zip(softmax(&scaled)) {
-        left -= probability;
+    // Less the largest before they are divided: quotients of their own may be larger than any number.
+    let weight = |&token: &usize| ((f64::from(logits[token]) - f64::from(logits[best])) / sampling.temperature).exp();
+    let weights: Vec<f64> = order.iter().map(weight).collect();
+    let mut left = f64::from(stream.uniform(position)) * weights.iter().sum::<f64>();
+    for (&token, weight) in order.iter().zip(weights) {
+        left -= weight;
         if left < 0.0 {
             return token;
         }
     }
     order.last().copied().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drawn(logits: &[f32], temperature: f64) -> Vec<usize> {
+        let stream = Philox::new(1, Purpose::Sampling, 0);
+        let sampling = Sampling { temperature, top_k: None, seed: 1 };
+        (0..200).map(|position| draw(logits, sampling, &stream, position)).collect()
+    }
+
+    #[test]
+    fn the_smaller_the_temperature_the_more_probable_the_token_down_to_the_smallest() {
+        let logits = [-3.0, 2.0, 1.9, -80.0];
+        assert_eq!(drawn(&logits, 0.0), [1; 200]);
+        for temperature in [1e-3, 1e-30, 1e-300, f64::from_bits(1)] {
+            assert_eq!(drawn(&logits, temperature), [1; 200], "{temperature}");
+        }
+        // Tokens that are equally probable stay so.
+        let equal = drawn(&[5.0, 5.0, -5.0], f64::from_bits(1));
+        assert!(equal.contains(&0) && equal.contains(&1) && !equal.contains(&2), "{equal:?}");
+    }
+
+    #[test]
+    fn draws_have_the_shares_that_the_temperature_gives() {
+        for (temperature, share) in [(1.0, 1.0 / 1.1), (2.0, 1.0 / (1.0 + 0.1f64.sqrt())), (1e300, 0.5)] {
+            let first = drawn(&[0.0, 0.1f32.ln()], temperature).iter().filter(|&&token| token == 0).count();
+            // Four deviations of 200 draws.
+            let deviation = (200.0 * share * (1.0 - share)).sqrt();
+            assert!((first as f64 - 200.0 * share).abs() < 4.0 * deviation, "{temperature}: {first}");
+        }
+    }
 }
