@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 
 use common::{has_emulated_device, run, stderr, stdout, tensor_hashes, warpstep, warpstep_apart};
 use tempfile::TempDir;
-use warpstep::backend::cuda::is_driver_present;
+use warpstep::backend::cuda::{emulated, is_driver_present};
 
 const RUN: &str = r#"
 [run]
@@ -340,15 +340,44 @@ fn nothing_to_judge_by_and_a_prompt_out_of_the_vocabulary_are_refused() {
     place.refused(&["generate", "out", "--prompt", "É"], &["error: --prompt: line 1 has the character 'É'"]);
 }
 
+/// Launches `RUN` on `device`, which must be refused in one sentence before anything is started.
+fn not_launched(gpus: &str, device: &str, environment: &[(&str, &std::ffi::OsStr)], expected: &str) {
+    let place = Place::new(&RUN.replace("device = \"cpu\"", &format!("device = \"{device}\"")));
+    let mut command = warpstep_apart();
+    command.args(["launch", "--gpus", gpus, "--", "train", "run.toml", "--out", "out"]).current_dir(place.path(""));
+    let output = command.envs(environment.iter().copied()).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert_eq!(stderr(&output), format!("error: launch --gpus {gpus}: {expected}\n"));
+    assert!(!place.path("out").exists(), "{device}: there are outputs of processes");
+}
+
 #[test]
-fn launch_for_gpus_that_are_not_there_says_so() {
+fn launch_for_gpus_that_are_not_there_says_so_once_and_starts_nothing() {
+    let on_cpus = "`warpstep launch --cpus 2` starts processes on CPUs";
+    not_launched("2", "cpu", &[], &format!("the run's device is the CPU; {on_cpus}"));
+    let devices = ("WARPSTEP_EMULATOR_DEVICES", "2".as_ref());
+    let fewer = "there are 2 GPUs by WARPSTEP_EMULATOR_DEVICES=2; expected --gpus 2 at most";
+    not_launched("3", "emulated", &[devices], fewer);
     if is_driver_present() {
         println!("skipped: there is an NVIDIA driver");
         return;
     }
-    let place = Place::new(&RUN.replace("device = \"cpu\"", "device = \"auto\""));
-    let arguments = ["launch", "--gpus", "2", "--", "train", "run.toml", "--out", "out"];
-    place.refused(&arguments, &["launch --gpus 2: no NVIDIA driver was found; `warpstep launch --cpus 2`"]);
+    for device in ["auto", "cuda"] {
+        not_launched("2", device, &[], &format!("no NVIDIA driver was found; {on_cpus}"));
+    }
+    // A driver that knows two devices, of which one is hidden at last.
+    let Some(library) = emulated::find_library() else {
+        println!("skipped: the emulator was not built");
+        return;
+    };
+    let drivers = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(library.canonicalize().unwrap(), drivers.path().join("libcuda.so")).unwrap();
+    let (path, mark) = (drivers.path().as_os_str(), drivers.path().as_os_str());
+    let environment = [devices, ("LD_LIBRARY_PATH", path), ("WARPSTEP_EMULATED", mark)];
+    not_launched("3", "cuda", &environment, "there are 2 GPUs; expected --gpus 2 at most");
+    let fewer = "there is 1 GPU by CUDA_VISIBLE_DEVICES=1; expected --gpus 1 at most";
+    let environment = [&environment[..], &[("CUDA_VISIBLE_DEVICES", "1".as_ref())]].concat();
+    not_launched("2", "cuda", &environment, fewer);
 }
 
 /// A table of two columns whose classes a line divides; `rows` of them from row `first` on.

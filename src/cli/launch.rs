@@ -1,6 +1,7 @@
 //! `warpstep launch`: several processes on this machine, that train together.
 
 mod control;
+mod gpus;
 mod job;
 mod mpirun;
 mod outputs;
@@ -72,7 +73,10 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         {
             // What every process would say is said once.
             Ok(Cli { command: Command::Train(train) }) => {
-                let folder = train.folder()?;
+                let (run_file, folder) = train.parse()?;
+                if let Some(wanted) = options.gpus {
+                    gpus::are_there(&run_file, wanted.get())?;
+                }
                 replaced = train.overwrites().then(|| Replaced::new(&folder));
                 (true, folder.join("logs"))
             }
@@ -212,7 +216,7 @@ impl Launch {
 /// stands.
 fn share_machine(command: &mut Process, size: usize) {
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    for (name, value) in [("RAYON_NUM_THREADS", (cores / size).max(1)), ("WARPSTEP_EMULATOR_DEVICES", size)] {
+    for (name, value) in [("RAYON_NUM_THREADS", (cores / size).max(1)), (gpus::EMULATED, size)] {
         if std::env::var_os(name).is_none() {
             command.env(name, value.to_string());
         }

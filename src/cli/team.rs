@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use super::assemble::Opened;
 use crate::backend::cuda::Device;
-use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::libraries::Library;
 use crate::error::{Error, Result};
 #[cfg(feature = "mpi")]
@@ -146,9 +145,6 @@ fn over_nccl(world: &World, device: &Arc<Device>, timeout: Duration) -> Result<J
 
 #[cfg(feature = "mpi")]
 fn over_mpi(world: &World, timeout: Duration) -> Result<Joined> {
-    if let Some(error) = no_gpus(world) {
-        return Err(error);
-    }
     if !matches!(world.how, Launcher::OpenMpi | Launcher::Mpich | Launcher::Slurm) {
         return Err(said_once(
             world,
@@ -194,20 +190,6 @@ fn met_over_mpi(world: &World, mpi: &crate::parallel::Mpi, timeout: Duration) ->
     Rendezvous::join(world, &Endpoint::new(host, place.port), timeout)
 }
 
-/// Why `warpstep launch --gpus` has processes without a GPU, where it does.
-fn no_gpus(world: &World) -> Option<Error> {
-    let size = world.size;
-    let why = match (world.how, choose(&Machine::look(), false)) {
-        (Launcher::Warpstep, Choice::Cpu(why)) => why.unwrap_or_else(|| "no NVIDIA driver was found".to_owned()),
-        (Launcher::Warpstep, Choice::Cuda(_)) => "the run's device is the CPU".to_owned(),
-        _ => return None,
-    };
-    Some(said_once(
-        world,
-        Error::Device(format!("launch --gpus {size}: {why}; `warpstep launch --cpus {size}` starts processes on CPUs")),
-    ))
-}
-
 /// An error that every process finds by itself: the first one says it.
 pub(crate) fn said_once(world: &World, error: Error) -> Error {
     match world.rank {
@@ -218,9 +200,6 @@ pub(crate) fn said_once(world: &World, error: Error) -> Error {
 
 #[cfg(not(feature = "mpi"))]
 fn over_mpi(world: &World, _: Duration) -> Result<Joined> {
-    if let Some(error) = no_gpus(world) {
-        return Err(error);
-    }
     Err(said_once(
         world,
         Error::Device(format!(

@@ -76,7 +76,7 @@ pub(crate) struct Options {
 
 impl Options {
     /// The run file and the run folder. Nothing is made.
-    fn parse(&self) -> Result<(RunFile, PathBuf)> {
+    pub(super) fn parse(&self) -> Result<(RunFile, PathBuf)> {
         let out = self.out.as_ref().map(|out| assign("run.out", &out.to_string_lossy()));
         let shadow = self.shadow.map(|every| format!("run.shadow_every_steps={every}"));
         let run_file = self.run.parse(out.into_iter().chain(shadow).collect())?;
@@ -87,11 +87,6 @@ impl Options {
             return Err(run_file.locate(Error::config(place, problem)));
         }
         Ok((run_file, folder))
-    }
-
-    /// The run folder.
-    pub(super) fn folder(&self) -> Result<PathBuf> {
-        self.parse().map(|(_, folder)| folder)
     }
 
     /// Whether a run in the folder is to be replaced.
