@@ -9,8 +9,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 use warpstep::backend::cpu::Cpu;
 use warpstep::backend::cuda::{emulated, is_embedded};
-use warpstep::model::layers::{Linear, Sequential, TiedLinear};
-use warpstep::model::{Input, Loss, Mode, Model};
+use warpstep::model::layers::{
+    Attention, Conv2d, Embedding, Linear, Positions, RotaryOptions, Sequential, TiedLinear, TokenAndPosition,
+};
+use warpstep::model::{Alone, Input, Layer, Loss, Mode, Model};
 
 const RUN: &str = r#"
 [run]
@@ -153,4 +155,53 @@ fn costs_count_each_operand_once_and_gradients_that_are_added_to_twice() {
     assert_eq!(of("linear_forward"), [[2 * rows + matrix, product]; 2]);
     // x, dy, W, dx and the gradient; then x, dy, W and the gradient twice: nothing before it is trained.
     assert_eq!(of("linear_backward"), [[3 * rows + 2 * matrix, 2 * product], [2 * rows + 3 * matrix, product]]);
+}
+
+/// Values that each operation of a layer alone must move, forward and backward; whole numbers count as half of one.
+fn moved(mut layer: impl Layer<Cpu<f64>>, input: &Input, batch: usize) -> Vec<(&'static str, f64)> {
+    let alone = Alone::plan(&mut layer, input, batch, Mode::Training).unwrap();
+    let costs = alone.program.costs(&alone.parameters).unwrap();
+    costs.iter().map(|cost| (cost.name, cost.bytes as f64 / 8.0)).collect()
+}
+
+#[test]
+fn costs_count_what_is_turned_in_place_twice_and_of_what_is_touched_in_part_that_part() {
+    let (batch, time) = (3, 5);
+    // Two query heads, and one of keys and of values: the values are not turned.
+    let [heads, kv_heads, size] = [2, 1, 4];
+    let attention = Attention::new(heads, true).with_kv_heads(kv_heads).with_rotary(Some(RotaryOptions::default()));
+    let costs = moved(attention, &Input::Real(vec![time, (heads + 2 * kv_heads) * size]), batch);
+    let turned = ("rotary", (2 * batch * time * (heads + kv_heads) * size) as f64);
+    assert_eq!([costs[0], costs[3]], [turned; 2]);
+
+    // Tables that have more rows than the batch has tokens and positions.
+    let (vocabulary, positions, width) = (100, 20, 4);
+    let [rows, tokens] = [(batch * time * width) as f64, (batch * time) as f64 / 2.0];
+    let [table, of_positions] = [vocabulary, positions].map(|rows| (rows * width) as f64);
+    let seen = (time * width) as f64;
+    let costs = moved(TokenAndPosition::new(vocabulary, positions, width), &Input::Tokens(time), batch);
+    assert_eq!(
+        costs,
+        [
+            ("embedding_forward", tokens + 2.0 * rows + seen),
+            ("embedding_backward", tokens + rows + table + of_positions)
+        ]
+    );
+    // Of few rows, each once.
+    let costs = moved(Embedding::new(2, width), &Input::Tokens(time), batch);
+    assert_eq!(costs[0].1, tokens + rows + (2 * width) as f64);
+    let costs = moved(Positions::new(positions), &Input::Real(vec![time, width]), batch);
+    assert_eq!(costs, [("position_forward", 2.0 * rows + seen), ("position_backward", rows + of_positions)]);
+
+    // A table that the output shares: the embedding adds to the rows of the batch.
+    let shared = Sequential::<Cpu<f64>>::new()
+        .then("a", Embedding::new(vocabulary, width))
+        .then("b", TiedLinear::new("a.weight"));
+    let costs = moved(shared, &Input::Tokens(time), batch);
+    assert_eq!(costs.last(), Some(&("embedding_backward", tokens + rows + 2.0 * rows)));
+
+    // Of a convolution no room for columns.
+    let costs = moved(Conv2d::new(2, [5, 5]).without_bias(), &Input::Real(vec![3, 8, 8]), batch);
+    let [x, y, weight] = [batch * 3 * 8 * 8, batch * 2 * 4 * 4, 2 * 3 * 5 * 5].map(|values| values as f64);
+    assert_eq!(costs, [("conv2d_forward", x + y + weight), ("conv2d_backward", 2.0 * x + y + 2.0 * weight)]);
 }

@@ -53,6 +53,11 @@ pub trait Op<B: Backend>: Send + Sync {
     fn repeated_flops(&self) -> u64 {
         0
     }
+    /// How many values of what `used` names it must move, where these are not all of it once: a part, or all of it read and
+    /// written.
+    fn moved(&self, _: Use) -> Option<usize> {
+        None
+    }
     /// Itself, where it may be joined with its neighbours when a program is planned. Own operations are left as they are.
     fn as_any(&self) -> Option<&dyn Any> {
         None
@@ -106,7 +111,8 @@ macro_rules! plain_operand {
 plain_operand!(usize, u32, i32, f64, bool);
 pub(crate) use plain_operand;
 
-/// Declares an operation: an argument struct, and the backend method that runs it.
+/// Declares an operation: an argument struct, and the backend method that runs it. `moved` gives [`Op::moved`] of some of its
+/// fields.
 macro_rules! op {
     (
         $(#[$meta:meta])*
@@ -115,6 +121,7 @@ macro_rules! op {
         }
         flops($args:ident) $flops:expr
         $(; repeated $repeated:expr)?
+        $(; moved { $($part:ident: $values:expr),* })?
     ) => {
         $(#[$meta])*
         #[derive(Clone, Debug)]
@@ -136,6 +143,18 @@ macro_rules! op {
             $(fn repeated_flops(&self) -> u64 {
                 let $args = self;
                 ($repeated) as u64
+            })?
+            $(fn moved(&self, used: $crate::backend::op::Use) -> Option<usize> {
+                #[allow(unused_variables, reason = "a number that stands by itself")]
+                let $args = self;
+                $(
+                    let mut named = false;
+                    $crate::backend::op::Operand::uses(&self.$part, &mut |part| named |= part == used);
+                    if named {
+                        return $values;
+                    }
+                )*
+                None
             })?
             fn as_any(&self) -> Option<&dyn std::any::Any> {
                 Some(self)

@@ -14,8 +14,9 @@ use crate::plan::{Lifetime, MemoryPlan};
 pub struct OpCost {
     /// The operation's name.
     pub name: &'static str,
-    /// Bytes of all that it names, each once, as it is stored: what it would move if caches held nothing between operations and
-    /// everything within one. An operation that touches a part alone, such as rows of an embedding, moves less.
+    /// Bytes of all that it names, each once, as it is stored: what it must move if caches hold nothing between operations and
+    /// everything within one. What it adds to or turns in place counts twice, of what it touches a part alone that part: rows of a
+    /// table for tokens that are all different, since tokens are not known. Scratch does not count.
     pub bytes: u64,
     /// Floating-point operations.
     pub flops: u64,
@@ -193,13 +194,16 @@ impl<B: Backend> Program<B> {
         let (_, ranges) = parameters.layout()?;
         let states = parameters.state_layout()?;
         let [storage, real] = [size_of::<B::Storage>(), size_of::<B::Real>()];
-        let size = |used: Use| match used {
-            Use::Activation(act) => self.value_lifetimes[act.0 as usize].len * storage,
-            Use::Indices(indices) => self.index_lifetimes[indices.0 as usize].len * size_of::<i32>(),
-            Use::Parameter(param) => ranges[param.0 as usize].len() * storage,
-            // What is added to is read as well.
-            Use::Gradient(grad) => ranges[grad.param.0 as usize].len() * real * if grad.first { 1 } else { 2 },
-            Use::State(state) => states.entries()[state.0 as usize].range().len() * real,
+        let size = |op: &dyn Op<B>, used: Use| {
+            let (values, element) = match used {
+                Use::Activation(act) => (self.value_lifetimes[act.0 as usize].len, storage),
+                Use::Indices(indices) => (self.index_lifetimes[indices.0 as usize].len, size_of::<i32>()),
+                Use::Parameter(param) => (ranges[param.0 as usize].len(), storage),
+                // What is added to is read as well.
+                Use::Gradient(grad) => (ranges[grad.param.0 as usize].len() * if grad.first { 1 } else { 2 }, real),
+                Use::State(state) => (states.entries()[state.0 as usize].range().len(), real),
+            };
+            op.moved(used).unwrap_or(values) * element
         };
         let cost = |op: &dyn Op<B>| {
             let mut named: Vec<Use> = Vec::new();
@@ -208,7 +212,8 @@ impl<B: Backend> Program<B> {
                     named.push(used);
                 }
             });
-            OpCost { name: op.name(), bytes: named.into_iter().map(|used| size(used) as u64).sum(), flops: op.flops() }
+            let bytes = named.into_iter().map(|used| size(op, used) as u64).sum();
+            OpCost { name: op.name(), bytes, flops: op.flops() }
         };
         Ok(self.ops.iter().map(|op| cost(&**op)).collect())
     }

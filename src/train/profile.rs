@@ -246,6 +246,10 @@ impl<B: Profiled> Op<B> for Clocked<B> {
         self.op.repeated_flops()
     }
 
+    fn moved(&self, used: Use) -> Option<usize> {
+        self.op.moved(used)
+    }
+
     fn as_any(&self) -> Option<&dyn Any> {
         self.op.as_any()
     }

@@ -159,5 +159,7 @@ op! {
         /// Turns back: the gradient.
         inverse: bool,
     }
-    flops(a) 3 * a.batch * a.time * a.heads * a.head_size
+    flops(a) 3 * a.batch * a.time * a.heads * a.head_size;
+    // The heads that turn, read and written.
+    moved { x: Some(2 * a.batch * a.time * a.heads * a.head_size) }
 }

@@ -77,7 +77,8 @@ op! {
         /// Sizes.
         geometry: Conv2dGeometry,
     }
-    flops(a) a.geometry.flops()
+    flops(a) a.geometry.flops();
+    moved { workspace: Some(0) }
 }
 
 op! {
@@ -100,5 +101,6 @@ op! {
         /// Sizes.
         geometry: Conv2dGeometry,
     }
-    flops(a) a.geometry.flops() * (1 + usize::from(a.dx.is_some()))
+    flops(a) a.geometry.flops() * (1 + usize::from(a.dx.is_some()));
+    moved { workspace: Some(0) }
 }

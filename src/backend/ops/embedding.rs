@@ -57,7 +57,9 @@ op! {
         /// Rows of the table.
         vocabulary: usize,
     }
-    flops(a) a.batch * a.time * a.width * usize::from(a.positions.is_some())
+    flops(a) a.batch * a.time * a.width * usize::from(a.positions.is_some());
+    // A row for each token, if they are all different.
+    moved { weight: Some((a.batch * a.time).min(a.vocabulary) * a.width), positions: Some(a.time * a.width) }
 }
 
 op! {
@@ -80,7 +82,12 @@ op! {
         /// Rows of the token table.
         vocabulary: usize,
     }
-    flops(a) a.batch * a.time * a.width * (1 + usize::from(a.dpositions.is_some()))
+    flops(a) a.batch * a.time * a.width * (1 + usize::from(a.dpositions.is_some()));
+    // Where rows are added to, the batch's alone, read and written.
+    moved {
+        dweight: (!a.dweight.first).then(|| 2 * (a.batch * a.time).min(a.vocabulary) * a.width),
+        dpositions: a.dpositions.filter(|grad| !grad.first).map(|_| 2 * a.time * a.width)
+    }
 }
 
 op! {
@@ -99,7 +106,8 @@ op! {
         /// Width of a vector.
         width: usize,
     }
-    flops(a) a.batch * a.time * a.width
+    flops(a) a.batch * a.time * a.width;
+    moved { weight: Some(a.time * a.width) }
 }
 
 op! {
@@ -116,5 +124,6 @@ op! {
         /// Width of a vector.
         width: usize,
     }
-    flops(a) a.batch * a.time * a.width
+    flops(a) a.batch * a.time * a.width;
+    moved { dweight: (!a.dweight.first).then(|| 2 * a.time * a.width) }
 }
