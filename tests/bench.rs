@@ -5,6 +5,8 @@ mod common;
 use common::{run, stderr, stdout};
 use tempfile::TempDir;
 use warpstep::backend::cuda::{emulated, is_embedded};
+use warpstep::backend::profile::Kind;
+use warpstep::bench::layers::cases;
 use warpstep::bench::place::Place;
 use warpstep::bench::results::{FORMAT, Figure, Machine, Results};
 use warpstep::bench::run::{Observer, Pattern, Request, run as take};
@@ -38,6 +40,7 @@ fn every_suite_names_its_figures_and_what_means_none_is_refused() {
         "update/lamb+adaptive/50M/f32",
         "update/adamw+global_norm/1558M/f32",
         "kernel/attention/12x64x384_4of4_heads/backward/f32",
+        "kernel/rotary/4x256x1280_16of20_heads/backward/f32",
         "kernel/log_mel/128x8000/forward/f32",
         "step/mlp",
         "step/resnet18",
@@ -47,7 +50,7 @@ fn every_suite_names_its_figures_and_what_means_none_is_refused() {
     ] {
         assert!(text.lines().any(|line| line == name), "{name} in {text}");
     }
-    for family in ["kernel/cross_entropy/", "kernel/log_mel/"] {
+    for family in ["kernel/cross_entropy/", "kernel/mean_squared_error/", "kernel/add/", "kernel/log_mel/"] {
         assert!(!text.lines().any(|line| line.starts_with(family) && line.contains("backward")), "{family} in {text}");
     }
     let mut names: Vec<&str> = text.lines().collect();
@@ -271,6 +274,23 @@ fn a_precision_that_no_figure_is_asked_for_in_is_not_measured() {
     // What is of no precision is taken in the first.
     assert_eq!(precisions.len(), 2, "{text}");
     assert!(precisions[0].contains(" in f32:") && precisions[1].contains(" in bf16:"), "{text}");
+}
+
+#[test]
+fn on_the_emulated_device_every_operation_is_right_in_16_bits() {
+    if !is_embedded() || emulated::find_library().is_none() {
+        println!("skipped: no emulated device: it needs nvcc when Warpstep is built, and the emulator beside it");
+        return;
+    }
+    // f16 scales losses.
+    let precisions = ["--precision", "bf16", "--precision", "f16"];
+    let results = bench(&[&["--device", "emulated", "--seconds", "0.001", "kernel"][..], &precisions].concat());
+    let ways: usize = cases(Kind::Emulated).iter().map(|case| 1 + usize::from(case.has_backward())).sum();
+    assert_eq!(results.figures.len(), 2 * ways);
+    for figure in &results.figures {
+        let why = figure.refused.as_deref().unwrap_or_default();
+        assert!(!why.starts_with("wrong outcome"), "{}: {why}", figure.name);
+    }
 }
 
 #[test]

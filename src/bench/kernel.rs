@@ -3,17 +3,20 @@
 //! What an operation reads comes out of memory: repetitions take sets of memory in turn that together are more than the caches
 //! hold, since in a step, too, much lies between two runs of the same operation.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
-use super::layers::{Case, cases};
+use super::layers::{Case, Planned, cases};
 use super::measure::{Asked, Ground, Limit, Settings, Task, measure};
 use super::place::Bed;
 use super::results::{Figure, Floor};
 use super::speeds::{Speeds, words};
 use crate::backend::cpu::Cpu;
+use crate::backend::ops::METRICS;
+use crate::backend::step::LossScale;
 use crate::backend::{Act, Activations, Arena, Backend, Memory, StepContext};
 use crate::error::Result;
-use crate::model::{Alone, Input, Value};
+use crate::model::{Alone, Value};
 use crate::random::{Philox, Purpose};
 use crate::real::Element;
 
@@ -36,6 +39,8 @@ pub enum Way {
 enum Left {
     /// Activations.
     Activation(Act),
+    /// A loss's metrics.
+    Metrics(Act),
     /// Gradients of parameters.
     Gradients(Range<usize>),
 }
@@ -43,7 +48,8 @@ enum Left {
 /// A layer with several sets of memory.
 pub struct KernelTask<B: Bed> {
     backend: B,
-    alone: Alone<B>,
+    planned: Planned<B>,
+    given: Given,
     sets: Vec<(Arena<B>, Activations<B>)>,
     next: usize,
     /// The set that is looked at.
@@ -54,39 +60,42 @@ pub struct KernelTask<B: Bed> {
     round_bytes: usize,
 }
 
-/// Random values of a layer's input, targets and output gradient, as the device stores them.
-struct Given<'a> {
-    case: &'a Case,
+/// Random values of what a layer is given, as the device stores them.
+struct Given {
     stream: Philox,
+    /// What whole numbers are below.
+    below: u64,
 }
 
-impl Given<'_> {
-    fn reals<S: Element>(&self, len: usize, part: u64) -> impl Iterator<Item = S> + '_ {
-        let first = part << 40;
-        (0..len as u64).map(move |at| S::from_f32(2.0 * self.stream.uniform(first + at) - 1.0))
+impl Given {
+    /// What an activation is given, rounded as `S` has it; none where the layer makes it.
+    fn values<B: Backend, S: Element>(&self, planned: &Planned<B>, act: Act, len: usize) -> Option<Vec<B::Storage>> {
+        let given = planned.given();
+        let number = given.iter().position(|&(other, _)| other == act)?;
+        let (first, least) = ((number as u64 + 1) << 40, given[number].1);
+        let value = |at: u64| S::from_f32(least + (1.0 - least) * self.stream.uniform(first + at));
+        Some((0..len as u64).map(|at| B::Storage::from_f64(value(at).f64())).collect())
     }
 
-    /// Fills input, targets and gradient, rounded as `S` has them.
+    fn index(&self, at: usize) -> i32 {
+        self.stream.below(at as u64, self.below) as i32
+    }
+
+    /// Fills what the layer is given.
     fn fill<B: Backend, S: Element>(
         &self,
         backend: &B,
-        alone: &Alone<B>,
+        planned: &Planned<B>,
         activations: &mut Activations<B>,
     ) -> Result<()> {
-        let mut put = |act: Act, part: u64| {
+        for (act, _) in planned.given() {
             let range = activations.range(act);
-            let values: Vec<B::Storage> =
-                self.reals::<S>(range.len(), part).map(|value| B::Storage::from_f64(value.f64())).collect();
-            backend.upload(&mut activations.values, range.start, &values)
-        };
-        put(alone.dy, 1)?;
-        if let Value::Real(act) = alone.program.input {
-            put(act, 2)?;
+            if let Some(values) = self.values::<B, S>(planned, act, range.len()) {
+                backend.upload(&mut activations.values, range.start, &values)?;
+            }
         }
         // Tokens and targets alike; other whole numbers are written before they are read.
-        let len = alone.program.indices.peak;
-        let below = |at: u64| self.stream.below(at, self.case.below as u64) as i32;
-        let indices: Vec<i32> = (0..len as u64).map(below).collect();
+        let indices: Vec<i32> = (0..planned.alone.program.indices.peak).map(|at| self.index(at)).collect();
         backend.upload(&mut activations.indices, 0, &indices)
     }
 }
@@ -97,36 +106,37 @@ impl<B: Bed> KernelTask<B> {
     /// # Errors
     /// Not enough memory.
     pub fn new(backend: &B, case: &Case) -> Result<Self> {
-        let mut layer = case.layer::<B>()?;
-        let alone = Alone::plan(&mut *layer, &case.input, case.batch, case.mode)?;
-        let given = Given { case, stream: Philox::new(1, Purpose::Sampling, 3) };
-        let parts = alone.program.activation_parts(1);
-        let bytes = parts.total() + alone.parameters.elements() * (size_of::<B::Storage>() + size_of::<f32>());
+        // As training scales losses where gradients need it, else small ones would be rounded away.
+        if backend.loss_scale()?.is_some() {
+            backend.set_loss_scale(LossScale::INITIAL)?;
+        }
+        let planned = case.plan::<B>()?;
+        let given = Given { stream: Philox::new(1, Purpose::Sampling, 3), below: case.below as u64 };
+        let Alone { program, parameters, .. } = &planned.alone;
+        let parts = program.activation_parts(1);
+        let bytes = parts.total() + parameters.elements() * (size_of::<B::Storage>() + size_of::<f32>());
         let count = (5 * backend.cache_bytes() / 2).div_ceil(bytes.max(1)).clamp(1, MOST_SETS);
         let mut sets = Vec::with_capacity(count);
         for _ in 0..count {
-            let (mut arena, mut activations) =
-                (alone.parameters.arena(backend, 1, 0)?, alone.program.activations(backend)?);
-            given.fill::<B, B::Storage>(backend, &alone, &mut activations)?;
+            let (mut arena, mut activations) = (parameters.arena(backend, 1, 0)?, program.activations(backend)?);
+            given.fill::<B, B::Storage>(backend, &planned, &mut activations)?;
             // What the backward reads of the forward.
             let mut memory = Memory { arena: &mut arena, activations: &mut activations };
-            backend.run(&alone.program.ops, &mut memory, &StepContext::default())?;
+            backend.run(&program.ops, &mut memory, &StepContext::default())?;
             sets.push((arena, activations));
         }
-        let mut task = KernelTask {
+        let expected = if program.flops() <= TWIN_FLOPS { Some(twin::<B>(case, &given)?) } else { None };
+        Ok(KernelTask {
             backend: backend.clone(),
-            alone,
+            planned,
+            given,
             sets,
             next: 0,
             looked: 0,
             way: Way::Forward,
-            expected: None,
+            expected,
             round_bytes: count * bytes,
-        };
-        if task.alone.program.flops() <= TWIN_FLOPS {
-            task.expected = Some(task.twin(&given)?);
-        }
-        Ok(task)
+        })
     }
 
     /// From now on repetitions go this way: false where the layer has no operations that way.
@@ -138,51 +148,88 @@ impl<B: Bed> KernelTask<B> {
         // What was looked at may have been left wrong, and a backward reads what the forward left.
         for (arena, activations) in &mut self.sets {
             let mut memory = Memory { arena, activations };
-            self.backend.run(&self.alone.program.ops, &mut memory, &StepContext::default())?;
+            self.backend.run(&self.planned.alone.program.ops, &mut memory, &StepContext::default())?;
         }
         Ok(!self.ops().is_empty())
     }
 
-    /// What the layer leaves in f64, from the same values.
-    fn twin(&self, given: &Given<'_>) -> Result<[Vec<Vec<f64>>; 2]> {
-        let cpu = Cpu::<f64>::new();
-        let mut layer = given.case.layer::<Cpu<f64>>()?;
-        let alone = Alone::plan(&mut *layer, &given.case.input, given.case.batch, given.case.mode)?;
-        let (mut arena, mut activations) = (alone.parameters.arena(&cpu, 1, 0)?, alone.program.activations(&cpu)?);
-        for value in &mut arena.parameters {
-            *value = B::Storage::from_f64(B::Real::from_f64(*value).f64()).f64();
-        }
-        given.fill::<Cpu<f64>, B::Storage>(&cpu, &alone, &mut activations)?;
-        let mut memory = Memory { arena: &mut arena, activations: &mut activations };
-        cpu.run(&alone.program.ops, &mut memory, &StepContext::default())?;
-        let read = |left: Vec<Left>| -> Vec<Vec<f64>> {
-            left.into_iter()
-                .map(|left| match left {
-                    Left::Activation(act) => activations.values[activations.range(act)].to_vec(),
-                    Left::Gradients(range) => arena.gradients[range].to_vec(),
-                })
-                .collect()
-        };
-        Ok([read(left(&alone, &arena, Way::Forward)), read(left(&alone, &arena, Way::Backward))])
-    }
-
     /// The operations of the present way.
     fn ops(&self) -> Range<usize> {
-        let program = &self.alone.program;
+        let program = &self.planned.alone.program;
         match self.way {
             Way::Forward => 0..program.forward_ops,
             Way::Backward => program.forward_ops..program.ops.len(),
         }
     }
+
+    /// Bytes and floating-point operations of the present way.
+    fn costs(&self) -> Result<[f64; 2]> {
+        let Alone { program, parameters, .. } = &self.planned.alone;
+        let costs = &program.costs(parameters)?[self.ops()];
+        let mut bytes: u64 = costs.iter().map(|cost| cost.bytes).sum();
+        if let (Value::Tokens(tokens), Way::Forward) = (program.input, self.way) {
+            // Of a table, rows of tokens that are all different were counted.
+            let range = self.sets[0].1.index_range(tokens);
+            let most = range.len().min(self.given.below as usize);
+            let named: HashSet<i32> = range.map(|at| self.given.index(at)).collect();
+            let width = program.output_shape.last().copied().unwrap_or(1);
+            bytes -= ((most - named.len()) * width * size_of::<B::Storage>()) as u64;
+        }
+        Ok([bytes as f64, costs.iter().map(|cost| cost.flops as f64).sum()])
+    }
+
+    /// By what the values that were left are multiplied before they are compared: as the twin's, and a loss's gradient may be scaled.
+    fn factor(&self, left: &Left) -> Result<f64> {
+        let Some(terms) = terms(&self.planned, left) else { return Ok(1.0) };
+        Ok(terms / self.backend.loss_scale()?.map_or(1.0, |scale| f64::from(scale.scale)))
+    }
+}
+
+/// Of a loss's gradient, the terms of the mean that it is the gradient of: without them it would be compared with what may be
+/// rounding.
+fn terms<B: Backend>(planned: &Planned<B>, left: &Left) -> Option<f64> {
+    let gradient = matches!(left, &Left::Activation(act) if act == planned.alone.program.output);
+    planned.more.terms.filter(|_| gradient).map(|terms| terms as f64)
+}
+
+/// What the layer leaves in f64, from the same values.
+fn twin<B: Bed>(case: &Case, given: &Given) -> Result<[Vec<Vec<f64>>; 2]> {
+    let cpu = Cpu::<f64>::new();
+    let planned = case.plan::<Cpu<f64>>()?;
+    let Alone { program, parameters, .. } = &planned.alone;
+    let (mut arena, mut activations) = (parameters.arena(&cpu, 1, 0)?, program.activations(&cpu)?);
+    for value in &mut arena.parameters {
+        *value = B::Storage::from_f64(B::Real::from_f64(*value).f64()).f64();
+    }
+    given.fill::<Cpu<f64>, B::Storage>(&cpu, &planned, &mut activations)?;
+    let mut memory = Memory { arena: &mut arena, activations: &mut activations };
+    cpu.run(&program.ops, &mut memory, &StepContext::default())?;
+    let read = |way: Way| -> Vec<Vec<f64>> {
+        let values = left(&planned, &arena, way).into_iter().map(|left| {
+            let factor = terms(&planned, &left).unwrap_or(1.0);
+            let values = match left {
+                Left::Activation(act) | Left::Metrics(act) => &activations.values[activations.range(act)],
+                Left::Gradients(range) => &arena.gradients[range],
+            };
+            values.iter().map(|value| value * factor).collect()
+        });
+        values.collect()
+    };
+    Ok([read(Way::Forward), read(Way::Backward)])
 }
 
 /// What a way through a layer leaves.
-fn left<B: Backend>(alone: &Alone<B>, arena: &Arena<B>, way: Way) -> Vec<Left> {
+fn left<B: Backend>(planned: &Planned<B>, arena: &Arena<B>, way: Way) -> Vec<Left> {
+    let Planned { alone, more } = planned;
+    let [forward, backward] = more.left.each_ref().map(|left| left.iter().copied().map(Left::Activation));
     match way {
-        Way::Forward => vec![Left::Activation(alone.program.output)],
+        Way::Forward => {
+            let output = std::iter::once(Left::Activation(alone.program.output));
+            output.chain(forward).chain(more.metrics.map(Left::Metrics)).collect()
+        }
         Way::Backward => {
             let gradients = arena.layout.entries().iter().map(|entry| Left::Gradients(entry.range()));
-            alone.dx.map(Left::Activation).into_iter().chain(gradients).collect()
+            alone.dx.map(Left::Activation).into_iter().chain(backward).chain(gradients).collect()
         }
     }
 }
@@ -202,7 +249,7 @@ impl<B: Bed> Task for KernelTask<B> {
         let ops = self.ops();
         let (arena, activations) = &mut self.sets[self.next];
         let mut memory = Memory { arena, activations };
-        self.backend.run(&self.alone.program.ops[ops], &mut memory, &StepContext::default())?;
+        self.backend.run(&self.planned.alone.program.ops[ops], &mut memory, &StepContext::default())?;
         self.next = (self.next + 1) % self.sets.len();
         Ok(())
     }
@@ -218,11 +265,13 @@ impl<B: Bed> Task for KernelTask<B> {
     fn prepare(&mut self) -> Result<()> {
         self.looked = self.next;
         let (arena, activations) = &mut self.sets[self.next];
-        for left in left(&self.alone, arena, self.way) {
+        for left in left(&self.planned, arena, self.way) {
             match left {
-                Left::Activation(act) => {
+                Left::Activation(act) | Left::Metrics(act) => {
                     let range = activations.range(act);
-                    let values = vec![B::Storage::from_f32(f32::NAN); range.len()];
+                    // What is changed where it is starts from what was given: as wrong, until it is changed once.
+                    let given = self.given.values::<B, B::Storage>(&self.planned, act, range.len());
+                    let values = given.unwrap_or_else(|| vec![B::Storage::from_f32(f32::NAN); range.len()]);
                     self.backend.upload(&mut activations.values, range.start, &values)?;
                 }
                 Left::Gradients(range) => {
@@ -236,13 +285,19 @@ impl<B: Bed> Task for KernelTask<B> {
 
     fn verify(&mut self) -> Result<Option<String>> {
         let (arena, activations) = &self.sets[self.looked];
-        for (number, left) in left(&self.alone, arena, self.way).into_iter().enumerate() {
+        for (number, left) in left(&self.planned, arena, self.way).into_iter().enumerate() {
+            let factor = self.factor(&left)?;
             let found: Vec<f64> = match left {
                 Left::Activation(act) => {
                     let range = activations.range(act);
                     let mut values = vec![B::Storage::default(); range.len()];
                     self.backend.download(&activations.values, range.start, &mut values)?;
-                    values.into_iter().map(Element::f64).collect()
+                    values.into_iter().map(|value| value.f64() * factor).collect()
+                }
+                Left::Metrics(act) => {
+                    let mut values = [B::Real::default(); METRICS];
+                    self.backend.read_statistic(activations, act, &mut values)?;
+                    values.map(Element::f64).to_vec()
                 }
                 Left::Gradients(range) => {
                     let mut values = vec![B::Real::default(); range.len()];
@@ -300,20 +355,12 @@ pub fn figures<B: Bed>(
             continue;
         }
         let mut task = KernelTask::new(backend, &case)?;
-        let costs = task.alone.program.costs(&task.alone.parameters)?;
         for (way, name) in ways {
             // What is asked for may end meanwhile.
             if ground.is_over() || !task.go(way)? {
                 continue;
             }
-            let costs = &costs[task.ops()];
-            let mut bytes: f64 = costs.iter().map(|cost| cost.bytes as f64).sum();
-            let flops: f64 = costs.iter().map(|cost| cost.flops as f64).sum();
-            if let (Input::Tokens(tokens), Way::Forward) = (&case.input, way) {
-                // Of a table, the rows of the batch alone.
-                let output: usize = task.alone.program.output_shape.iter().product();
-                bytes = (2 * output * size_of::<B::Storage>() + tokens * case.batch * size_of::<i32>()) as f64;
-            }
+            let [bytes, flops] = task.costs()?;
             let limit = |_: Option<&_>| {
                 let (of_bytes, of_flops) = (bytes / speeds.memory(), flops / speeds.product);
                 let from_memory = of_bytes >= of_flops;
