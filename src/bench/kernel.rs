@@ -113,9 +113,12 @@ impl<B: Bed> KernelTask<B> {
         let planned = case.plan::<B>()?;
         let given = Given { stream: Philox::new(1, Purpose::Sampling, 3), below: case.below as u64 };
         let Alone { program, parameters, .. } = &planned.alone;
-        let parts = program.activation_parts(1);
-        let bytes = parts.total() + parameters.elements() * (size_of::<B::Storage>() + size_of::<f32>());
-        let count = (5 * backend.cache_bytes() / 2).div_ceil(bytes.max(1)).clamp(1, MOST_SETS);
+        let activations = program.activation_parts(1).total();
+        let bytes = activations + parameters.elements() * (size_of::<B::Storage>() + size_of::<f32>());
+        // Of a table, the rows of a batch alone are touched, which are no more than what they are copied to and its gradient.
+        let touched = if matches!(program.input, Value::Tokens(_)) { activations } else { bytes };
+        let room = (backend.free_bytes() / 2 / bytes.max(1)).max(1);
+        let count = (5 * backend.cache_bytes() / 2).div_ceil(touched.max(1)).clamp(1, MOST_SETS).min(room);
         let mut sets = Vec::with_capacity(count);
         for _ in 0..count {
             let (mut arena, mut activations) = (parameters.arena(backend, 1, 0)?, program.activations(backend)?);
@@ -135,7 +138,7 @@ impl<B: Bed> KernelTask<B> {
             looked: 0,
             way: Way::Forward,
             expected,
-            round_bytes: count * bytes,
+            round_bytes: count * touched,
         })
     }
 
