@@ -141,3 +141,27 @@ fn processes_on_emulated_devices_make_their_steps_by_nccl() {
         assert!(figure.refused.is_some(), "times of an emulated device say nothing");
     }
 }
+
+#[test]
+fn the_launcher_starts_them() {
+    if !has_emulated_device() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let [json, logs] = ["found.json", "logs"].map(|name| folder.path().join(name));
+    let launch = |restarts: &str| {
+        let mut command = common::warpstep();
+        command.args(["launch", "--gpus", "2", "--restarts", restarts, "--log-dir"]).arg(&logs);
+        command
+            .args(["--", "bench", "all_reduce/4KiB", "--device", "emulated", "--seconds", "0.01", "--json"])
+            .arg(&json);
+        command.env("WARPSTEP_EMULATOR_CHECKS", "off").output().unwrap()
+    };
+    let refused = launch("1");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains("--restarts: found 1 with bench"), "{}", stderr(&refused));
+    let ran = launch("0");
+    let found = results(&ran, &json);
+    assert_eq!(found.figures.iter().map(|figure| figure.name.as_str()).collect::<Vec<_>>(), ["4KiB/2_processes"]);
+    assert!(stdout(&ran).contains("4KiB/2_processes") && logs.join("rank-1.log").is_file(), "{}", stdout(&ran));
+}

@@ -354,7 +354,7 @@ fn not_launched(gpus: &str, device: &str, environment: &[(&str, &std::ffi::OsStr
 #[test]
 fn launch_for_gpus_that_are_not_there_says_so_once_and_starts_nothing() {
     let on_cpus = "`warpstep launch --cpus 2` starts processes on CPUs";
-    not_launched("2", "cpu", &[], &format!("the run's device is the CPU; {on_cpus}"));
+    not_launched("2", "cpu", &[], &format!("the device is the CPU; {on_cpus}"));
     let devices = ("WARPSTEP_EMULATOR_DEVICES", "2".as_ref());
     let fewer = "there are 2 GPUs by WARPSTEP_EMULATOR_DEVICES=2; expected --gpus 2 at most";
     not_launched("3", "emulated", &[devices], fewer);

@@ -15,6 +15,7 @@ use crate::bench::results::{Figure, Machine, Results};
 use crate::bench::run::{Observer, Pattern, Request, SUITES, names, run as take};
 use crate::bench::speeds::Speeds;
 use crate::bench::{interrupt, report, table};
+use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::parallel::world::World;
 
@@ -77,6 +78,13 @@ pub(crate) struct Options {
     /// Name the figures, all of them where no suite is given, and take none
     #[arg(long)]
     list: bool,
+}
+
+impl Options {
+    /// The device.
+    pub(super) fn device(&self) -> Result<DeviceChoice> {
+        DeviceChoice::parse(&self.device).map_err(|problem| Error::config("--device", problem))
+    }
 }
 
 /// Prints the table while it grows, and writes the results.
@@ -202,7 +210,7 @@ fn request(options: &Options) -> Result<Request> {
     let precisions = precisions(options)?;
     Ok(Request {
         patterns,
-        place: place(&options.device)?,
+        place: place(options.device()?)?,
         precisions,
         seconds: options.seconds,
         command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -210,17 +218,14 @@ fn request(options: &Options) -> Result<Request> {
 }
 
 /// The device of this name; an emulated one starts the program again and does not come back.
-fn place(device: &str) -> Result<Place> {
+fn place(device: DeviceChoice) -> Result<Place> {
     Ok(match device {
-        "auto" => choose_auto().map_or(Place::Cpu, Place::Cuda),
-        "cpu" => Place::Cpu,
-        "cuda" => Place::Cuda(0),
-        "emulated" => {
+        DeviceChoice::Auto => choose_auto().map_or(Place::Cpu, Place::Cuda),
+        DeviceChoice::Cpu => Place::Cpu,
+        DeviceChoice::Cuda(number) => Place::Cuda(number.unwrap_or(0) as usize),
+        DeviceChoice::Emulated => {
             enter_emulated()?;
             Place::Cuda(0)
         }
-        other => Place::Cuda(other.strip_prefix("cuda:").and_then(|number| number.parse().ok()).ok_or_else(|| {
-            Error::config("--device", format!("found {other:?}, expected auto, cpu, cuda, cuda:N or emulated"))
-        })?),
     })
 }

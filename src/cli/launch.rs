@@ -1,4 +1,4 @@
-//! `warpstep launch`: several processes on this machine, that train together.
+//! `warpstep launch`: several processes on this machine, that train together, or measure what they do together.
 
 mod control;
 mod gpus;
@@ -33,6 +33,7 @@ pub(crate) use rank::{Options as RankOptions, run as run_rank};
   warpstep launch --gpus 8 --restarts 3 --timeout 120 -- train run.toml --out runs/large
   warpstep launch --cpus 4 -- train run.toml --device cpu
   warpstep launch --gpus 2 -- train run.toml --device emulated
+  warpstep launch --gpus 8 -- bench step/gpt2
 
 Rank 0 speaks here; the output of every other rank goes to LOGS/rank-N.log. The first rank that fails ends all.")]
 pub(crate) struct Options {
@@ -55,7 +56,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
     /// The command of every process
-    #[arg(last = true, value_name = "train RUN.toml ..", required_unless_present = "program")]
+    #[arg(last = true, value_name = "train RUN.toml .. | bench ..", required_unless_present = "program")]
     arguments: Vec<OsString>,
 }
 
@@ -67,22 +68,34 @@ fn seconds(text: &str) -> std::result::Result<f64, String> {
 /// Runs it.
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let mut replaced = None;
-    let (ours, logs) = match &options.program {
-        Some(_) => (false, PathBuf::from("logs")),
+    let (starts, logs) = match &options.program {
+        Some(_) => (Starts::Program, PathBuf::from("logs")),
         None => match Cli::try_parse_from(std::iter::once(OsString::from("warpstep")).chain(options.arguments.clone()))
         {
             // What every process would say is said once.
             Ok(Cli { command: Command::Train(train) }) => {
                 let (run_file, folder) = train.parse()?;
                 if let Some(wanted) = options.gpus {
-                    gpus::are_there(&run_file, wanted.get())?;
+                    gpus::are_there(run_file.device, run_file.model.has_convolutions(), wanted.get())?;
                 }
                 replaced = train.overwrites().then(|| Replaced::new(&folder));
-                (true, folder.join("logs"))
+                (Starts::Training, folder.join("logs"))
+            }
+            Ok(Cli { command: Command::Bench(bench) }) => {
+                if options.restarts > 0 {
+                    let found = format!("found {} with bench, expected it with train alone", options.restarts);
+                    return Err(Error::config("--restarts", found).into());
+                }
+                if let Some(wanted) = options.gpus {
+                    gpus::are_there(bench.device()?, false, wanted.get())?;
+                }
+                (Starts::Bench, PathBuf::from("logs"))
             }
             Ok(_) => {
                 let found = options.arguments[0].to_string_lossy().into_owned();
-                return Err(Error::config("launch", format!("found {found:?}, expected `train RUN.toml`")).into());
+                return Err(
+                    Error::config("launch", format!("found {found:?}, expected `train RUN.toml` or `bench`")).into()
+                );
             }
             Err(error) => {
                 let code = if error.use_stderr() { 2 } else { 0 };
@@ -93,7 +106,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     };
     let launch = Launch {
         size: options.gpus.or(options.cpus).map_or(1, NonZeroUsize::get),
-        mpirun: options.cpus.map(|_| mpirun::find(ours)).transpose()?,
+        mpirun: options.cpus.map(|_| mpirun::find(starts != Starts::Program)).transpose()?,
         program: match options.program {
             Some(program) => program,
             None => std::env::current_exe().map_err(|e| Error::io("find", "warpstep", e))?,
@@ -104,7 +117,18 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         replaced,
     };
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(|e| Error::io("listen to", "signals", e))?;
-    launch.run(options.restarts, ours, signals)
+    launch.run(options.restarts, starts, signals)
+}
+
+/// What each process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Starts {
+    /// `warpstep train`, which goes on from its last checkpoint.
+    Training,
+    /// `warpstep bench`.
+    Bench,
+    /// A program of the user's.
+    Program,
 }
 
 /// What is started, every time.
@@ -144,10 +168,10 @@ impl Replaced {
 }
 
 impl Launch {
-    fn run(&self, restarts: u32, ours: bool, mut signals: Signals) -> anyhow::Result<ExitCode> {
+    fn run(&self, restarts: u32, starts: Starts, mut signals: Signals) -> anyhow::Result<ExitCode> {
         for attempt in 0..=restarts {
             let outputs = self.outputs.begin(attempt, self.size)?;
-            let arguments = if ours && attempt > 0 && self.has_begun() {
+            let arguments = if starts == Starts::Training && attempt > 0 && self.has_begun() {
                 resuming(&self.arguments)
             } else {
                 self.arguments.clone()

@@ -38,6 +38,25 @@ pub enum DeviceChoice {
     Emulated,
 }
 
+impl DeviceChoice {
+    /// The device of this name: `cuda:1`.
+    ///
+    /// # Errors
+    /// No such name: what was found, what was expected.
+    pub fn parse(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            "emulated" => Ok(DeviceChoice::Emulated),
+            "cuda" => Ok(DeviceChoice::Cuda(None)),
+            other => match other.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(number)) => Ok(DeviceChoice::Cuda(Some(number))),
+                _ => Err(format!("found {other:?}, expected auto, cpu, cuda, cuda:N or emulated")),
+            },
+        }
+    }
+}
+
 /// What activations are stored and products computed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
@@ -280,16 +299,7 @@ fn remove_recompute(layers: &mut dyn TableLike) {
 
 fn device(run: &mut Section) -> Result<DeviceChoice> {
     let found: String = run.or("device", "auto".to_owned())?;
-    match found.as_str() {
-        "auto" => Ok(DeviceChoice::Auto),
-        "cpu" => Ok(DeviceChoice::Cpu),
-        "emulated" => Ok(DeviceChoice::Emulated),
-        "cuda" => Ok(DeviceChoice::Cuda(None)),
-        other => match other.strip_prefix("cuda:").map(str::parse) {
-            Some(Ok(number)) => Ok(DeviceChoice::Cuda(Some(number))),
-            _ => Err(run.error("device", format!("found {other:?}, expected auto, cpu, cuda, cuda:N or emulated"))),
-        },
-    }
+    DeviceChoice::parse(&found).map_err(|problem| run.error("device", problem))
 }
 
 fn precision(run: &mut Section, device: DeviceChoice) -> Result<Precision> {

@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 
 use half::f16;
 use warpstep::backend::cuda::Storage;
-use warpstep::parallel::Wire;
+use warpstep::parallel::{Collective, Wire};
 use warpstep::plan::Share;
 use warpstep::train::step::StepReport;
 

@@ -21,6 +21,7 @@ use crate::bench::works::MODELS;
 use crate::bench::{all_reduce, report, step, table, together};
 use crate::cli::assemble::Opened;
 use crate::cli::team::{Team, Vigil, said_once};
+use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::parallel::watch::TIMEOUT;
 use crate::parallel::world::World;
@@ -35,6 +36,7 @@ const SECONDS: f64 = 1.0;
 
 /// What is asked of all processes alike.
 struct Asked {
+    device: DeviceChoice,
     place: Place,
     precision: Precision,
     /// Names of figures by their suites.
@@ -56,7 +58,7 @@ pub(super) fn run(options: &Options, world: &World) -> anyhow::Result<ExitCode> 
         Place::Cpu => Opened::Cpu(Cpu::new()),
         Place::Cuda(ordinal) => {
             // Each its own, but where each sees no other, and where the device bears a number.
-            let own = !options.device.starts_with("cuda:") && device_count() > 1;
+            let own = !matches!(asked.device, DeviceChoice::Cuda(Some(_))) && device_count() > 1;
             let ordinal = if own { world.local_rank } else { ordinal };
             let tf32 = asked.precision == Precision::Tf32;
             let device = Device::open(DeviceOptions { ordinal, tf32, ..DeviceOptions::default() })?;
@@ -111,7 +113,8 @@ fn asked(options: &Options, processes: usize) -> Result<Asked> {
         return Err(Error::config("--peers", problem));
     }
     let precisions = precisions(options)?;
-    let place = place(&options.device)?;
+    let device = options.device()?;
+    let place = place(device)?;
     let (kind, precision) = match (place, precisions.as_slice()) {
         (Place::Cpu, [] | [Precision::F32]) => (Kind::Host, Precision::F32),
         (Place::Cpu, [other, ..]) => {
@@ -151,7 +154,7 @@ fn asked(options: &Options, processes: usize) -> Result<Asked> {
         let tour: Vec<String> = tour.map(|model| together::name(model, kind, precision, processes)).collect();
         names.retain(|(suite, name)| *suite != step::SUITE || tour.contains(name));
     }
-    Ok(Asked { place, precision, names })
+    Ok(Asked { device, place, precision, names })
 }
 
 /// What one of the processes needs to take its figures.
