@@ -82,14 +82,19 @@ impl Bed {
 
     /// Trains as one process.
     pub fn alone(&self, out: &str, more: &[&str]) {
+        let output = self.start_alone(out, more);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+
+    /// As [`Bed::alone`], to any end.
+    pub fn start_alone(&self, out: &str, more: &[&str]) -> Output {
         let mut command = warpstep();
         command.args(self.arguments(out, more));
         let command: &mut Command = match self.on {
             On::Cpus => &mut command,
             On::Devices => devices::on_device(&mut command),
         };
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", stderr(&output));
+        command.output().unwrap()
     }
 
     /// Trains as several processes that share out.
@@ -247,7 +252,7 @@ pub fn gpt(folder: &Path) -> String {
     GPT.replace("PROSE", &file.display().to_string())
 }
 
-/// Steps whose gradients are not finite are skipped by all processes alike.
+/// Steps whose gradients are not finite are skipped by all processes alike, and one says what came of it.
 pub fn skips_alike(on: On) {
     if !on.is_there() {
         return;
@@ -258,10 +263,17 @@ pub fn skips_alike(on: On) {
         let records = read_metrics(&bed.path(out).join("metrics.jsonl")).unwrap();
         records.iter().map(|record| record.skipped).max().unwrap()
     };
-    bed.alone("alone", &[]);
+    let failed = |outputs: &[Output]| {
+        assert!(outputs.iter().all(|output| output.status.code() == Some(1)), "{outputs:?}");
+        let told: String = outputs.iter().map(stderr).collect();
+        let errors: Vec<&str> = told.lines().filter(|line| line.starts_with("error:")).collect();
+        let one = matches!(errors[..], [error] if error.contains("the training loss was not finite from step 2 on"));
+        assert!(one, "{told}");
+    };
+    failed(&[bed.start_alone("alone", &[])]);
     assert_eq!(skipped("alone"), 3);
     for shard in LEVELS {
-        bed.together(2, shard, shard, &[]);
+        failed(&bed.start(2, shard, shard, &[]));
         assert_eq!(tensor_hashes(&bed.path(shard)), tensor_hashes(&bed.path("alone")), "{shard}");
         assert_eq!(skipped(shard), 3, "{shard}");
     }
