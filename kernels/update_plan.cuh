@@ -171,11 +171,13 @@ template <typename F> __device__ __forceinline__ double warp_squares(u64 len, F 
 // anywhere in them.
 __device__ __forceinline__ bool begins_access(const Piece& piece) { return piece.offset % 4 == 0; }
 
-// The same sum by a block of 256 threads, eight spans at a time; valid in thread 0. `aligned`, the same in all threads: f begins
-// where four values make an access. `scratch` holds 8 values and may be used again after the call. All threads call it.
+// The same sum over a piece, which f begins with, by a block of 256 threads, eight spans at a time; valid in thread 0. `scratch`
+// holds 8 values and may be used again after the call. All threads call it.
 template <int AHEAD = 4, typename F>
-__device__ __forceinline__ double block_squares(bool aligned, u64 len, F& f, double* scratch) {
+__device__ __forceinline__ double block_squares(const Piece& piece, F& f, double* scratch) {
     const u32 warp = threadIdx.x / 32;
+    const u64 len = piece.len;
+    const bool aligned = begins_access(piece);
     double total = 0.0;
     for (u64 start = 0; start < len; start += 8 * SPAN) {
         const u64 own = start + warp * SPAN;
@@ -211,7 +213,7 @@ __device__ __forceinline__ void norm_piece(const G* gradients, const Piece* piec
                                            double* squares, u32* clamped, double* sums, u32* counts) {
     const Piece piece = pieces[index];
     auto own = mapped(gradients + piece.offset, Checked{scale, 0});
-    const double sum = block_squares<AHEAD>(begins_access(piece), piece.len, own, sums);
+    const double sum = block_squares<AHEAD>(piece, own, sums);
     const u32 changed = block_sum(own.map.changed, counts);
     if (threadIdx.x == 0) {
         squares[index] = sum;

@@ -16,12 +16,12 @@ __device__ void lars_pieces(const P* parameters, const G* gradients, const Piece
     if (pass.groups[tensor.group].rule == LARS) {
         const float divide = division(pass.params);
         auto theta = mapped(parameters + piece.offset, Itself{});
-        w = block_squares(begins_access(piece), piece.len, theta, sums);
+        w = block_squares(piece, theta, sums);
         if (pass.unit_coefficients == nullptr) {
             const Scale scale{divide, pass.bound, pass.coefficients[piece.tensor]};
             const auto scaled = [&](float g) { return scale.of(g); };
             auto slope = mapped(gradients + piece.offset, scaled);
-            s = block_squares(begins_access(piece), piece.len, slope, sums);
+            s = block_squares(piece, slope, sums);
         } else if (warp == 0) {
             // The adaptive clip's units one after another, as the CPU adds them up.
             const u64 begin = piece.offset - tensor.offset;
@@ -66,9 +66,9 @@ __device__ void lamb_pieces(const P* parameters, const float* first, const float
     double w = 0.0, d = 0.0;
     if (pass.groups[group].rule == LAMB) {
         auto theta = mapped(parameters + piece.offset, Itself{});
-        w = block_squares(begins_access(piece), piece.len, theta, sums);
+        w = block_squares(piece, theta, sums);
         Directions<P> direction{pass.steps[group], parameters + piece.offset, first + piece.offset, second + piece.offset};
-        d = block_squares(begins_access(piece), piece.len, direction, sums);
+        d = block_squares(piece, direction, sums);
     }
     if (threadIdx.x == 0) {
         weights[index] = w;
