@@ -34,19 +34,21 @@ fn reference<R: Real>(g: &Conv2dGeometry, [x, dy, weight, bias]: [&[f64]; 4]) ->
     vec![wide(&y), wide(&dx), wide(&dweight), wide(&dbias)]
 }
 
+/// A convolution, in a line of a table.
+pub fn case(
+    batch: usize,
+    [channels, filters, groups]: [usize; 3],
+    input: [usize; 2],
+    kernel: [usize; 2],
+    stride: [usize; 2],
+    padding: [usize; 2],
+) -> Conv2dGeometry {
+    Conv2dGeometry { batch, channels, input, filters, kernel, stride, padding, groups }
+}
+
 #[test]
 fn a_convolution_is_its_definition_for_any_number_of_threads() {
     let seed = fresh_seed();
-    let case = |batch, [channels, filters, groups]: [usize; 3], input, kernel, stride, padding| Conv2dGeometry {
-        batch,
-        channels,
-        input,
-        filters,
-        kernel,
-        stride,
-        padding,
-        groups,
-    };
     let cases = [
         case(1, [1, 1, 1], [1, 1], [1, 1], [1, 1], [0, 0]),
         case(19, [3, 5, 1], [7, 9], [3, 3], [1, 1], [1, 1]),

@@ -1,4 +1,5 @@
 use super::*;
+use crate::conv::case;
 
 struct Kernels {
     geometry: Conv2dGeometry,
@@ -31,16 +32,6 @@ impl Case for Kernels {
 }
 
 fn cases() -> Vec<Kernels> {
-    let case = |batch, [channels, filters, groups]: [usize; 3], input, kernel, stride, padding| Conv2dGeometry {
-        batch,
-        channels,
-        input,
-        filters,
-        kernel,
-        stride,
-        padding,
-        groups,
-    };
     [
         // One position; several filters, since what is added to a bias may come out near 0.
         case(1, [5, 7, 1], [1, 1], [1, 1], [1, 1], [0, 0]),
@@ -72,17 +63,7 @@ fn tf32_rounds_what_goes_in_and_nothing_else() {
     let draw = Draw { seed: fresh_seed(), round: |x| x };
     let mut rounded = false;
     // One that is worth a tensor core's while: a library takes others where they are faster.
-    let geometry = Conv2dGeometry {
-        batch: 8,
-        channels: 32,
-        input: [14, 14],
-        filters: 64,
-        kernel: [3, 3],
-        stride: [1, 1],
-        padding: [1, 1],
-        groups: 1,
-    };
-    let large = Kernels { geometry, accumulate: false };
+    let large = Kernels { geometry: case(8, [32, 64, 1], [14, 14], [3, 3], [1, 1], [1, 1]), accumulate: false };
     for (number, case) in cases().iter().chain([&large]).enumerate() {
         let found = case.run(Bed::new(Cuda::<f32>::new(device.clone())), &draw);
         let expected = case.run(Bed::<Cpu<f32>>::cpu(), &draw);
