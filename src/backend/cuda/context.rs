@@ -247,7 +247,7 @@ impl Device {
         // events would be illegal within a capture.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(fail)?;
-        Self::on_stream(&stream, options)
+        Self::new(&stream, options)
     }
 
     /// The device of a stream that somebody else made, in a context of their own: all work is queued on that stream, in its
@@ -256,11 +256,15 @@ impl Device {
     /// # Errors
     /// A device that is too old, or that failed.
     pub fn on_stream(stream: &Arc<CudaStream>, options: DeviceOptions) -> Result<Arc<Self>> {
-        let context = stream.context().clone();
-        let options = DeviceOptions { ordinal: context.ordinal(), ..options };
         if let Some(old) = old_driver() {
             return Err(Error::Device(old));
         }
+        Self::new(stream, DeviceOptions { ordinal: stream.context().ordinal(), ..options })
+    }
+
+    /// The device of a stream, whose driver is new enough.
+    fn new(stream: &Arc<CudaStream>, options: DeviceOptions) -> Result<Arc<Self>> {
+        let context = stream.context().clone();
         let fail = |error| driver_error(&format!("open device {}", options.ordinal), error);
         context.bind_to_thread().map_err(fail)?;
         let capability = context.compute_capability().map_err(fail)?;
