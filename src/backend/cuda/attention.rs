@@ -180,6 +180,16 @@ impl<S: Storage> Cuda<S> {
     }
 }
 
+/// Rows of all heads.
+fn rows(g: &AttentionGeometry) -> usize {
+    g.batch * g.time * g.heads
+}
+
+/// Bytes that a backward leaves between its kernels: an f32 for each row of a head.
+pub(super) fn scratch(g: &AttentionGeometry) -> usize {
+    rows(g) * size_of::<f32>()
+}
+
 impl<S: Storage> Attention for Cuda<S> {
     fn attention_forward(
         &self,
@@ -214,8 +224,9 @@ impl<S: Storage> Attention for Cuda<S> {
         let shape = self.shape(memory, g, args.dropout, args.padding, step)?;
         let [qkv, y, dy, log_sum_exp, dqkv] =
             [args.qkv, args.y, args.dy, args.log_sum_exp, args.dqkv].map(|act| Self::act(memory, act));
-        let (heads, rows) = (g.batch * g.heads, g.batch * g.time * g.heads);
-        let deltas = self.device().scratch(rows * size_of::<f32>())?;
+        let (heads, rows) = (g.batch * g.heads, rows(g));
+        let scratch = self.device().scratch(scratch(g))?;
+        let deltas = scratch.address();
         let list = args![qkv, dy, log_sum_exp, deltas, dqkv, shape];
         // SAFETY: as in the forward; dqkv is as qkv; the scratch holds an f32 for each row of a head.
         unsafe {

@@ -16,6 +16,18 @@ const NONE: i32 = 0;
 const OF_NORMALIZED: i32 = 1;
 const OF_OUTPUT: i32 = 2;
 
+/// Bytes of the moments of every part.
+pub(super) fn forward_scratch(args: &BatchNormForward) -> Result<usize> {
+    let channels = Channels::new("batch_norm", [args.batch, args.channels, args.spatial])?;
+    Ok(MOMENTS * args.channels * channels.parts)
+}
+
+/// Bytes of the slopes of every part.
+pub(super) fn backward_scratch(args: &BatchNormBackward) -> Result<usize> {
+    let channels = Channels::new("batch_norm", [args.batch, args.channels, args.spatial])?;
+    Ok(SLOPES * args.channels * channels.parts)
+}
+
 impl<S: Storage> BatchNorm for Cuda<S> {
     fn batch_norm_forward(
         &self,
@@ -29,7 +41,8 @@ impl<S: Storage> BatchNorm for Cuda<S> {
         let [running_mean, running_var] = [args.running_mean, args.running_var].map(|s| Self::state(memory, s));
         let residual = Self::act_or_null(memory, args.epilogue.residual);
         let (epsilon, momentum, relu) = (args.epsilon as f32, args.momentum as f32, args.epilogue.relu);
-        let partial = self.device().scratch(MOMENTS * args.channels * channels.parts)?;
+        let scratch = self.device().scratch(forward_scratch(args)?)?;
+        let partial = scratch.address();
         let statistics = args![x, partial, channels.shape];
         let normalize = args![
             x,
@@ -93,7 +106,8 @@ impl<S: Storage> BatchNorm for Cuda<S> {
         let [dweight, dbias] = [args.dweight, args.dbias].map(|grad| Self::grad(memory, grad));
         let [add_weight, add_bias] = [args.dweight, args.dbias].map(|grad| !step.overwrites(grad));
         let parts = channels.parts as u32;
-        let partial = self.device().scratch(SLOPES * args.channels * channels.parts)?;
+        let scratch = self.device().scratch(backward_scratch(args)?)?;
+        let partial = scratch.address();
         let slopes = args![x, dy, output, mean, std, weight, bias, gradient, partial, channels.shape, rectified];
         // What the first launch wrote needs no slope any more.
         let (dy, rectified) = if written.is_some() { (gradient, NONE) } else { (dy, rectified) };

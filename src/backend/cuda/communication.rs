@@ -72,6 +72,7 @@ impl Communication {
     /// # Errors
     /// A device that failed.
     pub fn fork(&self) -> Result<()> {
+        let _claim = self.device.claim();
         let forked = self.forked.record(self.device.stream()).and_then(|()| self.stream.wait(&self.forked));
         forked.map_err(|error| driver_error("put an exchange behind the step", error))
     }
@@ -81,6 +82,7 @@ impl Communication {
     /// # Errors
     /// A device that failed.
     pub fn join(&self) -> Result<()> {
+        let _claim = self.device.claim();
         let joined = self.joined.record(&self.stream).and_then(|()| self.device.stream().wait(&self.joined));
         joined.map_err(|error| driver_error("put the step behind an exchange", error))
     }
@@ -99,6 +101,7 @@ impl Communication {
     /// # Errors
     /// As [`Communication::mark`].
     pub fn join_mark(&self, number: usize) -> Result<()> {
+        let _claim = self.device.claim();
         let joined = self.device.stream().wait(self.numbered(number)?);
         joined.map_err(|error| driver_error("put the step behind an exchange", error))
     }

@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
+use super::claim::{Claim, Claims};
 use super::compiler::Compiled;
 use super::libraries::Library;
 use super::module::{Image, image};
+use super::scratch::{Block, release};
 use super::step::{KeptScale, Scalars};
 use crate::error::{Error, Result};
 
@@ -101,6 +103,9 @@ pub enum AttentionProducts {
 }
 
 /// A GPU, the stream that work is queued on, and the kernels that were loaded.
+///
+/// Threads may share it: each operation, each run of a program and each step of a trainer is queued whole, before or after what other
+/// threads queue.
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -123,7 +128,9 @@ pub struct Device {
     own_state: u64,
     state: AtomicU64,
     loss_scale: u64,
-    scratch: Mutex<Vec<(u64, usize)>>,
+    /// Who queues work now.
+    claims: Claims,
+    pub(super) scratch: Mutex<Option<Arc<Block>>>,
     watch: Mutex<Option<Watch>>,
     around_waits: Mutex<Option<Around>>,
     /// Tables of log-mel pictures: the transform, where its bands are, where the rest is.
@@ -295,6 +302,7 @@ impl Device {
             own_state: 0,
             state: AtomicU64::new(0),
             loss_scale: 0,
+            claims: Claims::default(),
             scratch: Mutex::default(),
             watch: Mutex::default(),
             around_waits: Mutex::default(),
@@ -373,6 +381,8 @@ impl Device {
 
     /// The products' library, opened on first use.
     pub(super) fn blas(&self) -> Result<&super::blas::Blas> {
+        // One thread opens it.
+        let _claim = self.claim();
         if let Some(blas) = self.blas.get() {
             return Ok(blas);
         }
@@ -382,6 +392,8 @@ impl Device {
 
     /// The convolutions' library, opened on first use.
     pub(super) fn dnn(&self) -> Result<&super::convolution::Dnn> {
+        // As above.
+        let _claim = self.claim();
         if let Some(dnn) = self.dnn.get() {
             return Ok(dnn);
         }
@@ -389,13 +401,18 @@ impl Device {
         Ok(self.dnn.get_or_init(|| dnn))
     }
 
-    /// Address of the `StepState` of what is queued now.
+    /// Lets this thread alone queue work until what it gets is dropped.
+    pub(super) fn claim(&self) -> Claim<'_> {
+        self.claims.claim()
+    }
+
+    /// Address of the `StepState` of what this thread queues now.
     pub(super) fn step_state(&self) -> u64 {
-        self.state.load(Ordering::Relaxed)
+        if self.claims.are_own() { self.state.load(Ordering::Relaxed) } else { self.own_state }
     }
 
     /// Queues work whose scalars stand elsewhere than those of all other work: steps have theirs on the way while another is
-    /// computed.
+    /// computed. Its thread has claimed the device.
     pub(super) fn with_state<T>(&self, address: u64, work: impl FnOnce() -> T) -> T {
         /// Names the device's own again, also where `work` panics.
         struct Back<'d>(&'d Device);
@@ -500,25 +517,7 @@ impl Device {
 
     /// Frees what [`Device::allocate`] gave, after the work that is queued.
     pub(super) fn release(&self, address: u64) {
-        let freed = self.context.bind_to_thread().and_then(|()| {
-            // SAFETY: the address came from `allocate` and its owner is dropped; the driver waits for work in flight.
-            unsafe { result::free_sync(address) }
-        });
-        self.context.record_err(freed);
-    }
-
-    /// Memory for what one operation leaves for its own next kernel: its contents mean nothing to anybody else. It grows
-    /// when an operation asks for more than any before, which happens in the first, unrecorded run of a program; what was
-    /// handed out earlier stays, since recordings name it.
-    pub(super) fn scratch(&self, bytes: usize) -> Result<u64> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&(address, _)) = scratch.iter().find(|&&(_, room)| room >= bytes) {
-            return Ok(address);
-        }
-        let room = bytes.next_power_of_two().max(1 << 20);
-        let address = self.allocate(room)?;
-        scratch.push((address, room));
-        Ok(address)
+        release(&self.context, address);
     }
 
     /// Sets bytes to 0, in the order of the stream.
@@ -527,6 +526,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        let _claim = self.claim();
         // SAFETY: the caller owns `bytes` bytes at the address.
         unsafe { result::memset_d8_async(address, 0, bytes, self.stream.cu_stream()) }
             .map_err(|error| driver_error("set memory to 0", error))
@@ -538,6 +538,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        let _claim = self.claim();
         // SAFETY: the caller owns as many bytes at the address; from pageable memory, the driver returns once it has read it.
         unsafe { result::memcpy_htod_async(address, from, self.stream.cu_stream()) }
             .map_err(|error| driver_error("copy to the device", error))
@@ -549,6 +550,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        let _claim = self.claim();
         // SAFETY: the caller owns as many bytes at the address; the host memory outlives the synchronization below.
         unsafe { result::memcpy_dtoh_async(to, address, self.stream.cu_stream()) }
             .map_err(|error| driver_error("copy from the device", error))?;
@@ -558,6 +560,7 @@ impl Device {
     /// Copies within the device, in the order of the stream.
     pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         self.bind()?;
+        let _claim = self.claim();
         // SAFETY: the caller owns as many bytes at both addresses.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
             .map_err(|error| driver_error("copy on the device", error))
@@ -628,9 +631,14 @@ impl Device {
     pub(super) fn finish(&self, what: &str) -> Result<()> {
         self.bind()?;
         if self.watched().is_some() {
-            let event = self.stream.record_event(None).map_err(|error| driver_error(what, error))?;
+            let event = {
+                let _claim = self.claim();
+                self.stream.record_event(None).map_err(|error| driver_error(what, error))?
+            };
             self.wait_for(&event, what)?;
         }
+        // No stream is waited for while another thread records.
+        let _claim = self.claim();
         self.stream.synchronize().map_err(|error| driver_error(what, error))?;
         self.context.check_err().map_err(|error| driver_error("free memory", error))
     }
@@ -652,9 +660,7 @@ impl Drop for Device {
             blas.close(self);
         }
         drop(self.dnn.take());
-        for (address, _) in std::mem::take(self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner)) {
-            self.release(address);
-        }
+        *self.scratch.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         let kept = std::mem::take(self.mel_tables.get_mut().unwrap_or_else(PoisonError::into_inner));
         for super::mel::KeptTables { address, .. } in kept {
             self.release(address);

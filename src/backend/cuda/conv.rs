@@ -44,6 +44,8 @@ impl<S: Storage> Conv for Cuda<S> {
 
     fn conv2d_backward(&self, memory: &mut Memory<'_, Self>, args: &Conv2dBackward, step: &StepContext) -> Result<()> {
         let (device, geometry) = (self.device(), args.geometry);
+        // What one launch leaves in scratch memory, the next reads.
+        let _claim = device.claim();
         let [x, dy] = [args.x, args.dy].map(|act| Self::act(memory, act));
         let convolution =
             |direction, operands, target| Convolution { direction, geometry, storage: S::NAME, operands, target };
@@ -67,7 +69,7 @@ impl<S: Storage> Conv for Cuda<S> {
         }
         let Some(dbias) = args.dbias else { return Ok(()) };
         let (filters, width) = (filters(&geometry)?, geometry.filters);
-        let partial = device.scratch(size_of::<f32>() * filters.parts * width)?;
+        let partial = device.scratch(size_of::<f32>() * filters.parts * width)?.address();
         let kernel = filters.kernel("conv_sum_filters_partial", size_of::<S>());
         // SAFETY: dy as the geometry says, scratch for a value a filter and part.
         unsafe { self.launch(FILE, &kernel, filters.grid(), args![dy, partial, filters.shape])? };

@@ -15,6 +15,7 @@ use cudarc::cudnn::sys::{
 };
 
 use super::context::{Device, LESS_MEMORY};
+use super::scratch::ALIGNMENT;
 use crate::backend::ops::Conv2dGeometry;
 use crate::error::{Error, Result};
 
@@ -34,7 +35,7 @@ pub(super) enum Direction {
 pub(super) enum Target {
     /// `=`, or `+=`.
     Memory { address: u64, add: bool },
-    /// Scratch memory, until the operation asks for scratch again.
+    /// Scratch memory, until the operation, which has claimed the device, asks for scratch again.
     Scratch,
 }
 
@@ -72,9 +73,6 @@ unsafe impl Sync for Dnn {}
 
 /// Workspace that an algorithm may ask for.
 const WORKSPACE_LIMIT: usize = 512 << 20;
-/// What scratch memory is cut at: NVIDIA's libraries expect what `cudaMalloc` aligns to.
-const ALIGNMENT: usize = 256;
-
 fn dnn_error(what: &str, error: CudnnError) -> Error {
     let told = format!("cuDNN: cannot {what}: {:?}", error.0);
     match error.0 {
@@ -183,6 +181,8 @@ impl Device {
     /// # Safety
     /// The operands and the target hold what the geometry and the type say.
     pub(super) unsafe fn convolve(&self, name: &str, convolution: &Convolution) -> Result<u64> {
+        // Before the lock of what was chosen, which a thread that has claimed the device waits for.
+        let _claim = self.claim();
         let dnn = self.dnn()?;
         self.bind()?;
         let Convolution { direction, geometry, storage, .. } = *convolution;
@@ -229,10 +229,10 @@ impl Device {
         convolution: &Convolution,
     ) -> Result<std::result::Result<u64, CudnnError>> {
         let (target, workspace) = match convolution.target {
-            Target::Memory { address, .. } => (address, self.scratch(plan.workspace)?),
+            Target::Memory { address, .. } => (address, self.scratch(plan.workspace)?.address()),
             Target::Scratch => {
                 let front = convolution.result_bytes().next_multiple_of(ALIGNMENT);
-                let scratch = self.scratch(front + plan.workspace)?;
+                let scratch = self.scratch(front + plan.workspace)?.address();
                 (scratch, scratch + front as u64)
             }
         };

@@ -18,6 +18,14 @@ const CHUNK: usize = 32;
 /// Bytes of a position with its token (`Place` in the kernels).
 const PLACE: usize = 8;
 
+/// Bytes of what sums over tokens leave between their kernels: sums of pieces of sorted positions, the positions twice, and counts of
+/// digits.
+fn sizes([len, width]: [usize; 2]) -> [usize; 4] {
+    let (chunks, tiles) = (len.div_ceil(CHUNK), len.div_ceil(TILE));
+    let sizes = [2 * chunks * width * size_of::<f32>(), PLACE * len, PLACE * len, DIGITS * tiles * size_of::<u32>()];
+    sizes.map(|bytes| bytes.next_multiple_of(16))
+}
+
 impl<S: Storage> Embedding for Cuda<S> {
     /// A token out of range gives a vector of no numbers: the device cannot return an error.
     fn embedding_forward(&self, memory: &mut Memory<'_, Self>, args: &EmbeddingForward, _: &StepContext) -> Result<()> {
@@ -104,10 +112,9 @@ impl<S: Storage> Cuda<S> {
             Error::shape("embedding", "fewer than 2^32 rows and positions", found)
         })?;
         let (chunks, tiles) = (len.div_ceil(CHUNK), len.div_ceil(TILE));
-        let sizes =
-            [2 * chunks * width * size_of::<f32>(), PLACE * len, PLACE * len, DIGITS * tiles * size_of::<u32>()];
-        let sizes = sizes.map(|bytes| bytes.next_multiple_of(16));
-        let parts = device.scratch(sizes.iter().sum())?;
+        let sizes = sizes([len, width]);
+        let scratch = device.scratch(sizes.iter().sum())?;
+        let parts = scratch.address();
         let mut places = [parts + sizes[0] as u64, parts + (sizes[0] + sizes[1]) as u64];
         let counts = places[1] + sizes[2] as u64;
         // The number of rows stands for tokens out of range.

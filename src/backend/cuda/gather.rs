@@ -250,7 +250,8 @@ impl<S: Storage> Cuda<S> {
         let device = self.device();
         let sides = Sides::new(device, activations, gather)?;
         let numbers: &[u8] = bytemuck::cast_slice(gather.picked.rows());
-        let rows = device.scratch(numbers.len().max(1))?;
+        let scratch = device.scratch(numbers.len())?;
+        let rows = scratch.address();
         device.write(rows, numbers)?;
         // SAFETY: the numbers were copied before, on the same stream, as whatever uses the room is.
         unsafe { sides.queue(device, device.stream(), rows) }

@@ -127,6 +127,7 @@ impl Device {
         let [bx, by, bz] = grid.blocks;
         let [tx, ty, tz] = grid.threads;
         let stream = stream.cu_stream();
+        let _claim = self.claim();
         // SAFETY: the function belongs to this context, which `function` bound; the arguments are as the caller promises.
         unsafe { result::launch_kernel(function, (bx, by, bz), (tx, ty, tz), grid.shared, stream, &mut pointers) }
             .map_err(|error| driver_error(&format!("launch {kernel}"), error))

@@ -53,6 +53,27 @@ fn form<S>(width: usize) -> (&'static str, [usize; 2]) {
     }
 }
 
+/// How the rows of a backward are parted: by the shape alone, so that sums have the same order on every device.
+pub(super) struct Parts {
+    width: usize,
+    count: usize,
+    /// Rows of each.
+    rows: usize,
+}
+
+impl Parts {
+    pub fn new<S>([rows, width]: [usize; 2]) -> Self {
+        let (_, [_, rows_at_once]) = form::<S>(width);
+        let each = rows.div_ceil(BLOCKS).clamp(1, MOST_ROWS).next_multiple_of(2 * rows_at_once);
+        Parts { width, count: rows.div_ceil(each).max(1), rows: each }
+    }
+
+    /// Bytes of the sums of each part, of weights alone or of biases too.
+    pub fn scratch(&self, kinds: usize) -> usize {
+        kinds * self.count * self.width * size_of::<f32>()
+    }
+}
+
 /// The kernels count columns in `int`.
 fn columns(width: usize) -> Result<i32> {
     i32::try_from(width).map_err(|_| Error::shape("layer norm", "a width below 2^31", width.to_string()))
@@ -78,12 +99,12 @@ impl<S: Storage> Cuda<S> {
         let [x, dy, scales] = [norm.x, norm.dy, norm.scales].map(|act| Self::act(memory, act));
         let [residual, means, dx] = [norm.residual, norm.means, norm.dx].map(|act| Self::act_or_null(memory, act));
         let weight = Self::param(memory, norm.weight);
-        let (form, [_, rows_at_once]) = form::<S>(width);
-        // From the shape alone, so that sums have the same order on every device.
-        let rows_a_block = rows.div_ceil(BLOCKS).clamp(1, MOST_ROWS).next_multiple_of(2 * rows_at_once);
-        let parts = rows.div_ceil(rows_a_block).max(1);
+        let (form, _) = form::<S>(width);
+        let of_rows = Parts::new::<S>(norm.size);
+        let (parts, rows_a_block) = (of_rows.count, of_rows.rows);
         let kinds = 1 + usize::from(norm.dbias.is_some());
-        let dweights = self.device().scratch(kinds * parts * width * size_of::<f32>())?;
+        let scratch = self.device().scratch(of_rows.scratch(kinds))?;
+        let dweights = scratch.address();
         let dbiases = norm.dbias.map_or(0, |_| dweights + (parts * width * size_of::<f32>()) as u64);
         let form = if form == "narrow" && width <= SLIM { "slim" } else { form };
         let grid = Grid::new(parts, if matches!(form, "narrow" | "slim") { 128 } else { 256 });

@@ -5,6 +5,7 @@ mod small;
 
 use super::launch::{Grid, args};
 use super::product::{Epilogue, Matrix, Product};
+use super::scratch::Scratch;
 use super::{Cuda, Storage};
 use crate::backend::ops::{ActivationKind, FusedActivation, FusedSlope, Linear, LinearBackward, LinearForward};
 use crate::backend::{Memory, StepContext};
@@ -42,6 +43,16 @@ struct Backward {
     rows: usize,
     inputs: usize,
     outputs: usize,
+}
+
+/// Bytes that a sum over rows leaves between its kernels, the sums being added to.
+pub(super) fn sums_scratch([rows, width]: [usize; 2]) -> usize {
+    parts(rows) * width * size_of::<f32>()
+}
+
+/// Parts of the rows that are summed.
+fn parts(rows: usize) -> usize {
+    rows.div_ceil(ROWS_PER_BLOCK).clamp(1, 256)
 }
 
 impl<S: Storage> Linear for Cuda<S> {
@@ -170,7 +181,8 @@ impl<S: Storage> Cuda<S> {
             return unsafe { self.device().product(NAME_WEIGHT, &product(Epilogue::None)) };
         };
         // The product's sums are f32, as its values are, and `=`: what is to be added goes through a vector besides.
-        let direct = if add { self.device().scratch(outputs * size_of::<f32>())? } else { sums };
+        let scratch = add.then(|| self.device().scratch(outputs * size_of::<f32>())).transpose()?;
+        let direct = scratch.as_ref().map_or(sums, Scratch::address);
         // SAFETY: as above; there is room for `outputs` sums.
         let fused =
             unsafe { self.device().fused_product("linear_backward_parameters", &product(Epilogue::LeftSums(direct)))? };
@@ -193,10 +205,11 @@ const COLUMNS: usize = 32;
 impl<S: Storage> Cuda<S> {
     /// `sums[column] (+)= sum over rows of x`, x: `[rows, width]` in `S`, sums: `[width]` in f32; in a fixed order.
     pub(super) fn sum_rows(&self, x: u64, sums: u64, [rows, width]: [usize; 2], add: bool) -> Result<()> {
-        let parts = rows.div_ceil(ROWS_PER_BLOCK).clamp(1, 256);
+        let parts = parts(rows);
         // One part alone is the sum.
         let whole = parts == 1 && !add;
-        let partial = if whole { sums } else { self.device().scratch(parts * width * size_of::<f32>())? };
+        let scratch = (!whole).then(|| self.device().scratch(sums_scratch([rows, width]))).transpose()?;
+        let partial = scratch.as_ref().map_or(sums, Scratch::address);
         let mut grid = Grid::new(width.div_ceil(COLUMNS), 256);
         grid.blocks[1] = parts as u32;
         // SAFETY: x holds `rows * width` values, the scratch `parts * width`.

@@ -36,6 +36,26 @@ struct Classes {
 
 const _: () = assert!(size_of::<Classes>() == 56 && std::mem::offset_of!(Classes, scale) == 48);
 
+/// Bytes that rows of classes leave between kernels: how many count, and of each its loss and whether it is right; none where one
+/// launch does all.
+pub(super) fn scratch_of_rows([rows, classes]: [usize; 2]) -> usize {
+    if is_small(rows, classes) { 0 } else { COUNTED + 8 * rows }
+}
+
+fn is_small(rows: usize, classes: usize) -> bool {
+    rows <= FEW_ROWS && rows * classes <= FEW_VALUES
+}
+
+/// Blocks of a loss over so many single values.
+fn blocks(len: usize) -> usize {
+    len.div_ceil(256).clamp(1, PARTS)
+}
+
+/// Bytes that they leave.
+pub(super) fn scratch_of_values(len: usize) -> usize {
+    8 * blocks(len)
+}
+
 impl<S: Storage> Loss for Cuda<S> {
     /// A target out of range makes the loss not a number: the device cannot return an error.
     fn cross_entropy(&self, memory: &mut Memory<'_, Self>, args: &CrossEntropy, _: &StepContext) -> Result<()> {
@@ -52,12 +72,13 @@ impl<S: Storage> Loss for Cuda<S> {
             ignore: ignore_index,
             scale: self.loss_scale_or_null(),
         };
-        if rows <= FEW_ROWS && rows * classes <= FEW_VALUES {
+        if is_small(rows, classes) {
             let list = args![Arg::of(&of), metrics];
             // SAFETY: logits and dlogits hold `rows * classes` values, targets `rows`, the metrics four f32.
             return unsafe { self.launch(FILE, "cross_entropy_small", Grid::new(1, 512), list) };
         }
-        let found = device.scratch(COUNTED + 8 * rows)?;
+        let scratch = device.scratch(scratch_of_rows([rows, classes]))?;
+        let found = scratch.address();
         let (losses, rights) = (found + COUNTED as u64, found + (COUNTED + 4 * rows) as u64);
         let count = args![of.targets, found, rows, classes, ignore_index];
         let list = args![Arg::of(&of), found, losses, rights];
@@ -104,8 +125,9 @@ impl<S: Storage> Cuda<S> {
         len: usize,
         binary: bool,
     ) -> Result<()> {
-        let parts = len.div_ceil(256).clamp(1, PARTS);
-        let losses = self.device().scratch(8 * parts)?;
+        let parts = blocks(len);
+        let scratch = self.device().scratch(scratch_of_values(len))?;
+        let losses = scratch.address();
         let rights = losses + (4 * parts) as u64;
         let [x, target, metrics] = [x, target, metrics].map(|act| Self::act(memory, act));
         let (dx, scale) = (Self::act_or_null(memory, gradient), self.loss_scale_or_null());

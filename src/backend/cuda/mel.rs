@@ -161,6 +161,8 @@ impl Device {
     /// Addresses of a transform's tables: bands; roots, window, weights. They are copied in the first, unrecorded run of a program
     /// and stay, since recordings name them.
     fn mel_tables(&self, transform: &Arc<LogMel>) -> Result<(u64, [u64; 3])> {
+        // Before the lock, which a thread that has claimed the device waits for.
+        let _claim = self.claim();
         let mut kept = self.mel_tables.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |other: &Arc<LogMel>| Arc::ptr_eq(other, transform) || other == transform;
         let at = match kept.iter().position(|tables| same(&tables.transform)) {

@@ -12,6 +12,7 @@ mod blas;
 mod buffer;
 mod channel;
 mod choice;
+mod claim;
 mod communication;
 mod compiler;
 mod context;
@@ -39,6 +40,7 @@ mod probe;
 mod product;
 mod profile;
 mod recording;
+mod scratch;
 mod step;
 mod team;
 pub mod update;
@@ -231,6 +233,7 @@ impl<S: Storage> Backend for Cuda<S> {
         step: &StepContext,
         after: &mut (dyn FnMut(&mut Memory<'_, Self>, usize) -> Result<()> + Send),
     ) -> Result<()> {
+        let _claim = self.device.claim();
         self.device.write(self.device.step_state(), bytemuck::bytes_of(&[step.micro_step, step.part]))?;
         // Queued as it is, not recorded: where a program is followed, what is done between its operations is the caller's.
         program.iter().enumerate().try_for_each(|(number, op)| {

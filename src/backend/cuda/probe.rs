@@ -2,12 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys;
-
 use super::Buffer;
 use super::context::{Device, driver_error};
 use super::launch::{Grid, args};
 use super::pinned::Pinned;
+use super::recording::record;
 use crate::backend::profile::{Probe, Traffic};
 use crate::error::{Error, Result};
 use crate::random::{Philox, Purpose};
@@ -115,34 +114,15 @@ fn replay(device: &Arc<Device>) -> Result<Probe<'_>> {
     // Loads the kernel, which a recording cannot.
     device.count_up(&count)?;
     device.synchronize()?;
-    let stream = device.stream();
-    let fail = |error| driver_error("record launches", error);
-    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-    stream.begin_capture(mode).map_err(fail)?;
-    let queued = (0..LAUNCHES).try_for_each(|_| device.count_up(&count));
-    // A capture must be ended, whatever happened in it.
-    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-    queued?;
-    let graph =
-        graph.map_err(fail)?.ok_or_else(|| Error::DeviceFailed("CUDA: a recording of launches is empty".into()))?;
-    let graph = Replayed(graph);
+    let graph = record(device, || (0..LAUNCHES).try_for_each(|_| device.count_up(&count)))?;
     let seen = Arc::clone(&count);
     Ok(Probe {
         name: format!("graph_replay/{LAUNCHES}_launches"),
         bytes: None,
-        work: Box::new(move || {
-            let graph = &graph;
-            graph.0.launch().map_err(|error| driver_error("replay launches", error))
-        }),
+        work: Box::new(move || graph.launch(device).map_err(|error| driver_error("replay launches", error))),
         done: Box::new(move || Ok((read(&seen)? - 1) / LAUNCHES)),
     })
 }
-
-/// A graph that is used by one thread at a time.
-struct Replayed(cudarc::driver::CudaGraph);
-
-// SAFETY: a graph may be used from any thread, by one at a time: the probe that owns it is borrowed uniquely when it runs.
-unsafe impl Send for Replayed {}
 
 /// Host memory of either kind.
 enum Host {

@@ -193,6 +193,8 @@ impl Device {
         if k == 0 {
             return Err(Error::shape("product", "an inner size of 1 or more", format!("{m} x 0 x {n}")));
         }
+        // Before the lock of what was chosen, which a thread that has claimed the device waits for.
+        let _claim = self.claim();
         let blas = self.blas()?;
         let shape = Shape::of(product, self.options().tf32);
         let described =

@@ -49,6 +49,7 @@ impl Device {
     /// Does `work`, which queues one kernel, between two events where kernels are timed; where they are to be launched one by
     /// one, waits for it.
     pub(super) fn timed(&self, name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _claim = self.claim();
         if !self.is_timing() {
             work()?;
             let waits = !self.options().graphs && !self.is_recording()?;

@@ -1,9 +1,12 @@
 //! Programs recorded as CUDA graphs.
 
-use cudarc::driver::{CudaGraph, sys};
+use std::sync::Arc;
+
+use cudarc::driver::{CudaGraph, DriverError, sys};
 
 use super::context::{Device, driver_error};
 use super::profile::ranged;
+use super::scratch::Block;
 use super::{Cuda, Storage};
 use crate::backend::{Activations, Arena, Memory, Op, StepContext};
 use crate::error::{Error, Result};
@@ -38,10 +41,30 @@ impl Key {
     }
 }
 
+/// A recording as the device replays it.
+pub(super) struct Graph {
+    graph: CudaGraph,
+    /// Memory that it names; it goes before that.
+    _scratch: Option<Arc<Block>>,
+}
+
+// SAFETY: a graph may be used from any thread, by one at a time; it is launched by whoever has claimed the device.
+unsafe impl Send for Graph {}
+// SAFETY: as above.
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    /// Queues it.
+    pub fn launch(&self, device: &Device) -> std::result::Result<(), DriverError> {
+        let _claim = device.claim();
+        self.graph.launch()
+    }
+}
+
 /// A key that was run once, and its graph from the second time on.
 struct Recorded {
     key: Key,
-    graph: Option<CudaGraph>,
+    graph: Option<Graph>,
 }
 
 /// The graphs of one program.
@@ -49,11 +72,6 @@ struct Recorded {
 pub struct Recording {
     entries: Vec<Recorded>,
 }
-
-// SAFETY: a graph may be used from any thread, by one at a time; it is reached through `&mut Recording` alone.
-unsafe impl Send for Recording {}
-// SAFETY: a shared recording gives no access to its graphs.
-unsafe impl Sync for Recording {}
 
 /// Queues each operation of a program.
 pub(super) fn each<S: Storage>(
@@ -83,6 +101,7 @@ pub(super) fn run<S: Storage>(
     step: &StepContext,
 ) -> Result<()> {
     let device = backend.device();
+    let _claim = device.claim();
     device.write(device.step_state(), bytemuck::bytes_of(&[step.micro_step, step.part]))?;
     if !device.options().graphs || device.is_timing() {
         return each(backend, program, memory, step);
@@ -98,11 +117,12 @@ pub(super) fn run<S: Storage>(
         memory.activations.recording.entries[at].graph = Some(graph);
     }
     let Some(graph) = &memory.activations.recording.entries[at].graph else { return Ok(()) };
-    graph.launch().map_err(|error| driver_error("replay the step", error))
+    graph.launch(device).map_err(|error| driver_error("replay the step", error))
 }
 
 /// Records what `work` queues.
-pub(super) fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+pub(super) fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    let _claim = device.claim();
     let stream = device.stream();
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     stream.begin_capture(mode).map_err(|error| driver_error("record the step", error))?;
@@ -110,7 +130,8 @@ pub(super) fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Resu
     // A capture must be ended, whatever happened in it; its own error comes second to that of the work.
     let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
     worked?;
-    graph
+    let graph = graph
         .map_err(|error| driver_error("record the step", error))?
-        .ok_or_else(|| Error::DeviceFailed("CUDA: the recording of the step is empty".into()))
+        .ok_or_else(|| Error::DeviceFailed("CUDA: the recording of the step is empty".into()))?;
+    Ok(Graph { graph, _scratch: device.scratch_block() })
 }

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use cudarc::driver::{CudaEvent, CudaGraph};
+use cudarc::driver::CudaEvent;
 
 use self::work::Parts;
 use super::buffer::Buffer;
@@ -123,7 +123,7 @@ struct Key {
 /// A kind of work that was done once as it is, and its graphs from then on, one for each slot.
 struct Recorded {
     key: Key,
-    graphs: [Option<CudaGraph>; SLOTS],
+    graphs: [Option<recording::Graph>; SLOTS],
 }
 
 const SLOTS: usize = 2;
@@ -142,9 +142,6 @@ pub struct Queue {
     /// Updates that the device counts as applied, where that is known.
     applied: Option<u64>,
 }
-
-// SAFETY: graphs may be used from any thread, by one at a time; they are reached through `&mut Queue` alone.
-unsafe impl Send for Queue {}
 
 impl Queue {
     /// Takes over what the oldest work found; not done yet, it is waited for or left.
@@ -260,6 +257,8 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
     if let Some(pass) = &pass {
         slot.copy(device, pass)?;
     }
+    // From here on it is one piece of work, whoever else queues some.
+    let _claim = device.claim();
     slot.copy_scalars(device, &scalars)?;
     let tells = turn.as_ref().is_some_and(|turn| turn.pass.ends_step);
     slot.leaves = [pass.as_ref().is_some_and(|pass| pass.metrics.is_some()), update.is_some(), tells];
@@ -291,7 +290,7 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
                     graphs[at] = Some(recording::record(device, work)?);
                 }
                 if let Some(graph) = &graphs[at] {
-                    graph.launch().map_err(|error| device.failure("replay the step", error))?;
+                    graph.launch(device).map_err(|error| device.failure("replay the step", error))?;
                 }
             }
         }

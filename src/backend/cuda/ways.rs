@@ -25,6 +25,7 @@ impl Device {
     /// # Errors
     /// Those of the ways.
     pub(super) fn second_is_faster(&self, question: &str, bytes: usize, ways: [Way<'_>; 2]) -> Result<bool> {
+        let _claim = self.claim();
         if let Some(&second) = self.ways.lock().unwrap_or_else(PoisonError::into_inner).get(question) {
             return Ok(second);
         }
@@ -63,6 +64,6 @@ impl Device {
             way(room)?;
             graphs.push(record(self, || (0..REPEATS).try_for_each(|_| way(room)))?);
         }
-        times(self, graphs.len(), |which| graphs[which].launch().is_ok())
+        times(self, graphs.len(), |which| graphs[which].launch(self).is_ok())
     }
 }

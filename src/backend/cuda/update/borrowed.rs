@@ -60,7 +60,9 @@ impl Prepared {
         slots: &mut [&mut CudaSlice<f32>],
         step: &StepParams,
     ) -> Result<StepOutcome> {
-        let stream = self.device.stream().clone();
+        let device = self.device.clone();
+        let _claim = device.claim();
+        let stream = device.stream().clone();
         let checks = Checks { len: self.array_len(), stream: &stream };
         checks.slots(slots.len(), self.plan.slots.len())?;
         // Each guard, when it is dropped after the work is queued, tells other streams of cudarc's to wait for it.

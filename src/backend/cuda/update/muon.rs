@@ -45,8 +45,8 @@ impl Prepared {
             side = side.max(tensor.units.min(tensor.unit()));
         }
         let sizes = [part(values * 4), part(side * side * 4), part(side * side * 4), part(values * 4)];
-        let start = device.scratch(sizes.iter().sum::<usize>() + part(values.div_ceil(PIECE) * 8))?;
-        let mut at = start;
+        let scratch = device.scratch(sizes.iter().sum::<usize>() + part(values.div_ceil(PIECE) * 8))?;
+        let mut at = scratch.address();
         let [direction, gram, square, next] = sizes.map(|bytes| {
             at += bytes as u64;
             at - bytes as u64
