@@ -1,4 +1,4 @@
-//! Threads that share a device: each trains as if it were alone.
+//! Threads that share a device: each trains as if it were alone, and a trainer goes on in another thread than it began in.
 
 #[path = "common/device.rs"]
 mod device;
@@ -6,6 +6,7 @@ mod device;
 use std::sync::{Arc, Barrier};
 use std::thread;
 
+use half::bf16;
 use warpstep::backend::cuda::{Cuda, Device, Storage};
 use warpstep::data::{Batch, Inputs, Targets};
 use warpstep::model::Input;
@@ -79,4 +80,20 @@ fn trainers_on_threads_that_share_a_device_find_what_each_finds_alone() {
         threads.map(|thread| thread.join().unwrap())
     });
     assert_eq!(found, expected);
+}
+
+#[test]
+fn a_trainer_goes_on_in_a_thread_that_has_not_used_the_device() {
+    let Some(device) = device::device() else { return };
+    let sizes = [4, 8];
+    let run = |moves: bool| {
+        let mut trainer = trainer::<bf16>(&device, 5, sizes);
+        let mut found = Vec::new();
+        for step in 0..5 {
+            let mut one = || found.push(trainer.step(&[batch(step, sizes)], 0.01).unwrap());
+            if moves { thread::scope(|scope| scope.spawn(one).join().unwrap()) } else { one() }
+        }
+        found
+    };
+    assert_eq!(run(true), run(false));
 }

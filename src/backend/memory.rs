@@ -131,6 +131,8 @@ pub struct InputSlot {
 
 /// The memory of a program's activations.
 pub struct Activations<B: Backend> {
+    /// What the device keeps of the program. It names the memory below, and goes before it.
+    pub recording: B::Recording,
     /// Range of each [`Act`] in `values`.
     pub ranges: Vec<Range<usize>>,
     /// Range of each [`Indices`] in `indices`.
@@ -141,8 +143,6 @@ pub struct Activations<B: Backend> {
     pub indices: B::Buffer<i32>,
     /// Where batches are written to in turn, so that the next can be copied while the last is being read.
     pub slots: Vec<InputSlot>,
-    /// What the device keeps of the program.
-    pub recording: B::Recording,
 }
 
 impl<B: Backend> Activations<B> {

@@ -111,6 +111,12 @@ fn own_stream(stream: usize) -> Call<Shared<Stream>> {
     if owner == device { Ok(found) } else { Err(status::INVALID_HANDLE) }
 }
 
+/// Queues a copy or a fill, for which the thread must have a context, whatever the stream.
+fn queue_here(stream: usize, work: Work) -> Call<()> {
+    current()?;
+    queue(stream, work)
+}
+
 /// Refuses what is illegal while this thread captures, and spoils the capture, as the driver does.
 fn outside_capture() -> Call<()> {
     CAPTURING.with_borrow(|capture| match capture {
@@ -364,7 +370,7 @@ pub extern "C" fn cuMemcpyHtoD_v2(to: u64, from: usize, bytes: usize) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: usize, bytes: usize, stream: usize) -> c_int {
-    call(|| queue(stream, Work::CopyIn { to, from, bytes }))
+    call(|| queue_here(stream, Work::CopyIn { to, from, bytes }))
 }
 
 #[unsafe(no_mangle)]
@@ -377,7 +383,7 @@ pub extern "C" fn cuMemcpyDtoH_v2(to: usize, from: u64, bytes: usize) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyDtoHAsync_v2(to: usize, from: u64, bytes: usize, stream: usize) -> c_int {
-    call(|| queue(stream, Work::CopyOut { to, from, bytes }))
+    call(|| queue_here(stream, Work::CopyOut { to, from, bytes }))
 }
 
 #[unsafe(no_mangle)]
@@ -391,7 +397,7 @@ pub extern "C" fn cuMemcpyDtoD_v2(to: u64, from: u64, bytes: usize) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) -> c_int {
-    call(|| queue(stream, Work::Copy { to, from, bytes }))
+    call(|| queue_here(stream, Work::Copy { to, from, bytes }))
 }
 
 #[unsafe(no_mangle)]
@@ -405,12 +411,12 @@ pub extern "C" fn cuMemsetD8_v2(to: u64, value: u8, count: usize) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemsetD8Async(to: u64, value: u8, count: usize, stream: usize) -> c_int {
-    call(|| queue(stream, Work::Fill { to, pattern: vec![value], count }))
+    call(|| queue_here(stream, Work::Fill { to, pattern: vec![value], count }))
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemsetD32Async(to: u64, value: u32, count: usize, stream: usize) -> c_int {
-    call(|| queue(stream, Work::Fill { to, pattern: value.to_le_bytes().to_vec(), count }))
+    call(|| queue_here(stream, Work::Fill { to, pattern: value.to_le_bytes().to_vec(), count }))
 }
 
 #[unsafe(no_mangle)]
@@ -449,7 +455,7 @@ pub extern "C" fn cuMemcpyPeerAsync(
     bytes: usize,
     stream: usize,
 ) -> c_int {
-    call(|| queue(stream, Work::Copy { to, from, bytes }))
+    call(|| queue_here(stream, Work::Copy { to, from, bytes }))
 }
 
 #[unsafe(no_mangle)]

@@ -226,6 +226,8 @@ fn submit_and_wait<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<
 /// Queues work that one recording holds.
 fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, Cuda<S>>) -> Result<()> {
     let device = backend.device();
+    // The thread may be another than the one that queued before.
+    device.bind()?;
     while queue.slots.len() < SLOTS {
         queue.slots.push(Slot::new(device, work.arena.layout.entries().len())?);
     }
