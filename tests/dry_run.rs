@@ -6,24 +6,29 @@
 mod common;
 #[path = "common/device.rs"]
 mod device;
+#[path = "common/emulator.rs"]
+mod emulator;
 
 use std::path::PathBuf;
 use std::process::Output;
-use std::sync::Arc;
 
 use common::{has_emulated_device, stderr, stdout, warpstep};
+use emulator::Emulator;
 use half::{bf16, f16};
 use tempfile::TempDir;
 use warpstep::backend::cuda::{Cuda, Device, Storage, emulated, update};
 use warpstep::backend::ops::Update;
+use warpstep::data::{Batch, Inputs, Targets};
 use warpstep::model::presets::{CnnOptions, Fit, Goal, GptOptions, ModelOptions, Preset};
-use warpstep::model::{Input, Model};
-use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule, UpdatePlan};
+use warpstep::model::{Input, Mode, Model};
+use warpstep::optim::{Clip, MuonScale, NormClip, OptimizerOptions, Rule, UpdatePlan};
 use warpstep::train::memory::{RunMemory, Wanted};
 use warpstep::train::step::{Trainer, TrainerParts};
 
 /// What an allocation of nothing takes, a few times.
 const SLACK: usize = 32;
+/// What steps in flight take for their scalars.
+const SCALARS: usize = 64;
 
 /// Free memory is one figure of the whole device, which opening a device changes: one test of this program, and no more, opens one.
 fn free(device: &Device) -> usize {
@@ -46,13 +51,30 @@ fn cnn<B: Update>() -> (Model<B>, Input) {
     (options.build(&fit).unwrap(), Input::Real(vec![1, 8, 8]))
 }
 
-/// The memory that is planned, but for what is allocated later, is what a trainer takes.
+/// So many samples of the model's input, the numbers of which do not matter.
+fn samples(input: &Input, samples: usize) -> Batch {
+    let tokens = |len: usize| (0..samples * len).map(|i| (i % 4) as i32).collect();
+    match input {
+        Input::Tokens(time) => {
+            Batch { inputs: Inputs::Tokens(tokens(*time)), targets: Targets::Index(tokens(*time)), samples }
+        }
+        Input::Real(shape) => {
+            let values = (0..samples * shape.iter().product::<usize>()).map(|i| (i % 7) as f32).collect();
+            Batch { inputs: Inputs::Real(values), targets: Targets::Index(tokens(1)), samples }
+        }
+    }
+}
+
+/// The memory that is planned, but for what is allocated later, is what a trainer takes; and all of it is what the device has handed
+/// out once it has trained and evaluated, when it has taken nothing back, so that it never had handed out more.
 fn check<S: Storage>(
-    device: &Arc<Device>,
+    emulator: &Emulator,
     make: fn() -> (Model<Cuda<S>>, Input),
     optimizer: &OptimizerOptions,
     ema: Option<f64>,
 ) {
+    // One that has opened no library, and has no scratch memory.
+    let device = &device::device().unwrap();
     let (mut model, input) = make();
     let wanted = Wanted {
         input: input.clone(),
@@ -63,14 +85,18 @@ fn check<S: Storage>(
         average: ema.is_some(),
         share: None,
     };
-    let (_, memory) = RunMemory::plan(&mut model, &wanted).unwrap();
+    let backend = Cuda::<S>::new(device.clone());
+    let (_, memory) = RunMemory::plan_on(&mut model, &wanted, Some(&backend)).unwrap();
+    let planned = |name: &str| memory.parts.iter().find(|part| part.name == name).map_or(0, |part| part.bytes);
+    assert!(planned("scratch") > 0 && planned("libraries") == 32 << 20, "{:#?}", memory.parts);
     let later: usize = (memory.parts.iter())
         .filter(|part| ["tables of the update", "evaluation"].contains(&part.name))
         .map(|part| part.bytes)
         .sum();
     let before = free(device);
+    emulator.reset();
     let parts = TrainerParts {
-        backend: Cuda::<S>::new(device.clone()),
+        backend,
         model: make().0,
         input: input.clone(),
         batch_size: 5,
@@ -81,16 +107,28 @@ fn check<S: Storage>(
     };
     let mut trainer = Trainer::new(parts).unwrap();
     trainer.plan_smaller(3).unwrap();
+    trainer.reserve_for_evaluations(&wanted.evaluations).unwrap();
     let taken = before - free(device);
     assert!(taken.abs_diff(memory.total() - later) <= SLACK, "{taken} bytes were taken of {:#?}", memory.parts);
+    // Run as they are, recorded for either slot, replayed.
+    for step in 0..10 {
+        trainer.step(&[samples(&input, if step % 2 == 0 { 5 } else { 3 })], 0.01).unwrap();
+    }
+    for _ in 0..3 {
+        trainer.evaluate([2, 5].into_iter().map(|some| Ok(samples(&input, some)))).unwrap();
+    }
+    let taken = before - free(device);
+    let off = taken.abs_diff(memory.total());
+    assert!(off <= SLACK + SCALARS, "{taken} bytes were taken in the end of {}: {:#?}", memory.total(), memory.parts);
+    assert_eq!(emulator.host().frees, 0);
     let before = free(device);
     let evaluated = [2, 5].map(|samples| {
-        let program = make().0.plan(&input, samples, warpstep::model::Mode::Evaluation).unwrap();
+        let program = make().0.plan(&input, samples, Mode::Evaluation).unwrap();
         program.activations(trainer.backend()).unwrap()
     });
     let taken = before - free(device);
-    let planned = memory.parts.iter().find(|part| part.name == "evaluation").unwrap().bytes;
-    assert!(taken.abs_diff(planned) <= SLACK, "{taken} bytes for evaluations, not {planned}");
+    let of_evaluations = planned("evaluation");
+    assert!(taken.abs_diff(of_evaluations) <= SLACK, "{taken} bytes for evaluations, not {of_evaluations}");
     drop(evaluated);
     let before = free(device);
     let prepared = update::Prepared::new(device, trainer.update_plan()).unwrap();
@@ -106,21 +144,70 @@ fn the_memory_told_is_the_memory_taken_in_every_precision() {
         println!("skipped: only the emulated device tells free memory to the byte");
         return;
     }
-    let Some(device) = device::device() else { return };
+    if device::device().is_none() {
+        return;
+    }
+    let Some(emulator) = &Emulator::find() else { return };
     let adaptive = Clip { value: None, norm: NormClip::Adaptive { clipping: 0.1, epsilon: 1e-3 } };
     let sgd = OptimizerOptions { clip: adaptive, ..OptimizerOptions::new(Rule::Sgd, 0.1) };
-    check::<f32>(&device, gpt, &adam(), Some(0.9));
-    check::<bf16>(&device, gpt, &adam(), Some(0.9));
-    check::<bf16>(&device, gpt, &OptimizerOptions { master: false, ..adam() }, None);
-    check::<f16>(&device, gpt, &sgd, None);
-    check::<f32>(&device, cnn, &sgd, None);
-    check::<bf16>(&device, cnn, &adam(), Some(0.5));
+    // Its iteration needs more than the operations of so small a network.
+    let muon = Rule::Muon { momentum: 0.95, nesterov: true, steps: 2, scale: MuonScale::Original };
+    check::<f32>(emulator, gpt, &adam(), Some(0.9));
+    check::<f32>(emulator, gpt, &OptimizerOptions::new(muon, 1e-3), None);
+    check::<bf16>(emulator, gpt, &adam(), Some(0.9));
+    check::<bf16>(emulator, gpt, &OptimizerOptions { master: false, ..adam() }, None);
+    check::<f16>(emulator, gpt, &sgd, None);
+    check::<f32>(emulator, cnn, &sgd, None);
+    check::<bf16>(emulator, cnn, &adam(), Some(0.5));
+    scratch_memory_is_the_largest_programs_alone();
+}
+
+/// What a program leaves that is gone is given back when a larger one comes; what a recording names stays as long as that.
+fn scratch_memory_is_the_largest_programs_alone() {
+    let device = &device::device().unwrap();
+    let optimizer = adam();
+    let trainer = |batch_size: usize| {
+        let parts = TrainerParts {
+            backend: Cuda::<f32>::new(device.clone()),
+            model: gpt().0,
+            input: Input::Tokens(8),
+            batch_size,
+            accumulate: 1,
+            optimizer: &optimizer,
+            ema: None,
+            seed: 1,
+        };
+        Trainer::new(parts).unwrap()
+    };
+    let trained = |trainer: &mut Trainer<Cuda<f32>>, batch_size: usize| {
+        (0..4).map(|_| trainer.step(&[samples(&Input::Tokens(8), batch_size)], 0.01).unwrap()).last()
+    };
+    let scratch = |batch_size: usize| {
+        let program = gpt::<Cuda<f32>>().0.plan(&Input::Tokens(8), batch_size, Mode::Training).unwrap();
+        program.workspace(None).unwrap().scratch
+    };
+    assert!(scratch(2) < scratch(9) && scratch(9) < scratch(40));
+    let none = free(device);
+    trained(&mut trainer(2), 2);
+    // With the library that it opened.
+    let small = free(device);
+    let mut kept = trainer(9);
+    trained(&mut kept, 9);
+    let with_both = free(device);
+    trained(&mut trainer(40), 40);
+    assert_eq!(with_both - free(device), scratch(40), "the recording of the one that is kept names its own");
+    let mut alone = trainer(9);
+    trained(&mut alone, 9);
+    assert_eq!(trained(&mut kept, 9), trained(&mut alone, 9));
+    drop(alone);
+    drop(kept);
+    assert_eq!(none - free(device), (none - small) + scratch(40) - scratch(2), "it goes with the recording");
 }
 
 #[test]
 fn the_tables_of_an_update_are_counted_with_the_units_of_an_adaptive_clip() {
     let (mut model, input) = gpt::<Cuda<f32>>();
-    model.plan(&input, 1, warpstep::model::Mode::Training).unwrap();
+    model.plan(&input, 1, Mode::Training).unwrap();
     let (layout, _) = model.parameters().layout().unwrap();
     let bytes = |norm| {
         let options = OptimizerOptions { clip: Clip { value: None, norm }, ..adam() };

@@ -13,11 +13,13 @@ pub mod ops;
 pub mod profile;
 mod slice;
 pub mod step;
+mod workspace;
 
 pub use exchange::{Alone, Exchange, IN_FLIGHT, Pass as PassOfStep, Together};
 pub use memory::{Act, Activations, Arena, Grad, Held, Indices, InputSlot, Memory, Param, State, disjoint};
 pub use op::{Op, StepContext, Use};
 pub use slice::{DeviceSlice, HostSlice, Number, Numeric, Slice};
+pub use workspace::Workspace;
 
 use std::ops::Range;
 use std::path::Path;
@@ -113,6 +115,23 @@ pub trait Backend:
     /// A device that failed.
     fn free_memory(&self) -> Result<Option<usize>> {
         Ok(None)
+    }
+
+    /// What an operation takes of the device's memory besides what it names. Libraries are asked where a device is there; where none is,
+    /// it is the most that they may take.
+    ///
+    /// # Errors
+    /// Sizes that no kernel takes, a library that is missing, or a device that failed.
+    fn workspace(_: &dyn Op<Self>, _: Option<&Self>) -> Result<Workspace> {
+        Ok(Workspace::default())
+    }
+
+    /// Takes that memory now, so that a run that does not fit ends before it begins, and nothing grows as it goes on.
+    ///
+    /// # Errors
+    /// Not enough memory: what was asked, what was free, what to change. A library that is missing.
+    fn reserve(&self, _: &Workspace) -> Result<()> {
+        Ok(())
     }
 
     /// Copies an activation that holds statistics ([`crate::model::Planner::statistic`]) into host memory (`=`), after all work

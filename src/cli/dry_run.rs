@@ -1,5 +1,7 @@
 //! `warpstep train --dry-run`: the model's table, its memory and its arithmetic.
 
+use std::sync::Arc;
+
 use half::{bf16, f16};
 
 use super::assemble::{Opened, build_model, open_data};
@@ -15,7 +17,7 @@ use crate::parallel::Shard;
 use crate::parallel::world::World;
 use crate::text::grouped;
 use crate::train::looping::model_input;
-use crate::train::memory::{Fullest, RunMemory, Wanted};
+use crate::train::memory::{Fullest, RunMemory, Wanted, evaluated};
 use crate::train::resident::{candidate, fits};
 use crate::train::step::can_be_shared_out;
 
@@ -36,9 +38,9 @@ pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>) -> Result<S
     let data = open_data(run)?;
     let mut text = match (&device, run.precision) {
         (Some(Opened::Cpu(_)), _) => plan::<Cpu<f32>>(run, &data, world, None)?,
-        (Some(Opened::Cuda(backend)), _) => plan::<Cuda<f32>>(run, &data, world, Some(backend.device()))?,
-        (Some(Opened::CudaBf16(backend)), _) => plan::<Cuda<bf16>>(run, &data, world, Some(backend.device()))?,
-        (Some(Opened::CudaF16(backend)), _) => plan::<Cuda<f16>>(run, &data, world, Some(backend.device()))?,
+        (Some(Opened::Cuda(backend)), _) => plan(run, &data, world, Some((backend, backend.device())))?,
+        (Some(Opened::CudaBf16(backend)), _) => plan(run, &data, world, Some((backend, backend.device())))?,
+        (Some(Opened::CudaF16(backend)), _) => plan(run, &data, world, Some((backend, backend.device())))?,
         (None, Precision::F32 | Precision::Tf32) => plan::<Cuda<f32>>(run, &data, world, None)?,
         (None, Precision::Bf16) => plan::<Cuda<bf16>>(run, &data, world, None)?,
         (None, Precision::F16) => plan::<Cuda<f16>>(run, &data, world, None)?,
@@ -49,19 +51,14 @@ pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>) -> Result<S
     Ok(text)
 }
 
-/// Numbers of samples that evaluations take at a time.
-fn evaluations(data: &OpenedData, batch_size: usize) -> Vec<usize> {
-    let mut found = Vec::new();
-    for split in [&data.splits.validation, &data.splits.test].into_iter().flatten().filter(|split| !split.is_empty()) {
-        let size = batch_size.min(split.len());
-        found.extend([size, split.len() % size].into_iter().filter(|&samples| samples > 0));
-    }
-    found.sort_unstable();
-    found.dedup();
-    found
-}
-
-fn plan<B: Update>(run: &RunFile, data: &OpenedData, world: &World, device: Option<&Device>) -> Result<String> {
+/// `opened`: the device, as backend and as what tells its memory.
+fn plan<B: Update>(
+    run: &RunFile,
+    data: &OpenedData,
+    world: &World,
+    opened: Option<(&B, &Arc<Device>)>,
+) -> Result<String> {
+    let (backend, device) = opened.unzip();
     let mut model: Model<B> = build_model(run, &data.preprocess)?;
     let (rank, world) = (world.rank, world.size);
     let share = run.parallel.share(rank, world, run.train.batch_size).map_err(|e| run.locate(e))?;
@@ -75,12 +72,12 @@ fn plan<B: Update>(run: &RunFile, data: &OpenedData, world: &World, device: Opti
         share: (share.of > 1).then_some((share, sharding)),
         left: SamplerOptions { share, ..data.sampler_options(run.train.batch_size, run.train.seed) }
             .left(data.splits.train.len()),
-        evaluations: evaluations(data, run.train.batch_size),
+        evaluations: evaluated(&data.splits, run.train.batch_size),
         optimizer: &run.optimizer,
         average: run.train.ema.is_some(),
     };
-    let (program, mut memory) = RunMemory::plan(&mut model, &wanted).map_err(|e| run.locate(e))?;
-    let free = device.map(Device::memory).transpose()?;
+    let (program, mut memory) = RunMemory::plan_on(&mut model, &wanted, backend).map_err(|e| run.locate(e))?;
+    let free = device.map(|device| device.memory()).transpose()?;
     if let Some(table) = candidate(&data.splits.train, data.resident).map_err(|e| run.locate(e))? {
         let left = free.map(|(free, _)| free.saturating_sub(memory.total()));
         if data.resident == Resident::Always || fits(B::table_room(&table), left) {
@@ -135,7 +132,7 @@ fn tell_memory(memory: &RunMemory) -> String {
         text.push('\n');
     }
     text += &format!(
-        "  {:<21} {:>12}, besides what the driver, libraries and single operations keep\n",
+        "  {:<21} {:>12}, besides what the driver and libraries keep of their own\n",
         "together",
         mib(memory.total())
     );

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::layer::Value;
 use super::parameters::ParamTable;
 use super::planner::Row;
-use crate::backend::{Act, Activations, Backend, InputSlot, Op, Use};
+use crate::backend::{Act, Activations, Backend, InputSlot, Op, Use, Workspace};
 use crate::error::Result;
 use crate::plan::{Lifetime, MemoryPlan};
 
@@ -151,6 +151,14 @@ impl<B: Backend> Program<B> {
         };
         let inputs = slots.iter().map(of_slot).sum();
         ActivationBytes { inputs, others: values * storage + indices * index - inputs }
+    }
+
+    /// What its operations take of the device's memory besides what they name, one after the other.
+    ///
+    /// # Errors
+    /// As [`Backend::workspace`].
+    pub fn workspace(&self, device: Option<&B>) -> Result<Workspace> {
+        self.ops.iter().try_fold(Workspace::default(), |most, op| Ok(most.or(B::workspace(&**op, device)?)))
     }
 
     /// The operation at which most bytes of activations are alive: its position, and the bytes. None of an empty program.

@@ -5,7 +5,7 @@
 
 use crate::backend::ops::Update;
 use crate::backend::{Backend, Op, Param, Use, stores_what_it_computes_in};
-use crate::data::Table;
+use crate::data::{Splits, Table};
 use crate::error::Result;
 use crate::model::{ActivationBytes, Input, Mode, Model, ParamTable, Program};
 use crate::optim::{OptimizerOptions, UpdatePlan};
@@ -30,6 +30,18 @@ pub struct Wanted<'a> {
     pub average: bool,
     /// The process's share of the batch and of the memory, where several train together, or one by parts of a batch.
     pub share: Option<(Share, ShardingOptions)>,
+}
+
+/// Numbers of samples that evaluations of these splits take at a time, each once.
+pub fn evaluated(splits: &Splits, batch_size: usize) -> Vec<usize> {
+    let mut found = Vec::new();
+    for split in [&splits.validation, &splits.test].into_iter().flatten().filter(|split| !split.is_empty()) {
+        let size = batch_size.min(split.len());
+        found.extend([size, split.len() % size].into_iter().filter(|&samples| samples > 0));
+    }
+    found.sort_unstable();
+    found.dedup();
+    found
 }
 
 /// A part of the memory.
@@ -84,16 +96,31 @@ impl RunMemory {
     /// # Errors
     /// Shapes that do not fit, or options that do not validate.
     pub fn plan<B: Update>(model: &mut Model<B>, wanted: &Wanted<'_>) -> Result<(Program<B>, Self)> {
+        Self::plan_on(model, wanted, None)
+    }
+
+    /// As [`RunMemory::plan`], where a device is there to be asked what its libraries take.
+    ///
+    /// # Errors
+    /// As [`RunMemory::plan`], a library that is missing, or a device that failed.
+    pub fn plan_on<B: Update>(
+        model: &mut Model<B>,
+        wanted: &Wanted<'_>,
+        device: Option<&B>,
+    ) -> Result<(Program<B>, Self)> {
         let program = model.plan(&wanted.input, wanted.batch_size, Mode::Training)?;
         let (layout, ranges) = model.parameters().layout()?;
         let plan = UpdatePlan::new(wanted.optimizer, &layout)?;
         let shared_out = wanted.share.filter(|(_, options)| options.shard != Shard::None && options.world > 1);
         let sharding =
             shared_out.map(|(_, options)| Sharding::new(options, &program.ops, &layout, &ranges, &plan)).transpose()?;
+        let own = sharding.as_ref().map_or(0..layout.padded_len(), Sharding::own);
+        let mut workspace = program.workspace(device)?.or(B::update_workspace(&plan, &own));
         let (mut evaluation, mut window) = (0, sharding.as_ref().and_then(|s| s.parameters.clone()));
         for &samples in &wanted.evaluations {
             let program = model.plan(&wanted.input, samples, Mode::Evaluation)?;
             evaluation += program.activation_parts(1).total();
+            workspace = workspace.or(program.workspace(device)?);
             let other = sharding.as_ref().and_then(|sharding| sharding.window(&program.ops));
             window = [window, other].into_iter().flatten().max_by_key(|window| window.len);
         }
@@ -107,7 +134,9 @@ impl RunMemory {
         let slots = plan.slots.len();
         let ActivationBytes { mut inputs, mut others } = program.activation_parts(B::INPUT_SLOTS);
         if let Some(left) = wanted.left {
-            let smaller = model.plan(&wanted.input, left, Mode::Training)?.activation_parts(B::INPUT_SLOTS);
+            let smaller = model.plan(&wanted.input, left, Mode::Training)?;
+            workspace = workspace.or(smaller.workspace(device)?);
+            let smaller = smaller.activation_parts(B::INPUT_SLOTS);
             inputs += smaller.inputs;
             others += smaller.others;
         }
@@ -121,7 +150,10 @@ impl RunMemory {
                 Footprint::new((share, options), &buckets, lens, sharding.as_ref(), window.as_ref(), B::QUEUES_SUMS)
             }
         };
-        let own = sharding.as_ref().map_or(0..len, Sharding::own);
+        let scratch = match workspace.is_bound {
+            true => "of operations, in turn; at most, as convolutions take what cuDNN asks for on the device",
+            false => "of operations, in turn",
+        };
         // Of what is kept in another type besides, a process keeps what it updates.
         let masters = if one_type { held.parameters } else { held.updated };
         let parts = [
@@ -139,6 +171,8 @@ impl RunMemory {
             bytes("activations", storage.0.to_owned(), others),
             bytes("inputs and targets", batches, inputs),
             bytes("evaluation", storage.0.to_owned(), evaluation),
+            bytes("scratch", scratch.to_owned(), workspace.scratch),
+            bytes("libraries", "for products".to_owned(), workspace.libraries),
         ];
         let fullest = program.fullest().map(|(position, bytes)| {
             let op = program.ops[position].as_ref();

@@ -188,6 +188,8 @@ impl<B: Backend + Update> Trainer<B> {
                 model.parameters().arena_held(&backend, seed, plan.slots.len(), &sharding.hold())?
             }
         };
+        let workspace = program.workspace(Some(&backend))?;
+        backend.reserve(&workspace.or(B::update_workspace(&plan, &arena.own_elements())))?;
         if backend.loss_scale()?.is_some() {
             backend.set_loss_scale(LossScale::INITIAL)?;
         }
@@ -360,6 +362,7 @@ impl<B: Backend + Update> Trainer<B> {
     pub fn plan_smaller(&mut self, samples: usize) -> Result<()> {
         if !self.smaller.contains_key(&samples) {
             let program = self.model.plan(&self.input, samples, Mode::Training)?;
+            self.backend.reserve(&program.workspace(Some(&self.backend))?)?;
             let activations = program.activations_with_slots(&self.backend, B::INPUT_SLOTS)?;
             self.smaller.insert(samples, Planned { program, activations, window: None });
         }

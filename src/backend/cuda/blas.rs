@@ -30,7 +30,7 @@ unsafe impl Send for Blas {}
 unsafe impl Sync for Blas {}
 
 /// What NVIDIA recommends on Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
+pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 
 pub(super) fn blas_error(what: &str, error: CublasError) -> Error {
     let told = format!("cuBLASLt: cannot {what}: {:?}", error.0);

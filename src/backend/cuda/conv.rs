@@ -1,11 +1,13 @@
 //! Convolution by cuDNN; the bias and the f32 gradients by kernels/conv.cu.
 
 use super::channel::Channels;
-use super::convolution::{Convolution, Direction, Target};
+use super::context::Device;
+use super::convolution::{Convolution, Direction, Target, WORKSPACE_LIMIT};
 use super::launch::{Grid, args};
+use super::scratch::ALIGNMENT;
 use super::{Cuda, Storage};
 use crate::backend::ops::{Conv, Conv2dBackward, Conv2dForward, Conv2dGeometry};
-use crate::backend::{Memory, StepContext};
+use crate::backend::{Memory, StepContext, Workspace};
 use crate::error::{Error, Result};
 
 const FILE: &str = "conv";
@@ -16,6 +18,44 @@ fn filters(g: &Conv2dGeometry) -> Result<Channels> {
         Error::shape("conv2d", "a kernel that fits the padded input", format!("{:?} in {:?}", g.kernel, g.input))
     })?;
     Channels::new("conv2d", [g.batch, g.filters, height * width])
+}
+
+/// Bytes of the sums of a bias's gradient, a value a filter and part.
+fn bias_scratch(g: &Conv2dGeometry, filters: &Channels) -> usize {
+    size_of::<f32>() * filters.parts * g.filters
+}
+
+impl<S: Storage> Cuda<S> {
+    /// Bytes of workspace that cuDNN takes for each direction, or the most that it may where no device is there to ask it on.
+    fn convolutions<const N: usize>(
+        geometry: Conv2dGeometry,
+        directions: [Direction; N],
+        device: Option<&Device>,
+    ) -> Result<[usize; N]> {
+        let mut found = [WORKSPACE_LIMIT; N];
+        if let Some(device) = device {
+            for (bytes, direction) in found.iter_mut().zip(directions) {
+                *bytes = device.workspace(direction, geometry, S::NAME)?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// What a forward takes of the device's memory.
+    pub(super) fn forward_workspace(args: &Conv2dForward, device: Option<&Device>) -> Result<Workspace> {
+        let [scratch] = Self::convolutions(args.geometry, [Direction::Forward], device)?;
+        Ok(Workspace { scratch, is_bound: device.is_none(), libraries: 0 })
+    }
+
+    /// What a backward takes.
+    pub(super) fn backward_workspace(args: &Conv2dBackward, device: Option<&Device>) -> Result<Workspace> {
+        let g = &args.geometry;
+        let [of_input, of_weight] = Self::convolutions(*g, [Direction::Input, Direction::Weight], device)?;
+        let gradient = if S::HAS_MASTER { (g.weights() * size_of::<S>()).next_multiple_of(ALIGNMENT) } else { 0 };
+        let of_bias = args.dbias.map_or(Ok(0), |_| Ok(bias_scratch(g, &filters(g)?)))?;
+        let scratch = (gradient + of_weight).max(of_bias).max(args.dx.map_or(0, |_| of_input));
+        Ok(Workspace { scratch, is_bound: device.is_none(), libraries: 0 })
+    }
 }
 
 impl<S: Storage> Conv for Cuda<S> {
@@ -69,7 +109,7 @@ impl<S: Storage> Conv for Cuda<S> {
         }
         let Some(dbias) = args.dbias else { return Ok(()) };
         let (filters, width) = (filters(&geometry)?, geometry.filters);
-        let partial = device.scratch(size_of::<f32>() * filters.parts * width)?.address();
+        let partial = device.scratch(bias_scratch(&geometry, &filters))?.address();
         let kernel = filters.kernel("conv_sum_filters_partial", size_of::<S>());
         // SAFETY: dy as the geometry says, scratch for a value a filter and part.
         unsafe { self.launch(FILE, &kernel, filters.grid(), args![dy, partial, filters.shape])? };

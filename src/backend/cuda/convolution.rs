@@ -72,7 +72,7 @@ unsafe impl Send for Dnn {}
 unsafe impl Sync for Dnn {}
 
 /// Workspace that an algorithm may ask for.
-const WORKSPACE_LIMIT: usize = 512 << 20;
+pub(super) const WORKSPACE_LIMIT: usize = 512 << 20;
 fn dnn_error(what: &str, error: CudnnError) -> Error {
     let told = format!("cuDNN: cannot {what}: {:?}", error.0);
     match error.0 {
@@ -215,6 +215,28 @@ impl Device {
              device = \"cpu\"",
             WORKSPACE_LIMIT >> 20
         )))
+    }
+
+    /// Bytes of workspace that the algorithm of a convolution takes: of the one that was chosen, or that the heuristics think fastest.
+    pub(super) fn workspace(
+        &self,
+        direction: Direction,
+        geometry: Conv2dGeometry,
+        storage: &'static str,
+    ) -> Result<usize> {
+        let _claim = self.claim();
+        let dnn = self.dnn()?;
+        self.bind()?;
+        let shape = Shape { direction, geometry, storage };
+        let chosen = dnn.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = chosen.get(&shape) {
+            return Ok(plan.workspace);
+        }
+        let math = math(storage, self.options().tf32);
+        let found = usable(dnn, &describe(&geometry, storage, math)?, direction, math)
+            .map_err(|error| dnn_error(&format!("find an algorithm for {shape:?}"), error))?;
+        // Where there is none, the operation says so.
+        Ok(found.first().map_or(0, |candidate| candidate.workspace))
     }
 
     /// Runs a plan: what the device said, then what cuDNN said.

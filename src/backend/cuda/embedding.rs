@@ -1,6 +1,7 @@
 //! Tables of vectors (kernels/embedding.cu).
 
 use super::launch::{Grid, args};
+use super::linear::sums_scratch;
 use super::{Cuda, Storage};
 use crate::backend::ops::{Embedding, EmbeddingBackward, EmbeddingForward, PositionBackward, PositionForward};
 use crate::backend::{Grad, Memory, StepContext};
@@ -24,6 +25,13 @@ fn sizes([len, width]: [usize; 2]) -> [usize; 4] {
     let (chunks, tiles) = (len.div_ceil(CHUNK), len.div_ceil(TILE));
     let sizes = [2 * chunks * width * size_of::<f32>(), PLACE * len, PLACE * len, DIGITS * tiles * size_of::<u32>()];
     sizes.map(|bytes| bytes.next_multiple_of(16))
+}
+
+/// Bytes that a backward leaves between its kernels.
+pub(super) fn scratch(args: &EmbeddingBackward) -> usize {
+    let EmbeddingBackward { batch, time, width, .. } = *args;
+    let positions = args.dpositions.map_or(0, |_| sums_scratch([batch, time * width]));
+    sizes([batch * time, width]).iter().sum::<usize>().max(positions)
 }
 
 impl<S: Storage> Embedding for Cuda<S> {

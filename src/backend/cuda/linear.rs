@@ -45,6 +45,12 @@ struct Backward {
     outputs: usize,
 }
 
+/// Bytes that a backward leaves between its kernels, gradients of biases being added to.
+pub(super) fn scratch(args: &LinearBackward) -> usize {
+    let LinearBackward { rows, outputs, .. } = *args;
+    args.dbias.map_or(0, |_| sums_scratch([rows, outputs]))
+}
+
 /// Bytes that a sum over rows leaves between its kernels, the sums being added to.
 pub(super) fn sums_scratch([rows, width]: [usize; 2]) -> usize {
     parts(rows) * width * size_of::<f32>()

@@ -45,6 +45,7 @@ mod step;
 mod team;
 pub mod update;
 mod ways;
+mod workspace;
 
 /// The bindings, so that a program that owns its device memory can name the same release of them.
 pub use cudarc;
@@ -69,7 +70,7 @@ use self::launch::{Grid, args};
 use super::step::Gather;
 use super::{
     Act, Activations, Arena, Backend, DeviceSlice, Grad, Held, Indices, Memory, Numeric, Op, Param, Slice, State,
-    StepContext,
+    StepContext, Workspace,
 };
 use crate::data::Table;
 use crate::error::{Error, Result};
@@ -192,6 +193,14 @@ impl<S: Storage> Backend for Cuda<S> {
 
     fn free_memory(&self) -> Result<Option<usize>> {
         self.device.memory().map(|(free, _)| Some(free))
+    }
+
+    fn workspace(op: &dyn Op<Self>, device: Option<&Self>) -> Result<Workspace> {
+        Self::workspace_of(op, device.map(|backend| &**backend.device()))
+    }
+
+    fn reserve(&self, workspace: &Workspace) -> Result<()> {
+        self.device.reserve(workspace)
     }
 
     fn read_statistic(&self, activations: &Activations<Self>, act: Act, to: &mut [f32]) -> Result<()> {

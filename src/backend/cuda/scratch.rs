@@ -49,7 +49,7 @@ impl Scratch<'_> {
 
 impl Device {
     /// Scratch memory of so many bytes: its contents mean nothing to anybody else. It is as large as the most that was asked for,
-    /// which is known by the end of the first, unrecorded run of a program.
+    /// which is known by the end of the first, unrecorded run of a program, if not before ([`Device::reserve`]).
     pub(super) fn scratch(&self, bytes: usize) -> Result<Scratch<'_>> {
         let claim = self.claim();
         let mut kept = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use crate::backend::step::{Finished, LossScale, Work};
-use crate::backend::{Arena, Backend, Together};
+use crate::backend::{Arena, Backend, Together, Workspace};
 use crate::error::Result;
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 
@@ -70,6 +70,11 @@ pub trait Update: Backend {
     /// Bytes of the device's memory that updates of `elements` of the arena by this plan take for tables and sums of their own.
     fn table_bytes(_: &UpdatePlan, _: &Range<usize>) -> usize {
         0
+    }
+
+    /// What these updates take besides, as [`Backend::workspace`] says of an operation.
+    fn update_workspace(_: &UpdatePlan, _: &Range<usize>) -> Workspace {
+        Workspace::default()
     }
 
     /// Bits of fraction that the factors of products keep, where a rule multiplies matrices: 23 for f32, 10 for tf32.

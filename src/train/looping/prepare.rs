@@ -14,6 +14,7 @@ use crate::optim::NormClip;
 use crate::parallel::{Collective, GradientsOptions, Shard, agree, broadcast};
 use crate::train::checkpoint::{self, RunState, Which};
 use crate::train::files;
+use crate::train::memory::evaluated;
 use crate::train::metrics::MetricsWriter;
 use crate::train::options::Length;
 use crate::train::resident::{self, Source};
@@ -71,6 +72,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             };
             trainer.plan_smaller(left).map_err(told)?;
         }
+        trainer.reserve_for_evaluations(&evaluated(&run.splits, run.options.batch_size))?;
         if share.of > 1 || collective.is_queued() {
             let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
             let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;

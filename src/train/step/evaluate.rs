@@ -22,6 +22,18 @@ pub enum Evaluation {
 }
 
 impl<B: Backend + Update> Trainer<B> {
+    /// Takes now what operations of evaluations take of the device's memory besides what they name, for batches of each of these
+    /// numbers of samples: it is that of the training program, unless it has to be more.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn reserve_for_evaluations(&mut self, samples: &[usize]) -> Result<()> {
+        samples.iter().try_for_each(|&samples| {
+            let program = self.model.plan(&self.input, samples, Mode::Evaluation)?;
+            self.backend.reserve(&program.workspace(Some(&self.backend))?)
+        })
+    }
+
     /// Loss and right predictions of each batch, by the average of weights where there is one.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ use super::step::{self, Queue};
 use super::{Buffer, Cuda, Device, Storage};
 use crate::backend::ops::Update;
 use crate::backend::step::{Finished, LossScale, Work};
-use crate::backend::{Alone, Arena, DeviceSlice, Number, Slice, Together};
+use crate::backend::{Alone, Arena, DeviceSlice, Number, Slice, Together, Workspace};
 use crate::error::Result;
 use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
@@ -390,6 +390,10 @@ impl<S: Storage> Update for Cuda<S> {
 
     fn table_bytes(plan: &UpdatePlan, elements: &Range<usize>) -> usize {
         Tables::new(plan, elements).device_bytes()
+    }
+
+    fn update_workspace(plan: &UpdatePlan, elements: &Range<usize>) -> Workspace {
+        muon::workspace(plan, elements)
     }
 
     const QUEUES_SUMS: bool = true;

@@ -1,11 +1,16 @@
 //! Muon's matrices, one after another, each by products in f32.
 
+use std::ops::Range;
+
 use super::plan::Pass;
 use super::{Arrays, Prepared};
+use crate::backend::Workspace;
+use crate::backend::cuda::blas::WORKSPACE_BYTES;
 use crate::backend::cuda::launch::{Arg, Grid, args};
 use crate::backend::cuda::product::{Epilogue, Matrix, Product};
+use crate::backend::cuda::scratch::ALIGNMENT;
 use crate::error::Result;
-use crate::optim::{Rule, TensorPlan};
+use crate::optim::{Rule, TensorPlan, UpdatePlan};
 
 const FILE: &str = "update_muon";
 
@@ -23,35 +28,47 @@ struct Room {
     squares: u64,
 }
 
+/// The matrices under Muon among the elements that are updated here, with their numbers.
+fn matrices<'p>(plan: &'p UpdatePlan, elements: &Range<usize>) -> Vec<(u32, &'p TensorPlan, Rule)> {
+    let all = plan.tensors.iter().enumerate();
+    all.map(|(index, tensor)| (index as u32, tensor, plan.groups[usize::from(tensor.group)].rule))
+        .filter(|(_, tensor, rule)| matches!(rule, Rule::Muon { .. }) && elements.contains(&tensor.offset))
+        .collect()
+}
+
+/// Bytes of the parts of the room for the largest of these matrices, in the order of [`Room`].
+fn sizes(matrices: &[(u32, &TensorPlan, Rule)]) -> [usize; 5] {
+    let (mut values, mut side) = (0, 0);
+    for (_, tensor, _) in matrices {
+        values = values.max(tensor.len);
+        side = side.max(tensor.units.min(tensor.unit()));
+    }
+    let sizes = [values * 4, side * side * 4, side * side * 4, values * 4, values.div_ceil(PIECE) * 8];
+    sizes.map(|bytes| bytes.next_multiple_of(ALIGNMENT))
+}
+
+/// What updates of these elements take of the device's memory besides tables.
+pub(super) fn workspace(plan: &UpdatePlan, elements: &Range<usize>) -> Workspace {
+    let matrices = matrices(plan, elements);
+    if matrices.is_empty() {
+        return Workspace::default();
+    }
+    Workspace { scratch: sizes(&matrices).iter().sum(), libraries: WORKSPACE_BYTES, is_bound: false }
+}
+
 impl Prepared {
     /// Queues the update of every matrix under Muon that is updated here.
     pub(super) fn queue_muon(&self, arrays: &Arrays, pass: &Pass) -> Result<()> {
         let device = &self.device;
-        let mut matrices: Vec<(u32, &TensorPlan, Rule)> = Vec::new();
-        for (index, tensor) in self.plan.tensors.iter().enumerate() {
-            let rule = self.plan.groups[usize::from(tensor.group)].rule;
-            if !self.elements.contains(&tensor.offset) {
-                continue;
-            }
-            if matches!(rule, Rule::Muon { .. }) {
-                matrices.push((index as u32, tensor, rule));
-            }
-        }
-        // Parts of 256 bytes' alignment, for the largest matrix.
-        let part = |bytes: usize| bytes.next_multiple_of(256);
-        let (mut values, mut side) = (0, 0);
-        for (_, tensor, _) in &matrices {
-            values = values.max(tensor.len);
-            side = side.max(tensor.units.min(tensor.unit()));
-        }
-        let sizes = [part(values * 4), part(side * side * 4), part(side * side * 4), part(values * 4)];
-        let scratch = device.scratch(sizes.iter().sum::<usize>() + part(values.div_ceil(PIECE) * 8))?;
+        let matrices = matrices(&self.plan, &self.elements);
+        let sizes = sizes(&matrices);
+        let scratch = device.scratch(sizes.iter().sum())?;
         let mut at = scratch.address();
-        let [direction, gram, square, next] = sizes.map(|bytes| {
+        let [direction, gram, square, next, squares] = sizes.map(|bytes| {
             at += bytes as u64;
             at - bytes as u64
         });
-        let room = Room { direction, gram, square, next, squares: at };
+        let room = Room { direction, gram, square, next, squares };
         let form = arrays.form();
         for (index, tensor, rule) in matrices {
             let Rule::Muon { nesterov, steps, scale, .. } = rule else { continue };
