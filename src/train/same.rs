@@ -27,7 +27,8 @@ pub fn same_parameters<B: Backend>(
             let problem = format!(
                 "after step {step} the parameter `{name}` of rank {} has other bits than that of the other ranks: a process \
                  computes wrongly, its memory is damaged, or its device is of another kind than theirs; go on from the last checkpoint \
-                 before with --resume, on other hardware",
+                 before with --resume, on other hardware; under Muon, devices may be of several kinds with parallel.shard = \
+                 \"optimizer\"",
                 list.join(", ")
             );
             // All know it, and one says it.

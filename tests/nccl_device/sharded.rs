@@ -4,11 +4,11 @@
 use std::sync::{Arc, PoisonError};
 
 use half::bf16;
-use warpstep::backend::cuda::{Cuda, Device, Storage};
+use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, Storage};
 use warpstep::backend::ops::Update;
 use warpstep::backend::{Exchange, PassOfStep};
 use warpstep::model::Input;
-use warpstep::optim::{Clip, NormClip, OptimizerOptions, StepParams};
+use warpstep::optim::{Clip, MuonScale, NormClip, OptimizerOptions, Rule, StepParams};
 use warpstep::parallel::{Collective, Gradients, GradientsOptions, Shard, ShardingOptions, Windowed, Wire};
 use warpstep::plan::Share;
 use warpstep::train::memory::{RunMemory, Wanted};
@@ -18,7 +18,7 @@ use crate::emulator::Emulator;
 use crate::steps::{
     Asked, BUCKET, Observed, PART, TIME, adam, gpt, is_one_graph_launch_a_pass, parts, pipelined, trainer_by,
 };
-use crate::{ALONE, device, is_there, together};
+use crate::{ALONE, device, each, is_there, together};
 
 const LEVELS: [Shard; 3] = [Shard::Optimizer, Shard::Gradients, Shard::Parameters];
 
@@ -150,6 +150,45 @@ fn every_device_has_of_its_share_the_bits_of_devices_that_share_nothing() {
             &clipped(NormClip::Adaptive { clipping: 0.01, epsilon: 1e-3 }),
             world,
         );
+    }
+}
+
+#[test]
+fn under_muon_devices_of_several_kinds_end_with_the_same_parameters_where_updates_are_shared_out() {
+    if !is_there() {
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let muon = Rule::Muon { momentum: 0.95, nesterov: true, steps: 5, scale: MuonScale::Original };
+    let optimizer = OptimizerOptions::new(muon, 0.02);
+    let world = 2;
+    let parameters = |shard: Shard| {
+        let id = warpstep::parallel::Nccl::unique_id().unwrap();
+        each(world, |rank, _| {
+            // Products of another kind of device have other bits, as those in tf32 have.
+            let options_of_kind = DeviceOptions { ordinal: rank, tf32: rank == 1, ..DeviceOptions::default() };
+            let device = Device::open(options_of_kind).unwrap();
+            let nccl = warpstep::parallel::Nccl::join(&device, &id, rank, world).unwrap();
+            let share = Share::of_rank(rank, world);
+            let mut trainer = match shard {
+                Shard::None => trainer_by::<f32>(&optimizer, &device, Arc::new(nccl), share, Wire::F32),
+                _ => {
+                    let options = options(&nccl, shard, Wire::F32);
+                    let (trainer, exchange) = sharded::<f32>(&optimizer, &device, Arc::new(nccl), share, options);
+                    trainer.sharing(share, exchange)
+                }
+            };
+            pipelined(&mut trainer, share, 0..4);
+            let mut values = vec![0f32; trainer.arena().layout.padded_len()];
+            trainer.arena().parameters.read(0, &mut values).unwrap();
+            values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        })
+    };
+    let [first, second] = &parameters(Shard::None)[..] else { panic!("a process is missing") };
+    assert_ne!(first, second, "the devices are of one kind");
+    for shard in [Shard::Optimizer, Shard::Gradients] {
+        let [first, second] = &parameters(shard)[..] else { panic!("a process is missing") };
+        assert_eq!(first, second, "{shard:?}");
     }
 }
 
