@@ -205,6 +205,28 @@ fn scratch_memory_is_the_largest_programs_alone() {
 }
 
 #[test]
+fn without_a_device_to_ask_convolutions_are_told_to_take_the_most_that_they_may() {
+    let optimizer = adam();
+    let scratch = |(mut model, input): (Model<Cuda<bf16>>, Input)| {
+        let evaluations = vec![5];
+        let wanted = Wanted {
+            input,
+            batch_size: 5,
+            left: None,
+            evaluations,
+            optimizer: &optimizer,
+            average: false,
+            share: None,
+        };
+        let (_, memory) = RunMemory::plan(&mut model, &wanted).unwrap();
+        memory.parts.into_iter().find(|part| part.name == "scratch").unwrap()
+    };
+    let (convolutions, others) = (scratch(cnn()), scratch(gpt()));
+    assert!(convolutions.bytes > 512 << 20 && convolutions.of.contains("at most"), "{convolutions:?}");
+    assert!(others.bytes < 1 << 20 && !others.of.contains("at most"), "{others:?}");
+}
+
+#[test]
 fn the_tables_of_an_update_are_counted_with_the_units_of_an_adaptive_clip() {
     let (mut model, input) = gpt::<Cuda<f32>>();
     model.plan(&input, 1, Mode::Training).unwrap();
