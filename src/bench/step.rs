@@ -304,7 +304,7 @@ pub(super) fn limit(model: &str, flops: f64, speeds: &Speeds) -> Limit {
 }
 
 /// Bytes that a run of this plans in a process, by its number and that of all.
-pub(super) fn memory<B: Bed>(_: &B, work: &Training, table: &Table, [rank, world]: [usize; 2]) -> Result<usize> {
+pub(super) fn memory<B: Bed>(backend: &B, work: &Training, table: &Table, [rank, world]: [usize; 2]) -> Result<usize> {
     let share = Share::of_rank(rank, world);
     let sharding = || ParallelOptions::default().sharding((rank, world), &share, 1);
     let wanted = Wanted {
@@ -316,7 +316,7 @@ pub(super) fn memory<B: Bed>(_: &B, work: &Training, table: &Table, [rank, world
         average: false,
         share: (world > 1).then(|| (share, sharding())),
     };
-    Ok(RunMemory::plan::<B>(&mut work.model()?, &wanted)?.1.with_table::<B>(table).total())
+    Ok(RunMemory::plan_on(&mut work.model()?, &wanted, Some(backend))?.1.with_table::<B>(table).total())
 }
 
 /// The share of each part of a step, by the medians of its times, for about so many seconds.
