@@ -23,7 +23,7 @@ struct Bundle(tempfile::TempDir);
 impl Bundle {
     fn new() -> Self {
         let bundle = Bundle(tempfile::tempdir().unwrap());
-        for folder in ["programs/bin", "programs/tests", "programs/benches", "programs/forms", "tmp"] {
+        for folder in ["programs/bin", "programs/tests", "programs/benches", "programs/forms", "tmp", "bin"] {
             fs::create_dir_all(bundle.at(folder)).unwrap();
         }
         bundle.program("programs/bin/warpstep", PROGRAM);
@@ -82,7 +82,7 @@ fn what_there_is_not_is_refused_before_anything_runs() {
     for (arguments, expected) in [
         (
             vec!["bench:nothing"],
-            "bench:nothing: found nothing, expected one of tour device update kernel step data cpu",
+            "bench:nothing: found nothing, expected one of tour device update kernel step data cpu together",
         ),
         (vec!["operations:foo"], "operations:foo: found foo, expected one of mlp linear"),
         (vec!["doctor", "tests:nothing"], "tests:nothing: found nothing, expected one of first second nvrtc"),
@@ -113,6 +113,22 @@ fn seconds_and_precisions_go_to_the_figures_that_a_part_names() {
     let told = bundle.read("out/logs/bench-step-gpt2--.log");
     assert!(told.contains("--device emulated --seconds 0.5 --precision bf16 --precision f16 step/gpt2/*"), "{told}");
     assert!(bundle.at("out/results.tar.gz").exists() && bundle.read("out/bench.txt").contains("called with bench"));
+}
+
+#[test]
+fn several_gpus_are_measured_together() {
+    let bundle = Bundle::new();
+    assert!(bundle.check(&["--emulated", "bench:together"]).output().unwrap().status.success());
+    let told = bundle.read("out/logs/bench-together.log");
+    let json = bundle.at("out/bench-together.json");
+    let bench =
+        format!("-- bench --device emulated --json {} --seconds 0.001 all_reduce/4KiB step/mlp", json.display());
+    assert!(told.contains("called with launch --gpus 2 ") && told.contains(&bench), "{told}");
+    // Of the one GPU that there is, none stands beside.
+    bundle.program("bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: one'\n");
+    let path = format!("{}:{}", bundle.at("bin").display(), std::env::var("PATH").unwrap());
+    assert!(bundle.check(&["bench:together"]).env("PATH", path).output().unwrap().status.success());
+    assert!(bundle.read("out/logs/bench-together.log").contains("there is no second GPU here"));
 }
 
 #[test]
