@@ -121,8 +121,26 @@ pub trait Together {
     fn join(&mut self) -> Result<()>;
 }
 
-/// The update of a whole arena, by one process.
+/// One process: the update of a whole arena, and passes that exchange nothing.
 pub struct Alone;
+
+impl<B: Backend> Exchange<B> for Alone {
+    fn is_queued(&self) -> bool {
+        true
+    }
+
+    fn begin(&mut self, _: &B, _: &mut Arena<B>, _: Pass) -> Result<()> {
+        Ok(())
+    }
+
+    fn after_op(&mut self, _: &B, _: &mut Arena<B>, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn end(&mut self, _: &B, _: &mut Arena<B>, _: Pass) -> Result<()> {
+        Ok(())
+    }
+}
 
 impl Together for Alone {
     fn place(&self) -> (usize, usize) {

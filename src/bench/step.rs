@@ -13,7 +13,7 @@ use super::works::{MODELS, Training, threads, training};
 use crate::backend::cpu::Cpu;
 use crate::backend::profile::Kind;
 use crate::backend::step::{Gather, Room};
-use crate::backend::{Activations, Arena, Backend, Memory, StepContext};
+use crate::backend::{Activations, Alone, Arena, Backend, Memory, StepContext};
 use crate::data::{Picked, Table};
 use crate::error::Result;
 use crate::model::{Mode, Program};
@@ -67,15 +67,21 @@ impl<B: Bed> StepTask<B> {
     /// # Errors
     /// Not enough memory.
     pub fn new(backend: &B, work: &Training) -> Result<Self> {
-        Self::of(trainer(backend.clone(), work, 1)?, None, work)
+        Self::of(new_trainer(backend.clone(), work)?, None, work)
     }
 
     fn of(trainer: Trainer<B>, team: Option<Arc<dyn Collective>>, work: &Training) -> Result<Self> {
-        let [rank, world] = team.as_ref().map_or([0, 1], |team| [team.rank(), team.world()]);
-        // One that looks at what all found is enough.
-        let is_looked_at = rank == 0 && world as u64 * trainer.program().flops() <= TWIN_FLOPS;
+        let twin = || {
+            let twin = new_trainer(Cpu::<f64>::new(), work)?;
+            // What is left out by chance depends on which part of the batch it is.
+            let share = team.as_ref().map(|team| Share::of_rank(team.rank(), team.world()));
+            Ok(match share {
+                Some(share) => twin.sharing(share, Box::new(Alone)),
+                None => twin,
+            })
+        };
         Ok(StepTask {
-            twin: is_looked_at.then(|| trainer_of_twin(work, world as u32)).transpose()?,
+            twin: (trainer.program().flops() <= TWIN_FLOPS).then(twin).transpose()?,
             trainer,
             team,
             batches: samples::batches(work)?,
@@ -166,29 +172,35 @@ impl<B: Bed + Backend<Real = f32>> StepTask<B> {
     pub fn together(backend: &B, work: &Training, team: &Arc<dyn Collective>) -> Result<Self> {
         let ParallelOptions { wire, overlap, .. } = ParallelOptions::default();
         let share = Share::of_rank(team.rank(), team.world());
-        let trainer = trainer(backend.clone(), work, 1)?;
+        let trainer = new_trainer(backend.clone(), work)?;
         let options = GradientsOptions { share, wire, overlap };
         let exchange = exchange(&trainer, options, team, ParallelOptions::default().bucket_elements())?;
         Self::of(trainer.sharing(share, exchange), Some(Arc::clone(team)), work)
     }
 }
 
-fn trainer<B: Bed>(backend: B, work: &Training, accumulate: u32) -> Result<Trainer<B>> {
+fn new_trainer<B: Bed>(backend: B, work: &Training) -> Result<Trainer<B>> {
     Trainer::new(TrainerParts {
         backend,
         model: work.model()?,
         input: work.input.clone(),
         batch_size: work.batch,
-        accumulate,
+        accumulate: 1,
         optimizer: &work.optimizer,
         ema: None,
         seed: 1,
     })
 }
 
-/// It takes the batches of all processes one after the other.
-fn trainer_of_twin(work: &Training, processes: u32) -> Result<Trainer<Cpu<f64>>> {
-    trainer(Cpu::<f64>::new(), work, processes)
+/// Loss and gradient norm of a step of all processes, out of this one's loss and gradients.
+fn of_all(team: &dyn Collective, loss: f64, gradients: &[f64]) -> Result<[f64; 2]> {
+    let own: Vec<f64> = std::iter::once(loss).chain(gradients.iter().copied()).collect();
+    let mut sums = vec![0.0; own.len()];
+    for bytes in gather(team, bytemuck::cast_slice(&own))? {
+        let found = bytemuck::pod_collect_to_vec::<u8, f64>(&bytes);
+        sums.iter_mut().zip(found).for_each(|(sum, found)| *sum += found / team.world() as f64);
+    }
+    Ok([sums[0], sums[1..].iter().map(|gradient| gradient * gradient).sum::<f64>().sqrt()])
 }
 
 impl<B: Bed> Task for StepTask<B> {
@@ -223,9 +235,11 @@ impl<B: Bed> Task for StepTask<B> {
         let now = self.parameters_now(usize::MAX)?;
         twin.arena_mut().parameters.iter_mut().zip(now).for_each(|(to, from)| *to = f64::from(from));
         twin.set_counters(self.trainer.counters());
-        let batches: Vec<Picked> = (0..self.place().1).map(|rank| self.batches[self.batch_of(rank)].clone()).collect();
-        let report = twin.step(&batches, LEARNING_RATE)?;
-        self.expected.values = Some([report.loss, report.outcome.grad_norm]);
+        let report = twin.step(std::slice::from_ref(self.batch()), LEARNING_RATE)?;
+        self.expected.values = Some(match &self.team {
+            Some(team) => of_all(&**team, report.loss, &twin.arena().gradients)?,
+            None => [report.loss, report.outcome.grad_norm],
+        });
         self.twin = Some(twin);
         Ok(())
     }
