@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::map2;
+use super::parallel::{PIECE, map2, rows_in_piece};
 use crate::backend::ops::{Add, Concatenate, Elementwise, MeanTimeBackward, MeanTimeForward, Padding, Split};
 use crate::backend::{Activations, Memory, StepContext, disjoint};
 use crate::error::Result;
@@ -15,6 +15,19 @@ fn counts<R: Real>(activations: &Activations<Cpu<R>>, padding: Option<Padding>, 
         let tokens = &activations.indices[activations.index_range(padding.tokens)];
         tokens[..rows].iter().map(|&token| token != padding.pad).collect()
     })
+}
+
+/// Does something with each row of `y` and its row of `x`, of these widths.
+fn by_rows<R: Real>([y, x]: [&mut [R]; 2], [y_width, x_width]: [usize; 2], copy: impl Fn(&mut [R], &[R]) + Sync) {
+    let piece = |(y, x): (&mut [R], &[R])| {
+        y.chunks_exact_mut(y_width).zip(x.chunks_exact(x_width)).for_each(|(y, x)| copy(y, x));
+    };
+    if y.len().max(x.len()) <= PIECE {
+        piece((y, x));
+    } else {
+        let rows = rows_in_piece(y_width.max(x_width));
+        y.par_chunks_mut(rows * y_width).zip(x.par_chunks(rows * x_width)).for_each(piece);
+    }
 }
 
 impl<R: Real> Elementwise for Cpu<R> {
@@ -39,9 +52,7 @@ impl<R: Real> Elementwise for Cpu<R> {
         for (&part, &width) in args.parts.iter().zip(&args.widths) {
             let ranges = [activations.range(part), activations.range(args.y)];
             let [x, y] = disjoint(&mut activations.values, ranges, "concatenate")?;
-            for (y, x) in y.chunks_exact_mut(total).zip(x.chunks_exact(width)) {
-                y[start..start + width].copy_from_slice(x);
-            }
+            by_rows([y, x], [total, width], |y, x| y[start..start + width].copy_from_slice(x));
             start += width;
         }
         Ok(())
@@ -54,9 +65,7 @@ impl<R: Real> Elementwise for Cpu<R> {
         for (&part, &width) in args.parts.iter().zip(&args.widths) {
             let ranges = [activations.range(part), activations.range(args.x)];
             let [y, x] = disjoint(&mut activations.values, ranges, "split")?;
-            for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(total)) {
-                y.copy_from_slice(&x[start..start + width]);
-            }
+            by_rows([y, x], [width, total], |y, x| y.copy_from_slice(&x[start..start + width]));
             start += width;
         }
         Ok(())

@@ -181,10 +181,17 @@ impl<R: Real> Loss for Cpu<R> {
         _: &StepContext,
     ) -> Result<()> {
         let acts = [args.prediction, args.target, args.metrics];
-        pointwise(memory, acts, args.dprediction, "mean squared error", |x, t| {
-            let d = x - t;
-            ((d * d).f64(), d + d, false)
-        })
+        pointwise(
+            memory,
+            acts,
+            args.dprediction,
+            "mean squared error",
+            #[inline(always)]
+            |x, t| {
+                let d = x - t;
+                [d * d, d + d, R::zero()]
+            },
+        )
     }
 
     fn binary_cross_entropy(
@@ -194,23 +201,78 @@ impl<R: Real> Loss for Cpu<R> {
         _: &StepContext,
     ) -> Result<()> {
         let acts = [args.logits, args.target, args.metrics];
-        pointwise(memory, acts, args.dlogits, "binary cross-entropy", |x, t| {
-            // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), which overflows for no x.
-            let e = (-x.abs()).exp();
-            let loss = x.max(R::zero()) - x * t + e.ln_1p();
-            let sigmoid = if x >= R::zero() { R::one() / (R::one() + e) } else { e / (R::one() + e) };
-            (loss.f64(), sigmoid - t, (x > R::zero()) == (t > R::from_f64(0.5)))
-        })
+        pointwise(
+            memory,
+            acts,
+            args.dlogits,
+            "binary cross-entropy",
+            #[inline(always)]
+            |x, t| {
+                // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), which overflows for no x.
+                let e = (-x.abs()).exp_lane();
+                let positive = if x > R::zero() { x } else { R::zero() };
+                let loss = positive - x * t + e.ln_1p_lane();
+                let far = R::one() / (R::one() + e);
+                let sigmoid = if x >= R::zero() { far } else { e * far };
+                let is_right = (x > R::zero()) == (t > R::from_f64(0.5));
+                [loss, sigmoid - t, if is_right { R::one() } else { R::zero() }]
+            },
+        )
     }
 }
 
-/// A loss that is a mean over values: `f(x, target)` gives loss, derivative, and whether the prediction is right.
+/// Sums by lanes: of losses in f64, and of right predictions, which are fewer in a piece than f32 counts.
+struct Sums<R> {
+    losses: Lanes<f64>,
+    rights: Lanes<R>,
+}
+
+impl<R: Real> Sums<R> {
+    /// Adds those of some values, as many as there are lanes at most, and gives their derivatives times `scale`.
+    #[inline(always)]
+    fn take(&mut self, x: &[R], t: &[R], scale: R, f: &impl Fn(R, R) -> [R; 3]) -> Lanes<R> {
+        let mut slopes = [R::zero(); LANES];
+        for (lane, ((&x, &t), to)) in x.iter().zip(t).zip(&mut slopes).enumerate() {
+            let [loss, slope, right] = f(x, t);
+            self.losses[lane] += loss.f64();
+            self.rights[lane] += right;
+            *to = slope * scale;
+        }
+        slopes
+    }
+}
+
+/// Losses of a piece and, where `d` is given, derivatives times `scale`, each value by `f`.
+#[inline(always)]
+fn pointwise_piece<R: Real>(
+    x: &[R],
+    t: &[R],
+    mut d: Option<&mut [R]>,
+    scale: R,
+    f: &impl Fn(R, R) -> [R; 3],
+) -> Partial {
+    let mut sums = Sums { losses: [0.0; LANES], rights: [R::zero(); LANES] };
+    let ((chunks, rest), (t_chunks, t_rest)) = (x.as_chunks::<LANES>(), t.as_chunks::<LANES>());
+    for (number, (x, t)) in chunks.iter().zip(t_chunks).enumerate() {
+        let slopes = sums.take(x, t, scale, f);
+        if let Some(d) = &mut d {
+            d[number * LANES..][..LANES].copy_from_slice(&slopes);
+        }
+    }
+    let slopes = sums.take(rest, t_rest, scale, f);
+    if let Some(d) = &mut d {
+        d[x.len() - rest.len()..].copy_from_slice(&slopes[..rest.len()]);
+    }
+    Partial { loss: sum_lanes(sums.losses), right: sum_lanes(sums.rights).f64() }
+}
+
+/// A loss that is a mean over values: `f(x, target)` gives loss, derivative, and 1 where the prediction is right, else 0.
 fn pointwise<R: Real>(
     memory: &mut Memory<'_, Cpu<R>>,
     [prediction, target, metrics]: [Act; 3],
     gradient: Option<Act>,
     name: &str,
-    f: impl Fn(R, R) -> (f64, R, bool) + Sync,
+    f: impl Fn(R, R) -> [R; 3] + Sync,
 ) -> Result<()> {
     let activations = &mut *memory.activations;
     let gradient_range = gradient.map_or(0..0, |g| activations.range(g));
@@ -219,17 +281,11 @@ fn pointwise<R: Real>(
     debug_assert_eq!(metrics.len(), METRICS);
     let len = prediction.len();
     let scale = R::from_f64(1.0 / len.max(1) as f64);
-    let piece = |x: &[R], t: &[R], mut d: Option<&mut [R]>| {
-        let mut partial = Partial::default();
-        for (i, (&x, &t)) in x.iter().zip(t).enumerate() {
-            let (loss, slope, right) = f(x, t);
-            partial.loss += loss;
-            partial.right += f64::from(u8::from(right));
-            if let Some(d) = &mut d {
-                d[i] = slope * scale;
-            }
-        }
-        partial
+    let piece = |x: &[R], t: &[R], d: Option<&mut [R]>| {
+        vectorize(
+            #[inline(always)]
+            || pointwise_piece(x, t, d, scale, &f),
+        )
     };
     let inputs = prediction.par_chunks(PIECE).zip(target.par_chunks(PIECE));
     let partials: Vec<Partial> = if gradient.is_some() {
