@@ -56,12 +56,15 @@ pub fn speed(figure: &Figure) -> String {
 /// The head of the table: what the machine is and how fast.
 pub fn head(machine: &Machine, speeds: &Speeds) -> String {
     let fact = |name: &str| machine.facts.get(name).map(String::as_str).unwrap_or("unknown");
+    let processors = match fact("processors that may be used") {
+        "1" => "1 processor".to_owned(),
+        several => format!("{several} processors"),
+    };
     format!(
-        "{}; {}; {} processors, load {} before\nThis run's limits in {}: a copy within memory {}, a pass in place {}, the fastest \
+        "{}; {}; {processors}, load {} before\nThis run's limits in {}: a copy within memory {}, a pass in place {}, the fastest \
          product {}\n",
         machine.device,
         fact("processor"),
-        fact("processors that may be used"),
         fact("load before"),
         speeds.precision.name(),
         scaled(speeds.copy, "B/s"),
