@@ -93,19 +93,10 @@ pub fn try_beside(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::results::{FORMAT, Machine};
     use super::*;
 
     fn results() -> Results {
-        Results {
-            format: FORMAT,
-            version: "1".to_owned(),
-            command: "warpstep bench".to_owned(),
-            date: "2026-11-29T00:00:00Z".to_owned(),
-            machine: Machine::default(),
-            figures: Vec::new(),
-            peers: Vec::new(),
-        }
+        Results::begin("warpstep bench".to_owned())
     }
 
     fn notes(path: &Path) -> Vec<String> {

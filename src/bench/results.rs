@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::machine::date;
+
 /// Version of the format.
 pub const FORMAT: u32 = 1;
 
@@ -24,6 +26,21 @@ pub struct Results {
     pub figures: Vec<Figure>,
     /// The same work by others, in turn with ours.
     pub peers: Vec<PeerFigure>,
+}
+
+impl Results {
+    /// Of a call that begins now: nothing is found yet.
+    pub fn begin(command: String) -> Self {
+        Results {
+            format: FORMAT,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            command,
+            date: date(),
+            machine: Machine::default(),
+            figures: Vec::new(),
+            peers: Vec::new(),
+        }
+    }
 }
 
 /// What a benchmark ran on.

@@ -3,10 +3,10 @@
 use std::cell::Cell;
 use std::time::Instant;
 
-use super::machine::{Watch, date};
+use super::machine::Watch;
 use super::measure::{Ground, Here, Settings};
 use super::place::{Bed, OnBed, Place, Precision};
-use super::results::{FORMAT, Figure, Machine, Results};
+use super::results::{Figure, Machine, Results};
 use super::speeds::Speeds;
 use super::{data, device, interrupt, kernel, step, unit, update};
 use crate::backend::profile::Kind;
@@ -297,15 +297,7 @@ pub fn run(request: &Request, observer: &mut (dyn Observer + Send)) -> Result<Re
         let named = named(request)?;
         precisions.retain(|(number, _)| !named[*number].1.is_empty());
     }
-    let mut results = Results {
-        format: FORMAT,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        command: request.command.clone(),
-        date: date(),
-        machine: Machine::default(),
-        figures: Vec::new(),
-        peers: Vec::new(),
-    };
+    let mut results = Results::begin(request.command.clone());
     let began = Instant::now();
     for (place, (number, precision)) in precisions.into_iter().enumerate() {
         if interrupt::caught().is_some() {

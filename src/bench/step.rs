@@ -73,10 +73,9 @@ impl<B: Bed> StepTask<B> {
     fn of(trainer: Trainer<B>, team: Option<Arc<dyn Collective>>, work: &Training) -> Result<Self> {
         let twin = || {
             let twin = new_trainer(Cpu::<f64>::new(), work)?;
-            // What is left out by chance depends on which part of the batch it is.
-            let share = team.as_ref().map(|team| Share::of_rank(team.rank(), team.world()));
-            Ok(match share {
-                Some(share) => twin.sharing(share, Box::new(Alone)),
+            Ok(match &team {
+                // What is left out by chance depends on which part of the batch it is.
+                Some(team) => twin.sharing(Share::of_rank(team.rank(), team.world()), Box::new(Alone)),
                 None => twin,
             })
         };

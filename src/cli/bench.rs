@@ -208,13 +208,12 @@ fn precisions(options: &Options) -> Result<Vec<Precision>> {
 fn request(options: &Options) -> Result<Request> {
     let patterns = options.patterns.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>>>()?;
     let precisions = precisions(options)?;
-    Ok(Request {
-        patterns,
-        place: place(options.device()?)?,
-        precisions,
-        seconds: options.seconds,
-        command: std::env::args().collect::<Vec<_>>().join(" "),
-    })
+    Ok(Request { patterns, place: place(options.device()?)?, precisions, seconds: options.seconds, command: command() })
+}
+
+/// The arguments of this call, as results hold them.
+fn command() -> String {
+    std::env::args().collect::<Vec<_>>().join(" ")
 }
 
 /// The device of this name; an emulated one starts the program again and does not come back.

@@ -5,16 +5,16 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use super::{Options, Printer, place, precisions, set_threads};
+use super::{Options, Printer, command, place, precisions, set_threads};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count};
 use crate::backend::profile::Kind;
-use crate::bench::machine::{Seen, Watch, date};
+use crate::bench::machine::{Seen, Watch};
 use crate::bench::measure::{Here, Settings};
 use crate::bench::output::{Output, try_beside};
 use crate::bench::place::{Bed, Place, Precision};
-use crate::bench::results::{FORMAT, Figure, Results};
+use crate::bench::results::{Figure, Results};
 use crate::bench::run::{Pattern, SPEED_SECONDS};
 use crate::bench::speeds::Speeds;
 use crate::bench::works::MODELS;
@@ -178,15 +178,7 @@ impl Taking<'_> {
     fn figures<B: Bed + Backend<Real = f32>>(&self, backend: &B) -> Result<Results> {
         let Taking { collective, asked, .. } = self;
         let watch = Watch::begin(backend);
-        let mut results = Results {
-            format: FORMAT,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            command: std::env::args().collect::<Vec<_>>().join(" "),
-            date: date(),
-            machine: watch.so_far().clone(),
-            figures: Vec::new(),
-            peers: Vec::new(),
-        };
+        let mut results = Results { machine: watch.so_far().clone(), ..Results::begin(command()) };
         self.print(&format!(
             "{} processes over {}, each on {}\n",
             collective.world(),
