@@ -157,7 +157,7 @@ fn what_several_processes_cannot_do_is_refused_by_the_first_of_them() {
         ),
         (
             vec!["all_reduce/1GiB"],
-            "found all_reduce/1GiB, which means no figure, expected the beginning of one of all_reduce/4KiB/2_processes",
+            "found all_reduce/1GiB, which means no figure; `bench --list all_reduce`, started as 2 processes, names those of all_reduce",
         ),
         (vec!["step/mlp/bf16"], "found step/mlp/bf16, which means no figure"),
         (vec!["kernel"], "found the suite \"kernel\", expected all_reduce, step"),

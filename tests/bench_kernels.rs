@@ -54,6 +54,17 @@ fn every_operation_that_the_library_declares_is_timed_on_every_kind_of_device() 
     }
 }
 
+#[test]
+fn every_function_is_timed_alone_on_every_kind_of_device() {
+    for kind in KINDS {
+        let timed: BTreeSet<String> = cases(kind).iter().map(|case| case.name.clone()).collect();
+        for function in ActivationKind::ALL {
+            let family = format!("{}/", function.name());
+            assert!(timed.iter().any(|name| name.starts_with(&family)), "{family} on {kind:?}: {timed:?}");
+        }
+    }
+}
+
 /// An operation and what it names, which tells what was fused into it. Of any number of parts, none is counted.
 fn form(op: &dyn Op<B>) -> String {
     let name = op.name();

@@ -36,10 +36,12 @@ fn found_by(process: OnHost, model: &str) -> Figure {
         precision: Precision::F32,
         copy: 1e10,
         in_place: 1e10,
+        alone: [1e10; 2],
         fastest_memory: 1e12,
         product: 1e11,
         fastest_product: 1e12,
         memory_doubt: None,
+        alone_doubts: [None, None],
         product_doubt: None,
     };
     let mut figures = Vec::new();

@@ -14,6 +14,9 @@ pub enum Kind {
     Emulated,
 }
 
+/// What [`Traffic::Write`] leaves: four equal bytes, since the C library fills memory fastest with bytes.
+pub const WRITTEN: f32 = f32::from_bits(0x3F3F_3F3F);
+
 /// How memory is gone through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Traffic {
@@ -21,7 +24,7 @@ pub enum Traffic {
     Copy,
     /// All of `from` is read: the sum of each of [`Profiled::parts`] equal parts of it is left in `to`, from the first value on.
     Read,
-    /// `to = 1`.
+    /// `to = ` [`WRITTEN`].
     Write,
     /// `to = to + 1`: read and written where it is, as an update does.
     InPlace,

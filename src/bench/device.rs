@@ -4,7 +4,7 @@ use super::measure::{Asked, Ground, Limit, Settings, Task, measure};
 use super::place::Bed;
 use super::results::{Figure, Floor};
 use super::speeds::Speeds;
-use crate::backend::profile::{Kind, Probe, Traffic};
+use crate::backend::profile::{Kind, Probe, Traffic, WRITTEN};
 use crate::backend::{Activations, Arena, Memory, StepContext};
 use crate::error::Result;
 use crate::model::layers::Linear;
@@ -90,7 +90,7 @@ impl<B: Bed> TrafficTask<B> {
         };
         Ok(match self.traffic {
             Traffic::Copy => f64::from(read(at..at + 1)?[0]),
-            Traffic::Write => 1.0,
+            Traffic::Write => f64::from(WRITTEN),
             Traffic::InPlace => STARTS_AT + self.rounds as f64,
             Traffic::Read => {
                 let part = self.len / self.backend.parts();

@@ -10,7 +10,7 @@ use super::layers::{Case, Planned, cases};
 use super::measure::{Asked, Ground, Limit, Settings, Task, measure};
 use super::place::Bed;
 use super::results::{Figure, Floor};
-use super::speeds::{Speeds, words};
+use super::speeds::Speeds;
 use crate::backend::cpu::Cpu;
 use crate::backend::ops::METRICS;
 use crate::backend::step::LossScale;
@@ -165,8 +165,8 @@ impl<B: Bed> KernelTask<B> {
         }
     }
 
-    /// Bytes and floating-point operations of the present way.
-    fn costs(&self) -> Result<[f64; 2]> {
+    /// Bytes read, bytes written and floating-point operations of the present way: what it leaves is written, all else it moves is read.
+    fn costs(&self) -> Result<([f64; 2], f64)> {
         let Alone { program, parameters, .. } = &self.planned.alone;
         let costs = &program.costs(parameters)?[self.ops()];
         let mut bytes: u64 = costs.iter().map(|cost| cost.bytes).sum();
@@ -178,7 +178,15 @@ impl<B: Bed> KernelTask<B> {
             let width = program.output_shape.last().copied().unwrap_or(1);
             bytes -= ((most - named.len()) * width * size_of::<B::Storage>()) as u64;
         }
-        Ok([bytes as f64, costs.iter().map(|cost| cost.flops as f64).sum()])
+        let (arena, activations) = &self.sets[0];
+        let written = left(&self.planned, arena, self.way).into_iter().map(|left| match left {
+            Left::Activation(act) | Left::Metrics(act) => activations.range(act).len() * size_of::<B::Storage>(),
+            Left::Gradients(range) => range.len() * size_of::<B::Real>(),
+        });
+        // Of a table's gradient a part alone may be touched.
+        let written = (written.sum::<usize>() as u64).min(bytes);
+        let flops = costs.iter().map(|cost| cost.flops as f64).sum();
+        Ok(([(bytes - written) as f64, written as f64], flops))
     }
 
     /// By what the values that were left are multiplied before they are compared: as the twin's, and a loss's gradient may be scaled.
@@ -363,15 +371,13 @@ pub fn figures<B: Bed>(
             if ground.is_over() || !task.go(way)? {
                 continue;
             }
-            let [bytes, flops] = task.costs()?;
+            let (moved, flops) = task.costs()?;
+            let bytes: f64 = moved.iter().sum();
             let limit = |_: Option<&_>| {
-                let (of_bytes, of_flops) = (bytes / speeds.memory(), flops / speeds.product);
-                let from_memory = of_bytes >= of_flops;
-                let (what, doubt) = if from_memory {
-                    let pass = words(speeds.pass());
-                    let what =
-                        format!("its {:.2} MB at the speed of {pass}, {:.1} GB/s", bytes / 1e6, speeds.memory() / 1e9);
-                    (what, &speeds.memory_doubt)
+                let (of_bytes, of_flops) = (speeds.least_of(moved), flops / speeds.product);
+                let from_memory = of_bytes.seconds >= of_flops;
+                let floor = if from_memory {
+                    of_bytes
                 } else {
                     let fewer = if case.fewer > 1.0 {
                         format!("; Winograd's method does with {} times fewer", case.fewer)
@@ -380,12 +386,11 @@ pub fn figures<B: Bed>(
                     };
                     let fastest = speeds.product_text();
                     let what = format!("its {:.3} GFLOP at this run's fastest product, {fastest}{fewer}", flops / 1e9);
-                    (what, &speeds.product_doubt)
+                    Floor { seconds: of_flops, what, doubt: speeds.product_doubt.clone() }
                 };
-                let seconds = of_bytes.max(of_flops);
                 let of_flops = flops / speeds.fastest_product / case.fewer;
                 Some(Limit {
-                    floor: Floor { seconds, what, doubt: doubt.clone() },
+                    floor,
                     passable: if from_memory { 1.0 } else { case.fewer },
                     least: (bytes / speeds.fastest_memory).max(of_flops),
                     from_memory,

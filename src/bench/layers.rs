@@ -274,8 +274,9 @@ pub fn cases(kind: Kind) -> Vec<Case> {
     add("add_layer_norm", What::AddLayerNorm, tokens, &[width]);
     add("add_rms_norm", What::AddRmsNorm, tokens, &[width]);
     add("add", What::Add, tokens, &[width]);
-    add("relu", What::Function(ActivationKind::Relu), tokens, &[width]);
-    add("gelu", What::Function(ActivationKind::GeluTanh), tokens, &[width]);
+    for kind in ActivationKind::ALL {
+        add(kind.name(), What::Function(kind), tokens, &[width]);
+    }
     add("swiglu", What::Swiglu, tokens, &[2 * width]);
     add("dropout", What::Dropout, tokens, &[width]);
     let (heads, head, time) = (pick(12, 12, 2), pick(64, 64, 16), pick(256, 1024, 8));

@@ -39,7 +39,7 @@ const TOUR: [&str; 31] = [
     "kernel/attention/12x64",
     "kernel/cross_entropy",
     "kernel/dropout",
-    "kernel/gelu",
+    "kernel/gelu_tanh",
     "step/mlp",
     "step/cnn",
     "step/gpt_cpu",
@@ -100,6 +100,18 @@ impl Pattern {
             rest = &rest[at + part.len()..];
         }
         self.suite == suite
+    }
+
+    /// That it means none, where `lister` would name those of its suite.
+    pub(crate) fn means_none(&self, lister: &str) -> Error {
+        let Pattern { suite, name } = self;
+        let found = format!("found {suite}/{name}, which means no figure; {lister} names those of {suite}");
+        Error::config("bench", found)
+    }
+
+    /// The suite.
+    pub(crate) fn suite(&self) -> &str {
+        &self.suite
     }
 
     /// Whether it means a figure whose name begins so, or goes on behind it: `step/mlp/bf16` behind `mlp`.
@@ -219,12 +231,7 @@ fn named(request: &Request) -> Result<Vec<(Precision, Vec<String>)>> {
     };
     // The tour names what devices of either kind have.
     if let Some(pattern) = patterns.iter().find(unmet).filter(|_| !request.is_tour()) {
-        let found = format!(
-            "found {suite}/{name}, which means no figure; `warpstep bench --list {suite}` names those of {suite}",
-            suite = pattern.suite,
-            name = pattern.name
-        );
-        return Err(Error::config("bench", found));
+        return Err(pattern.means_none(&format!("`warpstep bench --list {}`", pattern.suite)));
     }
     let meant = |name: &String| {
         let (suite, name) = name.split_once('/').unwrap_or((name, ""));

@@ -3,7 +3,7 @@
 use super::device::{ProductTask, TrafficTask};
 use super::measure::{Asked, Ground, Settings, measure, width};
 use super::place::{Bed, Precision};
-use super::results::{Figure, Limits};
+use super::results::{Figure, Floor, Limits};
 use crate::backend::profile::{Kind, Traffic};
 use crate::error::Result;
 
@@ -16,6 +16,8 @@ pub struct Speeds {
     pub copy: f64,
     /// The same of memory that is read and written where it is.
     pub in_place: f64,
+    /// Bytes a second of memory that is read alone, and of memory that is written alone.
+    pub alone: [f64; 2],
     /// The fastest bytes a second seen of the memory: copied, read, written, or both where they are.
     pub fastest_memory: f64,
     /// Floating-point operations a second of the fastest product.
@@ -24,6 +26,8 @@ pub struct Speeds {
     pub fastest_product: f64,
     /// Why floors of memory are not to be quoted, where they are not.
     pub memory_doubt: Option<String>,
+    /// The same of what is read alone, and written alone.
+    pub alone_doubts: [Option<String>; 2],
     /// Why floors of products are not to be quoted, where they are not.
     pub product_doubt: Option<String>,
 }
@@ -120,10 +124,12 @@ impl Speeds {
             precision,
             copy: none,
             in_place: none,
+            alone: [none; 2],
             fastest_memory: none,
             product: none,
             fastest_product: none,
             memory_doubt: None,
+            alone_doubts: [None, None],
             product_doubt: None,
         }
     }
@@ -141,9 +147,9 @@ impl Speeds {
     ) -> Result<Self> {
         let [copy, in_place, read, write] = [Traffic::Copy, Traffic::InPlace, Traffic::Read, Traffic::Write]
             .map(|traffic| memory(backend, ground, settings, traffic));
-        let (copy, in_place) = (copy?, in_place?);
+        let (copy, in_place, read, write) = (copy?, in_place?, read?, write?);
         let product = product(backend, ground, settings, shapes(backend))?;
-        let passes = [copy.best, in_place.best, read?.best, write?.best];
+        let passes = [copy.best, in_place.best, read.best, write.best];
         let faster = if in_place.median > copy.median { &in_place } else { &copy };
         // A device whose times say nothing is told of with each figure.
         let told = |doubt: &Option<String>| if ground.refusal().is_some() { None } else { doubt.clone() };
@@ -151,10 +157,12 @@ impl Speeds {
             precision,
             copy: copy.median,
             in_place: in_place.median,
+            alone: [read.median, write.median],
             fastest_memory: passes.into_iter().fold(0.0, f64::max),
             product: product.quick,
             fastest_product: UNTRIED * product.quick,
             memory_doubt: told(&faster.doubt),
+            alone_doubts: [told(&read.doubt), told(&write.doubt)],
             product_doubt: told(&product.doubt),
         })
     }
@@ -168,6 +176,28 @@ impl Speeds {
     /// Bytes a second of that pass, those read and those written together.
     pub fn memory(&self) -> f64 {
         self.copy.max(self.in_place)
+    }
+
+    /// The least time of so many bytes that are read and so many that are written: as many of both as there are go at the speed of
+    /// [`Self::pass`], and what is left of one alone, where that is faster, as memory is read alone or written alone.
+    pub fn least_of(&self, bytes: [f64; 2]) -> Floor {
+        let [read, written] = bytes;
+        let paired = 2.0 * read.min(written);
+        let number = usize::from(written > read);
+        let (alone, speed) = ((read - written).abs(), self.alone[number]);
+        let pass = format!("the speed of {}, {:.1} GB/s", words(self.pass()), self.memory() / 1e9);
+        // Written so that a speed which is no number is none.
+        if alone > 0.0 && speed > self.memory() {
+            let of_pair = if paired > 0.0 { format!("{:.2} MB at {pass}, and ", paired / 1e6) } else { String::new() };
+            let way = words([Traffic::Read, Traffic::Write][number]);
+            return Floor {
+                seconds: paired / self.memory() + alone / speed,
+                what: format!("its {of_pair}{:.2} MB at the speed of {way}, {:.1} GB/s", alone / 1e6, speed / 1e9),
+                doubt: self.memory_doubt.clone().filter(|_| paired > 0.0).or_else(|| self.alone_doubts[number].clone()),
+            };
+        }
+        let (seconds, megabytes) = ((read + written) / self.memory(), (read + written) / 1e6);
+        Floor { seconds, what: format!("its {megabytes:.2} MB at {pass}"), doubt: self.memory_doubt.clone() }
     }
 
     /// `227 GFLOP/s in f32`.
@@ -229,6 +259,34 @@ mod tests {
         let speeds = |copy, in_place| Speeds { copy, in_place, ..Speeds::unknown(Precision::F32) };
         assert_eq!((speeds(2e10, 1e10).pass(), speeds(2e10, 1e10).memory()), (Traffic::Copy, 2e10));
         assert_eq!((speeds(1e10, 2e10).pass(), speeds(1e10, 2e10).memory()), (Traffic::InPlace, 2e10));
+    }
+
+    #[test]
+    fn what_is_read_or_written_alone_goes_by_the_faster_of_its_own_speed_and_that_of_the_pass() {
+        let speeds = Speeds {
+            copy: 2e10,
+            in_place: 1e10,
+            alone: [4e10, 1e10],
+            alone_doubts: [Some("read".to_owned()), None],
+            ..Speeds::unknown(Precision::F32)
+        };
+        let both = speeds.least_of([1e7, 1e7]);
+        assert_eq!((both.seconds, both.doubt), (1e-3, None));
+        assert_eq!(both.what, "its 20.00 MB at the speed of a copy, 20.0 GB/s");
+        let mostly_read = speeds.least_of([3e7, 1e7]);
+        assert_eq!((mostly_read.seconds, mostly_read.doubt.as_deref()), (1.5e-3, Some("read")));
+        assert_eq!(
+            mostly_read.what,
+            "its 20.00 MB at the speed of a copy, 20.0 GB/s, and 20.00 MB at the speed of a pass that reads, 40.0 GB/s"
+        );
+        let all_read = speeds.least_of([4e7, 0.0]);
+        assert_eq!(
+            (all_read.seconds, all_read.what.as_str()),
+            (1e-3, "its 40.00 MB at the speed of a pass that reads, 40.0 GB/s")
+        );
+        // A pass that writes is slower than a copy here, which is no bound.
+        let mostly_written = speeds.least_of([1e7, 3e7]);
+        assert_eq!((mostly_written.seconds, mostly_written.doubt), (2e-3, None));
     }
 
     #[test]

@@ -10,15 +10,6 @@ use crate::model::presets::{
     ModelOptions, Preset, ResNetOptions, ResNetStem, TextCnnOptions, TextEncoderOptions,
 };
 
-const ACTIVATIONS: [(&str, ActivationKind); 6] = [
-    ("relu", ActivationKind::Relu),
-    ("gelu", ActivationKind::Gelu),
-    ("gelu_tanh", ActivationKind::GeluTanh),
-    ("silu", ActivationKind::Silu),
-    ("sigmoid", ActivationKind::Sigmoid),
-    ("tanh", ActivationKind::Tanh),
-];
-
 const PRESETS: [(&str, Name); 13] = [
     ("linear", Name::Linear),
     ("logistic", Name::Logistic),
@@ -46,6 +37,11 @@ enum Name {
     TextCnn,
     TextEncoder,
     AudioCnn,
+}
+
+/// Functions by name.
+fn activations() -> [(&'static str, ActivationKind); 6] {
+    ActivationKind::ALL.map(|kind| (kind.name(), kind))
 }
 
 /// Reads `[model]`.
@@ -111,7 +107,7 @@ fn preset(section: &mut Section) -> Result<Preset> {
             let d = MlpOptions::default();
             Preset::Mlp(MlpOptions {
                 hidden: section.or("hidden", d.hidden)?,
-                activation: section.choice_or("activation", &ACTIVATIONS, "relu")?,
+                activation: section.choice_or("activation", &activations(), "relu")?,
                 dropout: section.or("dropout", d.dropout)?,
                 batch_norm: section.or("batch_norm", d.batch_norm)?,
             })
@@ -123,7 +119,7 @@ fn preset(section: &mut Section) -> Result<Preset> {
                 kernel: section.or("kernel", d.kernel)?,
                 convolutions: section.or("convolutions", d.convolutions)?,
                 hidden: section.or("hidden", d.hidden)?,
-                activation: section.choice_or("activation", &ACTIVATIONS, "relu")?,
+                activation: section.choice_or("activation", &activations(), "relu")?,
                 batch_norm: section.or("batch_norm", d.batch_norm)?,
                 dropout: section.or("dropout", d.dropout)?,
             })
@@ -193,9 +189,9 @@ fn gpt(section: &mut Section, size: &str) -> Result<GptOptions> {
         _ => GptPositions::None,
     };
     section.reject(&["rotary_base", "rotary_interleaved"], "goes with positions = \"rotary\" alone")?;
-    let activations: Vec<(&str, HiddenActivation)> = ACTIVATIONS
-        .iter()
-        .map(|(name, kind)| (*name, HiddenActivation::Pointwise(*kind)))
+    let activations: Vec<(&str, HiddenActivation)> = activations()
+        .into_iter()
+        .map(|(name, kind)| (name, HiddenActivation::Pointwise(kind)))
         .chain([("swiglu", HiddenActivation::Swiglu)])
         .collect();
     let mut optional = |key: &str, default: Option<usize>| match default {
@@ -298,7 +294,7 @@ fn layer(section: &mut Section) -> Result<LayerOptions> {
             LayerOptions::Residual { layers, shortcut, recompute: section.or("recompute", false)? }
         }
         activation => {
-            let kind = ACTIVATIONS.iter().find(|(name, _)| *name == activation).map(|(_, kind)| *kind);
+            let kind = ActivationKind::ALL.into_iter().find(|kind| kind.name() == activation);
             LayerOptions::Activation(kind.unwrap_or(ActivationKind::Relu))
         }
     })

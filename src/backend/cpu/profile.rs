@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::parallel::vectorize;
-use crate::backend::profile::{KernelTime, Kind, Probe, Profiled, Traffic};
+use crate::backend::profile::{KernelTime, Kind, Probe, Profiled, Traffic, WRITTEN};
 use crate::error::{Error, Result};
 use crate::host;
 use crate::real::Real;
@@ -153,7 +153,7 @@ impl<R: Real> Profiled for Cpu<R> {
             }),
             Traffic::Write => to[..len].par_chunks_mut(part).for_each(|to| {
                 for _ in 0..rounds {
-                    to.fill(1.0);
+                    bytemuck::cast_slice_mut::<f32, u8>(to).fill(WRITTEN.to_bits() as u8);
                     black_box(&mut *to);
                 }
             }),

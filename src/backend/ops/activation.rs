@@ -49,6 +49,30 @@ pub enum ActivationKind {
     Tanh,
 }
 
+impl ActivationKind {
+    /// All of them.
+    pub const ALL: [ActivationKind; 6] = [
+        ActivationKind::Relu,
+        ActivationKind::Gelu,
+        ActivationKind::GeluTanh,
+        ActivationKind::Silu,
+        ActivationKind::Sigmoid,
+        ActivationKind::Tanh,
+    ];
+
+    /// The name that run files and layers have for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ActivationKind::Relu => "relu",
+            ActivationKind::Gelu => "gelu",
+            ActivationKind::GeluTanh => "gelu_tanh",
+            ActivationKind::Silu => "silu",
+            ActivationKind::Sigmoid => "sigmoid",
+            ActivationKind::Tanh => "tanh",
+        }
+    }
+}
+
 plain_operand!(ActivationKind);
 
 op! {

@@ -131,23 +131,14 @@ fn asked(options: &Options, processes: usize) -> Result<Asked> {
     let steps = MODELS.map(|model| (step::SUITE, together::name(model, kind, precision, processes)));
     let sums = all_reduce::sizes().map(|bytes| (all_reduce::SUITE, all_reduce::name(bytes, processes)));
     let mut names: Vec<(&'static str, String)> = sums.chain(steps).collect();
-    let means = |text: &str| {
-        let pattern = Pattern::among(&SUITES, text)?;
-        Ok(move |(suite, name): &(&str, String)| pattern.means(suite, name))
-    };
-    let mut patterns = Vec::new();
-    for text in &options.patterns {
-        let means = means(text)?;
-        if !names.iter().any(&means) {
-            let known: Vec<String> = names.iter().map(|(suite, name)| format!("{suite}/{name}")).collect();
-            let expected = known.join(", ");
-            let problem = format!("found {text}, which means no figure, expected the beginning of one of {expected}");
-            return Err(Error::config("bench", problem));
-        }
-        patterns.push(means);
+    let patterns = options.patterns.iter().map(|text| Pattern::among(&SUITES, text)).collect::<Result<Vec<_>>>()?;
+    if let Some(pattern) = patterns.iter().find(|pattern| !names.iter().any(|(suite, name)| pattern.means(suite, name)))
+    {
+        let lister = format!("`bench --list {}`, started as {processes} processes,", pattern.suite());
+        return Err(pattern.means_none(&lister));
     }
     if !patterns.is_empty() {
-        names.retain(|name| patterns.iter().any(|means| means(name)));
+        names.retain(|(suite, name)| patterns.iter().any(|pattern| pattern.means(suite, name)));
     } else if !options.list {
         // Of the steps, those of a tour: a large model is no measure of processors.
         let tour = TOUR.into_iter().filter(|&model| kind != Kind::Host || model != "gpt2");

@@ -22,14 +22,7 @@ impl Activation {
 
 impl<B: Backend> Layer<B> for Activation {
     fn kind(&self) -> &'static str {
-        match self.kind {
-            ActivationKind::Relu => "relu",
-            ActivationKind::GeluTanh => "gelu_tanh",
-            ActivationKind::Gelu => "gelu",
-            ActivationKind::Silu => "silu",
-            ActivationKind::Sigmoid => "sigmoid",
-            ActivationKind::Tanh => "tanh",
-        }
+        self.kind.name()
     }
 
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
