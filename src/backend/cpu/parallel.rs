@@ -8,7 +8,8 @@ use crate::real::Real;
 pub(super) const PIECE: usize = 1 << 14;
 
 /// Runs `f` with the widest vector instructions that the processor has. `f` and what it calls must be inlined into it
-/// (`#[inline(always)]`) to gain.
+/// (`#[inline(always)]`) to gain: closures within it, such as those of `for_each`, are not where they are long, so that a loop around
+/// a function that is handed over is a `for`.
 #[inline(always)]
 pub(super) fn vectorize<T>(f: impl FnOnce() -> T) -> T {
     struct Run<F>(F);
@@ -32,7 +33,11 @@ pub(super) fn map<R: Real>(y: &mut [R], x: &[R], f: impl Fn(R) -> R + Sync) {
     let piece = |(y, x): (&mut [R], &[R])| {
         vectorize(
             #[inline(always)]
-            || y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x)),
+            || {
+                for (y, &x) in y.iter_mut().zip(x) {
+                    *y = f(x);
+                }
+            },
         )
     };
     if y.len() <= PIECE {
@@ -47,7 +52,11 @@ pub(super) fn map2<R: Real>(y: &mut [R], a: &[R], b: &[R], f: impl Fn(R, R) -> R
     let piece = |((y, a), b): ((&mut [R], &[R]), &[R])| {
         vectorize(
             #[inline(always)]
-            || y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = f(a, b)),
+            || {
+                for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                    *y = f(a, b);
+                }
+            },
         )
     };
     if y.len() <= PIECE {
@@ -62,7 +71,11 @@ pub(super) fn update<R: Real>(y: &mut [R], a: &[R], f: impl Fn(R, R) -> R + Sync
     let piece = |(y, a): (&mut [R], &[R])| {
         vectorize(
             #[inline(always)]
-            || y.iter_mut().zip(a).for_each(|(y, &a)| *y = f(a, *y)),
+            || {
+                for (y, &a) in y.iter_mut().zip(a) {
+                    *y = f(a, *y);
+                }
+            },
         )
     };
     if y.len() <= PIECE {
@@ -90,7 +103,9 @@ pub(super) fn apply_to_rows<R: Real>(
                     if let Some(bias) = bias {
                         x.iter_mut().zip(bias).for_each(|(x, &b)| *x += b);
                     }
-                    y.iter_mut().zip(x).for_each(|(y, &mut x)| *y = f(x));
+                    for (y, &mut x) in y.iter_mut().zip(x) {
+                        *y = f(x);
+                    }
                 }
             },
         )
@@ -112,8 +127,16 @@ pub(super) fn apply_in_place<R: Real>(y: &mut [R], bias: Option<&[R]>, width: us
             || {
                 for row in y.chunks_exact_mut(width) {
                     match bias {
-                        Some(bias) => row.iter_mut().zip(bias).for_each(|(y, &b)| *y = f(*y + b)),
-                        None => row.iter_mut().for_each(|y| *y = f(*y)),
+                        Some(bias) => {
+                            for (y, &b) in row.iter_mut().zip(bias) {
+                                *y = f(*y + b);
+                            }
+                        }
+                        None => {
+                            for y in row {
+                                *y = f(*y);
+                            }
+                        }
                     }
                 }
             },
