@@ -80,7 +80,11 @@ fn in_blocks<R: Real>(
         if columns.len() == SIDE {
             let mut columns: [&mut [R]; SIDE] = std::array::from_fn(|_| columns.next().unwrap_or_default());
             for (j, lines) in eights.iter().enumerate() {
-                let block = std::array::from_fn(|row| *in_one_piece(lines[row][first..].first_chunk()));
+                // No closure here either: see `avx::turn`.
+                let mut block = [[R::zero(); SIDE]; SIDE];
+                for (row, line) in block.iter_mut().zip(lines) {
+                    *row = *in_one_piece(line[first..].first_chunk());
+                }
                 for (column, values) in columns.iter_mut().zip(turn(block)) {
                     let column = &mut column[j * SIDE..(j + 1) * SIDE];
                     column.iter_mut().zip(values).for_each(|(to, value)| put(to, value));

@@ -96,6 +96,15 @@ fn negate<R: Real>(a: Lanes<R>) -> Lanes<R> {
     subtract([R::zero(); LANES], a)
 }
 
+#[inline(always)]
+fn halve<R: Real>(mut a: Lanes<R>) -> Lanes<R> {
+    let half = R::from_f64(0.5);
+    for value in &mut a {
+        *value *= half;
+    }
+    a
+}
+
 /// What four values in a row of a patch become.
 #[inline(always)]
 fn of_patch<R: Real>([a, b, c, d]: [Lanes<R>; 4]) -> [Lanes<R>; 4] {
@@ -112,6 +121,13 @@ fn of_tile<R: Real>([a, b]: [Lanes<R>; 2]) -> [Lanes<R>; 4] {
 #[inline(always)]
 fn of_products<R: Real>([a, b, c, d]: [Lanes<R>; 4]) -> [Lanes<R>; 2] {
     [add(add(a, b), c), subtract(subtract(b, c), d)]
+}
+
+/// What four points in a row of a kernel's gradient make of three weights'.
+#[inline(always)]
+fn of_sums<R: Real>([a, b, c, d]: [Lanes<R>; 4]) -> [Lanes<R>; 3] {
+    let (sum, difference) = (halve(add(b, c)), halve(subtract(b, c)));
+    [add(a, sum), difference, add(sum, d)]
 }
 
 /// Rows and columns changed about.
@@ -379,29 +395,23 @@ impl Winograd {
 
     /// `weights` `[9, filters * channels]`, `=`: what kernels of gradients `sums` `[16, filters * channels]` make of weights.
     fn weights_of<R: Real>(&self, sums: &[R], weights: &mut [R]) {
-        const SIDE: usize = 16;
         let len = self.channels * self.filters;
-        let half = R::from_f64(0.5);
-        let three = |[a, b, c, d]: [R; 4]| [a + half * (b + c), half * (b - c), half * (b + c) + d];
         vectorize(
             #[inline(always)]
             || {
-                // As many planes are at least, and so many values of each.
-                for at in (0..len).step_by(SIDE) {
-                    let at = at.min(len - SIDE);
-                    let mut found = [[R::zero(); SIDE]; 9];
-                    for i in 0..SIDE {
-                        let down: [[R; 3]; 4] =
-                            std::array::from_fn(|j| three(std::array::from_fn(|k| sums[(4 * k + j) * len + at + i])));
-                        for row in 0..3 {
-                            let across = three(std::array::from_fn(|j| down[j][row]));
-                            for (column, value) in across.into_iter().enumerate() {
-                                found[3 * row + column][i] = value;
-                            }
+                // As many planes are at least, and so many values of each; the last ones once more where they do not fill their lanes.
+                for at in (0..len).step_by(LANES) {
+                    let at = at.min(len - LANES);
+                    let down = turned([
+                        of_sums(load_four(sums, at, 4 * len)),
+                        of_sums(load_four(sums, len + at, 4 * len)),
+                        of_sums(load_four(sums, 2 * len + at, 4 * len)),
+                        of_sums(load_four(sums, 3 * len + at, 4 * len)),
+                    ]);
+                    for (row, points) in down.into_iter().enumerate() {
+                        for (column, values) in of_sums(points).into_iter().enumerate() {
+                            store(weights, (3 * row + column) * len + at, values);
                         }
-                    }
-                    for (tap, found) in found.iter().enumerate() {
-                        weights[tap * len + at..][..SIDE].copy_from_slice(found);
                     }
                 }
             },
