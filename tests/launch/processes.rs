@@ -231,6 +231,11 @@ fn what_cannot_be_started_is_one_sentence() {
     );
     one_sentence(&run(&["--gpus", "2", "--", "train", "missing.toml"]), "missing.toml");
     one_sentence(&run(&["--gpus", "2", "--program", "./missing"]), "cannot start ./missing");
+    let digits = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits.toml");
+    one_sentence(
+        &run(&["--gpus", "2", "--", "train", digits, "--device", "cuda:1"]),
+        "run.device: found \"cuda:1\" for 2 processes, expected \"cuda\"",
+    );
     for wrong in [
         &["--gpus", "0", "--", "train", "run.toml"][..],
         &["--", "train", "run.toml"],

@@ -15,6 +15,11 @@ pub(super) fn are_there(device: DeviceChoice, convolutions: bool, wanted: usize)
         return Ok(());
     }
     let no_driver = || "no NVIDIA driver was found".to_owned();
+    if let DeviceChoice::Cuda(Some(ordinal)) = device {
+        let found =
+            format!("found \"cuda:{ordinal}\" for {wanted} processes, expected \"cuda\", of which each takes its own");
+        return Err(Error::config("run.device", found));
+    }
     let found = match device {
         DeviceChoice::Cpu => Err("the device is the CPU".to_owned()),
         // Unless a user says otherwise, the launcher gives each process one.
