@@ -185,6 +185,20 @@ fn the_user_s_third_signal_ends_even_those_that_hear_none() {
 }
 
 #[test]
+fn a_rank_that_the_user_told_to_end_is_no_failure() {
+    for kind in three() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!("{RANK} echo $r >> tries-$r; exit 143");
+        let output = output(&mut launch(folder.path(), &[&kind[..], &["--restarts", "2"]].concat(), &script));
+        assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(143), ""), "{kind:?}");
+        assert!(
+            (0..3).all(|rank| read(&folder.path().join(format!("tries-{rank}"))) == format!("{rank}\n")),
+            "{kind:?}"
+        );
+    }
+}
+
+#[test]
 fn a_killed_launcher_leaves_no_rank_behind() {
     for kind in three() {
         let folder = tempfile::tempdir().unwrap();

@@ -5,7 +5,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGKILL, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGKILL, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::control::Control;
@@ -25,7 +25,7 @@ const LAST_SIGNAL: u32 = 3;
 pub(super) enum End {
     /// Every rank ended with 0.
     Done,
-    /// The user's signal, passed on to all.
+    /// The user's signal, passed on to all, or told to all by the rank that it came to.
     Interrupted(i32),
     /// A rank failed; which, where that is known.
     Failed { rank: Option<usize>, status: ExitStatus },
@@ -143,6 +143,15 @@ impl Job {
     /// printed an error, rank 0, which every user sees, or any; of each kind none before the others that was ended for another's sake.
     fn culprit(&self, outputs: &Attempt<'_>, ended_by_us: bool) -> End {
         let failed: Vec<_> = self.ended().into_iter().filter(|(_, status)| !status.success()).collect();
+        // A rank that was told to end tells all others, and none of them failed.
+        let told = |(_, status): &(usize, ExitStatus)| {
+            [SIGINT, SIGTERM].into_iter().find(|signal| status.code() == Some(128 + signal))
+        };
+        if let Some(signal) = failed.first().and_then(told)
+            && failed.iter().all(|one| told(one).is_some())
+        {
+            return End::Interrupted(signal);
+        }
         let for_others = |status: ExitStatus| {
             let signal = status.signal().or_else(|| status.code().map(|code| code - 128));
             match signal {
