@@ -8,6 +8,7 @@ mod outputs;
 mod rank;
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -217,6 +218,10 @@ impl Launch {
                 let folders = [self.outputs.folder(), control.folder()];
                 let mut command = mpirun.command(self.size, folders, &self.program, arguments)?;
                 prepare(&mut command);
+                // It gives ranks a terminal of its own, whatever it writes into itself: no rank is to draw where nobody sees it.
+                if !std::io::stdout().is_terminal() {
+                    command.env("TERM", "dumb");
+                }
                 Job::through_mpirun(command, control)
             }
             None => Job::of_ranks(self.size, |rank| {

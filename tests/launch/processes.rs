@@ -199,6 +199,14 @@ fn a_rank_that_the_user_told_to_end_is_no_failure() {
 }
 
 #[test]
+fn under_mpirun_ranks_draw_no_line_into_a_pipe() {
+    let Some(kind) = three().into_iter().find(|kind| kind[0] == "--cpus") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let output = output(&mut launch(folder.path(), &kind, &format!("{RANK} [ $r = 0 ] && echo $TERM; exit 0")));
+    assert_eq!((output.status.code(), stdout(&output).trim()), (Some(0), "dumb"));
+}
+
+#[test]
 fn a_killed_launcher_leaves_no_rank_behind() {
     for kind in three() {
         let folder = tempfile::tempdir().unwrap();
