@@ -9,6 +9,7 @@ mod rank;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::mem::MaybeUninit;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -117,8 +118,20 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         outputs: Outputs::new(options.log_dir.unwrap_or(logs))?,
         replaced,
     };
-    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(|e| Error::io("listen to", "signals", e))?;
+    // Under nohup a terminal's end is neither this process's nor, since they inherit that, the ranks'.
+    let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !is_ignored(signal));
+    let signals = Signals::new(heard).map_err(|e| Error::io("listen to", "signals", e))?;
     launch.run(options.restarts, starts, signals)
+}
+
+/// Whether this process was started so that a signal does nothing.
+fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: nothing is set; the system writes into room of the type that it asks for, of which zeros are a value too.
+    unsafe {
+        let status = libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        status == 0 && action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
 }
 
 /// What each process is.

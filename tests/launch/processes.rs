@@ -1,5 +1,6 @@
 //! `warpstep launch` with shell scripts as ranks.
 
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -204,6 +205,29 @@ fn under_mpirun_ranks_draw_no_line_into_a_pipe() {
     let folder = tempfile::tempdir().unwrap();
     let output = output(&mut launch(folder.path(), &kind, &format!("{RANK} [ $r = 0 ] && echo $TERM; exit 0")));
     assert_eq!((output.status.code(), stdout(&output).trim()), (Some(0), "dumb"));
+}
+
+#[test]
+fn the_end_of_its_terminal_ends_a_launch_but_not_one_under_nohup() {
+    for (ignored, code) in [(false, 129), (true, 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "echo $$ > pid-$WARPSTEP_RANK; while ! [ -e end ]; do sleep 0.01; done";
+        let mut command = launch(folder.path(), &["--gpus", "3"], script);
+        let action = if ignored { libc::SIG_IGN } else { libc::SIG_DFL };
+        // SAFETY: between fork and exec only a system call is made.
+        unsafe {
+            command.pre_exec(move || {
+                libc::signal(libc::SIGHUP, action);
+                Ok(())
+            });
+        }
+        let mut child = start(&mut command);
+        wait_for("ranks that begin", || pids(folder.path()).iter().all(|pid| !pid.is_empty()));
+        signal(&child, libc::SIGHUP);
+        std::thread::sleep(Duration::from_millis(100));
+        std::fs::write(folder.path().join("end"), "").unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code), "ignored: {ignored}");
+    }
 }
 
 #[test]
