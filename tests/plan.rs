@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::{run, stderr, stdout};
+use std::process::Output;
+
+use common::{run, stderr, stdout, warpstep};
 use serde_json::Value;
 use warpstep::bench::results::{FORMAT, Figure, Machine, Results, Spread};
 
@@ -76,6 +78,27 @@ fn this_machine_can_be_planned_with_and_the_text_tells_all_parts() {
     }
 }
 
+/// `train --dry-run` on the CPU as one of so many processes.
+fn dry_run(processes: &str, more: &[&str]) -> Output {
+    let environment = [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", processes), ("MASTER_ADDR", "localhost")];
+    let mut command = warpstep();
+    command.args(["train", DIGITS, "--device", "cpu", "--dry-run"]).args(more);
+    command.envs(environment).env("MASTER_PORT", "29500").output().unwrap()
+}
+
+#[test]
+fn a_batch_that_cannot_be_shared_out_is_refused_by_a_dry_run_too() {
+    let parts = ["--set", "run.reproducible=true", "--set", "parallel.parts=64"];
+    for (processes, more, part) in [
+        ("3", &[][..], "data.batch_size: found 32, expected a multiple of 3"),
+        ("1", &parts[..], "data.batch_size: found 32, expected a multiple of parallel.parts = 64"),
+    ] {
+        let output = dry_run(processes, more);
+        assert_eq!(output.status.code(), Some(2), "{}", stdout(&output));
+        assert!(stderr(&output).contains(part), "{}", stderr(&output));
+    }
+}
+
 #[test]
 fn measured_speeds_take_the_place_of_the_data_sheet() {
     let folder = tempfile::tempdir().unwrap();
@@ -127,6 +150,10 @@ fn what_cannot_be_planned_is_said_in_a_sentence() {
         (vec!["--gpus", "3"], "data.batch_size: found 32, expected a multiple of 3"),
         (vec!["--network=-1"], "--network: found -1"),
         (vec!["--gpu", "here", "--set", "run.precision=\"bf16\""], "the CPU computes in f32"),
+        (
+            vec!["--set", "run.reproducible=true", "--set", "parallel.parts=64"],
+            "data.batch_size: found 32, expected a multiple of parallel.parts = 64",
+        ),
     ] {
         let output = run(&[&["plan", DIGITS][..], &more].concat());
         assert_eq!(output.status.code(), Some(2), "{more:?}: {}", stderr(&output));

@@ -353,6 +353,10 @@ fn a_last_batch_that_is_not_full_is_trained_on() {
     let text = stderr(&too_many);
     let (_, after) = text.split_once("the training split holds ").expect(&text);
     let samples: u64 = after.split_once(' ').unwrap().0.parse().unwrap();
+    // In parts, all batches are as large, and it is no way out.
+    let parts = ["--set", "run.reproducible=true", "--set", "data.batch_size=4000"];
+    let in_parts = stderr(&short.try_train("parts", &[&more[..], &parts].concat()));
+    assert!(in_parts.contains(&format!("set it to {samples} at most\n")), "{in_parts}");
     // All samples as a batch of their own size, and as what is left of a larger one.
     let size = format!("data.batch_size={samples}");
     let whole = short.train("whole", &["--set", &size, "--set", "optimizer.accumulate=1"]);

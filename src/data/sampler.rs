@@ -70,9 +70,10 @@ impl Sampler {
         let whole = options.drop_last || parts > 1;
         let batches = if whole { len / batch_size } else { len.div_ceil(batch_size) };
         if batches == 0 {
+            // Of a batch in parts all are as large.
+            let or = if parts > 1 { "" } else { ", or data.drop_last = false" };
             return wrong(format!(
-                "found {batch_size}, but the training split holds {len} samples; set it to {len} at most, or \
-                 data.drop_last = false"
+                "found {batch_size}, but the training split holds {len} samples; set it to {len} at most{or}"
             ));
         }
         if options.sampling == Sampling::Shuffle && u32::try_from(len).is_err() {

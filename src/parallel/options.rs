@@ -92,7 +92,9 @@ impl ParallelOptions {
     /// A batch that cannot be shared out so, with the run file's key.
     pub fn share(&self, rank: usize, world: usize, batch_size: usize) -> Result<Share> {
         if !self.reproducible {
-            return Ok(Share::of_rank(rank, world));
+            let why =
+                format!("{world}: it is the batch of all processes together, and each takes as many samples of it");
+            return in_parts(batch_size, Share::of_rank(rank, world), &why);
         }
         let most = 1usize << batch_size.trailing_zeros().min(3);
         let parts = self.parts.unwrap_or(most);
@@ -102,7 +104,7 @@ impl ParallelOptions {
         } else {
             Share::reproducible(rank, world, parts)
         };
-        share.ok_or_else(|| {
+        let share = share.ok_or_else(|| {
             Error::config(
                 "parallel.parts",
                 format!(
@@ -110,7 +112,8 @@ impl ParallelOptions {
                      expected a power of two of processes, {parts} at most, or more parts (a power of two that divides data.batch_size)"
                 ),
             )
-        })
+        })?;
+        in_parts(batch_size, share, &format!("parallel.parts = {parts}"))
     }
 
     /// How the memory of a process that has this share is shared out, `rank` of `world`.
@@ -124,4 +127,12 @@ impl ParallelOptions {
     pub fn bucket_elements(&self) -> usize {
         ((self.bucket_mb * 1e6 / 4.0) as usize).max(1)
     }
+}
+
+/// The share, where a batch of so many samples can be cut into its parts; else what it should be a multiple of.
+fn in_parts(batch_size: usize, share: Share, of: &str) -> Result<Share> {
+    if batch_size.is_multiple_of(share.of) {
+        return Ok(share);
+    }
+    Err(Error::config("data.batch_size", format!("found {batch_size}, expected a multiple of {of}")))
 }
