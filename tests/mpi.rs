@@ -30,6 +30,7 @@ clip = { global_norm = 0.5 }
 
 [evaluate]
 every_steps = 25
+batches = 3
 "#;
 
 const MNIST: &str = r#"

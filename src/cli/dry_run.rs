@@ -72,7 +72,7 @@ fn plan<B: Update>(
         share: (share.of > 1).then_some((share, sharding)),
         left: SamplerOptions { share, ..data.sampler_options(run.train.batch_size, run.train.seed) }
             .left(data.splits.train.len()),
-        evaluations: evaluated(&data.splits, run.train.batch_size),
+        evaluations: evaluated(&data.splits, run.train.batch_size / share.of),
         optimizer: &run.optimizer,
         average: run.train.ema.is_some(),
     };

@@ -81,6 +81,8 @@ struct Loop<B: Backend + Update> {
     compare_every: u64,
     trainer: Trainer<B>,
     source: Source,
+    /// Parts of a batch, a pass each.
+    parts: usize,
     options: TrainOptions,
     peak: f64,
     clips: bool,

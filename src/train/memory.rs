@@ -32,7 +32,7 @@ pub struct Wanted<'a> {
     pub share: Option<(Share, ShardingOptions)>,
 }
 
-/// Numbers of samples that evaluations of these splits take at a time, each once.
+/// Numbers of samples that evaluations of these splits take at a time, each once, where a pass of training takes `batch_size`.
 pub fn evaluated(splits: &Splits, batch_size: usize) -> Vec<usize> {
     let mut found = Vec::new();
     for split in [&splits.validation, &splits.test].into_iter().flatten().filter(|split| !split.is_empty()) {

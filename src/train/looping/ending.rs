@@ -75,10 +75,11 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         Ok(Some(scores))
     }
 
-    /// The sums of a split, of which each process takes its turn of batches. They are added up in the order of batches. None where a
-    /// signal came before the last one.
+    /// The sums of a split, of `most` batches at most, of which each process takes its turn of parts: as many samples at a time as it
+    /// trains on. They are added up in the order of parts. None where a signal came before the last one.
     fn sums(&mut self, dataset: &Arc<dyn Dataset>, most: usize) -> Result<Option<LossSums>> {
-        let size = self.options.batch_size.min(dataset.len().max(1));
+        let size = (self.options.batch_size / self.parts).min(dataset.len().max(1));
+        let most = most.saturating_mul(self.parts);
         let (rank, world) = (self.collective.rank(), self.collective.world());
         let loader = Loader::every(Arc::clone(dataset), size, (rank, world), most, self.prefetch);
         let found = match self.trainer.sharding() {

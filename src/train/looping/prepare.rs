@@ -72,7 +72,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             };
             trainer.plan_smaller(left).map_err(told)?;
         }
-        trainer.reserve_for_evaluations(&evaluated(&run.splits, run.options.batch_size))?;
+        trainer.reserve_for_evaluations(&evaluated(&run.splits, run.options.batch_size / share.of))?;
         if share.of > 1 || collective.is_queued() {
             let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
             let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;
@@ -124,6 +124,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             compare_every: run.parallel.check_every_steps,
             trainer,
             source,
+            parts: share.of,
             options: run.options,
             peak: run.optimizer.learning_rate,
             clips: run.optimizer.clip.norm != NormClip::Off,
