@@ -87,6 +87,20 @@ fn dry_run(processes: &str, more: &[&str]) -> Output {
 }
 
 #[test]
+fn memory_is_that_of_a_dry_run_with_evaluations_of_a_process_s_share() {
+    let evaluation = ["1", "4"].map(|processes| {
+        let found = plan(DIGITS, &["--gpu", "here", "--gpus", processes]);
+        let parts = found["memory"].as_array().unwrap();
+        let total: f64 = parts.iter().map(|part| part["bytes"].as_f64().unwrap()).sum();
+        let told = stdout(&dry_run(processes, &[]));
+        let together = format!("{:.3} MiB, besides", total / f64::from(1 << 20));
+        assert!(told.contains(&together), "{processes}: {together} in {told}");
+        memory_of(&found, "evaluation")
+    });
+    assert!(evaluation[1] > 0.0 && evaluation[1] <= evaluation[0] / 2.0, "{evaluation:?}");
+}
+
+#[test]
 fn a_batch_that_cannot_be_shared_out_is_refused_by_a_dry_run_too() {
     let parts = ["--set", "run.reproducible=true", "--set", "parallel.parts=64"];
     for (processes, more, part) in [
@@ -97,6 +111,33 @@ fn a_batch_that_cannot_be_shared_out_is_refused_by_a_dry_run_too() {
         assert_eq!(output.status.code(), Some(2), "{}", stdout(&output));
         assert!(stderr(&output).contains(part), "{}", stderr(&output));
     }
+}
+
+#[test]
+fn parts_of_a_batch_are_computed_and_rows_that_cannot_be_cut_into_them_are_left_out() {
+    let parts = ["--set", "run.reproducible=true", "--set", "parallel.parts=8", "--set", "data.batch_size=8"];
+    let found = plan(DIGITS, &[&["--gpus", "8"], &parts[..]].concat());
+    let counts = |rows: &str| -> Vec<u64> {
+        found[rows].as_array().unwrap().iter().map(|row| row["processes"].as_u64().unwrap()).collect()
+    };
+    assert_eq!((counts("same_batch"), counts("same_share")), (vec![1, 2, 4, 8], vec![8]));
+    // Each process makes one pass of one sample, as it does without parts.
+    let plain = plan(DIGITS, &["--gpus", "8", "--set", "data.batch_size=8"]);
+    assert_eq!(found["same_share"][0]["efficiency"], plain["same_share"][3]["efficiency"]);
+}
+
+#[test]
+fn sums_that_do_not_overlap_are_waited_for_whole() {
+    let sent = |overlap: &str| {
+        let overlap = format!("parallel.overlap={overlap}");
+        let wide = ["--set", "model.hidden=[4000, 4000]", "--set", "data.batch_size=65536", "--set", &overlap];
+        let found = plan(DIGITS, &[&["--gpus", "2"], &wide[..]].concat());
+        ["milliseconds", "not_hidden_milliseconds"].map(|of| found["communication"][0][of].as_f64().unwrap())
+    };
+    let [all, waited] = sent("true");
+    assert!(waited < all, "{waited} of {all}");
+    let [all, waited] = sent("false");
+    assert_eq!(waited, all);
 }
 
 #[test]
@@ -153,6 +194,13 @@ fn what_cannot_be_planned_is_said_in_a_sentence() {
         (
             vec!["--set", "run.reproducible=true", "--set", "parallel.parts=64"],
             "data.batch_size: found 32, expected a multiple of parallel.parts = 64",
+        ),
+        (
+            ["run.precision=\"bf16\"", "optimizer.master=false", "parallel.shard=\"optimizer\""]
+                .iter()
+                .flat_map(|&set| ["--set", set])
+                .collect(),
+            "optimizer.master: found false with parallel.shard",
         ),
     ] {
         let output = run(&[&["plan", DIGITS][..], &more].concat());

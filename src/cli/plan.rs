@@ -18,18 +18,19 @@ use crate::backend::cuda::Cuda;
 use crate::backend::ops::Update;
 use crate::config::{Precision, RunFile};
 use crate::data::options::Resident;
-use crate::data::{InputSpec, OpenedData, Table, TargetSpec};
+use crate::data::{InputSpec, OpenedData, SamplerOptions, Table, TargetSpec};
 use crate::error::{Error, Result};
-use crate::model::{Model, Program};
+use crate::model::{Mode, Model};
 use crate::optim::UpdatePlan;
 use crate::parallel::scaling::{GPUS, Hardware, Links, Prediction, Step, predict};
 use crate::parallel::{Shard, Wire};
 use crate::plan::Share;
 use crate::real::Element;
 use crate::train::looping::model_input;
-use crate::train::memory::{Part, RunMemory, Wanted};
+use crate::train::memory::{Part, RunMemory, Wanted, evaluated};
 use crate::train::profile::{Speed, update_bytes};
 use crate::train::resident::{candidate, fits};
+use crate::train::step::can_be_shared_out;
 
 /// Options of `plan`.
 #[derive(Debug, Args)]
@@ -248,34 +249,36 @@ impl<B: Update> Work<'_, B> {
         self.run.parallel.share(0, processes, batch).map_err(|e| self.run.locate(e))
     }
 
-    /// The program and the memory of a process that has this share, and takes so many samples at a time.
-    fn planned(&mut self, processes: usize, share: Share, samples: usize) -> Result<(Program<B>, RunMemory)> {
+    /// The memory of a process that has this share, and takes so many samples at a time.
+    fn memory(&mut self, processes: usize, share: Share, samples: usize) -> Result<RunMemory> {
         let parallel = &self.run.parallel;
         let sharding = parallel.sharding((0, processes), &share, self.run.train.accumulate);
+        let sampling = self.data.sampler_options(samples * share.of, self.run.train.seed);
         let wanted = Wanted {
             input: model_input(self.data.input()),
             batch_size: samples,
             share: (share.of > 1).then_some((share, sharding)),
-            left: None,
-            evaluations: Vec::new(),
+            left: SamplerOptions { share, ..sampling }.left(self.data.splits.train.len()),
+            evaluations: evaluated(&self.data.splits, samples),
             optimizer: &self.run.optimizer,
             average: self.run.train.ema.is_some(),
         };
-        let (program, memory) = RunMemory::plan(&mut self.model, &wanted).map_err(|e| self.run.locate(e))?;
+        let (_, memory) = RunMemory::plan(&mut self.model, &wanted).map_err(|e| self.run.locate(e))?;
         let free = |memory: f64| (memory * USABLE_MEMORY) as usize;
         let left = self.device.memory.map(|all| free(all).saturating_sub(memory.total()));
         match &self.table {
             Some(table) if self.data.resident == Resident::Always || fits(B::table_room(table), left) => {
-                Ok((program, memory.with_table::<B>(table)))
+                Ok(memory.with_table::<B>(table))
             }
-            _ => Ok((program, memory)),
+            _ => Ok(memory),
         }
     }
 
     /// The step of each of so many processes on a batch, and its floating-point operations.
     fn step(&mut self, processes: usize, batch: usize) -> Result<(Step, f64)> {
         let share = self.share(processes, batch)?;
-        let (program, _) = self.planned(processes, share, batch / share.of)?;
+        let input = model_input(self.data.input());
+        let program = self.model.plan(&input, batch / share.of, Mode::Training).map_err(|e| self.run.locate(e))?;
         let costs = program.costs(self.model.parameters())?;
         let floor = |cost: &crate::model::OpCost| self.device.speed.floor_ms(cost.bytes, cost.flops) * 1e-3;
         let (forward, backward) = costs.split_at(program.forward_ops);
@@ -283,19 +286,30 @@ impl<B: Update> Work<'_, B> {
         let plan = UpdatePlan::new(&self.run.optimizer, &layout)?;
         let len = layout.padded_len();
         let copy = if size_of::<B::Storage>() < size_of::<f32>() { size_of::<B::Storage>() } else { 0 };
-        let sent = match self.run.parallel.wire {
+        let (parallel, accumulate) = (&self.run.parallel, self.run.train.accumulate);
+        let sent = match parallel.wire {
             Wire::F32 => size_of::<f32>(),
-            Wire::Bf16 => 2,
+            Wire::Bf16 => size_of::<bf16>(),
         };
-        let passes = share.passes(self.run.train.accumulate) as f64;
+        let sharding = parallel.sharding((0, processes), &share, accumulate);
+        let passes = share.passes(accumulate) as f64;
+        // Where parameters are gathered between buckets, the host does one after the other.
+        let sums_beside = match parallel.shard {
+            Shard::None | Shard::Optimizer => parallel.overlap,
+            Shard::Gradients => parallel.overlap || B::QUEUES_SUMS,
+            Shard::Parameters => B::QUEUES_SUMS,
+        };
         let step = Step {
             forward: forward.iter().map(floor).sum(),
             backward: backward.iter().map(floor).sum(),
             update: update_bytes(&plan, len, copy) as f64 / self.device.speed.copy,
-            accumulate: passes,
+            passes,
+            sums: if sharding.adds_up { share.count as f64 } else { passes },
             gradient_bytes: (len * sent) as f64,
             parameter_bytes: (len * size_of::<B::Storage>()) as f64,
-            bucket_bytes: self.run.parallel.bucket_mb * 1e6,
+            bucket_bytes: (parallel.bucket_elements() * sent) as f64,
+            sums_beside,
+            gathers_beside: B::QUEUES_SUMS,
         };
         Ok((step, program.flops() as f64 * passes))
     }
@@ -304,8 +318,7 @@ impl<B: Update> Work<'_, B> {
     fn row(&mut self, processes: usize, samples: usize, items: f64) -> Result<(Row, Prediction)> {
         let (step, _) = self.step(processes, processes * samples)?;
         let found = predict(&step, self.run.parallel.shard, &self.links(processes));
-        let (alone, _) = self.step(1, samples)?;
-        let alone = predict(&alone, Shard::None, &self.links(1)).seconds;
+        let alone = predict(&step, Shard::None, &self.links(1)).seconds;
         let row = Row {
             processes,
             batch_a_process: samples,
@@ -320,7 +333,7 @@ impl<B: Update> Work<'_, B> {
     fn largest_batch(&mut self, processes: usize, share: Share) -> Result<Option<usize>> {
         let Some(memory) = self.device.memory else { return Ok(None) };
         let mut fits = |samples: usize| -> Result<bool> {
-            Ok(self.planned(processes, share, samples)?.1.total() as f64 <= memory * USABLE_MEMORY)
+            Ok(self.memory(processes, share, samples)?.total() as f64 <= memory * USABLE_MEMORY)
         };
         if !fits(1)? {
             return Ok(Some(0));
@@ -356,6 +369,9 @@ impl Plan {
                 ),
             )));
         }
+        if run.parallel.shard != Shard::None {
+            can_be_shared_out(&run.optimizer).map_err(|e| run.locate(e))?;
+        }
         let samples = batch / world;
         let (unit, items) = match (data.input(), data.target()) {
             (InputSpec::Tokens { context, .. }, TargetSpec::NextToken) => ("tokens", *context as f64),
@@ -365,21 +381,26 @@ impl Plan {
         let table = candidate(&data.splits.train, data.resident).map_err(|e| run.locate(e))?;
         let mut work = Work { options, run, data, device, model: build_model::<B>(run, &data.preprocess)?, table };
         let share = work.share(world, batch)?;
-        let (_, memory) = work.planned(world, share, batch / share.of)?;
+        let memory = work.memory(world, share, batch / share.of)?;
         let (_, flops) = work.step(world, batch)?;
         let (row, found) = work.row(world, samples, items)?;
         let powers = || (0..usize::BITS).map(|power| 1usize << power).take_while(|&count| count < 2 * world);
         let counts: Vec<usize> = powers().filter(|&count| count < world).chain([world]).collect();
         let mut same_batch = Vec::new();
         for &count in counts.iter().filter(|&&count| batch.is_multiple_of(count)) {
-            same_batch.push(work.row(count, batch / count, items)?.0);
+            if work.share(count, batch).is_ok() {
+                same_batch.push(work.row(count, batch / count, items)?.0);
+            }
         }
         if let Some(alone) = same_batch.first().map(|row| row.per_second / row.processes as f64) {
             same_batch.iter_mut().for_each(|row| row.efficiency = row.per_second / (alone * row.processes as f64));
         }
         let mut same_share = Vec::new();
         for &count in &counts {
-            same_share.push(work.row(count, samples, items)?.0);
+            // Fewer samples may not come in as many parts.
+            if work.share(count, count * samples).is_ok() {
+                same_share.push(work.row(count, samples, items)?.0);
+            }
         }
         Ok(Plan {
             device: title,

@@ -15,14 +15,20 @@ pub struct Step {
     pub backward: f64,
     /// Seconds of the update of all parameters.
     pub update: f64,
-    /// Micro-batches.
-    pub accumulate: f64,
+    /// Passes: micro-batches, or of each the parts that a process takes one by one.
+    pub passes: f64,
+    /// How often gradients that are not kept are summed over processes.
+    pub sums: f64,
     /// Bytes of all gradients as they are sent.
     pub gradient_bytes: f64,
     /// Bytes of all parameters as they are gathered.
     pub parameter_bytes: f64,
     /// Bytes of gradients that are sent together.
     pub bucket_bytes: f64,
+    /// Whether gradients are summed while the backward goes on.
+    pub sums_beside: bool,
+    /// Whether parameters are gathered while the program goes on.
+    pub gathers_beside: bool,
 }
 
 /// Something that processes send one another in a step.
@@ -97,25 +103,26 @@ fn seconds(kind: Kind, bytes: f64, messages: f64, links: &Links) -> f64 {
 /// The step of `links`'s processes, each of which makes `step` by itself.
 pub fn predict(step: &Step, shard: Shard, links: &Links) -> Prediction {
     let world = links.world() as f64;
-    let compute = step.accumulate * (step.forward + step.backward);
+    let compute = step.passes * (step.forward + step.backward);
     let update = if shard == Shard::None { step.update } else { step.update / world };
     let mut traffic = Vec::new();
     if links.world() > 1 {
         let buckets = (step.gradient_bytes / step.bucket_bytes).ceil().max(1.0);
         let last = step.gradient_bytes.min(step.bucket_bytes);
-        // Gradients go out bucket by bucket while the backward of the last micro-batch goes on; the last one has nothing beside it.
+        let beside = |goes_on: bool, seconds: f64| if goes_on { seconds } else { 0.0 };
+        // Gradients go out bucket by bucket while the backward of the last pass goes on; the last one has nothing beside it.
         let reduce = |what, kind, times: f64| {
             let once = seconds(kind, step.gradient_bytes, buckets, links);
             let rest = seconds(kind, last, 1.0, links);
-            let exposed = rest.max(once - step.backward);
+            let exposed = rest.max(once - beside(step.sums_beside, step.backward));
             let bytes = times * sent(kind, step.gradient_bytes, world);
             Traffic { what, times, bytes, seconds: times * once, exposed: times * exposed }
         };
         // Parameters are gathered a layer ahead of where they are needed.
-        let gather = |what, times: f64, beside: f64| {
+        let gather = |what, times: f64, hidden: f64| {
             let once = seconds(Kind::AllGather, step.parameter_bytes, buckets, links);
             let bytes = times * sent(Kind::AllGather, step.parameter_bytes, world);
-            Traffic { what, times, bytes, seconds: times * once, exposed: times * (once - beside).max(0.0) }
+            Traffic { what, times, bytes, seconds: times * once, exposed: times * (once - hidden).max(0.0) }
         };
         match shard {
             Shard::None => traffic.push(reduce("all-reduce of gradients", Kind::AllReduce, 1.0)),
@@ -124,13 +131,14 @@ pub fn predict(step: &Step, shard: Shard, links: &Links) -> Prediction {
                 traffic.push(gather("all-gather of parameters, after the update", 1.0, 0.0));
             }
             Shard::Gradients => {
-                traffic.push(reduce("reduce-scatter of gradients", Kind::ReduceScatter, step.accumulate));
+                traffic.push(reduce("reduce-scatter of gradients", Kind::ReduceScatter, step.sums));
                 traffic.push(gather("all-gather of parameters, after the update", 1.0, 0.0));
             }
             Shard::Parameters => {
-                traffic.push(reduce("reduce-scatter of gradients", Kind::ReduceScatter, step.accumulate));
-                traffic.push(gather("all-gather of parameters, for the forward", step.accumulate, step.forward));
-                traffic.push(gather("all-gather of parameters, for the backward", step.accumulate, step.backward));
+                let [forward, backward] = [step.forward, step.backward].map(|s| beside(step.gathers_beside, s));
+                traffic.push(reduce("reduce-scatter of gradients", Kind::ReduceScatter, step.sums));
+                traffic.push(gather("all-gather of parameters, for the forward", step.passes, forward));
+                traffic.push(gather("all-gather of parameters, for the backward", step.passes, backward));
             }
         }
     }
@@ -157,10 +165,13 @@ mod tests {
         forward: 0.03,
         backward: 0.06,
         update: 0.001,
-        accumulate: 1.0,
+        passes: 1.0,
+        sums: 1.0,
         gradient_bytes: 500e6,
         parameter_bytes: 250e6,
         bucket_bytes: 16e6,
+        sums_beside: true,
+        gathers_beside: true,
     };
 
     #[test]
@@ -179,7 +190,7 @@ mod tests {
         let found = predict(&STEP, Shard::Optimizer, &links(4, 1));
         assert_eq!(found.traffic[0].bytes, 0.75 * 500e6);
         assert_eq!(found.traffic[1].bytes, 0.75 * 250e6);
-        let found = predict(&Step { accumulate: 3.0, ..STEP }, Shard::Parameters, &links(4, 1));
+        let found = predict(&Step { passes: 3.0, sums: 3.0, ..STEP }, Shard::Parameters, &links(4, 1));
         assert_eq!(found.traffic.iter().map(|t| t.bytes).sum::<f64>(), 3.0 * 0.75 * (500e6 + 2.0 * 250e6));
     }
 
@@ -193,6 +204,15 @@ mod tests {
         let all = seconds(Kind::AllReduce, 500e6, 32.0, &slow);
         assert!((found.exposed() - (all - 0.06)).abs() < 1e-12);
         assert!((found.seconds - (0.091 + all - 0.06)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_does_not_go_on_beside_is_waited_for_whole() {
+        let waits = Step { sums_beside: false, gathers_beside: false, ..STEP };
+        for shard in [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters] {
+            let found = predict(&waits, shard, &links(8, 1));
+            assert!(found.traffic.iter().all(|traffic| traffic.exposed == traffic.seconds), "{found:?}");
+        }
     }
 
     #[test]
