@@ -166,6 +166,37 @@ fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written
 }
 
 #[test]
+fn what_one_process_finds_in_its_turn_of_an_evaluation_is_said() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    for split in ["train", "validation"] {
+        for (class, shade) in [("a", 50), ("b", 200)] {
+            let of_class = folder.path().join(split).join(class);
+            fs::create_dir_all(&of_class).unwrap();
+            for number in 0..2 {
+                let picture = image::GrayImage::from_pixel(8, 8, image::Luma([shade]));
+                picture.save(of_class.join(format!("{number}.png"))).unwrap();
+            }
+        }
+    }
+    // The last picture, which is in the second process's batch.
+    let damaged = folder.path().join("validation/b/1.png");
+    let whole = fs::read(&damaged).unwrap();
+    fs::write(&damaged, &whole[..whole.len() - 20]).unwrap();
+    let text = format!(
+        "[run]\nsteps = 1\n[data]\nformat = \"images\"\npath = \"{}\"\ncache = false\nnormalize = \"unit\"\nbatch_size = 4\n\
+         [model]\npreset = \"mlp\"\nhidden = [8]\n[optimizer]\nrule = \"sgd\"\nlearning_rate = 0.1\n",
+        folder.path().display()
+    );
+    for shard in ["none", "parameters"] {
+        let said = stderr(&Bed::new(On::Cpus, &text).start(2, shard, "out", &[])[0]);
+        assert!(said.contains("failed after step 1: ") && said.contains("validation/b/1.png"), "{shard}: {said}");
+    }
+}
+
+#[test]
 fn what_cannot_be_combined_is_said() {
     let bed = Bed::new(On::Cpus, &digits("rule = \"sgd\"\nlearning_rate = 0.1", false));
     let file = bed.path("run.toml").display().to_string();

@@ -199,15 +199,20 @@ pub fn broadcast(collective: &dyn Collective, root: usize, bytes: &mut Vec<u8>) 
 /// What every process got, or the first error of any: all go on, or all end, and one says why.
 ///
 /// # Errors
-/// The process's own error where no process before it has one; else [`Error::Peer`]. A network that failed.
+/// The process's own error where no process before it has one of its own; else [`Error::Peer`]. A network that failed.
 pub fn agree<T>(collective: &dyn Collective, own: Result<T>) -> Result<T> {
     if collective.world() == 1 {
         return own;
     }
-    let told = own.as_ref().err().map_or_else(Vec::new, Error::for_peers);
-    let all = gather(collective, &told)?;
-    match all.iter().position(|told| !told.is_empty()) {
-        Some(rank) if rank != collective.rank() => Err(Error::of_peer(rank, &all[rank])),
+    // Words of its own count before a peer's, which that one says: processes may have agreed on them within.
+    let told = own.as_ref().err().map(|error| {
+        let of_peer = u8::from(matches!(error, Error::Peer { .. }));
+        [&[of_peer], error.for_peers().as_slice()].concat()
+    });
+    let all = gather(collective, &told.unwrap_or_default())?;
+    let failed = all.iter().enumerate().filter_map(|(rank, told)| Some((rank, told.split_first()?)));
+    match failed.min_by_key(|(_, (of_peer, _))| **of_peer) {
+        Some((rank, (_, told))) if rank != collective.rank() => Err(Error::of_peer(rank, told)),
         _ => own,
     }
 }
