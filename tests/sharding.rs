@@ -12,6 +12,7 @@ mod mpi;
 mod sharded;
 
 use std::fs;
+use std::process::Output;
 
 use common::{run, stderr, stdout, tensor_hashes, warpstep};
 use sharded::{
@@ -163,6 +164,34 @@ fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written
     assert!(left.is_empty(), "{left:?}");
     bed.together(2, "gradients", "out", &["--resume"]);
     assert!(bed.path("out/checkpoints/step-00000001/optimizer-00002-of-00002.safetensors").is_file());
+}
+
+/// `mpirun` of two processes that train with these arguments, and the second with `more` besides.
+fn second_with(arguments: &[String], more: &[&str]) -> Output {
+    let program = warpstep().get_program().to_owned();
+    let mut command = mpi::bare();
+    command.args(["-n", "1"]).arg(&program).args(arguments).args([":", "-n", "1"]);
+    command.arg(&program).args(arguments).args(more).output().unwrap()
+}
+
+#[test]
+fn a_run_is_not_replaced_where_one_process_of_the_next_cannot_begin() {
+    if !mpi::is_there() {
+        return;
+    }
+    let bed = Bed::new(On::Cpus, &digits("rule = \"sgd\"\nlearning_rate = 0.1", false));
+    bed.together(2, "none", "out", &[]);
+    bed.alone("other", &["--set", "model.hidden=[7]"]);
+    let other = bed.path("other/checkpoints/step-00000004/model.safetensors");
+    let before = tensor_hashes(&bed.path("out"));
+    let weights = format!("model.weights=\"{}\"", other.display());
+    let output = second_with(&bed.arguments("out", &["--overwrite"]), &["--set", &weights]);
+    assert!(!output.status.success());
+    let errors: Vec<String> =
+        stderr(&output).lines().filter(|line| line.starts_with("error:")).map(str::to_owned).collect();
+    assert!(matches!(&errors[..], [error] if error.contains("other/checkpoints")), "{}", stderr(&output));
+    assert_eq!(tensor_hashes(&bed.path("out")), before);
+    assert!(bed.path("out/summary.json").is_file());
 }
 
 #[test]

@@ -45,53 +45,61 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             drop_last: run.drop_last,
             share,
         };
-        let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
-        let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
-        let steps = match run.options.length {
-            Length::Steps(steps) => steps,
-            Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
-        };
-        run.schedule.validate(steps, run.optimizer.learning_rate)?;
         let input = run.splits.train.input();
-        let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
-        let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
-        let parts = TrainerParts {
-            backend: run.backend,
-            model: run.model,
-            input: model_input(&input),
-            batch_size: run.options.batch_size / share.of,
-            accumulate: run.options.accumulate,
-            optimizer: &run.optimizer,
-            ema: run.options.ema,
-            seed: run.options.seed,
-        };
-        let mut trainer = Trainer::sharded(parts, sharding)?;
-        if let Some(left) = sampler_options.left(run.splits.train.len()) {
-            let told = |e| {
-                Error::config("data.drop_last", format!("with false, what is left for the last batch is {left}: {e}"))
+        let make = || {
+            let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
+            let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
+            let steps = match run.options.length {
+                Length::Steps(steps) => steps,
+                Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
             };
-            trainer.plan_smaller(left).map_err(told)?;
-        }
-        trainer.reserve_for_evaluations(&evaluated(&run.splits, run.options.batch_size / share.of))?;
-        if share.of > 1 || collective.is_queued() {
-            let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
-            let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;
-            trainer = trainer.sharing(share, exchange);
-        }
-        if let (Some(weights), None) = (&run.weights, &latest) {
-            let (backend, arena) = trainer.parts_mut();
-            checkpoint::load_weights(weights, backend, arena)?;
-            trainer.restart_average()?;
-        }
-        let mut state = match &latest {
-            Some(path) => checkpoint::load(path, &mut trainer)?,
-            None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),
+            run.schedule.validate(steps, run.optimizer.learning_rate)?;
+            let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
+            let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
+            let parts = TrainerParts {
+                backend: run.backend,
+                model: run.model,
+                input: model_input(&input),
+                batch_size: run.options.batch_size / share.of,
+                accumulate: run.options.accumulate,
+                optimizer: &run.optimizer,
+                ema: run.options.ema,
+                seed: run.options.seed,
+            };
+            let mut trainer = Trainer::sharded(parts, sharding)?;
+            if let Some(left) = sampler_options.left(run.splits.train.len()) {
+                let told = |e| {
+                    Error::config(
+                        "data.drop_last",
+                        format!("with false, what is left for the last batch is {left}: {e}"),
+                    )
+                };
+                trainer.plan_smaller(left).map_err(told)?;
+            }
+            trainer.reserve_for_evaluations(&evaluated(&run.splits, run.options.batch_size / share.of))?;
+            if share.of > 1 || collective.is_queued() {
+                let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
+                let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;
+                trainer = trainer.sharing(share, exchange);
+            }
+            if let (Some(weights), None) = (&run.weights, &latest) {
+                let (backend, arena) = trainer.parts_mut();
+                checkpoint::load_weights(weights, backend, arena)?;
+                trainer.restart_average()?;
+            }
+            let mut state = match &latest {
+                Some(path) => checkpoint::load(path, &mut trainer)?,
+                None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),
+            };
+            // Another was better later on, and this one removed, before the run went back to this step.
+            state.best = state.best.filter(|best| checkpoint::is_there(&checkpoints, best.step));
+            let first_pass = state.step * share.passes(run.options.accumulate);
+            let table = resident::table(trainer.backend(), &run.splits.train, run.resident)?;
+            let source = Source::new(&run.splits.train, table, sampler_options, first_pass, run.prefetch)?;
+            Ok((trainer, state, source, steps, steps_per_epoch))
         };
-        // Another was better later on, and this one removed, before the run went back to this step.
-        state.best = state.best.filter(|best| checkpoint::is_there(&checkpoints, best.step));
-        let first_pass = state.step * share.passes(run.options.accumulate);
-        let table = resident::table(trainer.backend(), &run.splits.train, run.resident)?;
-        let source = Source::new(&run.splits.train, table, sampler_options, first_pass, run.prefetch)?;
+        // Of several processes one may lack the memory or a file, and another has not read what is about to be removed.
+        let (trainer, state, source, steps, steps_per_epoch) = agree(&*collective, make())?;
         // Nothing of an older run is touched until all of this one is known to be as it should.
         if rank == 0 {
             if run.start == Start::Overwrite {
