@@ -372,3 +372,43 @@ fn a_process_that_is_killed_ends_the_others_with_one_sentence_ten_times_of_ten()
 fn a_process_that_is_stopped_ends_the_others_with_one_sentence_ten_times_of_ten() {
     ten_of_ten(Lost::Stopped, "gave no sign of life");
 }
+
+#[test]
+fn gpus_whose_ranks_only_mpi_knows_meet_all_the_same() {
+    if !mpi::is_there() || !mpi::is_open_mpi() || !common::has_emulated_device() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "run.toml", &DIGITS.replace("steps = 60", "steps = 2"));
+    let out = folder.path().join("out");
+    // As MPICH numbers its processes, which tells them no address.
+    let script = "export PMI_RANK=$OMPI_COMM_WORLD_RANK PMI_SIZE=$OMPI_COMM_WORLD_SIZE MPI_LOCALNRANKS=2; \
+                  export MPI_LOCALRANKID=$PMI_RANK; unset OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE; exec \"$@\"";
+    let mut command = mpi::bare();
+    command.args(["-n", "2", "sh", "-c", script, "sh"]).arg(common::warpstep().get_program());
+    command.arg("train").arg(&file).args(["--device", "emulated", "--out"]).arg(&out);
+    command.env("WARPSTEP_EMULATOR_DEVICES", "2");
+    let output = command.env("WARPSTEP_EMULATOR_CHECKS", "off").output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(common::stdout(&output).contains("2 processes over NCCL"), "{}", common::stdout(&output));
+    assert!(out.join("checkpoints/step-00000002/state.json").is_file());
+}
+
+#[test]
+fn srun_without_mpi_is_told_what_is_missing_once() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "run.toml", DIGITS);
+    let said = ["0", "1"].map(|rank| {
+        let step = [("SLURM_STEP_ID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_PROCID", rank), ("SLURM_LOCALID", rank)];
+        let mut command = common::warpstep();
+        command.arg("train").arg(&file).args(["--device", "cpu"]).current_dir(folder.path()).envs(step);
+        let output = command.envs([("SLURM_JOB_ID", "5"), ("SLURM_STEP_NODELIST", "here")]).output().unwrap();
+        assert!(!output.status.success());
+        stderr(&output)
+    });
+    assert!(said[0].contains("MPI joined 1 of them: expected srun --mpi=pmix"), "{}", said[0]);
+    assert_eq!(said[1], "");
+}

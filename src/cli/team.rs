@@ -8,14 +8,14 @@ use super::assemble::Opened;
 use crate::backend::cuda::Device;
 use crate::backend::cuda::libraries::Library;
 use crate::error::{Error, Result};
-#[cfg(feature = "mpi")]
-use crate::parallel::broadcast;
 use crate::parallel::rendezvous::Rendezvous;
 #[cfg(feature = "mpi")]
 use crate::parallel::rendezvous::{Endpoint, Listener};
 use crate::parallel::watch::{Told, Watch, WatchOptions};
 use crate::parallel::world::{Launcher, World};
 use crate::parallel::{Collective, ID_BYTES, Nccl, Single, Watched};
+#[cfg(feature = "mpi")]
+use crate::parallel::{Mpi, broadcast};
 use crate::tell::tell;
 
 /// How long the cause of a failed exchange is waited for.
@@ -118,12 +118,7 @@ fn over_nccl(world: &World, device: &Arc<Device>, timeout: Duration) -> Result<J
     let mut rendezvous = match &world.rendezvous {
         _ if world.size == 1 => None,
         Some(at) => Some(Rendezvous::join(world, at, timeout)?),
-        None => {
-            return Err(Error::config(
-                "environment variable MASTER_ADDR",
-                format!("is not set, but {} started several processes; expected the address of rank 0", world.how),
-            ));
-        }
+        None => Some(met_by_mpi(world, timeout)?),
     };
     let prepared = Nccl::prepare(device).and_then(|prepared| {
         let id = if world.rank == 0 { Nccl::unique_id()?.to_vec() } else { Vec::new() };
@@ -157,15 +152,7 @@ fn over_mpi(world: &World, timeout: Duration) -> Result<Joined> {
             ),
         ));
     }
-    let mpi = crate::parallel::Mpi::join()?;
-    if mpi.world() != world.size {
-        return Err(Error::Device(format!(
-            "{} started {} processes, and MPI joined {} of them: is this the mpirun of the MPI that Warpstep was built with?",
-            world.how,
-            world.size,
-            mpi.world()
-        )));
-    }
+    let mpi = join_mpi(world)?;
     let rendezvous = match &world.rendezvous {
         Some(at) => Rendezvous::join(world, at, timeout)?,
         None => met_over_mpi(world, &mpi, timeout)?,
@@ -173,9 +160,51 @@ fn over_mpi(world: &World, timeout: Duration) -> Result<Joined> {
     Ok((Arc::new(mpi), Some(rendezvous)))
 }
 
+#[cfg(feature = "mpi")]
+fn join_mpi(world: &World) -> Result<Mpi> {
+    let mpi = Mpi::join()?;
+    if mpi.world() == world.size {
+        return Ok(mpi);
+    }
+    let expected = match world.how {
+        Launcher::Slurm => "expected srun --mpi=pmix, or another kind that `srun --mpi=list` names and this MPI speaks",
+        _ => "is this the mpirun of the MPI that Warpstep was built with?",
+    };
+    Err(said_once(
+        world,
+        Error::Device(format!(
+            "{} started {} processes, and MPI joined {} of them: {expected}",
+            world.how,
+            world.size,
+            mpi.world()
+        )),
+    ))
+}
+
+/// Processes that exchange nothing else by MPI: it ends when they have met.
+#[cfg(feature = "mpi")]
+fn met_by_mpi(world: &World, timeout: Duration) -> Result<Rendezvous> {
+    met_over_mpi(world, &join_mpi(world)?, timeout)
+}
+
+#[cfg(not(feature = "mpi"))]
+fn met_by_mpi(world: &World, _: Duration) -> Result<Rendezvous> {
+    Err(said_once(
+        world,
+        Error::config(
+            "environment variable MASTER_ADDR",
+            format!(
+                "is not set, but {} started several processes; expected the address of rank 0, and a port of it in MASTER_PORT (by the \
+                 feature `mpi` Warpstep would ask MPI)",
+                world.how
+            ),
+        ),
+    ))
+}
+
 /// Where only MPI knows the others, it tells them where rank 0 listens.
 #[cfg(feature = "mpi")]
-fn met_over_mpi(world: &World, mpi: &crate::parallel::Mpi, timeout: Duration) -> Result<Rendezvous> {
+fn met_over_mpi(world: &World, mpi: &Mpi, timeout: Duration) -> Result<Rendezvous> {
     let listener = if world.rank == 0 { Some(Listener::open(&Endpoint::new("0.0.0.0", 0))?) } else { None };
     let mut place = match &listener {
         Some(listener) => format!("{}:{}", world.host, listener.port()?).into_bytes(),
