@@ -133,6 +133,23 @@ fn the_first_failure_ends_all_and_its_own_error_is_shown() {
 }
 
 #[test]
+fn of_ranks_that_all_end_with_one_code_the_one_that_says_why_is_shown() {
+    for kind in three() {
+        let folder = tempfile::tempdir().unwrap();
+        // As where one process of several finds wrong input: all know its code, and it alone says what it is.
+        let script = format!(
+            "{RANK} [ $r = 2 ] && echo 'error: data.path: there is no such file' >&2; echo $$ > pid-$r; \
+             while ! [ -e pid-0 -a -e pid-1 -a -e pid-2 ]; do sleep 0.01; done; [ $r = 2 ] || sleep 0.2; exit 2"
+        );
+        let output = output(&mut launch(folder.path(), &kind, &script));
+        assert_eq!(output.status.code(), Some(2), "{kind:?}: {}", stderr(&output));
+        let told = stderr(&output);
+        assert!(told.contains("error: rank 2 exited with code 2; "), "{kind:?}: {told}");
+        assert!(told.ends_with("    error: data.path: there is no such file\n"), "{kind:?}: {told}");
+    }
+}
+
+#[test]
 fn a_rank_that_ignores_sigterm_is_killed_with_all_that_it_started() {
     let folder = tempfile::tempdir().unwrap();
     let script = "trap '' TERM; sleep 3600 & echo $! > pid-$WARPSTEP_RANK; if [ $WARPSTEP_RANK = 0 ]; then sleep 0.3; kill -9 $$; fi; wait";

@@ -139,8 +139,8 @@ impl Job {
         }
     }
 
-    /// Whose failure it was: one that a signal ended, one with another code than those that stop for others have, one that
-    /// printed an error, rank 0, which every user sees, or any; of each kind none before the others that was ended for another's sake.
+    /// Whose failure it was: one that a signal ended, or one with another code than those that stop for others have, or any; of these
+    /// one that printed an error, rank 0, which every user sees, or any. None before the others that was ended for another's sake.
     fn culprit(&self, outputs: &Attempt<'_>, ended_by_us: bool) -> End {
         let failed: Vec<_> = self.ended().into_iter().filter(|(_, status)| !status.success()).collect();
         // A rank that was told to end tells all others, and none of them failed.
@@ -163,11 +163,14 @@ impl Job {
         let rank_of = |wanted: &dyn Fn(usize, ExitStatus) -> bool| {
             failed.iter().find(|(rank, status)| !for_others(*status) && wanted(*rank, *status))
         };
+        let of_kind = |kind: &dyn Fn(ExitStatus) -> bool| {
+            rank_of(&|rank, status| kind(status) && rank > 0 && outputs.has_error(rank))
+                .or_else(|| rank_of(&|rank, status| kind(status) && rank == 0))
+                .or_else(|| rank_of(&|_, status| kind(status)))
+        };
         let found = rank_of(&|_, status| status.signal().is_some())
-            .or_else(|| rank_of(&|_, status| status.code() != Some(1)))
-            .or_else(|| rank_of(&|rank, _| rank > 0 && outputs.has_error(rank)))
-            .or_else(|| rank_of(&|rank, _| rank == 0))
-            .or_else(|| rank_of(&|_, _| true))
+            .or_else(|| of_kind(&|status| status.code() != Some(1)))
+            .or_else(|| of_kind(&|_| true))
             .or(failed.first());
         if let Some(&(rank, status)) = found {
             return End::Failed { rank: Some(rank), status };
