@@ -340,6 +340,24 @@ fn nothing_to_judge_by_and_a_prompt_out_of_the_vocabulary_are_refused() {
     place.refused(&["generate", "out", "--prompt", "É"], &["error: --prompt: line 1 has the character 'É'"]);
 }
 
+#[test]
+fn a_gpt_of_any_width_between_its_linear_layers_is_read_as_it_was_written() {
+    let gpt = RUN
+        .replace("format = \"digits\"", "format = \"text\"\npath = \"text.txt\"\ncontext = 8")
+        .replace("preset = \"mlp\"\nhidden = [8]", "preset = \"gpt\"\nlayers = 2\nheads = 2\nwidth = 8");
+    for more in
+        ["hidden = 8", "hidden = 8\nkv_heads = 1\nbias = true", "hidden = 4\nactivation = \"swiglu\"", "hidden = 24"]
+    {
+        let place = Place::new(&gpt.replace("width = 8", &format!("width = 8\n{more}")));
+        place.write("text.txt", &"to be or not to be\n".repeat(30));
+        place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+        place.good(&["eval", "out", "--split", "train"]);
+        place.good(&["generate", "out", "--tokens", "3"]);
+        let weights = "model.weights=out/checkpoints/step-00000004/model.safetensors";
+        place.good(&["train", "run.toml", "--quiet", "--out", "on", "--set", weights]);
+    }
+}
+
 /// Launches `RUN` on `device`, which must be refused in one sentence before anything is started.
 fn not_launched(gpus: &str, device: &str, environment: &[(&str, &std::ffi::OsStr)], expected: &str) {
     let place = Place::new(&RUN.replace("device = \"cpu\"", &format!("device = \"{device}\"")));

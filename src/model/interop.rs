@@ -55,10 +55,11 @@ fn block_part(name: &str) -> Option<(usize, &str)> {
     Some((number.parse().ok()?, rest))
 }
 
-/// Whether these are weights of GPT-2 as Hugging Face lays them out: without the prefix, or with `c_fc` as `[width, hidden]`.
+/// Whether these are weights of GPT-2 as Hugging Face lays them out: without the prefix, or with `c_attn` as `[width, 3 width]`.
+/// Of ours `c_attn` has more rows than `width`, however few heads keys and values have; `c_fc` can be square.
 pub fn is_hugging_face_gpt2(tensors: &TensorMap) -> bool {
     let find = |name: &str| tensors.get(name).or_else(|| tensors.get(&name[PREFIX.len()..]));
-    let Some(first) = find("transformer.h.0.mlp.c_fc.weight") else { return false };
+    let Some(first) = find("transformer.h.0.attn.c_attn.weight") else { return false };
     let Some(norm) = find("transformer.h.0.ln_1.weight") else { return false };
     tensors.contains_key(&TOKENS[PREFIX.len()..]) || (first.shape.len() == 2 && first.shape[..1] == norm.shape)
 }
@@ -209,6 +210,21 @@ mod tests {
             assert_eq!(ours["transformer.h.0.mlp.c_fc.weight"].values[..2], [1000.0, 1016.0]);
             assert_eq!(to_hugging_face_gpt2(ours, path).unwrap(), theirs(PREFIX));
         }
+    }
+
+    #[test]
+    fn ours_are_not_taken_for_theirs_where_hidden_is_as_wide_as_the_model() {
+        let path = Path::new("model.safetensors");
+        let mut file = theirs(PREFIX);
+        for (name, shape) in [("mlp.c_fc.weight", &[4, 4][..]), ("mlp.c_fc.bias", &[4]), ("mlp.c_proj.weight", &[4, 4])]
+        {
+            file.insert(format!("transformer.h.0.{name}"), tensor(shape, 0));
+        }
+        assert!(is_hugging_face_gpt2(&file));
+        let ours = from_hugging_face_gpt2(file.clone(), path).unwrap();
+        assert!(!is_hugging_face_gpt2(&ours));
+        assert_eq!(gpt2_options(&ours, path).unwrap().hidden, Some(4));
+        assert_eq!(to_hugging_face_gpt2(ours, path).unwrap(), file);
     }
 
     #[test]
