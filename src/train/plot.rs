@@ -201,7 +201,7 @@ pub fn schedule_chart(name: &str, rates: &[f64]) -> Chart {
 /// # Errors
 /// What the drawing library reports.
 pub fn svg(charts: &[Chart], themed: bool) -> Result<String> {
-    picture(draw::page_size(charts.len()), themed, |area| draw::page(area, charts))
+    picture(draw::page_size(charts)?, themed, |area| draw::page(area, charts))
 }
 
 /// What `draw` draws as an SVG picture of so many pixels.
@@ -233,7 +233,7 @@ pub(crate) fn picture(
 /// # Errors
 /// What the drawing library reports.
 pub fn png(charts: &[Chart]) -> Result<Vec<u8>> {
-    let (width, height) = draw::page_size(charts.len());
+    let (width, height) = draw::page_size(charts)?;
     let mut pixels = vec![0u8; width as usize * height as usize * 3];
     let area = BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area();
     area.fill(&WHITE).map_err(failed)?;

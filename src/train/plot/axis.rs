@@ -2,6 +2,8 @@
 
 /// Decades of a logarithmic axis that get a tick each; where there are more, some are left out.
 const DECADES: i32 = 6;
+/// Letters of a label that fit beside an axis.
+const LABEL: usize = 8;
 
 /// A range of values over a range of pixels.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +24,12 @@ impl Axis {
         let ticks = if logarithmic { logarithmic_ticks(low, high) } else { Vec::new() };
         let ticks = if ticks.len() > 1 { ticks } else { linear_ticks(low, high, whole, count) };
         Axis { low, high, logarithmic, ticks }
+    }
+
+    /// Whether what is written at the ticks differs, and fits beside the axis.
+    pub fn is_legible(&self) -> bool {
+        let distinct = self.ticks.windows(2).all(|pair| pair[0].1 != pair[1].1);
+        self.logarithmic || (distinct && self.ticks.iter().all(|(_, label)| label.len() <= LABEL))
     }
 
     /// Where `value` lies: 0 at the low end, 1 at the high end; never beyond.

@@ -35,6 +35,8 @@ const LEFT: i32 = 56 * SCALE as i32;
 const RIGHT: i32 = 18 * SCALE as i32;
 const BOTTOM: i32 = 42 * SCALE as i32;
 const ROW: i32 = 18 * SCALE as i32;
+/// Rows of a legend that a chart has room for; with more it is higher.
+const ROWS: i32 = 2;
 /// A swatch of the legend.
 const SWATCH: i32 = 18 * SCALE as i32;
 /// Of the width that a text has in the font it was measured in: other fonts are wider.
@@ -48,10 +50,34 @@ pub(crate) fn failed(e: impl std::fmt::Display) -> Error {
     Error::Training(format!("cannot draw a plot: {e}"))
 }
 
-/// Size of a page of charts in pixels. The last of an odd number of charts is as wide as the page.
-pub(super) fn page_size(charts: usize) -> (u32, u32) {
-    let columns = if charts > 1 { 2 } else { 1 };
-    (CHART.0 * columns * SCALE, CHART.1 * (charts as u32).div_ceil(columns).max(1) * SCALE)
+/// Size of a page of charts in pixels.
+///
+/// # Errors
+/// What the drawing library reports of a text that it measures.
+pub(super) fn page_size(charts: &[Chart]) -> Result<(u32, u32)> {
+    let columns = if charts.len() > 1 { 2 } else { 1 };
+    let height = heights(charts)?.into_iter().sum::<u32>().max(CHART.1 * SCALE);
+    Ok((CHART.0 * columns * SCALE, height))
+}
+
+/// Heights in pixels of the rows of a page, two charts a row: more than [`CHART`]'s where a legend would take the curves' place.
+fn heights(charts: &[Chart]) -> Result<Vec<u32>> {
+    let mut heights = Vec::new();
+    for (row, pair) in charts.chunks(2).enumerate() {
+        let mut most = 0;
+        for (column, chart) in pair.iter().enumerate() {
+            let places = places(&items(chart), width(charts.len(), 2 * row + column) as i32)?;
+            most = most.max(places.last().map_or(0, |(_, row)| row + 1));
+        }
+        heights.push(CHART.1 * SCALE + ((most - ROWS).max(0) * ROW) as u32);
+    }
+    Ok(heights)
+}
+
+/// Width in pixels of chart number `i` of so many. The last of an odd number of charts is as wide as the page.
+fn width(charts: usize, i: usize) -> u32 {
+    let alone = i + 1 == charts && i.is_multiple_of(2) && i > 0;
+    CHART.0 * SCALE * if alone { 2 } else { 1 }
 }
 
 /// Makes the font known that text is measured in.
@@ -65,13 +91,14 @@ pub(super) fn fonts() {
 
 /// Draws charts, two side by side.
 pub(super) fn page<B: DrawingBackend>(area: &DrawingArea<B, Shift>, charts: &[Chart]) -> Result<()> {
-    fonts();
-    let (width, height) = (CHART.0 * SCALE, CHART.1 * SCALE);
-    for (i, chart) in charts.iter().enumerate() {
-        let alone = i + 1 == charts.len() && i % 2 == 0 && i > 0;
-        let corner = ((i as u32 % 2 * width) as i32, (i as u32 / 2 * height) as i32);
-        let size = (if alone { 2 * width } else { width }, height);
-        draw_chart(&area.clone().shrink(corner, size), chart)?;
+    let mut top = 0;
+    for ((row, pair), height) in charts.chunks(2).enumerate().zip(heights(charts)?) {
+        for (column, chart) in pair.iter().enumerate() {
+            let corner = ((column as u32 * CHART.0 * SCALE) as i32, top as i32);
+            let size = (width(charts.len(), 2 * row + column), height);
+            draw_chart(&area.clone().shrink(corner, size), chart)?;
+        }
+        top += height;
     }
     Ok(())
 }
@@ -81,12 +108,12 @@ pub(crate) fn text(size: u32, horizontal: HPos, vertical: VPos) -> TextStyle<'st
     (FONT, size * SCALE).into_font().color(&BLACK).pos(Pos::new(horizontal, vertical))
 }
 
-/// A name as it is drawn: of one line, and not too long.
+/// A name as it is drawn: of one line, and not too long. Of a longer one both ends stay: names often differ in their ends alone.
 pub(crate) fn fitting(name: &str) -> String {
     let mut letters: Vec<char> = name.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if letters.len() > LETTERS {
-        letters.truncate(LETTERS - 1);
-        letters.push('…');
+        let end = LETTERS / 2;
+        letters.splice(LETTERS - 1 - end..letters.len() - end, ['…']);
     }
     letters.into_iter().collect()
 }
@@ -169,19 +196,31 @@ fn axes((x0, x1): (f64, f64), (y0, y1): (f64, f64), chart: &Chart, width: i32) -
         let margin = (y1 / y0).powf(0.05);
         (y0 / margin, y1 * margin)
     } else {
-        let span = if y1 > y0 { y1 - y0 } else { y1.abs().max(1e-9) };
+        let span = match (y1 - y0, y1.abs()) {
+            (0.0, 0.0) => 1.0,
+            (0.0, size) => size,
+            (span, _) => span,
+        };
         let from_zero = y0 >= 0.0 && (y0 < 0.35 * y1 || y0 == y1);
         let low = if from_zero { 0.0 } else { y0 - 0.06 * span };
         let high = y1 + 0.06 * span;
         (low, chart.most.filter(|most| y1 <= *most).map_or(high, |most| high.min(most)))
     };
     let ticks = (width / (68 * SCALE as i32)).max(2) as usize;
-    (Axis::new(x0, x1, false, true, ticks), Axis::new(low, high, logarithmic, false, 7))
+    let mut y = Axis::new(low, high, logarithmic, false, 7);
+    // Figures that differ in far digits alone: their curve is as good as flat, on a scale that can be written.
+    let (mut low, mut high) = (low, high);
+    while !y.is_legible() && high - low < y0.abs().max(y1.abs()) {
+        let span = high - low;
+        low = if y0 >= 0.0 { (low - 0.5 * span).max(0.0) } else { low - 0.5 * span };
+        high = chart.most.filter(|most| y1 <= *most).map_or(high + 0.5 * span, |most| most.min(high + 0.5 * span));
+        y = Axis::new(low, high, false, false, 7);
+    }
+    (Axis::new(x0, x1, false, true, ticks), y)
 }
 
-/// Draws the legend under the title; returns its height in pixels.
-fn legend<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart, width: i32) -> Result<i32> {
-    let scale = SCALE as i32;
+/// What the legend names, and how each is drawn.
+fn items(chart: &Chart) -> Vec<(String, ShapeStyle)> {
     let mut items: Vec<(String, ShapeStyle)> = chart
         .curves
         .iter()
@@ -194,19 +233,114 @@ fn legend<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart, width:
     if !chart.marks.is_empty() {
         items.push(("skipped".to_owned(), MARK.mix(0.5).stroke_width(SCALE)));
     }
-    let style = text(12, HPos::Left, VPos::Center);
+    items
+}
+
+/// Where the items of a legend stand in a chart of this width: pixels from the left, and the row.
+fn places(items: &[(String, ShapeStyle)], width: i32) -> Result<Vec<(i32, i32)>> {
+    fonts();
+    let scale = SCALE as i32;
     let start = 14 * scale;
     let (mut at, mut row) = (start, 0);
-    for (name, swatch) in &items {
-        let measured = area.estimate_text_size(name, &style).map_err(failed)?.0;
+    let mut places = Vec::new();
+    for (name, _) in items {
+        let measured = text(12, HPos::Left, VPos::Center).font.box_size(name).map_err(failed)?.0;
         let wide = SWATCH + 6 * scale + (f64::from(measured) * WIDER) as i32;
         if at > start && at + wide > width - RIGHT {
             (at, row) = (start, row + 1);
         }
-        let y = 38 * scale + row * ROW;
-        area.draw(&PathElement::new(vec![(at, y), (at + SWATCH, y)], *swatch)).map_err(failed)?;
-        area.draw_text(name, &style, (at + SWATCH + 6 * scale, y)).map_err(failed)?;
+        places.push((at, row));
         at += wide + 14 * scale;
     }
-    Ok(if items.is_empty() { 0 } else { (row + 1) * ROW })
+    Ok(places)
+}
+
+/// Draws the legend under the title; returns its height in pixels.
+fn legend<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart, width: i32) -> Result<i32> {
+    let scale = SCALE as i32;
+    let items = items(chart);
+    let places = places(&items, width)?;
+    for ((name, swatch), (at, row)) in items.iter().zip(&places) {
+        let y = 38 * scale + row * ROW;
+        area.draw(&PathElement::new(vec![(*at, y), (at + SWATCH, y)], *swatch)).map_err(failed)?;
+        let style = text(12, HPos::Left, VPos::Center);
+        area.draw_text(name, &style, (at + SWATCH + 6 * scale, y)).map_err(failed)?;
+    }
+    Ok(places.last().map_or(0, |(_, row)| (row + 1) * ROW))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::plot::{Curve, svg};
+
+    fn chart(curves: usize, points: &[(f64, f64)]) -> Chart {
+        let curve = |i| Curve {
+            name: format!("a run of a name that is not short, number {i}, train"),
+            points: points.to_vec(),
+            color: i,
+            stroke: Stroke::Thin,
+        };
+        Chart {
+            title: "Loss".into(),
+            x: "step".into(),
+            logarithmic: true,
+            most: None,
+            line: None,
+            marks: Vec::new(),
+            curves: (0..curves).map(curve).collect(),
+        }
+    }
+
+    /// Numbers that stand between `before` and `after` in a text.
+    fn numbers(text: &str, before: &str, after: &str) -> Vec<i32> {
+        let found = text.split(before).skip(1).filter_map(|rest| rest.split(after).next());
+        found.flat_map(|values| values.split([',', ' ']).filter_map(|value| value.parse().ok())).collect()
+    }
+
+    #[test]
+    fn curves_lie_under_their_legend_however_many_it_names() {
+        for curves in [1, 3, 28, 200] {
+            let text = svg(&[chart(curves, &[(0.0, 3.0), (10.0, 1.0)])], false).unwrap();
+            let height = numbers(&text, "viewBox=\"0 0 960 ", "\"")[0];
+            let named: Vec<i32> = text
+                .split("<text ")
+                .filter(|part| part.contains("a run of a"))
+                .flat_map(|part| numbers(part, " y=\"", "\""))
+                .collect();
+            assert_eq!(named.len(), curves);
+            let lines: Vec<&str> = text.split("<polyline ").skip(1).filter(|part| part.contains("#0072B2")).collect();
+            let drawn = lines.iter().flat_map(|part| numbers(part, "points=\"", "\"").into_iter().skip(1).step_by(2));
+            // The first swatch is of that colour too.
+            let low = drawn.clone().max().unwrap();
+            assert!(named.iter().all(|&y| y < low && y < height), "{curves} curves: {named:?} over {low} of {height}");
+            assert!(
+                low < height - BOTTOM + 1 && height - low < 150 * SCALE as i32,
+                "{curves} curves: {low} of {height}"
+            );
+        }
+    }
+
+    #[test]
+    fn labels_of_figures_that_hardly_differ_can_be_read() {
+        let near =
+            [(0.0, 0.0), (1e6, 1e6 + 0.02), (123_456.001, 123_456.019), (1.5e10, 1.5001e10), (-3.0, -3.0 + 1e-13)];
+        for (low, high) in near.into_iter().chain([(100.0 - 1e-9, 100.0), (1e-12, 1e-12), (2.5001, 2.5002), (1e8, 1e8)])
+        {
+            let (_, y) = axes((0.0, 10.0), (low, high), &chart(1, &[]), 960);
+            assert!(y.ticks.len() > 1 && y.is_legible(), "{low} to {high}: {:?}", y.ticks);
+            assert!(y.share(low) < 1.0 && y.share(high) > 0.0 || low == high, "{low} to {high}");
+        }
+        let (_, y) = axes((0.0, 10.0), (2.5001, 2.5002), &chart(1, &[]), 960);
+        assert!(y.share(2.5002) - y.share(2.5001) > 0.8, "what can be told apart is");
+    }
+
+    #[test]
+    fn long_names_keep_both_ends() {
+        assert_eq!(fitting("short\nname"), "short name");
+        let name = format!("digits{}, validation", "-x".repeat(40));
+        let drawn = fitting(&name);
+        assert_eq!(drawn.chars().count(), LETTERS);
+        assert!(drawn.starts_with("digits-x") && drawn.ends_with("-x, validation") && drawn.contains('…'), "{drawn}");
+    }
 }
