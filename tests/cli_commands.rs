@@ -358,6 +358,21 @@ fn a_gpt_of_any_width_between_its_linear_layers_is_read_as_it_was_written() {
     }
 }
 
+#[test]
+fn runs_of_one_name_are_told_apart_in_a_plot() {
+    let place = trained(RUN);
+    place.good(&["train", "run.toml", "--quiet", "--out", "first/out"]);
+    place.good(&["train", "run.toml", "--quiet", "--out", "second/other"]);
+    place.good(&["plot", "runs", "out", "first/out", "second/other", "second/../out", "-o", "names.svg"]);
+    let text = fs::read_to_string(place.path("names.svg")).unwrap();
+    for name in ["out, train", "first/out, train", "other, train", "second/../out, train"] {
+        assert!(text.contains(&format!("\n{name}\n")), "{name}");
+    }
+    let within = place.run_in("out", &["plot", "runs", ".", "../first/out", "-o", "here.svg"]);
+    assert!(within.status.success(), "{}", stderr(&within));
+    assert!(fs::read_to_string(place.path("out/here.svg")).unwrap().contains("\n., train\n"));
+}
+
 /// Launches `RUN` on `device`, which must be refused in one sentence before anything is started.
 fn not_launched(gpus: &str, device: &str, environment: &[(&str, &std::ffi::OsStr)], expected: &str) {
     let place = Place::new(&RUN.replace("device = \"cpu\"", &format!("device = \"{device}\"")));

@@ -72,8 +72,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         }
         Options::Runs(options) => {
             let mut records = Vec::new();
-            for folder in &options.runs {
-                let name = folder.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            for (folder, name) in options.runs.iter().zip(names(&options.runs)) {
                 records.push((name, read_metrics(&folder.join("metrics.jsonl"))?));
             }
             let named: Vec<(&str, &[_])> = records.iter().map(|(n, r)| (n.as_str(), r.as_slice())).collect();
@@ -83,4 +82,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     };
     say(&format!("{}\n", output.display()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What each run is called: as its folder, or by its path where another folder is called so, or the path names none.
+fn names(folders: &[PathBuf]) -> Vec<String> {
+    let name = |folder: &PathBuf| folder.file_name().map(|name| name.to_string_lossy().into_owned());
+    let alone = |wanted: &Option<String>| folders.iter().filter(|folder| name(folder) == *wanted).count() == 1;
+    let path = |folder: &PathBuf| folder.display().to_string();
+    folders.iter().map(|folder| name(folder).filter(|_| alone(&name(folder))).unwrap_or_else(|| path(folder))).collect()
 }
