@@ -341,6 +341,26 @@ fn nothing_to_judge_by_and_a_prompt_out_of_the_vocabulary_are_refused() {
 }
 
 #[test]
+fn a_model_of_tokens_that_stand_for_no_known_text_says_so_wherever_it_is_asked() {
+    let place = Place::new(
+        &RUN.replace("format = \"digits\"", "format = \"tokens\"\npath = \"all.bin\"\nvocabulary = 7\ncontext = 4")
+            .replace("preset = \"mlp\"\nhidden = [8]", "preset = \"gpt\"\nlayers = 1\nheads = 1\nwidth = 8"),
+    );
+    let tokens: Vec<u8> = (0..200u16).flat_map(|i| (i * i % 7).to_le_bytes()).collect();
+    fs::write(place.path("all.bin"), tokens).unwrap();
+    place.write("row.txt", "1 2 3\n");
+    place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    for arguments in [&["generate", "out"][..], &["predict", "out", "row.txt"], &["predict", "out", "--text", "1"]] {
+        let error = place.refused(arguments, &["what its 7 tokens stand for is not known", "`warpstep eval`"]);
+        assert!(
+            !error.contains("generate") && !error.contains("predict`"),
+            "another that refuses it is named: {error}"
+        );
+    }
+    place.good(&["eval", "out", "--split", "train"]);
+}
+
+#[test]
 fn a_gpt_of_any_width_between_its_linear_layers_is_read_as_it_was_written() {
     let gpt = RUN
         .replace("format = \"digits\"", "format = \"text\"\npath = \"text.txt\"\ncontext = 8")

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::assemble::Trained;
 use super::eval::WhichArg;
-use crate::data::InputSpec;
+use crate::data::{InputSpec, Recipe, no_tokenizer};
 use crate::error::Error;
 use crate::train::checkpoint::Which;
 use crate::train::infer::{Sampling, generate};
@@ -55,11 +55,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let (Some(tokenizer), InputSpec::Tokens { context, vocabulary }) =
         (trained.preprocess.tokenizer(), &trained.preprocess.input)
     else {
-        return Err(Error::config(
-            options.run.display().to_string(),
-            "holds a model that does not go on with text: use `warpstep predict`",
-        )
-        .into());
+        let problem = match trained.preprocess.recipe {
+            Recipe::Tokens { vocabulary, .. } => {
+                format!("holds a model that continues tokens, {}", no_tokenizer(vocabulary))
+            }
+            _ => "holds a model that does not go on with text: use `warpstep predict`".to_owned(),
+        };
+        return Err(Error::config(options.run.display().to_string(), problem).into());
     };
     let mut tokens = tokenizer.encode(&options.prompt).map_err(|e| match e {
         Error::Data { problem, .. } => Error::config("--prompt", problem),

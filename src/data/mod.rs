@@ -39,6 +39,7 @@ pub use normalize::Affine;
 pub use open::{OpenedData, open};
 pub use options::{DataOptions, FormatOptions};
 pub use pictures::Pictures;
+pub(crate) use preprocess::no_tokenizer;
 pub use preprocess::{Preprocess, Recipe, UserSample};
 pub(crate) use reopen::as_trained;
 pub use resident::{Given, Layout, Picked, Table};

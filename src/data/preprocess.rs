@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 use super::format::images::Form;
 use super::format::{self, audio};
 use super::source;
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{GPT2_VOCABULARY, Tokenizer};
 use super::words::Words;
 use super::{Affine, InputSpec, Inputs, Pictures, Sizes, TargetSpec};
 use crate::error::{Error, Result};
 use crate::log_mel::{LogMel, LogMelOptions};
+use crate::text::grouped;
 
 /// How a kind of file becomes an input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,6 +66,15 @@ pub enum Recipe {
         /// Its vocabulary.
         words: Words,
     },
+}
+
+/// Why neither `predict` nor `generate` can use a model of so many tokens.
+pub(crate) fn no_tokenizer(vocabulary: usize) -> String {
+    format!(
+        "and what its {} tokens stand for is not known (of {}, GPT-2's, it is); `warpstep eval` tells how well it does",
+        grouped(vocabulary),
+        grouped(GPT2_VOCABULARY)
+    )
 }
 
 impl Recipe {
@@ -248,6 +258,10 @@ impl Preprocess {
                 let rows = format::csv::user_rows(text, path, *delimiter, known)?;
                 rows.into_iter().map(|(line, row)| self.row(path, line, &row)).collect()
             }
+            Recipe::Tokens { vocabulary, tokenizer: None } => Err(Error::data(
+                path,
+                format!("the model continues tokens and predicts no class of a file, {}", no_tokenizer(*vocabulary)),
+            )),
             Recipe::Text { .. } | Recipe::Tokens { .. } => Err(Error::data(
                 path,
                 "the model continues text and predicts no class of a file; use `warpstep generate`",
