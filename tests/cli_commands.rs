@@ -379,6 +379,30 @@ fn a_gpt_of_any_width_between_its_linear_layers_is_read_as_it_was_written() {
 }
 
 #[test]
+fn outputs_that_are_not_finite_are_no_predictions() {
+    let text = RUN
+        .replace("format = \"digits\"", "format = \"inline\"\ninputs = [[1000], [2000]]\ntargets = TARGETS")
+        .replace("preset = \"mlp\"\nhidden = [8]", "preset = \"linear\"\nzero_init = false\nloss = LOSS")
+        .replace("batch_size = 8", "batch_size = 2");
+    for (targets, loss) in [("[1, 2]", "mean_squared_error"), ("[\"a\", \"b\"]", "cross_entropy")] {
+        let text = text.replace("TARGETS", targets).replace("LOSS", &format!("\"{loss}\""));
+        let place = Place::new(&text.replace("learning_rate = 0.1", "learning_rate = 1e38"));
+        let output = place.run(&["train", "run.toml", "--quiet", "--out", "out"]);
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        for more in [&[][..], &["--json"]] {
+            let output = place.run(&[&["predict", "out", "--text", "1000"][..], more].concat());
+            assert_eq!(output.status.code(), Some(1), "{loss}: {}", stdout(&output));
+            assert!(
+                stderr(&output).starts_with("error: --text:1: the model's outputs are not finite"),
+                "{}",
+                stderr(&output)
+            );
+            assert!(output.stdout.is_empty(), "{}", stdout(&output));
+        }
+    }
+}
+
+#[test]
 fn runs_of_one_name_are_told_apart_in_a_plot() {
     let place = trained(RUN);
     place.good(&["train", "run.toml", "--quiet", "--out", "first/out"]);

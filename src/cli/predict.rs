@@ -72,6 +72,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let logits = trained.run.model.loss == Some(LossKind::BinaryCrossEntropy);
     for sample in &samples {
         let (output, _) = predictor.run(&input, &sample.input, 1)?;
+        if output.iter().any(|value| !value.is_finite()) {
+            let problem = format!(
+                "{}: the model's outputs are not finite, as after a training that diverged, or of values far from those it was trained \
+                 on; name a checkpoint from before that, or correct the values",
+                sample.name
+            );
+            return Err(Error::Training(problem).into());
+        }
         let Some(names) = trained.preprocess.class_names() else {
             let value = |value: f32| if logits { 1.0 / (1.0 + (-value).exp()) } else { value };
             let output: Vec<f32> = output.into_iter().map(value).collect();
