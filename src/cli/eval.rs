@@ -12,6 +12,7 @@ use crate::backend::cpu::Cpu;
 use crate::data::{Held, TargetSpec, as_trained};
 use crate::error::Error;
 use crate::optim::OptimizerOptions;
+use crate::text;
 use crate::train::checkpoint::{self, Which};
 use crate::train::looping::model_input;
 use crate::train::step::{LossSums, Trainer, TrainerParts};
@@ -113,8 +114,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         say(&format!("{value}\n"))?;
     } else {
         let accuracy = accuracy.map_or_else(String::new, |a| format!("  accuracy {:.2} %", 100.0 * a));
-        let (samples, loss, checkpoint) = (dataset.len(), sums.mean(), trained.checkpoint.display());
-        say(&format!("{name}  {samples} samples  loss {loss:.4}{accuracy}  ({checkpoint})\n"))?;
+        let (samples, loss, checkpoint) = (dataset.len(), text::loss(sums.mean()), trained.checkpoint.display());
+        say(&format!("{name}  {samples} samples  loss {loss}{accuracy}  ({checkpoint})\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

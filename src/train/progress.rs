@@ -11,7 +11,7 @@ use super::metrics::{Record, SplitName};
 use super::run::{Event, Observer, Started};
 use super::summary::{Scores, Summary};
 use crate::error::{Error, Result};
-use crate::text::grouped;
+use crate::text::{self, grouped};
 
 /// How a run is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,10 +128,10 @@ impl Progress {
             .filter_map(|&(name, share)| share.map(|share| format!("  {name} {:.0} %", 100.0 * share)))
             .collect();
         let text = format!(
-            "{}/{}  loss {:.4}  {} left  {speed}{used}{rate}{acted}{skipped}",
+            "{}/{}  loss {}  {} left  {speed}{used}{rate}{acted}{skipped}",
             record.step,
             self.steps,
-            record.loss,
+            text::loss(record.loss),
             duration(left)
         );
         match &self.bar {
@@ -158,7 +158,7 @@ impl Progress {
         let mut text = format!("done: {} steps in {}", grouped(summary.steps), duration(summary.seconds));
         let mut add = |name: &str, scores: Option<Scores>| {
             if let Some(Scores { loss, accuracy }) = scores {
-                let loss = loss.map_or_else(|| "not finite".to_owned(), |l| format!("{l:.4}"));
+                let loss = loss.map_or_else(|| "not finite".to_owned(), text::loss);
                 let accuracy = accuracy.map_or_else(String::new, |a| format!(", accuracy {:.2} %", 100.0 * a));
                 text += &format!("\n  {name:<11} loss {loss}{accuracy}");
             }
@@ -217,7 +217,8 @@ fn evaluation_line(record: &Record) -> String {
         SplitName::Test => "test",
     };
     let accuracy = record.accuracy.map_or_else(String::new, |a| format!("  accuracy {:.2} %", 100.0 * a));
-    format!("step {} (epoch {:.2})  {split}  loss {:.4}{accuracy}", record.step, record.epoch, record.loss)
+    let loss = text::loss(record.loss);
+    format!("step {} (epoch {:.2})  {split}  loss {loss}{accuracy}", record.step, record.epoch)
 }
 
 /// Writes a line to standard output. A reader that has gone is no error: the run goes on.

@@ -9,7 +9,7 @@ use super::progress::{duration, rounded};
 use super::run::{Event, Observer};
 use super::summary::{Scores, Summary};
 use crate::error::{Error, Result};
-use crate::text::grouped;
+use crate::text::{self, grouped};
 
 /// Writes report.html at the end of a run.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ fn percent(accuracy: f64) -> String {
 
 fn score_row(name: &str, scores: Option<Scores>) -> String {
     let Some(Scores { loss, accuracy }) = scores else { return String::new() };
-    let loss = loss.map_or_else(|| "not finite".to_owned(), |l| format!("{l:.4}"));
+    let loss = loss.map_or_else(|| "not finite".to_owned(), text::loss);
     let accuracy = accuracy.map_or_else(|| "–".to_owned(), percent);
     format!("<tr><th>{}</th><td>{loss}</td><td>{accuracy}</td></tr>", escaped(name))
 }
@@ -81,7 +81,7 @@ fn page(name: &str, summary: &Summary, records: &[Record], config: &str, clip: O
             figures += &figure(&format!("{split} accuracy"), &percent(accuracy));
         }
         if let Some(loss) = loss {
-            figures += &figure(&format!("{split} loss"), &format!("{loss:.4}"));
+            figures += &figure(&format!("{split} loss"), &text::loss(loss));
         }
     }
     figures += &figure("parameters", &grouped(summary.parameters as u64));
