@@ -379,6 +379,27 @@ fn a_gpt_of_any_width_between_its_linear_layers_is_read_as_it_was_written() {
 }
 
 #[test]
+fn layers_that_see_the_token_they_are_to_tell_are_refused() {
+    let layers = |attention: &str| {
+        let model = format!(
+            "[[model.layers]]\nkind = \"embedding\"\nwidth = 8\n[[model.layers]]\nkind = \"residual\"\n\
+             layers = [{{ kind = \"layer_norm\" }}, {{ {attention} }}]\n[[model.layers]]\nkind = \"linear\""
+        );
+        let text = RUN.replace("[model]\npreset = \"mlp\"\nhidden = [8]", &model);
+        let place =
+            Place::new(&text.replace("format = \"digits\"", "format = \"text\"\npath = \"text.txt\"\ncontext = 8"));
+        place.write("text.txt", &"to be or not to be\n".repeat(30));
+        place
+    };
+    let train = ["train", "run.toml", "--quiet", "--out", "out"];
+    for attention in ["kind = \"attention\", heads = 2", "kind = \"attention\", heads = 2, causal = false"] {
+        let told = "model.layers[1].layers[1].causal: found false, expected true with data of text or tokens";
+        layers(attention).refused(&train, &[told]);
+    }
+    layers("kind = \"attention\", heads = 2, causal = true").good(&train);
+}
+
+#[test]
 fn outputs_that_are_not_finite_are_no_predictions() {
     let text = RUN
         .replace("format = \"digits\"", "format = \"inline\"\ninputs = [[1000], [2000]]\ntargets = TARGETS")

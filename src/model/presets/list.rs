@@ -1,6 +1,6 @@
 //! `[[model.layers]]`: a model as a list of layers in the run file.
 
-use super::{Fit, check, check_dropout, recomputed};
+use super::{Fit, Goal, check, check_dropout, recomputed};
 use crate::backend::Backend;
 use crate::backend::ops::ActivationKind;
 use crate::error::{Error, Result};
@@ -198,6 +198,10 @@ fn push<B: Backend>(layers: &mut Sequential<B>, name: String, options: &LayerOpt
         LayerOptions::Attention { heads, kv_heads, causal, bias, dropout, rotary } => {
             check("heads", *heads > 0, heads, "1 or more")?;
             check_dropout(*dropout)?;
+            let sees_targets = fit.goal == Goal::NextToken && !causal;
+            let expected =
+                "true with data of text or tokens: a position that sees those after it sees what it is to tell";
+            check("causal", !sees_targets, "false", expected)?;
             layers.push(
                 name,
                 Box::new(SelfAttention::new(SelfAttentionOptions {
