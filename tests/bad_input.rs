@@ -115,6 +115,31 @@ fn wrong_run_files_are_refused_with_line_and_key() {
             with("format = \"digits\"", "format = \"inline\"\ninputs = [[1], [1e300]]\ntargets = [1, 2]"),
             &["run.toml:6", "data.inputs", "the range of f32"],
         ),
+        (
+            with(
+                "preset = \"mlp\"\nhidden = [8]",
+                "layers = [{ kind = \"conv2d\", filters = 2, kernel = 2, padding = 2147483648 }]",
+            ),
+            &["run.toml:6: data.batch_size: found 8, of which the output of 0 would be [8, 2, 4294967303, 4294967303]"],
+        ),
+        (
+            with(
+                "preset = \"mlp\"\nhidden = [8]",
+                "layers = [{ kind = \"conv2d\", filters = 2, kernel = 2, padding = 9223372036854775807 }]",
+            ),
+            &["run.toml:8: model.layers[0]: conv2d takes a picture that a [2, 2] kernel at stride [1, 1] fits"],
+        ),
+        (
+            with(
+                "preset = \"mlp\"\nhidden = [8]",
+                "layers = [{ kind = \"attention\", heads = 4, kv_heads = 9223372036854775807 }]",
+            ),
+            &["run.toml:8: model.layers[0].kv_heads: found 9223372036854775807, expected a divisor of heads (4)"],
+        ),
+        (
+            with("preset = \"mlp\"\nhidden = [8]", "layers = [{ kind = \"attention\", heads = 4, kv_heads = 3 }]"),
+            &["model.layers[0].kv_heads: found 3, expected a divisor of heads (4)"],
+        ),
         (with("preset = \"mlp\"", ""), &["model.preset", "missing", "mlp"]),
         (with("preset = \"mlp\"", "preset = \"mpl\""), &["model.preset", "did you mean mlp?"]),
         (with("preset = \"mlp\"", "preset = \"gpt\""), &["model"]),

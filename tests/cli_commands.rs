@@ -178,6 +178,18 @@ fn the_same_run_leaves_the_same_files() {
 }
 
 #[test]
+fn a_step_beyond_the_picture_is_one_to_its_end_and_costs_no_memory() {
+    let layers = "[[model.layers]]\nkind = \"conv2d\"\nfilters = 3\nkernel = 2\nstride = STRIDE\n[[model.layers]]\nkind = \"flatten\"\n\
+                  [[model.layers]]\nkind = \"linear\"";
+    let text = RUN.replace("[model]\npreset = \"mlp\"\nhidden = [8]", layers);
+    let place = Place::new(&text.replace("STRIDE", "[7, 7]"));
+    place.write("far.toml", &text.replace("STRIDE", "[8, 4611686018427387904]"));
+    place.good(&["train", "run.toml", "--quiet", "--out", "near"]);
+    place.good(&["train", "far.toml", "--quiet", "--out", "far"]);
+    assert_eq!(tensor_hashes(&place.path("near")), tensor_hashes(&place.path("far")));
+}
+
+#[test]
 fn plots_go_where_links_and_pipes_lead() {
     let place = trained(RUN);
     place.write("real.svg", "old");

@@ -330,7 +330,7 @@ impl<'a, B: Backend> Planner<'a, B> {
     }
 
     /// Whether whatever is counted of a tensor of this shape, samples first, fits its whole numbers.
-    fn countable(&self, shape: &[usize]) -> Result<()> {
+    pub(super) fn countable(&self, shape: &[usize]) -> Result<()> {
         if elements(shape) <= MOST_ELEMENTS {
             return Ok(());
         }

@@ -41,7 +41,8 @@ impl Conv2dGeometry {
     /// Output height and width; none where the kernel does not fit into the padded input.
     pub fn output(&self) -> Option<[usize; 2]> {
         let side = |i: usize| {
-            let room = (self.input[i] + 2 * self.padding[i]).checked_sub(self.kernel[i])?;
+            let padded = self.padding[i].checked_mul(2)?.checked_add(self.input[i])?;
+            let room = padded.checked_sub(self.kernel[i])?;
             Some(room.checked_div(self.stride[i])? + 1)
         };
         Some([side(0)?, side(1)?])

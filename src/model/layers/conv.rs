@@ -80,7 +80,7 @@ impl<B: Backend> Layer<B> for Conv2d {
 
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
         let [batch, channels, height, width] = x.dimensions("conv2d", "[batch, channels, height, width]")?;
-        let Conv2d { filters, kernel, stride, padding, groups, .. } = *self;
+        let Conv2d { filters, kernel, padding, groups, .. } = *self;
         if groups == 0 || channels % groups != 0 || filters % groups != 0 || filters == 0 {
             return Err(Error::shape(
                 "conv2d",
@@ -88,16 +88,22 @@ impl<B: Backend> Layer<B> for Conv2d {
                 format!("{channels} channels, {filters} filters, {groups} groups"),
             ));
         }
-        let geometry =
-            Conv2dGeometry { batch, channels, input: [height, width], filters, kernel, stride, padding, groups };
+        // A step beyond the padded picture is one to its end: backends keep memory for what lies between two positions.
+        let input = [height, width];
+        let stride = [0, 1].map(|i| self.stride[i].min(padding[i].saturating_mul(2).saturating_add(input[i])));
+        let geometry = Conv2dGeometry { batch, channels, input, filters, kernel, stride, padding, groups };
         let output = geometry.output().filter(|_| kernel[0] > 0 && kernel[1] > 0);
         let Some([out_height, out_width]) = output else {
             return Err(Error::shape(
                 "conv2d",
-                format!("a picture that a {kernel:?} kernel at stride {stride:?} fits, with {padding:?} padding"),
+                format!(
+                    "a picture that a {kernel:?} kernel at stride {:?} fits, with {padding:?} padding",
+                    self.stride
+                ),
                 format!("{height} x {width}"),
             ));
         };
+        planner.countable(&[batch, filters, out_height, out_width])?;
         let fan_in = channels / groups * kernel[0] * kernel[1];
         let default = Init::torch_default(fan_in);
         let shape = [filters, channels / groups, kernel[0], kernel[1]];

@@ -197,6 +197,9 @@ fn push<B: Backend>(layers: &mut Sequential<B>, name: String, options: &LayerOpt
         }
         LayerOptions::Attention { heads, kv_heads, causal, bias, dropout, rotary } => {
             check("heads", *heads > 0, heads, "1 or more")?;
+            let shared = kv_heads.unwrap_or(*heads);
+            let divides = shared > 0 && heads.is_multiple_of(shared);
+            check("kv_heads", divides, shared, &format!("a divisor of heads ({heads})"))?;
             check_dropout(*dropout)?;
             let sees_targets = fit.goal == Goal::NextToken && !causal;
             let expected =
@@ -206,7 +209,7 @@ fn push<B: Backend>(layers: &mut Sequential<B>, name: String, options: &LayerOpt
                 name,
                 Box::new(SelfAttention::new(SelfAttentionOptions {
                     heads: *heads,
-                    kv_heads: kv_heads.unwrap_or(*heads),
+                    kv_heads: shared,
                     causal: *causal,
                     bias: *bias,
                     dropout: *dropout,
