@@ -249,7 +249,14 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("kind = \"cosine\"", "floor = 3"), &["schedule.floor", "found 3"]),
         (with("kind = \"cosine\"", "kind = \"exponential\"\ngamma = 2.0"), &["schedule.gamma", "found 2"]),
         (with("kind = \"cosine\"", "kind = \"wsd\""), &["schedule.decay_steps", "missing"]),
-        (with("kind = \"cosine\"", "kind = \"step\""), &["schedule.every_steps", "missing"]),
+        (
+            with("kind = \"cosine\"", "kind = \"step\""),
+            &["schedule.every_steps", "missing; expected a whole number of 1 or more, or milestones in its place"],
+        ),
+        (
+            with("kind = \"cosine\"", "kind = \"step\"\nevery_steps = 2\nmilestones = [3]"),
+            &["run.toml:15: schedule.every_steps: found both every_steps and milestones, expected one of them"],
+        ),
         (format!("{GOOD}[checkpoint]\nkeep = 0\n"), &["checkpoint.keep", "found 0"]),
         (format!("{GOOD}[evaluate]\nbatches = 0\n"), &["evaluate.batches", "found 0"]),
         (format!("{GOOD}[evaluate]\nevery_steps = 1\nevery_epochs = 1\n"), &["evaluate.every_epochs", "both"]),

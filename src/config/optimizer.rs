@@ -204,7 +204,20 @@ pub fn schedule(section: &mut Section) -> Result<Schedule> {
         Kind::Cosine => Decay::Cosine,
         Kind::Step => {
             let milestones = section.or("milestones", Vec::<u64>::new())?;
-            let every = if milestones.is_empty() { section.required("every_steps")? } else { 0 };
+            let every = match section.optional("every_steps")? {
+                Some(_) if !milestones.is_empty() => {
+                    return Err(
+                        section.error("every_steps", "found both every_steps and milestones, expected one of them")
+                    );
+                }
+                Some(every) => every,
+                None if milestones.is_empty() => {
+                    return Err(
+                        section.missing("every_steps", "a whole number of 1 or more, or milestones in its place")
+                    );
+                }
+                None => 0,
+            };
             Decay::Step { every, milestones, gamma: section.or("gamma", 0.1)? }
         }
         Kind::Exponential => Decay::Exponential { gamma: section.required("gamma")? },
