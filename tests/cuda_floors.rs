@@ -60,7 +60,7 @@ fn one_update<S: Storage>(
         slots: plan.slots.iter().map(|_| filled(0.0)).collect(),
         state_layout: ParamLayout::new(&[]).unwrap(),
         state: backend.allocate(0).unwrap(),
-        prepared: None,
+        prepared: Default::default(),
         held: None,
     };
     let step = |step| StepParams { learning_rate: 0.01, step, divisor: 1.0, zero_gradients };

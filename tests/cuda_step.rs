@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::{bf16, f16};
 use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, SmallProducts, Storage};
 use warpstep::backend::ops::Update;
+use warpstep::backend::step::LossScale;
 use warpstep::data::{Batch, Inputs, Targets};
 use warpstep::model::Input;
 use warpstep::model::presets::{Fit, Goal, GptOptions, MlpOptions, ModelOptions, Preset};
@@ -188,7 +189,8 @@ fn f16_halves_its_loss_scale_until_nothing_overflows_and_goes_on() {
     let mut first = low.loss_scale().unwrap().expect("f16 has a loss scale");
     assert_eq!((first.scale, first.good_steps), (65_536.0, 0));
     first.scale *= 256.0;
-    low.backend().set_loss_scale(first).unwrap();
+    let (backend, arena) = low.parts_mut();
+    backend.set_loss_scale(arena, first).unwrap();
     let found = pipelined(&mut low, 16, 1);
     let skipped = found.iter().take_while(|report| report.outcome.skipped).count();
     assert!((1..14).contains(&skipped), "{found:?}");
@@ -204,4 +206,27 @@ fn f16_halves_its_loss_scale_until_nothing_overflows_and_goes_on() {
     let (norm, wanted) = (first_applied.outcome.grad_norm, expected.outcome.grad_norm);
     assert!((norm - wanted).abs() < 0.1 * wanted, "{norm} for {wanted}");
     assert!(found.iter().all(|report| report.loss.is_finite()), "losses themselves are not scaled: {found:?}");
+}
+
+#[test]
+fn trainings_in_f16_that_share_a_device_have_a_loss_scale_each() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(device) = device::device() else { return };
+    let alone = pipelined(&mut trainer::<f16>(&device, 1, None, 0.01), 8, 1);
+    let mut low = trainer::<f16>(&device, 1, None, 0.01);
+    let mut found = pipelined(&mut low, 4, 1);
+    let left = low.loss_scale().unwrap();
+    // Another begins, at a scale that no gradient survives, and its steps are skipped.
+    let mut other = trainer::<f16>(&device, 1, None, 0.01);
+    let (backend, arena) = other.parts_mut();
+    backend.set_loss_scale(arena, LossScale { scale: f32::powi(2.0, 100), good_steps: 0 }).unwrap();
+    assert!(pipelined(&mut other, 4, 1).iter().all(|report| report.outcome.skipped));
+    assert_eq!(other.loss_scale().unwrap(), Some(LossScale { scale: f32::powi(2.0, 96), good_steps: 0 }));
+    assert_eq!(low.loss_scale().unwrap(), left);
+    // And one without a scale reads none.
+    assert_eq!(trainer::<f32>(&device, 1, None, 0.01).loss_scale().unwrap(), None);
+    for step in 4..8 {
+        found.push(low.step(&[batch(step)], 0.01).unwrap());
+    }
+    assert_eq!(found, alone);
 }

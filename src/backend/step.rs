@@ -210,7 +210,7 @@ pub struct Finished {
     pub norm_squares: Vec<f64>,
 }
 
-/// The dynamic loss scale of a device that stores activations in f16, where small gradients would vanish.
+/// The dynamic loss scale of a training that stores activations in f16, where small gradients would vanish.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LossScale {
     /// What gradients are multiplied by on their way: a power of 2.

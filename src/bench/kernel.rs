@@ -106,10 +106,6 @@ impl<B: Bed> KernelTask<B> {
     /// # Errors
     /// Not enough memory.
     pub fn new(backend: &B, case: &Case) -> Result<Self> {
-        // As training scales losses where gradients need it, else small ones would be rounded away.
-        if backend.loss_scale()?.is_some() {
-            backend.set_loss_scale(LossScale::INITIAL)?;
-        }
         let planned = case.plan::<B>()?;
         let given = Given { stream: Philox::new(1, Purpose::Sampling, 3), below: case.below as u64 };
         let Alone { program, parameters, .. } = &planned.alone;
@@ -122,6 +118,8 @@ impl<B: Bed> KernelTask<B> {
         let mut sets = Vec::with_capacity(count);
         for _ in 0..count {
             let (mut arena, mut activations) = (parameters.arena(backend, 1, 0)?, program.activations(backend)?);
+            // As training scales losses where gradients need it, else small ones would be rounded away.
+            backend.set_loss_scale(&mut arena, LossScale::INITIAL)?;
             given.fill::<B, B::Storage>(backend, &planned, &mut activations)?;
             // What the backward reads of the forward.
             let mut memory = Memory { arena: &mut arena, activations: &mut activations };
@@ -192,7 +190,7 @@ impl<B: Bed> KernelTask<B> {
     /// By what the values that were left are multiplied before they are compared: as the twin's, and a loss's gradient may be scaled.
     fn factor(&self, left: &Left) -> Result<f64> {
         let Some(terms) = terms(&self.planned, left) else { return Ok(1.0) };
-        Ok(terms / self.backend.loss_scale()?.map_or(1.0, |scale| f64::from(scale.scale)))
+        Ok(terms / self.backend.loss_scale(&self.sets[0].0)?.map_or(1.0, |scale| f64::from(scale.scale)))
     }
 }
 

@@ -380,7 +380,8 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
     }
     trainer.set_counters(state.counters());
     if let Some(scale) = state.loss_scale {
-        trainer.backend().set_loss_scale(scale)?;
+        let (backend, arena) = trainer.parts_mut();
+        backend.set_loss_scale(arena, scale)?;
     }
     Ok(state)
 }

@@ -181,7 +181,7 @@ impl<B: Backend + Update> Trainer<B> {
         let plan = UpdatePlan { rounding, ..UpdatePlan::new(optimizer, &layout)? };
         let sharding =
             sharding.map(|options| Sharding::new(options, &program.ops, &layout, &ranges, &plan)).transpose()?;
-        let arena = match &sharding {
+        let mut arena = match &sharding {
             None => model.arena_with(&backend, seed, plan.slots.len(), optimizer.master)?,
             Some(sharding) => {
                 can_be_shared_out(optimizer)?;
@@ -190,9 +190,7 @@ impl<B: Backend + Update> Trainer<B> {
         };
         let workspace = program.workspace(Some(&backend))?;
         backend.reserve(&workspace.or(B::update_workspace(&plan, &arena.own_elements())))?;
-        if backend.loss_scale()?.is_some() {
-            backend.set_loss_scale(LossScale::INITIAL)?;
-        }
+        backend.set_loss_scale(&mut arena, LossScale::INITIAL)?;
         let mut trainer = Trainer {
             queue: B::Queue::default(),
             average: None,
@@ -333,7 +331,7 @@ impl<B: Backend + Update> Trainer<B> {
     /// # Errors
     /// A device that failed.
     pub fn loss_scale(&self) -> Result<Option<LossScale>> {
-        self.backend.loss_scale()
+        self.backend.loss_scale(&self.arena)
     }
 
     /// One whole step: forward and backward of each pass, of values or of samples of a table, then the update. Waits for its end.

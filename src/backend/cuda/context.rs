@@ -14,7 +14,7 @@ use super::compiler::Compiled;
 use super::libraries::Library;
 use super::module::{Image, image};
 use super::scratch::{Block, release};
-use super::step::{KeptScale, Scalars};
+use super::step::Scalars;
 use crate::error::{Error, Result};
 
 /// The libraries that are named in errors with what installs them.
@@ -127,7 +127,6 @@ pub struct Device {
     /// Where the scalars of work stand that is no step of a queue, and of whatever is queued now.
     own_state: u64,
     state: AtomicU64,
-    loss_scale: u64,
     /// Who queues work now.
     claims: Claims,
     pub(super) scratch: Mutex<Option<Arc<Block>>>,
@@ -301,7 +300,6 @@ impl Device {
             ways: Mutex::default(),
             own_state: 0,
             state: AtomicU64::new(0),
-            loss_scale: 0,
             claims: Claims::default(),
             scratch: Mutex::default(),
             watch: Mutex::default(),
@@ -310,9 +308,6 @@ impl Device {
         };
         device.own_state = device.allocate(size_of::<Scalars>())?;
         device.state = AtomicU64::new(device.own_state);
-        device.loss_scale = device.allocate(size_of::<KeptScale>())?;
-        // Losses are scaled by trainers, which say so.
-        device.write(device.loss_scale, bytemuck::bytes_of(&KeptScale { scale: 1.0, good_steps: 0 }))?;
         device.write(device.own_state, bytemuck::bytes_of(&Scalars::default()))?;
         Ok(Arc::new(device))
     }
@@ -424,11 +419,6 @@ impl Device {
         self.state.store(address, Ordering::Relaxed);
         let _back = Back(self);
         work()
-    }
-
-    /// Address of the device's `LossScale`.
-    pub(super) fn loss_scale(&self) -> u64 {
-        self.loss_scale
     }
 
     /// Whether what is queued is recorded, not run.
@@ -655,7 +645,6 @@ const STATIC_SHARED: u32 = 48 << 10;
 impl Drop for Device {
     fn drop(&mut self) {
         self.release(self.own_state);
-        self.release(self.loss_scale);
         if let Some(blas) = self.blas.take() {
             blas.close(self);
         }

@@ -70,7 +70,7 @@ impl<S: Storage> Loss for Cuda<S> {
             classes: classes as u64,
             smoothing: args.label_smoothing as f32,
             ignore: ignore_index,
-            scale: self.loss_scale_or_null(),
+            scale: Self::loss_scale_or_null(memory.arena),
         };
         if is_small(rows, classes) {
             let list = args![Arg::of(&of), metrics];
@@ -130,7 +130,7 @@ impl<S: Storage> Cuda<S> {
         let losses = scratch.address();
         let rights = losses + (4 * parts) as u64;
         let [x, target, metrics] = [x, target, metrics].map(|act| Self::act(memory, act));
-        let (dx, scale) = (Self::act_or_null(memory, gradient), self.loss_scale_or_null());
+        let (dx, scale) = (Self::act_or_null(memory, gradient), Self::loss_scale_or_null(memory.arena));
         let list = args![x, target, dx, losses, rights, len, binary, scale];
         // SAFETY: the activations hold `len` values each, scratch two f32 for each block.
         unsafe { self.launch(FILE, "pointwise_loss", Grid::new(parts, 256), list)? };

@@ -31,6 +31,7 @@ mod layer_norm;
 pub mod libraries;
 mod linear;
 mod loss;
+mod loss_scale;
 mod mel;
 mod module;
 mod nvml;
@@ -152,7 +153,7 @@ impl<S: Storage> Backend for Cuda<S> {
     type Real = f32;
     type Storage = S;
     type Recording = Recording;
-    type Prepared = Option<update::Prepared>;
+    type Prepared = update::Kept;
     type Buffer<T: bytemuck::Pod + Send + Sync> = Buffer<T>;
     const INPUT_SLOTS: usize = 2;
 

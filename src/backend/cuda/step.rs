@@ -24,11 +24,9 @@ use super::update::Outcome;
 use super::{Cuda, Storage, recording};
 use crate::backend::PassOfStep;
 use crate::backend::ops::METRICS;
-use crate::backend::step::{Finished, LossScale, Turn, UpdateWork, Work};
+use crate::backend::step::{Finished, Turn, UpdateWork, Work};
 use crate::error::{Error, Result};
 use crate::optim::StepOutcome;
-
-const FILE: &str = "loss_scale";
 
 /// `struct StepState` of kernels/common.cuh: what changes from one replay of a step to the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -39,14 +37,6 @@ pub(super) struct Scalars {
     /// The update kernels' `UpdateParams` begin here.
     pub learning_rate: f64,
     pub divisor: f64,
-}
-
-/// `struct LossScale` of kernels/common.cuh.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub(super) struct KeptScale {
-    pub scale: f32,
-    pub good_steps: u32,
 }
 
 /// Where the update's scalars stand within the step's.
@@ -61,7 +51,7 @@ struct Report {
 }
 
 const _: () = {
-    assert!(size_of::<Scalars>() == 32 && size_of::<KeptScale>() == 8);
+    assert!(size_of::<Scalars>() == 32);
     assert!(size_of::<Report>() == 4 * METRICS + size_of::<Outcome>());
 };
 
@@ -268,7 +258,7 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
         program: pass.as_ref().map(|pass| recording::Key::new(pass.ops, arena, pass.activations, &pass.context)),
         turn: turn.as_ref().map(|turn| turn.pass),
         update: update.as_ref().map(|UpdateWork { plan, average, .. }| {
-            let tables = arena.prepared.as_ref().map_or(0, |prepared| prepared.outcome_address());
+            let tables = arena.prepared.tables.as_ref().map_or(0, |prepared| prepared.outcome_address());
             let (decay, average) = average.as_ref().map_or((0, 0), |(d, a)| (d.to_bits(), a.address_of(0)));
             [std::ptr::from_ref(*plan) as u64, tables, average, decay]
         }),
@@ -327,36 +317,4 @@ fn prepare_team<S: Storage>(
     let told = Told::new(turn.found);
     slot.told.bytes_mut()[..size_of::<Told>()].copy_from_slice(bytemuck::bytes_of(&told));
     Ok(())
-}
-
-impl<S: Storage> Cuda<S> {
-    /// Whether losses are scaled so that small gradients do not vanish.
-    pub(super) fn scales_losses(&self) -> bool {
-        S::NAME == "f16"
-    }
-
-    /// Address of what a loss is to be scaled by; else 0.
-    pub(super) fn loss_scale_or_null(&self) -> u64 {
-        if self.scales_losses() { self.device().loss_scale() } else { 0 }
-    }
-
-    pub(super) fn read_loss_scale(&self) -> Result<Option<LossScale>> {
-        if !self.scales_losses() {
-            return Ok(None);
-        }
-        let mut kept = KeptScale::default();
-        self.device().read(self.device().loss_scale(), bytemuck::bytes_of_mut(&mut kept))?;
-        Ok(Some(LossScale { scale: kept.scale, good_steps: kept.good_steps }))
-    }
-
-    pub(super) fn write_loss_scale(&self, to: LossScale) -> Result<()> {
-        if !self.scales_losses() {
-            return Ok(());
-        }
-        if !(to.scale.is_finite() && to.scale > 0.0) {
-            return Err(Error::Device(format!("a loss scale of {}: expected a finite number above 0", to.scale)));
-        }
-        let kept = KeptScale { scale: to.scale, good_steps: to.good_steps };
-        self.device().write(self.device().loss_scale(), bytemuck::bytes_of(&kept))
-    }
 }

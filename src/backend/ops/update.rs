@@ -22,19 +22,21 @@ pub trait Update: Backend {
     /// A device that failed.
     fn finished(&self, queue: &mut Self::Queue, wait: bool) -> Result<Option<Finished>>;
 
-    /// The dynamic loss scale; none where gradients need none.
+    /// The dynamic loss scale of an arena's programs: none where gradients need none, or where none was set yet, when losses are taken
+    /// as they are.
     ///
     /// # Errors
     /// A device that failed.
-    fn loss_scale(&self) -> Result<Option<LossScale>> {
+    fn loss_scale(&self, _: &Arena<Self>) -> Result<Option<LossScale>> {
         Ok(None)
     }
 
-    /// Sets the dynamic loss scale, where there is one.
+    /// Sets the dynamic loss scale of an arena's programs, where gradients need one: from then on they are multiplied by it where a loss
+    /// makes them. [`Update::submit`] divides by it and adapts it; the divisor of [`Update::update`] has to hold it.
     ///
     /// # Errors
-    /// A device that failed.
-    fn set_loss_scale(&self, _: LossScale) -> Result<()> {
+    /// A scale that is no finite number above 0, or a device that failed.
+    fn set_loss_scale(&self, _: &mut Arena<Self>, _: LossScale) -> Result<()> {
         Ok(())
     }
 

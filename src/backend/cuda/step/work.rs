@@ -1,11 +1,10 @@
 //! What the recording of a step holds, queued in its order.
 
-use super::super::launch::{Grid, args};
 use super::super::pinned::{Piece, report};
 use super::super::team::Team;
 use super::super::update::{EarlyNorm, Outcome};
 use super::super::{Cuda, Storage, recording};
-use super::{FILE, Report, Slot, UPDATE_PARAMS};
+use super::{Report, Slot, UPDATE_PARAMS};
 use crate::backend::ops::METRICS;
 use crate::backend::step::{Pass, Turn, UpdateWork};
 use crate::backend::{Alone, Arena, Memory, PassOfStep};
@@ -31,16 +30,8 @@ impl<S: Storage> Parts<'_, '_, S> {
     /// Queues everything of the work that is the same each time.
     pub fn queue(self, backend: &Cuda<S>, slot: &Slot, team: Option<&Team>, arena: &mut Arena<Cuda<S>>) -> Result<()> {
         let device = backend.device();
-        if self.update.is_some() && backend.scales_losses() {
-            // SAFETY: the state of the step, and the loss scale.
-            unsafe {
-                device.launch(
-                    FILE,
-                    "scale_divisor",
-                    Grid::new(1, 1),
-                    args![device.step_state(), device.loss_scale()],
-                )?
-            };
+        if self.update.is_some() {
+            backend.scale_divisor(arena)?;
         }
         // With the gradients of a whole step, and no one launch for all of the update, the norm is gathered behind the backward.
         let early = match (&self.pass, &self.turn, &self.update) {
@@ -123,9 +114,8 @@ fn queue_update<S: Storage>(
     gathered: bool,
     left: &mut Left,
 ) -> Result<()> {
-    let device = backend.device();
     let UpdateWork { plan, params, average } = update;
-    let address = device.step_state() + UPDATE_PARAMS;
+    let address = backend.device().step_state() + UPDATE_PARAMS;
     let shared_out = arena.held.is_some();
     let (prepared, arrays) = backend.arrays(arena, plan)?;
     match turn.as_mut() {
@@ -147,11 +137,7 @@ fn queue_update<S: Storage>(
     if let Some((decay, average)) = average {
         backend.queue_average(average, arena, *decay, outcome)?;
     }
-    if backend.scales_losses() {
-        let skipped = outcome + std::mem::offset_of!(Outcome, skipped) as u64;
-        // SAFETY: the loss scale, and a flag of the outcome.
-        unsafe { device.launch(FILE, "adapt_loss_scale", Grid::new(1, 1), args![device.loss_scale(), skipped])? };
-    }
+    backend.adapt_loss_scale(arena, outcome)?;
     (left.outcome, left.squares) = (Some(outcome), (first, tensors * size_of::<f64>()));
     Ok(())
 }

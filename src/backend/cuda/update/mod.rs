@@ -22,6 +22,7 @@ pub use self::early::EarlyNorm;
 pub(super) use self::plan::Outcome;
 use self::plan::{ClipOptions, Kind, Pass, RULE_STEP_WORDS, Tables, UpdateParams};
 use super::launch::{Arg, Grid, args};
+use super::loss_scale::KeptScale;
 use super::step::{self, Queue};
 use super::{Buffer, Cuda, Device, Storage};
 use crate::backend::ops::Update;
@@ -32,6 +33,15 @@ use crate::optim::{StepOutcome, StepParams, UpdatePlan};
 use crate::plan::ALIGNMENT;
 
 const FILE: &str = "update";
+
+/// What the device keeps of an arena's updates.
+#[derive(Default)]
+pub struct Kept {
+    /// The plan of the last one.
+    pub(super) tables: Option<Prepared>,
+    /// The dynamic loss scale, once there is one.
+    pub(super) loss_scale: Option<Buffer<KeptScale>>,
+}
 
 /// What the device keeps of an update plan: its tables, and room for what is found.
 pub struct Prepared {
@@ -382,7 +392,7 @@ impl<S: Storage> Update for Cuda<S> {
     }
 
     fn norm_squares(&self, arena: &Arena<Self>) -> Result<Vec<f64>> {
-        let Some(prepared) = &arena.prepared else { return Ok(Vec::new()) };
+        let Some(prepared) = &arena.prepared.tables else { return Ok(Vec::new()) };
         let mut squares = vec![0.0; prepared.tensor_squares.len()];
         prepared.tensor_squares.read(0, &mut squares)?;
         Ok(squares)
@@ -420,12 +430,12 @@ impl<S: Storage> Update for Cuda<S> {
         step::finished(queue, wait)
     }
 
-    fn loss_scale(&self) -> Result<Option<LossScale>> {
-        self.read_loss_scale()
+    fn loss_scale(&self, arena: &Arena<Self>) -> Result<Option<LossScale>> {
+        Self::read_loss_scale(arena)
     }
 
-    fn set_loss_scale(&self, to: LossScale) -> Result<()> {
-        self.write_loss_scale(to)
+    fn set_loss_scale(&self, arena: &mut Arena<Self>, to: LossScale) -> Result<()> {
+        self.write_loss_scale(arena, to)
     }
 }
 

@@ -77,10 +77,11 @@ impl<S: Storage> Cuda<S> {
             types: [if alone { S::NAME } else { "f32" }, "f32", S::NAME],
         };
         let is_for = |prepared: &Prepared| prepared.plan == *plan && prepared.elements == elements;
-        if !arena.prepared.as_ref().is_some_and(is_for) {
-            arena.prepared = Some(Prepared::of_part(self.device(), plan, elements)?);
+        let tables = &mut arena.prepared.tables;
+        if !tables.as_ref().is_some_and(is_for) {
+            *tables = Some(Prepared::of_part(self.device(), plan, elements)?);
         }
-        let Some(prepared) = &mut arena.prepared else {
+        let Some(prepared) = tables else {
             return Err(Error::DeviceFailed("the update's plan was not kept".into()));
         };
         Ok((prepared, arrays))
