@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaGraph, DriverError, sys};
+use cudarc::driver::{CudaGraph, CudaStream, DriverError, sys};
 
 use super::context::{Device, driver_error};
 use super::profile::ranged;
@@ -120,17 +120,42 @@ pub(super) fn run<S: Storage>(
     graph.launch(device).map_err(|error| driver_error("replay the step", error))
 }
 
+/// A capture of a stream. It is ended whatever way it is left, also where what is captured fails or panics: the stream would take no
+/// other work.
+struct Capture<'s> {
+    stream: &'s Arc<CudaStream>,
+    is_open: bool,
+}
+
+impl<'s> Capture<'s> {
+    fn begin(stream: &'s Arc<CudaStream>) -> std::result::Result<Self, DriverError> {
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        Ok(Capture { stream, is_open: true })
+    }
+
+    /// What was captured; none where nothing was.
+    fn end(mut self) -> std::result::Result<Option<CudaGraph>, DriverError> {
+        self.is_open = false;
+        self.stream.end_capture(sys::CUgraphInstantiate_flags(0))
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if self.is_open {
+            // What was captured is thrown away, and an error of its own comes second to what it was left by.
+            let _ = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        }
+    }
+}
+
 /// Records what `work` queues.
 pub(super) fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
     let _claim = device.claim();
-    let stream = device.stream();
-    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-    stream.begin_capture(mode).map_err(|error| driver_error("record the step", error))?;
-    let worked = work();
-    // A capture must be ended, whatever happened in it; its own error comes second to that of the work.
-    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-    worked?;
-    let graph = graph
+    let capture = Capture::begin(device.stream()).map_err(|error| driver_error("record the step", error))?;
+    work()?;
+    let graph = capture
+        .end()
         .map_err(|error| driver_error("record the step", error))?
         .ok_or_else(|| Error::DeviceFailed("CUDA: the recording of the step is empty".into()))?;
     Ok(Graph { graph, _scratch: device.scratch_block() })
