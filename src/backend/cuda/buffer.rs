@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::context::Device;
 use crate::error::{Error, Result};
@@ -12,9 +13,13 @@ use crate::error::{Error, Result};
 pub struct Buffer<T> {
     address: u64,
     len: usize,
+    identity: u64,
     device: Arc<Device>,
     of: PhantomData<T>,
 }
+
+/// Buffers of this process so far.
+static MADE: AtomicU64 = AtomicU64::new(0);
 
 impl<T: bytemuck::Pod> Buffer<T> {
     /// A buffer of zeros.
@@ -25,7 +30,8 @@ impl<T: bytemuck::Pod> Buffer<T> {
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| Error::Device("a buffer of 2^64 bytes".into()))?;
         // Nothing has an address too, so that a pointer to it can be handed on.
         let address = device.allocate(bytes.max(1))?;
-        let buffer = Buffer { address, len, device: device.clone(), of: PhantomData };
+        let identity = MADE.fetch_add(1, Ordering::Relaxed) + 1;
+        let buffer = Buffer { address, len, identity, device: device.clone(), of: PhantomData };
         device.fill_zero(address, bytes)?;
         Ok(buffer)
     }
@@ -38,6 +44,11 @@ impl<T: bytemuck::Pod> Buffer<T> {
     /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// A number above 0 that no other buffer has: an address is another's once this one is freed.
+    pub(super) fn identity(&self) -> u64 {
+        self.identity
     }
 
     /// Device address of a value.

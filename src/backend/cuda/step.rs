@@ -129,6 +129,8 @@ pub struct Queue {
     /// Slots whose work was queued and not taken yet, oldest first.
     pending: VecDeque<usize>,
     finished: VecDeque<Finished>,
+    /// The tables of the last update that was queued.
+    tables: Option<u64>,
     /// Updates that the device counts as applied, where that is known.
     applied: Option<u64>,
 }
@@ -235,10 +237,14 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
         params.check()?;
         (scalars.learning_rate, scalars.divisor) = (params.learning_rate, params.divisor);
         let (prepared, _) = backend.arrays(arena, plan)?;
+        let new = queue.tables.replace(prepared.identity()) != Some(prepared.identity());
+        // New tables go on from what the last ones counted.
+        while new && queue.take(true)? {}
         // With updates in flight the device alone knows how many were applied.
         let known = queue.pending.iter().all(|&at| !queue.slots[at].leaves[1])
             && queue.finished.iter().all(|finished| finished.outcome.is_none());
-        prepared.expect_applied((known && queue.applied != Some(params.step - 1)).then_some(params.step - 1))?;
+        let applied = if known { Some(params.step - 1) } else { queue.applied.filter(|_| new) };
+        prepared.expect_applied(applied.filter(|_| new || queue.applied != applied))?;
         queue.applied = None;
     }
     if let Some(turn) = &turn {

@@ -155,6 +155,11 @@ impl Prepared {
         self.outcome.write(0, &[Outcome { applied, ..Outcome::default() }])
     }
 
+    /// A number that no other tables have.
+    pub(super) fn identity(&self) -> u64 {
+        self.outcome.identity()
+    }
+
     /// Where the device leaves what an update found.
     pub(super) fn outcome_address(&self) -> u64 {
         self.outcome.address_of(0)
