@@ -157,6 +157,15 @@ impl<B: Backend> Activations<B> {
         }
     }
 
+    /// The slot whose inputs and targets are taken at present: none where there are no slots.
+    pub fn selected(&self) -> Option<usize> {
+        let is_selected = |InputSlot { values, indices }: &InputSlot| {
+            values.iter().all(|(act, range)| self.ranges[act.0 as usize] == *range)
+                && indices.iter().all(|(indices, range)| self.index_ranges[indices.0 as usize] == *range)
+        };
+        self.slots.iter().position(is_selected)
+    }
+
     /// The elements of an activation.
     pub fn range(&self, act: Act) -> Range<usize> {
         self.ranges[act.0 as usize].clone()

@@ -153,7 +153,8 @@ pub trait Backend:
         false
     }
 
-    /// Runs the operations in order. A device that can records them once and replays the recording.
+    /// Runs the operations in order. A device that can records them once and replays the recording: the list then stays as it is for as
+    /// long as programs run in these activations.
     ///
     /// # Errors
     /// What an operation reports.

@@ -7,18 +7,45 @@ use cudarc::driver::{CudaGraph, CudaStream, DriverError, sys};
 use super::context::{Device, driver_error};
 use super::profile::ranged;
 use super::scratch::Block;
-use super::{Cuda, Storage};
+use super::{Buffer, Cuda, Storage};
 use crate::backend::{Activations, Arena, Memory, Op, StepContext};
 use crate::error::{Error, Result};
 
-/// What a recording depends on besides the program: another of these, and it must be made anew.
+/// What a recording depends on of an arena: another of these, and it must be made anew. Buffers are told apart by their identities,
+/// since addresses are given again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ArenaKey([u64; 10]);
+
+impl ArenaKey {
+    pub fn new<S: Storage>(arena: &Arena<Cuda<S>>) -> Self {
+        let held = arena.held.as_ref();
+        ArenaKey([
+            arena.parameters.identity(),
+            arena.stored.identity(),
+            arena.gradients.identity(),
+            arena.state.identity(),
+            identity(arena.slots.first()),
+            identity(arena.slots.get(1)),
+            identity(held.and_then(|held| held.parameters.as_ref())),
+            identity(held.and_then(|held| held.stored.as_ref())),
+            identity(held.and_then(|held| held.gradients.as_ref())),
+            identity(arena.prepared.loss_scale.as_ref()),
+        ])
+    }
+}
+
+/// The identity of a buffer; 0 where there is none.
+fn identity<T: bytemuck::Pod>(buffer: Option<&Buffer<T>>) -> u64 {
+    buffer.map_or(0, Buffer::identity)
+}
+
+/// The same of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Key {
     /// The program, by where its list of operations lies.
     program: usize,
     operations: usize,
-    parameters: [u64; 2],
-    values: u64,
+    activations: [u64; 2],
     accumulate: bool,
     seed: u64,
 }
@@ -26,15 +53,13 @@ pub(super) struct Key {
 impl Key {
     pub fn new<S: Storage>(
         program: &[Box<dyn Op<Cuda<S>>>],
-        arena: &Arena<Cuda<S>>,
         activations: &Activations<Cuda<S>>,
         step: &StepContext,
     ) -> Self {
         Key {
             program: program.as_ptr() as usize,
             operations: program.len(),
-            parameters: [arena.parameters.address_of(0), arena.stored.address_of(0)],
-            values: activations.values.address_of(0),
+            activations: [activations.values.identity(), activations.indices.identity()],
             accumulate: step.accumulate,
             seed: step.seed,
         }
@@ -61,9 +86,9 @@ impl Graph {
     }
 }
 
-/// A key that was run once, and its graph from the second time on.
+/// An arena, a program and a slot of its inputs that were run once, and their graph from the second time on.
 struct Recorded {
-    key: Key,
+    key: (ArenaKey, Key, Option<usize>),
     graph: Option<Graph>,
 }
 
@@ -106,7 +131,8 @@ pub(super) fn run<S: Storage>(
     if !device.options().graphs || device.is_timing() {
         return each(backend, program, memory, step);
     }
-    let key = Key::new(program, memory.arena, memory.activations, step);
+    let (arena, activations) = (&*memory.arena, &*memory.activations);
+    let key = (ArenaKey::new(arena), Key::new(program, activations, step), activations.selected());
     let Some(at) = memory.activations.recording.entries.iter().position(|entry| entry.key == key) else {
         each(backend, program, memory, step)?;
         memory.activations.recording.entries.push(Recorded { key, graph: None });

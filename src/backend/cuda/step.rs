@@ -103,11 +103,21 @@ impl Slot {
 /// What a recording depends on: another of these, and it must be made anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
+    arena: recording::ArenaKey,
     program: Option<recording::Key>,
     /// Where an exchange stands within the recording.
     turn: Option<PassOfStep>,
-    /// Plan, tables, average and decay.
-    update: Option<[u64; 4]>,
+    update: Option<UpdateKey>,
+}
+
+/// What a recorded update depends on, buffers by their identities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct UpdateKey {
+    /// Tables of its plan, which are made anew for another plan.
+    tables: Option<u64>,
+    zero_gradients: bool,
+    /// The average that follows it, and the bits of its decay.
+    average: Option<(u64, u64)>,
 }
 
 /// A kind of work that was done once as it is, and its graphs from then on, one for each slot.
@@ -261,12 +271,13 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
     let tells = turn.as_ref().is_some_and(|turn| turn.pass.ends_step);
     slot.leaves = [pass.as_ref().is_some_and(|pass| pass.metrics.is_some()), update.is_some(), tells];
     let key = Key {
-        program: pass.as_ref().map(|pass| recording::Key::new(pass.ops, arena, pass.activations, &pass.context)),
+        arena: recording::ArenaKey::new(arena),
+        program: pass.as_ref().map(|pass| recording::Key::new(pass.ops, pass.activations, &pass.context)),
         turn: turn.as_ref().map(|turn| turn.pass),
-        update: update.as_ref().map(|UpdateWork { plan, average, .. }| {
-            let tables = arena.prepared.tables.as_ref().map_or(0, |prepared| prepared.outcome_address());
-            let (decay, average) = average.as_ref().map_or((0, 0), |(d, a)| (d.to_bits(), a.address_of(0)));
-            [std::ptr::from_ref(*plan) as u64, tables, average, decay]
+        update: update.as_ref().map(|UpdateWork { params, average, .. }| UpdateKey {
+            tables: arena.prepared.tables.as_ref().map(|prepared| prepared.identity()),
+            zero_gradients: params.zero_gradients,
+            average: average.as_ref().map(|(decay, average)| (average.identity(), decay.to_bits())),
         }),
     };
     let (slot, team) = (&queue.slots[at], queue.team.as_ref());
@@ -281,6 +292,11 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
             // The first time loads kernels, measures products and takes scratch, none of which can be recorded.
             None => {
                 work()?;
+                // What names tables of another plan of this arena is never met again.
+                queue.recorded.retain(|Recorded { key: kept, .. }| match (&kept.update, &key.update) {
+                    (Some(old), Some(new)) => kept.arena != key.arena || old.tables == new.tables,
+                    _ => true,
+                });
                 queue.recorded.push(Recorded { key, graphs: [const { None }; SLOTS] });
             }
             Some(Recorded { graphs, .. }) => {

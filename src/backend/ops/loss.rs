@@ -5,7 +5,8 @@ use crate::error::Result;
 /// Losses, each with its gradient in the same pass.
 ///
 /// Each leaves four values in `metrics`: the mean loss, the sum of losses, what the sum is over (targets that count, or
-/// values), and how many predictions were right.
+/// values), and how many predictions were right. Gradients, not losses, are multiplied by the arena's loss scale, where there is one
+/// ([`super::Update::set_loss_scale`]).
 pub trait Loss: Sized {
     /// Softmax and cross-entropy, as `torch.nn.functional.cross_entropy`.
     fn cross_entropy(&self, memory: &mut Memory<'_, Self>, args: &CrossEntropy, step: &StepContext) -> Result<()>
