@@ -52,6 +52,19 @@ pub enum Loss {
     BinaryCrossEntropy,
 }
 
+impl Loss {
+    /// Checks every option.
+    fn check(&self) -> Result<()> {
+        match self {
+            Loss::CrossEntropy { label_smoothing, .. } if !(0.0..1.0).contains(label_smoothing) => {
+                let found = label_smoothing.to_string();
+                Err(Error::shape("cross_entropy", "label smoothing from 0 to below 1", found))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What a program is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -111,11 +124,18 @@ impl<B: Backend> Model<B> {
     /// Plans a program for batches of `batch` samples.
     ///
     /// # Errors
-    /// Shapes that do not fit, each other or the targets, with the layer's name or the key of the run file; a batch that is too
+    /// A batch of no sample, samples of no value, a loss of options that it does not take, shapes that do not fit, each other or the targets, with the layer's name or the key of the run file; a batch that is too
     /// large to count.
     pub fn plan(&mut self, input: &Input, batch: usize, mode: Mode) -> Result<Program<B>> {
+        if batch == 0 {
+            return Err(Error::shape("model", "a batch of 1 sample or more", "0"));
+        }
+        self.loss.check()?;
         let mut planner = Planner::new(&mut self.parameters, mode);
         let mut x = planner.input(input, batch)?;
+        if x.is_empty() {
+            return Err(Error::shape("model", "inputs of 1 value or more a sample", format!("{:?}", &x.shape[1..])));
+        }
         let input_value = x.value;
         if let Some((name, front)) = &mut self.front {
             x = planner.layer(name, front.kind(), |planner| front.forward(planner, x))?;

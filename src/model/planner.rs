@@ -205,11 +205,8 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// A name that this plan declared already, another shape than an earlier plan gave it, or too many elements to count.
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let path = self.path(name);
-        if self.recomputing && self.declared.contains(&path) {
+        if !self.declares(&path, "parameter")? {
             return self.parameters.parameter(path, shape, init);
-        }
-        if !self.declared.insert(path.clone()) {
-            return Err(Error::shape("model", "layer names that differ", format!("parameter `{path}` twice")));
         }
         if elements(shape) > MOST_ELEMENTS {
             let most = format!("a parameter of {MOST_ELEMENTS} values at most");
@@ -217,6 +214,17 @@ impl<'a, B: Backend> Planner<'a, B> {
         }
         self.declared_elements += elements(shape);
         self.parameters.parameter(path, shape, init)
+    }
+
+    /// Notes a name: whether it is new, not declared again by what is computed again.
+    fn declares(&mut self, path: &str, what: &str) -> Result<bool> {
+        if self.declared.insert(path.to_owned()) {
+            return Ok(true);
+        }
+        if self.recomputing {
+            return Ok(false);
+        }
+        Err(Error::shape("model", "layer names that differ", format!("{what} `{path}` twice")))
     }
 
     /// A parameter that this plan declared before, by its whole dotted name, and its shape: for layers that share one.
@@ -233,9 +241,10 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// Declares a tensor that is kept but not trained, under the present scope, with one value everywhere at first.
     ///
     /// # Errors
-    /// Another shape than an earlier plan gave it.
+    /// A name that this plan declared already, or another shape than an earlier plan gave it.
     pub fn state(&mut self, name: &str, shape: &[usize], value: f64) -> Result<State> {
         let path = self.path(name);
+        self.declares(&path, "kept tensor")?;
         self.parameters.state(path, shape, value)
     }
 

@@ -174,6 +174,9 @@ impl<B: Backend + Update> Trainer<B> {
         let program = model.plan(&input, batch_size, Mode::Training)?;
         let activations = program.activations_with_slots(&backend, B::INPUT_SLOTS)?;
         let (layout, ranges) = model.parameters().layout()?;
+        if let Some(decay) = ema.filter(|decay| !(0.0..1.0).contains(decay)) {
+            return Err(Error::config("optimizer.ema", format!("found {decay}, expected a number from 0 to below 1")));
+        }
         if !optimizer.master && ema.is_some() {
             return Err(Error::config("optimizer.ema", "needs parameters in f32, which master = false does not keep"));
         }

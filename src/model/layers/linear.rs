@@ -56,6 +56,9 @@ impl<B: Backend> Layer<B> for Linear {
 
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
         let (rows, inputs, outputs) = (x.rows(), x.width(), self.outputs);
+        if outputs == 0 {
+            return Err(Error::shape("linear", "1 output or more", "0"));
+        }
         let default = Init::torch_default(inputs);
         let weight = planner.parameter("weight", &[outputs, inputs], self.weight_init.unwrap_or(default))?;
         let bias = if self.bias {

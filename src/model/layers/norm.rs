@@ -61,6 +61,14 @@ impl BatchNorm {
 /// What batch norm takes, where it is given less.
 pub(in crate::model) const TOO_FEW: &str = "at least 2 values a channel in training";
 
+/// Checks what is added to a variance or a mean of squares: with less, a norm of what is constant is no number.
+fn check_epsilon(epsilon: f64, layer: &str) -> Result<()> {
+    if epsilon > 0.0 && epsilon.is_finite() {
+        return Ok(());
+    }
+    Err(Error::shape(layer, "an epsilon above 0", epsilon.to_string()))
+}
+
 fn batch_dimensions(shape: &[usize]) -> Result<[usize; 3]> {
     match shape {
         [batch, channels, rest @ ..] => Ok([*batch, *channels, rest.iter().product()]),
@@ -74,6 +82,10 @@ impl<B: Backend> Layer<B> for BatchNorm {
     }
 
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
+        check_epsilon(self.epsilon, "batch_norm")?;
+        if !(0.0..=1.0).contains(&self.momentum) {
+            return Err(Error::shape("batch_norm", "a momentum from 0 to 1", self.momentum.to_string()));
+        }
         let [batch, channels, spatial] = batch_dimensions(&x.shape)?;
         if planner.training() && batch * spatial < 2 {
             return Err(Error::shape("batch_norm", TOO_FEW, format!("{:?}", x.shape)));
@@ -186,6 +198,7 @@ impl<B: Backend> Layer<B> for LayerNorm {
     }
 
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
+        check_epsilon(self.epsilon, "layer_norm")?;
         let (rows, width) = (x.rows(), x.width());
         let weight = planner.parameter("weight", &[width], Init::Constant(1.0))?;
         let bias = if self.bias { Some(planner.parameter("bias", &[width], Init::Constant(0.0))?) } else { None };
@@ -252,6 +265,7 @@ impl<B: Backend> Layer<B> for RmsNorm {
     }
 
     fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
+        check_epsilon(self.epsilon, "rms_norm")?;
         let (rows, width) = (x.rows(), x.width());
         let weight = planner.parameter("weight", &[width], Init::Constant(1.0))?;
         let (y, output) = planner.tensor(&x.shape, true);

@@ -66,7 +66,7 @@ impl<B: Backend> Layer<B> for AsPicture {
     }
 }
 
-/// Branches that see the same input, their outputs `[batch, width]` put side by side.
+/// Branches that see the same input, their outputs `[.., width]` put side by side: `[.., sum of the widths]`.
 pub struct Parallel<B: Backend> {
     branches: Vec<(String, Box<dyn Layer<B>>)>,
     shapes: Vec<Vec<usize>>,
@@ -89,14 +89,22 @@ impl<B: Backend> Layer<B> for Parallel<B> {
         for (name, layer) in &mut self.branches {
             outputs.push(planner.scoped(name, |planner| layer.forward(planner, x.clone()))?);
         }
-        let rows = outputs.first().map_or(1, Tensor::rows);
-        if outputs.iter().any(|y| y.rows() != rows) || outputs.is_empty() {
+        let before_width = |y: &Tensor| y.shape[..y.shape.len().saturating_sub(1)].to_vec();
+        let Some(mut shape) = outputs.first().map(before_width).filter(|shape| !shape.is_empty()) else {
+            return Err(Error::shape("parallel", "branches, of [.., width]", "none"));
+        };
+        if outputs.iter().any(|y| before_width(y) != shape) {
             let found: Vec<_> = outputs.iter().map(|y| &y.shape).collect();
-            return Err(Error::shape("parallel", "branches with equal numbers of rows", format!("{found:?}")));
+            return Err(Error::shape(
+                "parallel",
+                "branches that differ in their last dimension alone",
+                format!("{found:?}"),
+            ));
         }
-        let widths: Vec<usize> = outputs.iter().map(Tensor::width).collect();
+        let (rows, widths) = (shape.iter().product(), outputs.iter().map(Tensor::width).collect::<Vec<_>>());
         let needs_gradient = outputs.iter().any(|y| y.needs_gradient);
-        let (y, output) = planner.tensor(&[rows, widths.iter().sum()], needs_gradient);
+        shape.push(widths.iter().sum());
+        let (y, output) = planner.tensor(&shape, needs_gradient);
         let parts = outputs.iter().map(|y| y.real("parallel")).collect::<Result<_>>()?;
         self.shapes = outputs.into_iter().map(|y| y.shape).collect();
         planner.emit(Concatenate { parts, widths, y, rows });

@@ -1,0 +1,139 @@
+//! Models and loops of one's own, over the library alone: what a program gets wrong is an error that names it, what it gets right has
+//! the numbers that it asked for.
+
+use warpstep::backend::Backend;
+use warpstep::backend::cpu::Cpu;
+use warpstep::backend::ops::ActivationKind;
+use warpstep::data::{Batch, Inputs, Targets};
+use warpstep::error::Result;
+use warpstep::model::layers::{
+    Activation, BatchNorm, Dropout, Embedding, Flatten, LayerNorm, Linear, Parallel, Residual, RmsNorm, Sequential,
+};
+use warpstep::model::{Input, Layer, Loss, Mode, Model, Planner, Probe, Tensor};
+use warpstep::optim::{OptimizerOptions, Rule};
+use warpstep::random::{Philox, Purpose};
+use warpstep::train::step::{Trainer, TrainerParts};
+
+const WIDTH: usize = 6;
+const CLASSES: usize = 3;
+
+fn random(number: u64) -> Philox {
+    Philox::new(11, Purpose::Sampling, number as u32)
+}
+
+/// `WIDTH` features of which the largest of the first three is the class.
+fn batch(number: u64, samples: usize) -> Batch {
+    let stream = random(number);
+    let x: Vec<f32> = (0..(samples * WIDTH) as u64).map(|i| stream.normal(i) as f32).collect();
+    let class = |x: &[f32]| (0..CLASSES).max_by(|&a, &b| x[a].total_cmp(&x[b])).unwrap() as i32;
+    let targets = x.chunks_exact(WIDTH).map(class).collect();
+    Batch { inputs: Inputs::Real(x), targets: Targets::Index(targets), samples }
+}
+
+fn layers<B: Backend>() -> Sequential<B> {
+    let branch = Sequential::new()
+        .then("norm", BatchNorm::new())
+        .then("relu", Activation::new(ActivationKind::Relu))
+        .then("dropout", Dropout::new(0.2))
+        .then("linear", Linear::new(16));
+    Sequential::new()
+        .then("in", Linear::new(16))
+        .then("block", Residual::new("", branch))
+        .then("out", Linear::new(CLASSES))
+}
+
+const CROSS_ENTROPY: Loss = Loss::CrossEntropy { label_smoothing: 0.0, ignore_index: -1 };
+
+fn adam(rate: f64) -> OptimizerOptions {
+    OptimizerOptions {
+        weight_decay: 0.01,
+        decoupled: true,
+        ..OptimizerOptions::new(Rule::Adam { betas: [0.9, 0.999], epsilon: 1e-8 }, rate)
+    }
+}
+
+fn trainer_of(model: Model<Cpu<f32>>, input: Input, batch_size: usize, ema: Option<f64>) -> Result<Trainer<Cpu<f32>>> {
+    let optimizer = adam(0.01);
+    Trainer::new(TrainerParts {
+        backend: Cpu::new(),
+        model,
+        input,
+        batch_size,
+        accumulate: 1,
+        optimizer: &optimizer,
+        ema,
+        seed: 3,
+    })
+}
+
+fn trainer(batch_size: usize, ema: Option<f64>) -> Result<Trainer<Cpu<f32>>> {
+    trainer_of(Model::new(Box::new(layers()), CROSS_ENTROPY), Input::Real(vec![WIDTH]), batch_size, ema)
+}
+
+#[test]
+fn what_no_training_can_be_made_of_is_refused() {
+    let told = |found: Result<Trainer<Cpu<f32>>>| found.map(drop).map_err(|error| error.to_string());
+    assert!(told(trainer(0, None)).unwrap_err().contains("a batch of 1 sample or more"));
+    for decay in [-0.1, 1.0, 1.5, f64::NAN] {
+        assert!(told(trainer(4, Some(decay))).unwrap_err().contains("from 0 to below 1"), "{decay}");
+    }
+    let of = |layers: Sequential<Cpu<f32>>| Model::new(Box::new(layers.then("out", Linear::new(2))), CROSS_ENTROPY);
+    let norm = |epsilon, momentum| of(Sequential::new().then("0", BatchNorm::new().with_constants(epsilon, momentum)));
+    let real = || Input::Real(vec![WIDTH]);
+    let smoothing = Loss::CrossEntropy { label_smoothing: 1.5, ignore_index: -1 };
+    let wrong: Vec<(&str, Model<Cpu<f32>>, Input)> = vec![
+        ("at least one parameter", Model::new(Box::new(Sequential::new()), CROSS_ENTROPY), real()),
+        ("1 output or more", of(Sequential::new().then("0", Linear::new(0))), real()),
+        ("1 value or more a sample", of(Sequential::new()), Input::Real(vec![0])),
+        ("parameter `out.weight` twice", of(Sequential::new().then("out", Linear::new(2))), real()),
+        ("kept tensor `0.seen` twice", of(Sequential::new().then("0", Keeps).then("0", Keeps)), real()),
+        ("a probability from 0 to below 1", of(Sequential::new().then("0", Dropout::new(1.0))), real()),
+        ("an epsilon above 0", norm(-1.0, 0.1), real()),
+        ("an epsilon above 0", of(Sequential::new().then("0", LayerNorm::new(0.0))), real()),
+        ("an epsilon above 0", of(Sequential::new().then("0", RmsNorm::new(f64::NAN))), real()),
+        ("a momentum from 0 to 1", norm(1e-5, 1.5), real()),
+        ("a momentum from 0 to 1", norm(1e-5, f64::NAN), real()),
+        ("expected real values", of(Sequential::new()), Input::Tokens(4)),
+        ("expected tokens", of(Sequential::new().then("0", Embedding::new(5, 4))), real()),
+        ("two branches", of(Sequential::new().then("0", Residual::new("", Linear::new(2)))), real()),
+        ("label smoothing from 0", Model::new(Box::new(layers()), smoothing), real()),
+    ];
+    for (expected, model, input) in wrong {
+        match trainer_of(model, input, 4, None) {
+            Err(error) => assert!(error.to_string().contains(expected), "{error}"),
+            Ok(_) => panic!("a model was taken that should tell of {expected}"),
+        }
+    }
+}
+
+/// Keeps a tensor, and gives what it is given.
+struct Keeps;
+
+impl<B: Backend> Layer<B> for Keeps {
+    fn kind(&self) -> &'static str {
+        "keeps"
+    }
+    fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
+        planner.state("seen", &[1], 0.0)?;
+        Ok(x)
+    }
+    fn backward(&mut self, _: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy))
+    }
+}
+
+#[test]
+fn branches_side_by_side_keep_the_dimensions_before_their_widths() {
+    let branch = |name: &str, width| (name.to_owned(), Box::new(Linear::new(width)) as Box<dyn Layer<Cpu<f64>>>);
+    let layer = Parallel::new(vec![branch("narrow", 2), branch("wide", 3)]);
+    let mut probe = Probe::<f64>::new(layer, &Input::Real(vec![4, WIDTH]), 2, Mode::Training, 1).unwrap();
+    assert_eq!(probe.output_shape(), [2, 4, 5]);
+    probe.set_input(&(0..8 * WIDTH as u64).map(|i| random(1).normal(i)).collect::<Vec<_>>()).unwrap();
+    let check = probe.check_gradients(1, 100).unwrap();
+    assert!(check.worst().1 < 1e-6, "{check:?}");
+    // Of branches that differ in more, an error.
+    let flat = ("flat".to_owned(), Box::new(Flatten::new()) as Box<dyn Layer<Cpu<f64>>>);
+    let layer = Parallel::new(vec![branch("narrow", 2), flat]);
+    let found = Probe::<f64>::new(layer, &Input::Real(vec![4, WIDTH]), 2, Mode::Training, 1);
+    assert!(found.err().is_some_and(|error| error.to_string().starts_with("parallel: expected branches")));
+}
