@@ -7,7 +7,8 @@ use warpstep::backend::ops::ActivationKind;
 use warpstep::data::{Batch, Inputs, Targets};
 use warpstep::error::Result;
 use warpstep::model::layers::{
-    Activation, BatchNorm, Dropout, Embedding, Flatten, LayerNorm, Linear, Parallel, Residual, RmsNorm, Sequential,
+    Activation, BatchNorm, Dropout, Embedding, Flatten, LayerNorm, Linear, MeanOverTime, Parallel, Residual, RmsNorm,
+    Sequential,
 };
 use warpstep::model::{Input, Layer, Loss, Mode, Model, Planner, Probe, Tensor};
 use warpstep::optim::{OptimizerOptions, Rule};
@@ -71,6 +72,63 @@ fn trainer(batch_size: usize, ema: Option<f64>) -> Result<Trainer<Cpu<f32>>> {
 }
 
 #[test]
+fn batches_that_do_not_fit_are_errors_after_which_steps_go_on() {
+    let mut trainer = trainer(8, None).unwrap();
+    let mut sound = self::trainer(8, None).unwrap();
+    assert_eq!(trainer.step(&[batch(0, 8)], 0.01).unwrap(), sound.step(&[batch(0, 8)], 0.01).unwrap());
+    let with_targets = |targets| Batch { targets, ..batch(1, 8) };
+    let tokens = Batch { inputs: Inputs::Tokens(vec![0; 8 * WIDTH]), ..batch(1, 8) };
+    let wrong = [
+        ("more samples", Batch { samples: 9, ..batch(1, 8) }),
+        ("fewer samples", Batch { samples: 7, ..batch(1, 8) }),
+        ("no sample", Batch { samples: 0, ..batch(1, 8) }),
+        ("nothing", batch(1, 0)),
+        ("a larger batch", batch(1, 9)),
+        ("tokens", tokens),
+        ("real targets", with_targets(Targets::Real(vec![0.0; 8]))),
+        ("too few targets", with_targets(Targets::Index(vec![0; 7]))),
+        ("a class that is none", with_targets(Targets::Index(vec![CLASSES as i32; 8]))),
+        ("a class below 0", with_targets(Targets::Index(vec![-7; 8]))),
+    ];
+    for (what, batch) in wrong {
+        assert!(trainer.step(std::slice::from_ref(&batch), 0.01).is_err(), "{what}");
+        // Evaluations are of batches of any size.
+        assert_eq!(trainer.evaluate(std::iter::once(Ok(batch))).is_ok(), what == "a larger batch", "{what}");
+    }
+    for rate in [f64::NAN, f64::INFINITY] {
+        assert!(trainer.step(&[batch(1, 8)], rate).is_err());
+    }
+    for step in 1..4 {
+        assert_eq!(trainer.step(&[batch(step, 8)], 0.01).unwrap(), sound.step(&[batch(step, 8)], 0.01).unwrap());
+    }
+}
+
+#[test]
+fn a_step_of_which_a_later_batch_does_not_fit_can_be_taken_again() {
+    let optimizer = adam(0.01);
+    let accumulating = || {
+        Trainer::new(TrainerParts {
+            backend: Cpu::<f32>::new(),
+            model: Model::new(Box::new(layers()), CROSS_ENTROPY),
+            input: Input::Real(vec![WIDTH]),
+            batch_size: 8,
+            accumulate: 2,
+            optimizer: &optimizer,
+            ema: None,
+            seed: 3,
+        })
+        .unwrap()
+    };
+    let (mut trainer, mut sound) = (accumulating(), accumulating());
+    for step in 0..3 {
+        assert!(trainer.step(&[batch(step, 8), Batch { samples: 7, ..batch(9, 8) }], 0.01).is_err());
+        let good = [batch(2 * step, 8), batch(2 * step + 1, 8)];
+        assert_eq!(trainer.step(&good, 0.01).unwrap(), sound.step(&good, 0.01).unwrap());
+    }
+    assert_eq!(trainer.counters(), sound.counters());
+}
+
+#[test]
 fn what_no_training_can_be_made_of_is_refused() {
     let told = |found: Result<Trainer<Cpu<f32>>>| found.map(drop).map_err(|error| error.to_string());
     assert!(told(trainer(0, None)).unwrap_err().contains("a batch of 1 sample or more"));
@@ -103,6 +161,31 @@ fn what_no_training_can_be_made_of_is_refused() {
             Err(error) => assert!(error.to_string().contains(expected), "{error}"),
             Ok(_) => panic!("a model was taken that should tell of {expected}"),
         }
+    }
+}
+
+#[test]
+fn tokens_that_are_none_are_refused() {
+    let model = || {
+        Model::new(
+            Box::new(
+                Sequential::<Cpu<f32>>::new()
+                    .then("0", Embedding::new(5, 4))
+                    .then("1", MeanOverTime::new())
+                    .then("2", Linear::new(CLASSES)),
+            ),
+            CROSS_ENTROPY,
+        )
+    };
+    let mut trainer = trainer_of(model(), Input::Tokens(3), 2, None).unwrap();
+    for token in [5, -1, i32::MIN] {
+        let batch = Batch {
+            inputs: Inputs::Tokens(vec![0, 1, token, 2, 3, 4]),
+            targets: Targets::Index(vec![0, 1]),
+            samples: 2,
+        };
+        let error = trainer.step(&[batch], 0.01).unwrap_err().to_string();
+        assert!(error.contains("expected tokens from 0 to 4"), "{error}");
     }
 }
 

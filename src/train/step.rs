@@ -337,7 +337,8 @@ impl<B: Backend + Update> Trainer<B> {
         self.backend.loss_scale(&self.arena)
     }
 
-    /// One whole step: forward and backward of each pass, of values or of samples of a table, then the update. Waits for its end.
+    /// One whole step: forward and backward of each pass, of values or of samples of a table, then the update. Waits for its end. A
+    /// step that is an error has updated nothing and does not count; what batch norm keeps has seen the batches before the wrong one.
     ///
     /// # Errors
     /// Another number of batches than passes in a step, a batch of another shape than planned, or a device that failed.
@@ -350,10 +351,25 @@ impl<B: Backend + Update> Trainer<B> {
             let expected = format!("{passes} micro-batches, and no other step begun");
             return Err(Error::shape("step", expected, batches.len().to_string()));
         }
-        for (index, batch) in batches.iter().enumerate() {
-            self.queue(batch, (index + 1 == batches.len()).then_some(learning_rate))?;
+        let queued = batches
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, batch)| self.queue(batch, (index + 1 == batches.len()).then_some(learning_rate)));
+        if queued.is_err() {
+            self.forget_begun();
         }
+        queued?;
         self.finished(true)?.ok_or_else(|| Error::Training("the step that was queued did not end".into()))
+    }
+
+    /// Forgets the passes of a step that is not ended, as if none had been queued: the next overwrite their gradients.
+    fn forget_begun(&mut self) {
+        // What a device says that failed comes second to why the step is not ended.
+        while let Ok(Some(_)) = self.backend.finished(&mut self.queue, true) {}
+        self.samples.clear();
+        self.begun = Begun::default();
+        self.passes = 0;
+        self.queued = self.counters_of_finished_steps();
     }
 
     /// Plans the training program for batches of fewer samples than most have, which is done as they come otherwise.
@@ -396,7 +412,11 @@ impl<B: Backend + Update> Trainer<B> {
         };
         let last = of.within + 1 == u64::from(self.accumulate);
         let samples = batch.samples();
-        let planned = if (1..self.batch_size).contains(&samples) && self.sharding.is_none() {
+        if !(1..=self.batch_size).contains(&samples) {
+            let expected = format!("a batch of 1 to {} samples", self.batch_size);
+            return Err(Error::shape("queue", expected, samples.to_string()));
+        }
+        let planned = if samples < self.batch_size && self.sharding.is_none() {
             self.plan_smaller(samples)?;
             self.smaller.get_mut(&samples).unwrap_or(&mut self.training)
         } else {
