@@ -13,8 +13,9 @@ use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, SmallProducts, Storag
 use warpstep::backend::ops::Update;
 use warpstep::backend::step::LossScale;
 use warpstep::data::{Batch, Inputs, Targets};
-use warpstep::model::Input;
+use warpstep::model::layers::{Conv2d, Flatten, Linear, Sequential};
 use warpstep::model::presets::{Fit, Goal, GptOptions, MlpOptions, ModelOptions, Preset};
+use warpstep::model::{Input, Loss, Model};
 use warpstep::optim::{Clip, NormClip, OptimizerOptions, Rule};
 use warpstep::train::step::{StepReport, Trainer, TrainerParts};
 
@@ -206,6 +207,41 @@ fn f16_halves_its_loss_scale_until_nothing_overflows_and_goes_on() {
     let (norm, wanted) = (first_applied.outcome.grad_norm, expected.outcome.grad_norm);
     assert!((norm - wanted).abs() < 0.1 * wanted, "{norm} for {wanted}");
     assert!(found.iter().all(|report| report.loss.is_finite()), "losses themselves are not scaled: {found:?}");
+}
+
+#[test]
+fn cudnn_is_asked_once_for_the_algorithms_of_a_convolution() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(device) = device::device() else { return };
+    let Some(emulator) = Emulator::find() else { return };
+    let side = 6;
+    let layers =
+        Sequential::new().then("0", Conv2d::new(2, [3, 3])).then("1", Flatten::new()).then("2", Linear::new(1));
+    emulator.reset();
+    let parts = TrainerParts {
+        backend: Cuda::<f32>::new(device),
+        model: Model::new(Box::new(layers), Loss::MeanSquaredError),
+        input: Input::Real(vec![1, side, side]),
+        batch_size: SAMPLES,
+        accumulate: 1,
+        optimizer: &OptimizerOptions::new(Rule::Sgd, 0.01),
+        ema: None,
+        seed: 5,
+    };
+    let mut trainer = Trainer::new(parts).unwrap();
+    trainer.plan_smaller(1).unwrap();
+    trainer.plan_evaluations(&[SAMPLES, 1]).unwrap();
+    let pictures = |samples: usize| Batch {
+        inputs: Inputs::Real((0..samples * side * side).map(|i| (i % 7) as f32).collect()),
+        targets: Targets::Real(vec![1.0; samples]),
+        samples,
+    };
+    for samples in [SAMPLES, 1, SAMPLES, 1] {
+        trainer.step(&[pictures(samples)], 0.01).unwrap();
+        trainer.evaluate(std::iter::once(Ok(pictures(samples)))).unwrap();
+    }
+    // The forward and the weight's gradient, of either number of samples: nothing is before the layer that would be trained.
+    assert_eq!(emulator.host().heuristics, 4);
 }
 
 #[test]

@@ -89,10 +89,7 @@ fn check<S: Storage>(
     let (_, memory) = RunMemory::plan_on(&mut model, &wanted, Some(&backend)).unwrap();
     let planned = |name: &str| memory.parts.iter().find(|part| part.name == name).map_or(0, |part| part.bytes);
     assert!(planned("scratch") > 0 && planned("libraries") == 32 << 20, "{:#?}", memory.parts);
-    let later: usize = (memory.parts.iter())
-        .filter(|part| ["tables of the update", "evaluation"].contains(&part.name))
-        .map(|part| part.bytes)
-        .sum();
+    let later = planned("tables of the update");
     let before = free(device);
     emulator.reset();
     let parts = TrainerParts {
@@ -107,7 +104,7 @@ fn check<S: Storage>(
     };
     let mut trainer = Trainer::new(parts).unwrap();
     trainer.plan_smaller(3).unwrap();
-    trainer.reserve_for_evaluations(&wanted.evaluations).unwrap();
+    trainer.plan_evaluations(&wanted.evaluations).unwrap();
     let taken = before - free(device);
     assert!(taken.abs_diff(memory.total() - later) <= SLACK, "{taken} bytes were taken of {:#?}", memory.parts);
     // Run as they are, recorded for either slot, replayed.

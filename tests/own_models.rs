@@ -1,6 +1,8 @@
 //! Models and loops of one's own, over the library alone: what a program gets wrong is an error that names it, what it gets right has
 //! the numbers that it asked for.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use warpstep::backend::Backend;
 use warpstep::backend::cpu::Cpu;
 use warpstep::backend::ops::ActivationKind;
@@ -219,4 +221,33 @@ fn branches_side_by_side_keep_the_dimensions_before_their_widths() {
     let layer = Parallel::new(vec![branch("narrow", 2), flat]);
     let found = Probe::<f64>::new(layer, &Input::Real(vec![4, WIDTH]), 2, Mode::Training, 1);
     assert!(found.err().is_some_and(|error| error.to_string().starts_with("parallel: expected branches")));
+}
+
+/// Counts how often it is planned for evaluation.
+struct Counting(Arc<AtomicUsize>);
+
+impl<B: Backend> Layer<B> for Counting {
+    fn kind(&self) -> &'static str {
+        "counting"
+    }
+    fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
+        self.0.fetch_add(usize::from(planner.mode() == Mode::Evaluation), Ordering::Relaxed);
+        Ok(x)
+    }
+    fn backward(&mut self, _: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy))
+    }
+}
+
+#[test]
+fn evaluations_are_planned_once() {
+    let planned = Arc::new(AtomicUsize::new(0));
+    let layers = Sequential::new().then("0", Counting(Arc::clone(&planned))).then("1", Linear::new(CLASSES));
+    let model = Model::new(Box::new(layers), CROSS_ENTROPY);
+    let mut trainer = trainer_of(model, Input::Real(vec![WIDTH]), 8, None).unwrap();
+    trainer.plan_evaluations(&[8, 5]).unwrap();
+    for _ in 0..2 {
+        trainer.evaluate([8, 5, 8].into_iter().map(|samples| Ok(batch(1, samples)))).unwrap();
+    }
+    assert_eq!(planned.load(Ordering::Relaxed), 2);
 }

@@ -145,6 +145,8 @@ pub struct HostCounts {
     pub graph_kernels: u64,
     /// Calls of libraries.
     pub library_calls: u64,
+    /// Times that cuDNN was asked which algorithms there are for a convolution.
+    pub heuristics: u64,
 }
 
 #[derive(Default)]
@@ -235,7 +237,7 @@ pub(crate) fn fail(fault: Fault) -> i32 {
     number
 }
 
-fn count(what: impl FnOnce(&mut HostCounts)) {
+pub(crate) fn count(what: impl FnOnce(&mut HostCounts)) {
     what(&mut state().host);
 }
 

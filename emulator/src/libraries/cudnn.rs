@@ -20,7 +20,7 @@ use describe::{Convolution, DATA_FLOAT, Handle, MATH_DEFAULT, MATH_FMA, MATH_TEN
 use super::convolution::{Direction, Geometry, convolve};
 use super::cublaslt::multiply::tf32;
 use super::values::{Type, read, write};
-use crate::driver::queue_task;
+use crate::driver::{self, queue_task};
 use crate::fault::Fault;
 use crate::memory::Memory;
 
@@ -131,6 +131,7 @@ unsafe fn heuristics(
     // SAFETY: as the library's callers promise.
     unsafe { get(handle)? };
     let problem = problem?;
+    driver::count(|host| host.heuristics += 1);
     if asked < 1 || count.is_null() || results.is_null() {
         return Err(status::BAD_PARAM);
     }

@@ -26,34 +26,25 @@ fn bias_scratch(g: &Conv2dGeometry, filters: &Channels) -> usize {
 }
 
 impl<S: Storage> Cuda<S> {
-    /// Bytes of workspace that cuDNN takes for each direction, or the most that it may where no device is there to ask it on.
-    fn convolutions<const N: usize>(
-        geometry: Conv2dGeometry,
-        directions: [Direction; N],
-        device: Option<&Device>,
-    ) -> Result<[usize; N]> {
-        let mut found = [WORKSPACE_LIMIT; N];
-        if let Some(device) = device {
-            for (bytes, direction) in found.iter_mut().zip(directions) {
-                *bytes = device.workspace(direction, geometry, S::NAME)?;
-            }
-        }
-        Ok(found)
+    /// Bytes of workspace that cuDNN takes for a direction, or the most that it may where no device is there to ask it on.
+    fn convolution(geometry: Conv2dGeometry, direction: Direction, device: Option<&Device>) -> Result<usize> {
+        device.map_or(Ok(WORKSPACE_LIMIT), |device| device.workspace(direction, geometry, S::NAME))
     }
 
     /// What a forward takes of the device's memory.
     pub(super) fn forward_workspace(args: &Conv2dForward, device: Option<&Device>) -> Result<Workspace> {
-        let [scratch] = Self::convolutions(args.geometry, [Direction::Forward], device)?;
+        let scratch = Self::convolution(args.geometry, Direction::Forward, device)?;
         Ok(Workspace { scratch, is_bound: device.is_none(), libraries: 0 })
     }
 
     /// What a backward takes.
     pub(super) fn backward_workspace(args: &Conv2dBackward, device: Option<&Device>) -> Result<Workspace> {
         let g = &args.geometry;
-        let [of_input, of_weight] = Self::convolutions(*g, [Direction::Input, Direction::Weight], device)?;
+        let of_weight = Self::convolution(*g, Direction::Weight, device)?;
+        let of_input = args.dx.map_or(Ok(0), |_| Self::convolution(*g, Direction::Input, device))?;
         let gradient = if S::HAS_MASTER { (g.weights() * size_of::<S>()).next_multiple_of(ALIGNMENT) } else { 0 };
         let of_bias = args.dbias.map_or(Ok(0), |_| Ok(bias_scratch(g, &filters(g)?)))?;
-        let scratch = (gradient + of_weight).max(of_bias).max(args.dx.map_or(0, |_| of_input));
+        let scratch = (gradient + of_weight).max(of_bias).max(of_input);
         Ok(Workspace { scratch, is_bound: device.is_none(), libraries: 0 })
     }
 }

@@ -59,11 +59,19 @@ struct Shape {
     storage: &'static str,
 }
 
-/// cuDNN and what was chosen.
+/// cuDNN and what is known of its algorithms.
 pub(super) struct Dnn {
     handle: sys::cudnnHandle_t,
     /// The lock is that of the handle too, which one thread may use at a time.
-    chosen: Mutex<HashMap<Shape, Plan>>,
+    known: Mutex<Known>,
+}
+
+/// What is known of algorithms.
+#[derive(Default)]
+struct Known {
+    /// Those that the heuristics gave for shapes of which none was chosen yet, in their order.
+    candidates: HashMap<Shape, Vec<Candidate>>,
+    chosen: HashMap<Shape, Plan>,
 }
 
 // SAFETY: NVIDIA allows a handle, and descriptors, to be used from any thread, by one at a time: all uses are under the lock.
@@ -95,7 +103,7 @@ impl Dnn {
         }
         device.bind()?;
         let handle = result::create_handle().map_err(|error| dnn_error("start", error))?;
-        let dnn = Dnn { handle, chosen: Mutex::default() };
+        let dnn = Dnn { handle, known: Mutex::default() };
         // SAFETY: the handle was just made; the stream lives as long as the device, which closes the handle first.
         unsafe { result::set_stream(handle, device.stream().cu_stream().cast()) }
             .map_err(|error| dnn_error("use the device's stream", error))?;
@@ -105,7 +113,7 @@ impl Dnn {
 
 impl Drop for Dnn {
     fn drop(&mut self) {
-        self.chosen.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.known.get_mut().unwrap_or_else(PoisonError::into_inner).chosen.clear();
         // SAFETY: the handle came from `create_handle` and is not used again.
         // A library that does not close leaves nothing to be done.
         let _ = unsafe { result::destroy_handle(self.handle) };
@@ -181,28 +189,32 @@ impl Device {
     /// # Safety
     /// The operands and the target hold what the geometry and the type say.
     pub(super) unsafe fn convolve(&self, name: &str, convolution: &Convolution) -> Result<u64> {
-        // Before the lock of what was chosen, which a thread that has claimed the device waits for.
+        // Before the lock of what is known, which a thread that has claimed the device waits for.
         let _claim = self.claim();
         let dnn = self.dnn()?;
         self.bind()?;
         let Convolution { direction, geometry, storage, .. } = *convolution;
         let shape = Shape { direction, geometry, storage };
-        let mut chosen = dnn.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = dnn.known.lock().unwrap_or_else(PoisonError::into_inner);
         let fail = |error| dnn_error(&format!("compute {shape:?}"), error);
-        if let Some(plan) = chosen.get(&shape) {
+        if let Some(plan) = known.chosen.get(&shape) {
             // SAFETY: as the caller promises.
             return unsafe { self.run_plan(name, dnn, plan, convolution) }.and_then(|done| done.map_err(fail));
         }
         let math = math(storage, self.options().tf32);
         let mut described = describe(&geometry, storage, math)?;
-        for Candidate { algorithm, workspace, math, .. } in usable(dnn, &described, direction, math).map_err(fail)? {
+        let candidates = match known.candidates.remove(&shape) {
+            Some(candidates) => candidates,
+            None => usable(dnn, &described, direction, math).map_err(fail)?,
+        };
+        for Candidate { algorithm, workspace, math, .. } in candidates {
             // SAFETY: the description lives.
             unsafe { result::set_convolution_math_type(described.operation.raw, math) }.map_err(fail)?;
             let plan = Plan { described, algorithm, workspace };
             // SAFETY: as the caller promises. What is not supported is told before anything is queued.
             match unsafe { self.run_plan(name, dnn, &plan, convolution)? } {
                 Ok(target) => {
-                    chosen.insert(shape, plan);
+                    known.chosen.insert(shape, plan);
                     return Ok(target);
                 }
                 // The heuristics do not know every limit of their algorithms.
@@ -228,15 +240,19 @@ impl Device {
         let dnn = self.dnn()?;
         self.bind()?;
         let shape = Shape { direction, geometry, storage };
-        let chosen = dnn.chosen.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(plan) = chosen.get(&shape) {
+        let mut known = dnn.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = known.chosen.get(&shape) {
             return Ok(plan.workspace);
+        }
+        let first = |candidates: &Vec<Candidate>| candidates.first().map_or(0, |candidate| candidate.workspace);
+        if let Some(candidates) = known.candidates.get(&shape) {
+            return Ok(first(candidates));
         }
         let math = math(storage, self.options().tf32);
         let found = usable(dnn, &describe(&geometry, storage, math)?, direction, math)
             .map_err(|error| dnn_error(&format!("find an algorithm for {shape:?}"), error))?;
         // Where there is none, the operation says so.
-        Ok(found.first().map_or(0, |candidate| candidate.workspace))
+        Ok(first(known.candidates.entry(shape).or_insert(found)))
     }
 
     /// Runs a plan: what the device said, then what cuDNN said.

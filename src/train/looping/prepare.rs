@@ -76,7 +76,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
                 };
                 trainer.plan_smaller(left).map_err(told)?;
             }
-            trainer.reserve_for_evaluations(&evaluated(&run.splits, run.options.batch_size / share.of))?;
+            trainer.plan_evaluations(&evaluated(&run.splits, run.options.batch_size / share.of))?;
             if share.of > 1 || collective.is_queued() {
                 let options = GradientsOptions { share, wire: run.parallel.wire, overlap: run.parallel.overlap };
                 let exchange = exchange(&trainer, options, &collective, run.parallel.bucket_elements())?;

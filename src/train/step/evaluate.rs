@@ -22,15 +22,16 @@ pub enum Evaluation {
 }
 
 impl<B: Backend + Update> Trainer<B> {
-    /// Takes now what operations of evaluations take of the device's memory besides what they name, for batches of each of these
-    /// numbers of samples: it is that of the training program, unless it has to be more.
+    /// Plans evaluations by batches of each of these numbers of samples and takes their memory, which is done as they come otherwise: a
+    /// run that does not fit then ends before it begins.
     ///
     /// # Errors
     /// As [`Trainer::new`].
-    pub fn reserve_for_evaluations(&mut self, samples: &[usize]) -> Result<()> {
+    pub fn plan_evaluations(&mut self, samples: &[usize]) -> Result<()> {
         samples.iter().try_for_each(|&samples| {
-            let program = self.model.plan(&self.input, samples, Mode::Evaluation)?;
-            self.backend.reserve(&program.workspace(Some(&self.backend))?)
+            let planned = self.evaluation(samples)?;
+            self.evaluations.insert(samples, planned);
+            Ok(())
         })
     }
 
@@ -91,6 +92,7 @@ impl<B: Backend + Update> Trainer<B> {
             return Ok(planned);
         }
         let program = self.model.plan(&self.input, samples, Mode::Evaluation)?;
+        self.backend.reserve(&program.workspace(Some(&self.backend))?)?;
         let activations = program.activations(&self.backend)?;
         let window = self.sharding.as_ref().and_then(|sharding| sharding.window(&program.ops));
         let needed = window.as_ref().map_or(0, |window| window.len);
