@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use tempfile::TempDir;
 use warpstep::backend::Backend;
 use warpstep::backend::cpu::Cpu;
 use warpstep::backend::ops::ActivationKind;
@@ -15,6 +16,7 @@ use warpstep::model::layers::{
 use warpstep::model::{Input, Layer, Loss, Mode, Model, Planner, Probe, Tensor};
 use warpstep::optim::{OptimizerOptions, Rule};
 use warpstep::random::{Philox, Purpose};
+use warpstep::train::checkpoint::{self, RunState, Which};
 use warpstep::train::step::{Trainer, TrainerParts};
 
 const WIDTH: usize = 6;
@@ -71,6 +73,30 @@ fn trainer_of(model: Model<Cpu<f32>>, input: Input, batch_size: usize, ema: Opti
 
 fn trainer(batch_size: usize, ema: Option<f64>) -> Result<Trainer<Cpu<f32>>> {
     trainer_of(Model::new(Box::new(layers()), CROSS_ENTROPY), Input::Real(vec![WIDTH]), batch_size, ema)
+}
+
+#[test]
+fn checkpoints_are_of_the_step_that_the_trainer_stands_at() {
+    let folder = TempDir::new().unwrap();
+    let mut trainer = trainer(8, None).unwrap();
+    let state = RunState::new(3, String::new(), String::new());
+    let mut weights = Vec::new();
+    for step in 1..=3 {
+        trainer.step(&[batch(step, 8)], 0.01).unwrap();
+        let path = checkpoint::save(folder.path(), &trainer, &state).unwrap();
+        assert_eq!(path, folder.path().join(checkpoint::folder_name(step)));
+        weights.push(trainer.arena().parameters.clone());
+    }
+    assert_eq!(
+        checkpoint::find(folder.path(), Which::Latest).unwrap(),
+        Some(folder.path().join(checkpoint::folder_name(3)))
+    );
+    for step in 1..=3 {
+        let mut other = self::trainer(8, None).unwrap();
+        let state = checkpoint::load(&folder.path().join(checkpoint::folder_name(step)), &mut other).unwrap();
+        assert_eq!((state.step, other.counters().step, other.counters().applied), (step, step, step));
+        assert_eq!(other.arena().parameters, weights[step as usize - 1]);
+    }
 }
 
 #[test]

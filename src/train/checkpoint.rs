@@ -127,12 +127,14 @@ pub fn folder_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// Writes a checkpoint into `folder` (a run's `checkpoints`) and makes it the latest. Where it is there already, its tensors are what
-/// would be written, and its state alone is written anew. Returns its folder.
+/// Writes a checkpoint into `folder` (a run's `checkpoints`) and makes it the latest: `state` with the trainer's counters and loss
+/// scale. Where that of the trainer's step is there already, its tensors are what would be written, and its state alone is written
+/// anew. Returns its folder.
 ///
 /// # Errors
 /// What the operating system or the device refuses; what was there before stays whole.
 pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<PathBuf> {
+    let state = &at(trainer, state);
     let path = folder.join(folder_name(state.step));
     match begin(folder, &path)? {
         None => write_state(&path, trainer, state)?,
@@ -147,6 +149,13 @@ pub fn save<B: Backend + Update>(folder: &Path, trainer: &Trainer<B>, state: &Ru
     }
     point(folder, Which::Latest, &folder_name(state.step))?;
     Ok(path)
+}
+
+/// `state` at the step that the trainer stands at.
+pub(super) fn at<B: Backend + Update>(trainer: &Trainer<B>, state: &RunState) -> RunState {
+    let mut state = state.clone();
+    state.set_counters(trainer.counters());
+    state
 }
 
 fn write_tensors<B: Backend + Update>(aside: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<()> {

@@ -78,6 +78,7 @@ pub fn save<B: Backend<Real = f32> + Update>(
     state: &RunState,
     collective: &dyn Collective,
 ) -> Result<PathBuf> {
+    let state = &checkpoint::at(trainer, state);
     let path = folder.join(checkpoint::folder_name(state.step));
     let first = collective.rank() == 0;
     let begun = if first { checkpoint::begin(folder, &path) } else { Ok(None) };
