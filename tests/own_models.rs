@@ -4,16 +4,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tempfile::TempDir;
-use warpstep::backend::Backend;
 use warpstep::backend::cpu::Cpu;
 use warpstep::backend::ops::ActivationKind;
+use warpstep::backend::{Act, Backend, Memory, Op, StepContext, Use};
 use warpstep::data::{Batch, Inputs, Targets};
 use warpstep::error::Result;
 use warpstep::model::layers::{
     Activation, BatchNorm, Dropout, Embedding, Flatten, LayerNorm, Linear, MeanOverTime, Parallel, Residual, RmsNorm,
     Sequential,
 };
-use warpstep::model::{Input, Layer, Loss, Mode, Model, Planner, Probe, Tensor};
+use warpstep::model::{GradientCheck, Input, Layer, Loss, Mode, Model, Planner, Probe, Tensor};
 use warpstep::optim::{OptimizerOptions, Rule};
 use warpstep::random::{Philox, Purpose};
 use warpstep::train::checkpoint::{self, RunState, Which};
@@ -276,4 +276,57 @@ fn evaluations_are_planned_once() {
         trainer.evaluate([8, 5, 8].into_iter().map(|samples| Ok(batch(1, samples)))).unwrap();
     }
     assert_eq!(planned.load(Ordering::Relaxed), 2);
+}
+
+/// `y = x`, with gradients that are not numbers.
+struct Broken;
+
+struct Spoil {
+    from: Act,
+    to: Act,
+    value: f64,
+}
+
+impl Op<Cpu<f64>> for Spoil {
+    fn name(&self) -> &'static str {
+        "spoil"
+    }
+    fn uses(&self, visit: &mut dyn FnMut(Use)) {
+        [self.from, self.to].map(Use::Activation).into_iter().for_each(visit);
+    }
+    fn flops(&self) -> u64 {
+        0
+    }
+    fn run(&self, _: &Cpu<f64>, memory: &mut Memory<'_, Cpu<f64>>, _: &StepContext) -> Result<()> {
+        let (from, to) = (memory.activations.range(self.from), memory.activations.range(self.to));
+        memory.activations.values.copy_within(from, to.start);
+        memory.activations.values[to].iter_mut().for_each(|value| *value *= self.value);
+        Ok(())
+    }
+}
+
+impl Layer<Cpu<f64>> for Broken {
+    fn kind(&self) -> &'static str {
+        "broken"
+    }
+    fn forward(&mut self, planner: &mut Planner<'_, Cpu<f64>>, x: Tensor) -> Result<Tensor> {
+        let (to, y) = planner.tensor(&x.shape, true);
+        planner.emit(Spoil { from: x.real("broken")?, to, value: 1.0 });
+        Ok(y)
+    }
+    fn backward(&mut self, planner: &mut Planner<'_, Cpu<f64>>, dy: Tensor) -> Result<Option<Tensor>> {
+        let (to, dx) = planner.tensor(&dy.shape, true);
+        planner.emit(Spoil { from: dy.real("broken")?, to, value: f64::NAN });
+        Ok(Some(dx))
+    }
+}
+
+#[test]
+fn a_gradient_that_is_no_number_is_the_worst_of_all() {
+    let mut probe = Probe::<f64>::new(Broken, &Input::Real(vec![3]), 2, Mode::Training, 1).unwrap();
+    probe.set_input(&[1.0; 6]).unwrap();
+    let check = probe.check_gradients(1, 100).unwrap();
+    assert!(check.worst().1.is_nan(), "{check:?}");
+    let errors = vec![("a".to_owned(), 0.5), ("b".to_owned(), -f64::NAN), ("c".to_owned(), f64::INFINITY)];
+    assert_eq!(GradientCheck { errors }.worst().0, "b");
 }

@@ -74,11 +74,10 @@ pub struct GradientCheck {
 }
 
 impl GradientCheck {
-    /// The largest error and the tensor it stands at.
+    /// The largest error and the tensor it stands at; one that is not a number, of a gradient that is none, is larger than any.
     pub fn worst(&self) -> (&str, f64) {
-        self.errors
-            .iter()
-            .fold(("", 0.0), |worst, (name, error)| if *error >= worst.1 { (name, *error) } else { worst })
+        let largest = self.errors.iter().max_by(|(_, a), (_, b)| a.abs().total_cmp(&b.abs()));
+        largest.map_or(("", 0.0), |(name, error)| (name, *error))
     }
 }
 
