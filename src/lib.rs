@@ -74,6 +74,9 @@
 //!     trainer.step(&batch, 0.02)?;
 //! }
 //! assert!(trainer.step(&batch, 0.02)?.loss < first / 100.0);
+//! let (outputs, shape) = trainer.predict(&Inputs::Real(vec![-0.75, 0.75]), 2)?;
+//! assert_eq!(shape, [2, 1]);
+//! assert!(outputs.iter().all(|y| (y - 0.75f32.powi(2)).abs() < 0.2));
 //! # Ok(())
 //! # }
 //! ```

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
 use tempfile::TempDir;
 use warpstep::backend::cpu::Cpu;
 use warpstep::backend::ops::ActivationKind;
@@ -17,6 +18,7 @@ use warpstep::model::{GradientCheck, Input, Layer, Loss, Mode, Model, Planner, P
 use warpstep::optim::{OptimizerOptions, Rule};
 use warpstep::random::{Philox, Purpose};
 use warpstep::train::checkpoint::{self, RunState, Which};
+use warpstep::train::infer::Predictor;
 use warpstep::train::step::{Trainer, TrainerParts};
 
 const WIDTH: usize = 6;
@@ -37,7 +39,7 @@ fn batch(number: u64, samples: usize) -> Batch {
 
 fn layers<B: Backend>() -> Sequential<B> {
     let branch = Sequential::new()
-        .then("norm", BatchNorm::new())
+        .then("norm", Box::new(BatchNorm::new()) as Box<dyn Layer<B>>)
         .then("relu", Activation::new(ActivationKind::Relu))
         .then("dropout", Dropout::new(0.2))
         .then("linear", Linear::new(16));
@@ -73,6 +75,35 @@ fn trainer_of(model: Model<Cpu<f32>>, input: Input, batch_size: usize, ema: Opti
 
 fn trainer(batch_size: usize, ema: Option<f64>) -> Result<Trainer<Cpu<f32>>> {
     trainer_of(Model::new(Box::new(layers()), CROSS_ENTROPY), Input::Real(vec![WIDTH]), batch_size, ema)
+}
+
+#[test]
+fn a_model_in_code_is_trained_evaluated_saved_and_predicted_with() {
+    let folder = TempDir::new().unwrap();
+    let mut trainer = trainer(32, Some(0.9)).unwrap();
+    for step in 0..300 {
+        trainer.step(&[batch(step, 32)], 0.01).unwrap();
+    }
+    let held_out = batch(1_000_000, 20);
+    let sums = trainer.evaluate(std::iter::once(Ok(held_out.clone()))).unwrap();
+    assert!(sums[0].accuracy() > 0.8, "{sums:?}");
+    assert_eq!(trainer.evaluate(std::iter::once(Ok(held_out.clone()))).unwrap(), sums);
+    let saved = checkpoint::save(folder.path(), &trainer, &RunState::new(3, String::new(), String::new())).unwrap();
+    let file = checkpoint::weights_file(&saved);
+    let model = Model::new(Box::new(layers()), CROSS_ENTROPY);
+    let mut predictor = Predictor::new(Cpu::<f32>::new(), model, &Input::Real(vec![WIDTH]), &file).unwrap();
+    let (logits, shape) = predictor.run(&Input::Real(vec![WIDTH]), &held_out.inputs, 20).unwrap();
+    assert_eq!(shape, [20, CLASSES]);
+    let Targets::Index(targets) = &held_out.targets else { unreachable!() };
+    let largest = |row: &[f32]| (0..CLASSES).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as i32;
+    let right = logits.chunks_exact(CLASSES).zip(targets).filter(|(row, target)| largest(row) == **target).count();
+    assert_eq!(right as f64, sums[0].right);
+    // And by the trainer itself, whose weights are left as they were.
+    let before = trainer.arena().parameters.clone();
+    assert_eq!(trainer.predict(&held_out.inputs, 20).unwrap(), (logits, shape));
+    assert_eq!(trainer.arena().parameters, before);
+    assert!(trainer.predict(&held_out.inputs, 19).is_err());
+    assert!(trainer.predict(&Inputs::Tokens(vec![0; 20 * WIDTH]), 20).is_err());
 }
 
 #[test]

@@ -28,6 +28,20 @@ pub trait Layer<B: Backend>: Send {
     fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>>;
 }
 
+impl<B: Backend, L: Layer<B> + ?Sized> Layer<B> for Box<L> {
+    fn kind(&self) -> &'static str {
+        (**self).kind()
+    }
+
+    fn forward(&mut self, planner: &mut Planner<'_, B>, x: Tensor) -> Result<Tensor> {
+        (**self).forward(planner, x)
+    }
+
+    fn backward(&mut self, planner: &mut Planner<'_, B>, dy: Tensor) -> Result<Option<Tensor>> {
+        (**self).backward(planner, dy)
+    }
+}
+
 /// Which memory holds a tensor's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Value {

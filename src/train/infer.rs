@@ -45,28 +45,37 @@ impl<B: Backend> Predictor<B> {
         let Some((program, activations)) = self.programs.get_mut(&key) else {
             return Err(Error::shape("predict", "a planned program", "none"));
         };
-        match (inputs, program.input) {
-            (Inputs::Real(values), Value::Real(act)) => {
-                let range = activations.range(act);
-                check_len(range.len(), values.len())?;
-                let values: Vec<B::Storage> = values.iter().map(|&v| B::Storage::from_f32(v)).collect();
-                self.backend.upload(&mut activations.values, range.start, &values)?;
-            }
-            (Inputs::Tokens(values), Value::Tokens(indices)) => {
-                let range = activations.index_range(indices);
-                check_len(range.len(), values.len())?;
-                self.backend.upload(&mut activations.indices, range.start, values)?;
-            }
-            (Inputs::Real(_), Value::Tokens(_)) => return Err(Error::shape("predict", "tokens", "real values")),
-            (Inputs::Tokens(_), Value::Real(_)) => return Err(Error::shape("predict", "real values", "tokens")),
-        }
-        let mut memory = Memory { arena: &mut self.arena, activations };
-        self.backend.run(&program.ops, &mut memory, &StepContext::default())?;
-        let range = activations.range(program.output);
-        let mut values = vec![B::Storage::default(); range.len()];
-        self.backend.download(&activations.values, range.start, &mut values)?;
-        Ok((values.into_iter().map(Element::f32).collect(), program.output_shape.clone()))
+        outputs(&self.backend, &mut self.arena, (program, activations), inputs)
     }
+}
+
+/// What a program for inference gives for inputs, and its shape, samples first.
+pub(super) fn outputs<B: Backend>(
+    backend: &B,
+    arena: &mut Arena<B>,
+    (program, activations): (&Program<B>, &mut Activations<B>),
+    inputs: &Inputs,
+) -> Result<(Vec<f32>, Vec<usize>)> {
+    match (inputs, program.input) {
+        (Inputs::Real(values), Value::Real(act)) => {
+            let range = activations.range(act);
+            check_len(range.len(), values.len())?;
+            let values: Vec<B::Storage> = values.iter().map(|&v| B::Storage::from_f32(v)).collect();
+            backend.upload(&mut activations.values, range.start, &values)?;
+        }
+        (Inputs::Tokens(values), Value::Tokens(indices)) => {
+            let range = activations.index_range(indices);
+            check_len(range.len(), values.len())?;
+            backend.upload(&mut activations.indices, range.start, values)?;
+        }
+        (Inputs::Real(_), Value::Tokens(_)) => return Err(Error::shape("predict", "tokens", "real values")),
+        (Inputs::Tokens(_), Value::Real(_)) => return Err(Error::shape("predict", "real values", "tokens")),
+    }
+    backend.run(&program.ops, &mut Memory { arena, activations: &mut *activations }, &StepContext::default())?;
+    let range = activations.range(program.output);
+    let mut values = vec![B::Storage::default(); range.len()];
+    backend.download(&activations.values, range.start, &mut values)?;
+    Ok((values.into_iter().map(Element::f32).collect(), program.output_shape.clone()))
 }
 
 fn check_len(expected: usize, found: usize) -> Result<()> {

@@ -109,6 +109,7 @@ pub struct Trainer<B: Backend + Update> {
     /// For smaller ones, by their samples: what is left at the end of a pass over the data.
     smaller: HashMap<usize, Planned<B>>,
     evaluations: HashMap<usize, Planned<B>>,
+    predictions: HashMap<usize, Planned<B>>,
     average: Option<(f64, B::Buffer<B::Real>)>,
     /// What is finished.
     counters: Counters,
@@ -209,6 +210,7 @@ impl<B: Backend + Update> Trainer<B> {
             batch_size,
             smaller: HashMap::new(),
             evaluations: HashMap::new(),
+            predictions: HashMap::new(),
             share: Share::default(),
             exchange: None,
             counters: Counters::default(),

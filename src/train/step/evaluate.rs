@@ -1,14 +1,15 @@
-//! Evaluation by a trainer: by the average of weights where there is one, and in turns with others where parameters pass between
-//! processes.
+//! Evaluation and prediction by a trainer: by the average of weights where there is one; evaluation in turns with others where
+//! parameters pass between processes.
 
 use super::{LossSums, Planned, Trainer, pass};
 use crate::backend::ops::Update;
 use crate::backend::step::Pass;
 use crate::backend::{Backend, Held, StepContext, stores_what_it_computes_in};
-use crate::data::Batch;
-use crate::error::Result;
+use crate::data::{Batch, Inputs};
+use crate::error::{Error, Result};
 use crate::host;
 use crate::model::Mode;
+use crate::train::infer;
 
 /// What a process does while others evaluate.
 pub enum Evaluation {
@@ -59,6 +60,31 @@ impl<B: Backend + Update> Trainer<B> {
             }
             Ok(sums)
         })
+    }
+
+    /// The model's outputs for `samples` samples, and their shape, samples first: dropout is off, batch norm goes by what it keeps, and
+    /// weights are their average where there is one.
+    ///
+    /// # Errors
+    /// Inputs that do not fit, parameters of which this process keeps a part alone, or a device that failed.
+    pub fn predict(&mut self, inputs: &Inputs, samples: usize) -> Result<(Vec<f32>, Vec<usize>)> {
+        if self.training.window.is_some() {
+            return Err(Error::shape("predict", "a process that keeps all parameters", "one that keeps a part"));
+        }
+        let mut planned = match self.predictions.remove(&samples) {
+            Some(planned) => planned,
+            None => {
+                let program = self.model.plan(&self.input, samples, Mode::Inference)?;
+                let activations = program.activations(&self.backend)?;
+                Planned { program, activations, window: None }
+            }
+        };
+        let Planned { program, activations, .. } = &mut planned;
+        let found = self.with_average(|trainer| {
+            infer::outputs(&trainer.backend, &mut trainer.arena, (program, activations), inputs)
+        });
+        self.predictions.insert(samples, planned);
+        found
     }
 
     fn evaluate_batch(&mut self, batch: &Batch) -> Result<LossSums> {
