@@ -127,6 +127,36 @@ fn gradients_in_bf16_and_a_copy_in_bf16_go_with_parameters_in_f32() {
 }
 
 #[test]
+fn slices_of_bf16_alone_are_updated_to_the_cpu_s_bits() {
+    let Some(mut place) = Place::new() else { return };
+    let rounded = |stream: u32| -> Vec<bf16> { place.draw(stream).into_iter().map(bf16::from_f32).collect() };
+    let drawn: Vec<Vec<bf16>> = (0..=STEPS as u32).map(rounded).collect();
+    let mut parameters = place.stream.clone_htod(&drawn[0]).unwrap();
+    let mut slots = place.slots();
+    // Without the seed of the rounding nothing is done.
+    let mut gradients = place.stream.clone_htod(&drawn[1]).unwrap();
+    let mut views: Vec<&mut CudaSlice<f32>> = slots.iter_mut().collect();
+    let error = place.prepared.update_bf16(&mut parameters, &mut gradients, &mut views, &params(1)).unwrap_err();
+    assert!(error.to_string().contains("a seed of the rounding"), "{error}");
+    let plan = UpdatePlan { rounding: Some(7), ..place.plan.clone() };
+    let device = Device::on_stream(&place.stream, DeviceOptions::default()).unwrap();
+    let mut prepared = Prepared::new(&device, &plan).unwrap();
+    let (mut expected, mut expected_slots) = (drawn[0].clone(), vec![vec![0.0f32; place.layout.padded_len()]; 2]);
+    for step in 1..=STEPS {
+        let drawn = &drawn[step as usize];
+        let mut gradients = place.stream.clone_htod(drawn).unwrap();
+        let mut views: Vec<&mut CudaSlice<f32>> = slots.iter_mut().collect();
+        let found = prepared.update_bf16(&mut parameters, &mut gradients, &mut views, &params(step)).unwrap();
+        let mut gradients: Vec<f32> = drawn.iter().map(|value| value.to_f32()).collect();
+        let mut views: Vec<&mut [f32]> = expected_slots.iter_mut().map(Vec::as_mut_slice).collect();
+        let wanted = cpu::update_bf16(&mut expected, &mut gradients, &mut views, &plan, &params(step), 7).unwrap();
+        assert_eq!(found, wanted);
+    }
+    assert!(place.stream.clone_dtoh(&parameters).unwrap() == expected, "other parameters than the CPU's");
+    assert!(slots.iter().zip(&expected_slots).all(|(slot, expected)| place.read(slot) == bits(expected)));
+}
+
+#[test]
 fn addresses_are_updated_as_slices_are() {
     let Some(mut place) = Place::new() else { return };
     let (expected, _) = place.on_the_cpu(|step| place.draw(step));

@@ -129,7 +129,7 @@ pub fn average<R: Real>(average: &mut [R], parameters: &[R], decay: f64) -> Resu
 /// Gradients are read, or read and set to 0 where `step` says so; what is in the padding stays as it is.
 ///
 /// # Errors
-/// Slices that do not fit the plan; a learning rate or divisor that is not a finite number.
+/// Slices that do not fit the plan, or what [`StepParams::check`] refuses.
 pub fn update<R: Real>(
     parameters: &mut [R],
     gradients: &mut [R],

@@ -34,8 +34,7 @@ impl Prepared {
     /// One update as [`crate::optim`] defines it. Waits for the device.
     ///
     /// # Errors
-    /// Arrays that do not fit the plan or each other in types, a learning rate or divisor that is not a finite number, or a device
-    /// that failed.
+    /// Arrays that do not fit the plan or each other in types, what [`StepParams::check`] refuses, or a device that failed.
     pub fn update_buffers<P: Element, G: Element, S: Element>(
         &mut self,
         arrays: ArenaArrays<'_, P, G, S>,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut, DeviceRepr, SyncOnDrop};
+use half::bf16;
 
 use super::{Arrays, Prepared};
 use crate::backend::cuda::Storage;
@@ -25,7 +26,7 @@ impl Prepared {
     /// this was prepared for, after what is queued there and on the slices' own streams. Waits for its end.
     ///
     /// # Errors
-    /// Arrays that do not fit the plan, arrays of another context, a learning rate that is not finite, or a device that failed.
+    /// Arrays that do not fit the plan, arrays of another context, what [`StepParams::check`] refuses, or a device that failed.
     pub fn update(
         &mut self,
         parameters: &mut CudaSlice<f32>,
@@ -52,9 +53,25 @@ impl Prepared {
         self.update_slices(parameters, gradients, Some(copy), slots, step)
     }
 
-    fn update_slices<G: Storage + DeviceRepr, C: Storage + DeviceRepr>(
+    /// As [`Prepared::update`], of parameters that are kept in bf16 alone, with gradients in f32 or bf16: computed in f32 and rounded
+    /// stochastically, as [`crate::backend::cpu::update_bf16`] does it, by the seed that the plan's
+    /// [`crate::optim::UpdatePlan::rounding`] names.
+    ///
+    /// # Errors
+    /// As [`Prepared::update_with_copy`], and a plan without that seed.
+    pub fn update_bf16<G: Storage + DeviceRepr>(
         &mut self,
-        parameters: &mut CudaSlice<f32>,
+        parameters: &mut CudaSlice<bf16>,
+        gradients: &mut CudaSlice<G>,
+        slots: &mut [&mut CudaSlice<f32>],
+        step: &StepParams,
+    ) -> Result<StepOutcome> {
+        self.update_slices(parameters, gradients, None::<&mut CudaSlice<bf16>>, slots, step)
+    }
+
+    fn update_slices<P: Storage + DeviceRepr, G: Storage + DeviceRepr, C: Storage + DeviceRepr>(
+        &mut self,
+        parameters: &mut CudaSlice<P>,
         gradients: &mut CudaSlice<G>,
         copy: Option<&mut CudaSlice<C>>,
         slots: &mut [&mut CudaSlice<f32>],
@@ -72,7 +89,7 @@ impl Prepared {
             gradients: checks.address("gradients", gradients, &mut guards)?,
             copy: 0,
             slots: [0; 2],
-            types: ["f32", G::NAME, C::NAME],
+            types: [P::NAME, G::NAME, C::NAME],
         };
         if let Some(copy) = copy {
             arrays.copy = checks.address("the copy", copy, &mut guards)?;
@@ -89,8 +106,8 @@ impl Prepared {
     /// device. `arrays.copy` and slots that the rules do not keep are 0.
     ///
     /// # Errors
-    /// An address that is no multiple of 16, a slot that is missing, types that there is no kernel for, a learning rate that is
-    /// not finite, or a device that failed.
+    /// An address that is no multiple of 16, a slot that is missing, types that there is no kernel for, what [`StepParams::check`]
+    /// refuses, or a device that failed.
     ///
     /// # Safety
     /// Every address that is not 0 holds [`Prepared::array_len`] values of its type, in memory that this device's context may
