@@ -20,20 +20,22 @@ struct Scale {
     saved: Option<(Act, Param)>,
 }
 
-/// Forward: `y = x * scale`, `=`.
+/// Forward: `y = x * scale`, `=`. All are `[rows, width]` but for the scale, `[width]`.
 struct ScaleForward {
     x: Act,
     scale: Param,
     y: Act,
+    len: usize,
 }
 
-/// Backward: `dx = dy * scale`, `=`; `dscale = sum over rows of dy * x`.
+/// Backward: `dx = dy * scale`, `=`; `dscale = sum over rows of dy * x`, `=` where the step says so, else `+=`.
 struct ScaleBackward {
     x: Act,
     dy: Act,
     scale: Param,
     dx: Act,
     dscale: Grad,
+    len: usize,
 }
 
 impl<R: Real> Op<Cpu<R>> for ScaleForward {
@@ -44,7 +46,7 @@ impl<R: Real> Op<Cpu<R>> for ScaleForward {
         [Use::Activation(self.x), Use::Parameter(self.scale), Use::Activation(self.y)].into_iter().for_each(visit);
     }
     fn flops(&self) -> u64 {
-        0
+        self.len as u64
     }
     fn run(&self, _: &Cpu<R>, memory: &mut Memory<'_, Cpu<R>>, _: &StepContext) -> Result<()> {
         let ranges = [memory.activations.range(self.x), memory.activations.range(self.y)];
@@ -66,13 +68,13 @@ impl<R: Real> Op<Cpu<R>> for ScaleBackward {
         acts.into_iter().chain([Use::Parameter(self.scale), Use::Gradient(self.dscale)]).for_each(visit);
     }
     fn flops(&self) -> u64 {
-        0
+        3 * self.len as u64
     }
     fn run(&self, _: &Cpu<R>, memory: &mut Memory<'_, Cpu<R>>, step: &StepContext) -> Result<()> {
         let ranges = [self.x, self.dy, self.dx].map(|act| memory.activations.range(act));
-        let range = memory.arena.range(self.scale);
+        let (of_scale, of_gradient) = (memory.arena.range(self.scale), memory.arena.gradient_range(self.dscale.param));
         let [x, dy, dx] = disjoint(&mut memory.activations.values, ranges, "scale")?;
-        let (scale, dscale) = (&memory.arena.parameters[range.clone()], &mut memory.arena.gradients[range]);
+        let (scale, dscale) = (&memory.arena.parameters[of_scale], &mut memory.arena.gradients[of_gradient]);
         if step.overwrites(self.dscale) {
             dscale.fill(R::zero());
         }
@@ -96,7 +98,7 @@ impl<R: Real> Layer<Cpu<R>> for Scale {
         let scale = planner.parameter("scale", &[x.width()], Init::Constant(1.0))?;
         let (y, output) = planner.tensor(&x.shape, true);
         let act = x.real("scale")?;
-        planner.emit(ScaleForward { x: act, scale, y });
+        planner.emit(ScaleForward { x: act, scale, y, len: x.len() });
         self.saved = Some((act, scale));
         Ok(output)
     }
@@ -105,7 +107,7 @@ impl<R: Real> Layer<Cpu<R>> for Scale {
         let Some((x, scale)) = self.saved.take() else { return Ok(None) };
         let (dx, tensor) = planner.tensor(&dy.shape, true);
         let dscale = planner.gradient(scale);
-        planner.emit(ScaleBackward { x, dy: dy.real("scale")?, scale, dx, dscale });
+        planner.emit(ScaleBackward { x, dy: dy.real("scale")?, scale, dx, dscale, len: dy.len() });
         Ok(Some(tensor))
     }
 }
