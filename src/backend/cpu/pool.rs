@@ -1,9 +1,11 @@
 //! Pooling.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::vectorize;
+use super::parallel::{sum_of, vectorize};
 use crate::backend::ops::{
     AveragePoolBackward, AveragePoolForward, MaxPoolBackward, MaxPoolForward, Pool, PoolGeometry,
 };
@@ -17,15 +19,82 @@ fn output(g: &PoolGeometry) -> Result<[usize; 2]> {
     })
 }
 
-/// The part of window `(oy, ox)` that lies within the input: rows and columns.
+/// Of side `i` of the windows at place `o`, what lies within the input.
 #[inline(always)]
-fn window(g: &PoolGeometry, oy: usize, ox: usize) -> [std::ops::Range<usize>; 2] {
-    let side = |i: usize, o: usize| {
-        let start = o * g.stride[i];
-        let end = (start + g.kernel[i]).saturating_sub(g.padding[i]).min(g.input[i]);
-        start.saturating_sub(g.padding[i]).min(end)..end
-    };
-    [side(0, oy), side(1, ox)]
+fn within(g: &PoolGeometry, i: usize, o: usize) -> Range<usize> {
+    let start = o * g.stride[i];
+    let end = (start + g.kernel[i]).saturating_sub(g.padding[i]).min(g.input[i]);
+    start.saturating_sub(g.padding[i]).min(end)..end
+}
+
+/// Which of `count` windows of a row have their column `tap` within the input, and which column of the input that is of the first.
+#[inline(always)]
+fn windows_with(g: &PoolGeometry, stride: usize, tap: usize, count: usize) -> (Range<usize>, usize) {
+    let first = g.padding[1].saturating_sub(tap).div_ceil(stride);
+    // Column `o * stride + tap - padding` is below the width.
+    let end = (g.input[1] + g.padding[1]).saturating_sub(tap).div_ceil(stride).min(count);
+    match first < end {
+        true => (first..end, first * stride + tap - g.padding[1]),
+        false => (0..0, 0),
+    }
+}
+
+/// The sum of the only window of row `oy`.
+#[inline(always)]
+fn window_sum<R: Real>(g: &PoolGeometry, x: &[R], oy: usize) -> R {
+    let columns = within(g, 1, 0);
+    let mut total = R::zero();
+    for iy in within(g, 0, oy) {
+        total += sum_of(
+            &x[iy * g.input[1]..][columns.clone()],
+            #[inline(always)]
+            |x| x,
+        );
+    }
+    total
+}
+
+/// y, `=`: the sums of the windows of row `oy`, `stride` apart, side by side.
+#[inline(always)]
+fn add_windows<R: Real>(g: &PoolGeometry, stride: usize, x: &[R], oy: usize, y: &mut [R]) {
+    y.fill(R::zero());
+    for iy in within(g, 0, oy) {
+        for tap in 0..g.kernel[1] {
+            let (windows, column) = windows_with(g, stride, tap, y.len());
+            let x = x[iy * g.input[1] + column..].iter().step_by(stride);
+            for (y, &x) in y[windows].iter_mut().zip(x) {
+                *y += x;
+            }
+        }
+    }
+}
+
+/// dx, `+=`, of the windows of row `oy`, `stride` apart, side by side: to each value in their order.
+#[inline(always)]
+fn add_to_windows<R: Real>(g: &PoolGeometry, stride: usize, scale: R, oy: usize, dx: &mut [R], dy: &[R]) {
+    for iy in within(g, 0, oy) {
+        for tap in (0..g.kernel[1]).rev() {
+            let (windows, column) = windows_with(g, stride, tap, dy.len());
+            let dx = dx[iy * g.input[1] + column..].iter_mut().step_by(stride);
+            for (dx, &dy) in dx.zip(&dy[windows]) {
+                *dx += dy * scale;
+            }
+        }
+    }
+}
+
+/// Rows of dx, `width` wide, that a row of windows of `side` columns side by side covers, `=`; what is left of a row is 0.
+#[inline(always)]
+fn fill_tiles<R: Real>(side: usize, width: usize, scale: R, dx: &mut [R], dy: &[R]) {
+    let (line, others) = dx.split_at_mut(width);
+    let (tiles, rest) = line.split_at_mut(side * dy.len());
+    for (tile, &dy) in tiles.chunks_exact_mut(side).zip(dy) {
+        tile.fill(dy * scale);
+    }
+    rest.fill(R::zero());
+    for other in others.chunks_exact_mut(width) {
+        other.copy_from_slice(line);
+    }
 }
 
 /// A plane of the input, with as much of what is below every number around it as windows reach beyond it.
@@ -189,16 +258,22 @@ impl<R: Real> Pool for Cpu<R> {
         let [x, y] = disjoint(&mut activations.values, ranges, "average pooling")?;
         let planes = x.par_chunks(g.input[0] * g.input[1]).zip(y.par_chunks_mut(oh * ow));
         planes.with_min_len(16).for_each(|(x, y)| {
-            for oy in 0..oh {
-                for ox in 0..ow {
-                    let [rows, columns] = window(g, oy, ox);
-                    let mut total = R::zero();
-                    for iy in rows {
-                        x[iy * g.input[1]..][columns.clone()].iter().for_each(|&x| total += x);
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (oy, y) in y.chunks_exact_mut(ow).enumerate() {
+                        match (y, g.stride[1]) {
+                            ([y], _) => *y = window_sum(g, x, oy),
+                            (y, 1) => add_windows(g, 1, x, oy, y),
+                            (y, 2) => add_windows(g, 2, x, oy, y),
+                            (y, stride) => add_windows(g, stride, x, oy, y),
+                        }
                     }
-                    y[oy * ow + ox] = total * scale;
-                }
-            }
+                    for y in y {
+                        *y *= scale;
+                    }
+                },
+            );
         });
         Ok(())
     }
@@ -216,17 +291,38 @@ impl<R: Real> Pool for Cpu<R> {
         let ranges = [activations.range(args.dy), activations.range(args.dx)];
         let [dy, dx] = disjoint(&mut activations.values, ranges, "average pooling")?;
         let planes = dx.par_chunks_mut(g.input[0] * g.input[1]).zip(dy.par_chunks(oh * ow));
+        let tiled = g.stride == g.kernel && g.padding == [0, 0];
         planes.with_min_len(16).for_each(|(dx, dy)| {
-            dx.fill(R::zero());
-            for oy in 0..oh {
-                for ox in 0..ow {
-                    let [rows, columns] = window(g, oy, ox);
-                    let share = dy[oy * ow + ox] * scale;
-                    for iy in rows {
-                        dx[iy * g.input[1]..][columns.clone()].iter_mut().for_each(|dx| *dx += share);
+            vectorize(
+                #[inline(always)]
+                || {
+                    let width = g.input[1];
+                    if tiled {
+                        let whole = oh * g.kernel[0] * width;
+                        let tiles = dx[..whole].chunks_exact_mut(g.kernel[0] * width).zip(dy.chunks_exact(ow));
+                        match g.kernel[1] {
+                            2 => tiles.for_each(
+                                #[inline(always)]
+                                |(dx, dy)| fill_tiles(2, width, scale, dx, dy),
+                            ),
+                            side => tiles.for_each(
+                                #[inline(always)]
+                                |(dx, dy)| fill_tiles(side, width, scale, dx, dy),
+                            ),
+                        }
+                        dx[whole..].fill(R::zero());
+                        return;
                     }
-                }
-            }
+                    dx.fill(R::zero());
+                    for (oy, dy) in dy.chunks_exact(ow).enumerate() {
+                        match g.stride[1] {
+                            1 => add_to_windows(g, 1, scale, oy, dx, dy),
+                            2 => add_to_windows(g, 2, scale, oy, dx, dy),
+                            stride => add_to_windows(g, stride, scale, oy, dx, dy),
+                        }
+                    }
+                },
+            );
         });
         Ok(())
     }
