@@ -130,8 +130,9 @@ pub fn foot(results: &Results) -> String {
     let mut text = "\nHow to read this: time is the median of one repetition, +- half the distance between its quartiles. The floor is \
         the time that the same bytes take at the speed of a copy, or of a pass in place where that is faster (what a kernel reads \
         alone or writes alone: of a pass that does no other), or the same arithmetic at the speed of the fastest product, all \
-        measured in this run; \"of floor\" is floor over time, and for a training step the model FLOP utilization. 100 % is as fast as this run has seen the machine; more than 110 % is refused, but for convolutions \
-        of 3 x 3, which Winograd's method does with fewer operations than are counted. "
+        measured in this run; \"of floor\" is floor over time, and for a training step the model FLOP utilization. 100 % is as \
+        fast as this run has seen the machine; more than 110 % is refused, but for convolutions of 3 x 3, which Winograd's method \
+        does with fewer operations than are counted. "
         .to_owned();
     if results.figures.iter().any(|figure| figure.parts.contains_key(COMMUNICATION)) {
         text += "Communication is what a step of all processes takes longer than the same step by each of them alone, all at the same \

@@ -124,8 +124,8 @@ impl<B: Backend> Model<B> {
     /// Plans a program for batches of `batch` samples.
     ///
     /// # Errors
-    /// A batch of no sample, samples of no value, a loss of options that it does not take, shapes that do not fit, each other or the targets, with the layer's name or the key of the run file; a batch that is too
-    /// large to count.
+    /// A batch of no sample, samples of no value, a loss of options that it does not take; shapes that do not fit, each other or the
+    /// targets, with the layer's name or the key of the run file; a batch that is too large to count.
     pub fn plan(&mut self, input: &Input, batch: usize, mode: Mode) -> Result<Program<B>> {
         if batch == 0 {
             return Err(Error::shape("model", "a batch of 1 sample or more", "0"));
