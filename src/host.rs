@@ -20,12 +20,18 @@ pub(crate) fn zeros<T: Pod>(len: usize) -> Result<Vec<T>> {
     Ok(values)
 }
 
+/// What is taken at once from this size on is held against what is free before: systems promise more than they have, and end whoever
+/// touches what is not there.
+const LARGE: usize = 256 << 20;
+
 /// Makes it this long, with zeros at its end where it was shorter.
 ///
 /// # Errors
 /// As [`zeros`].
 pub(crate) fn resize<T: Pod>(values: &mut Vec<T>, len: usize) -> Result<()> {
-    if values.try_reserve_exact(len.saturating_sub(values.len())).is_err() {
+    let more = len.saturating_sub(values.capacity()).saturating_mul(size_of::<T>());
+    let is_there = more < LARGE || free_bytes().is_none_or(|free| more <= free.saturating_add(swap_bytes()));
+    if !is_there || values.try_reserve_exact(len.saturating_sub(values.len())).is_err() {
         let free = free_bytes().map_or_else(String::new, |bytes| format!(", {} MiB are free", bytes >> 20));
         let asked = len.saturating_mul(size_of::<T>()) >> 20;
         return Err(Error::Device(format!("CPU: not enough memory: {asked} MiB were asked for{free}: {LESS_MEMORY}")));
@@ -34,24 +40,42 @@ pub(crate) fn resize<T: Pod>(values: &mut Vec<T>, len: usize) -> Result<()> {
     Ok(())
 }
 
-/// Bytes that this process may still take, by what the system tells: of the machine, of its group of processes, of its own address
-/// space. None where it does not tell.
+/// Bytes that this process may still take without the system swapping, by what that tells: of the machine, of its group of processes, of
+/// its own address space. None where it does not tell.
 pub(crate) fn free_bytes() -> Option<usize> {
-    let value = |file: &str, key: &str| -> Option<usize> {
-        let text = read_to_string(file).ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-        line.split_whitespace().next()?.parse().ok()
-    };
-    let of_system = value("/proc/meminfo", "MemAvailable:").map(|kib| kib << 10);
     let of_group = || {
-        let number = |name: &str| value(&format!("/sys/fs/cgroup/{name}"), "");
-        Some(number("memory.max")?.saturating_sub(number("memory.current").unwrap_or(0)))
+        let read = |name: &str| read_to_string(format!("/sys/fs/cgroup/{name}")).ok();
+        left_of_group(&read("memory.max")?, &read("memory.current")?, &read("memory.stat").unwrap_or_default())
     };
     let of_process = || {
-        let most = value("/proc/self/limits", "Max address space")?;
-        Some(most.saturating_sub(value("/proc/self/status", "VmSize:")? << 10))
+        let most = number_in(&read_to_string("/proc/self/limits").ok()?, "Max address space")?;
+        let taken = number_in(&read_to_string("/proc/self/status").ok()?, "VmSize:")? << 10;
+        Some(most.saturating_sub(taken))
     };
-    [of_system, of_group(), of_process()].into_iter().flatten().min()
+    [of_system("MemAvailable:"), of_group(), of_process()].into_iter().flatten().min()
+}
+
+/// Bytes that can be swapped out still.
+fn swap_bytes() -> usize {
+    of_system("SwapFree:").unwrap_or_default()
+}
+
+/// Bytes of a line of what the system tells of memory.
+fn of_system(key: &str) -> Option<usize> {
+    number_in(&read_to_string("/proc/meminfo").ok()?, key).map(|kib| kib << 10)
+}
+
+/// The number behind `key`, where a line begins with it.
+fn number_in(text: &str, key: &str) -> Option<usize> {
+    text.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()?.parse().ok()
+}
+
+/// What a group may still take of its most, by memory.max, memory.current and memory.stat: pages of files are given up for it. None
+/// where there is no most.
+fn left_of_group(most: &str, taken: &str, stat: &str) -> Option<usize> {
+    let files = ["inactive_file ", "active_file "].into_iter().filter_map(|key| number_in(stat, key)).sum();
+    let taken = number_in(taken, "")?.saturating_sub(files);
+    Some(number_in(most, "")?.saturating_sub(taken))
 }
 
 #[cfg(test)]
@@ -74,12 +98,26 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_of_a_group_counts_pages_of_files_as_free() {
+        let stat = "anon 100\nfile 750\nshmem 50\ninactive_anon 90\nactive_file 300\ninactive_file 400\n";
+        assert_eq!(left_of_group("1000\n", "900\n", stat), Some(800));
+        assert_eq!(left_of_group("1000\n", "1200\n", ""), Some(0));
+        assert_eq!(left_of_group("max\n", "900\n", stat), None);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_the_system_would_only_promise_is_refused_before_it_is_touched() {
+        // Of address space there is far more than of memory.
+        let total = of_system("MemTotal:").unwrap() + of_system("SwapTotal:").unwrap();
+        assert!(zeros::<u8>(total).is_err());
+    }
+
+    #[test]
     #[cfg(target_os = "linux")]
     fn what_is_free_is_some_of_what_the_machine_has() {
-        let total = read_to_string("/proc/meminfo").unwrap();
-        let total = total.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap();
-        let total: usize = total.split_whitespace().next().unwrap().parse().unwrap();
+        let total = of_system("MemTotal:").unwrap();
         let free = free_bytes().unwrap();
-        assert!(free > 0 && free <= total << 10, "{free} of {total} KiB");
+        assert!(free > 0 && free <= total, "{free} of {total}");
     }
 }
