@@ -412,3 +412,44 @@ fn srun_without_mpi_is_told_what_is_missing_once() {
     assert!(said[0].contains("MPI joined 1 of them: expected srun --mpi=pmix"), "{}", said[0]);
     assert_eq!(said[1], "");
 }
+
+#[test]
+fn processes_that_would_not_train_the_same_are_refused() {
+    if !mpi::is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let rows = |count: usize| -> String { (0..count).map(|i| format!("{i},{}\n", 2 * i)).collect() };
+    for (name, count) in [("rows.csv", 40), ("copy.csv", 40), ("older.csv", 32)] {
+        write(folder.path(), name, &rows(count));
+    }
+    let text = "[run]\nsteps = 2\n[data]\nformat = \"csv\"\npath = \"rows.csv\"\nheader = false\ntarget_type = \"real\"\n\
+                batch_size = 8\n[model]\npreset = \"linear\"\n[optimizer]\nrule = \"sgd\"\nlearning_rate = 1e-5\n";
+    let file = write(folder.path(), "run.toml", text);
+    // What process 1 alone is given, and what is said of it; nothing where it trains the same.
+    for (number, (set, said)) in [
+        (
+            "optimizer.learning_rate=2e-5",
+            "optimizer.learning_rate: found 0.00002 in process 1, expected 0.00001, as in process 0",
+        ),
+        ("optimizer.ema=0.9", "optimizer.ema: found 0.9 in process 1, expected nothing, as in process 0"),
+        ("parallel.bucket_mb=1", "parallel.bucket_mb: found 1.0 in process 1, expected 16.0, as in process 0"),
+        ("data.path=\"older.csv\"", "older.csv is not what process 0 has: found 32 samples"),
+        ("data.path=\"copy.csv\"", ""),
+        ("run.device=\"cpu\"", ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let script =
+            format!("if [ \"$OMPI_COMM_WORLD_RANK$PMI_RANK\" = 1 ]; then set -- \"$@\" --set '{set}'; fi; exec \"$@\"");
+        let out = folder.path().join(format!("out{number}"));
+        let mut command = mpi::bare();
+        command.args(["-n", "2", "sh", "-c", &script, "sh"]).arg(common::warpstep().get_program());
+        command.arg("train").arg(&file).args(["--device", "cpu", "--threads", "1", "--quiet", "--out"]).arg(&out);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.success(), said.is_empty(), "{set}: {}", stderr(&output));
+        assert!(stderr(&output).contains(said), "{set}: {}", stderr(&output));
+        assert_eq!(out.join("summary.json").is_file(), said.is_empty(), "{set}");
+    }
+}

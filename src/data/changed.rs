@@ -46,8 +46,18 @@ impl Change {
     /// As an error: `source` is what was read, `advice` what to do.
     #[must_use]
     pub fn refused(&self, source: &str, advice: &str) -> Error {
+        self.told(source, "not what the model was trained on", advice)
+    }
+
+    /// As an error of a process that reads other data than the first one does.
+    #[must_use]
+    pub fn of_process(&self, source: &str) -> Error {
+        self.told(source, "not what process 0 has", "give every process the same")
+    }
+
+    fn told(&self, source: &str, problem: &str, advice: &str) -> Error {
         let of = if self.key == "data.path" { format!("{source} is") } else { "its data are".to_owned() };
-        Error::config(self.key, format!("{of} not what the model was trained on: {}; {advice}", self.what))
+        Error::config(self.key, format!("{of} {problem}: {}; {advice}", self.what))
     }
 }
 

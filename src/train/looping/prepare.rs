@@ -33,6 +33,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let share = share.and_then(|()| run.parallel.share(rank, world, run.options.batch_size));
         let share = share.and_then(|share| check_sharding(&run).map(|()| share));
         let share = agree(&*collective, share)?;
+        the_same_everywhere(&*collective, &run)?;
         // One process looks at the folder, and all go on from the checkpoint that it found.
         let found = if rank == 0 { look_at_folder(&run, &checkpoints, &hash) } else { Ok((None, None)) };
         let (mut lock, latest) = agree(&*collective, found)?;
@@ -246,18 +247,20 @@ fn look_at_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> R
 /// of this run's, `identity` what of it makes it this run.
 fn difference(kept: &str, config: &str, identity: &str) -> Option<[String; 3]> {
     let [kept, config, identity] = [kept, config, identity].map(keys);
-    let of = |keys: &[(String, String)], wanted: &str| {
-        let found = keys.iter().find(|(key, _)| key == wanted);
-        found.map_or_else(|| "nothing".to_owned(), |(_, value)| value.clone())
-    };
     let more = kept.iter().filter(|(key, _)| !config.iter().any(|(other, _)| other == key));
     let names = identity.iter().chain(more).map(|(key, _)| key.clone());
     names
         .map(|key| {
-            let (was, is) = (of(&kept, &key), of(&config, &key));
+            let (was, is) = (value_of(&kept, &key), value_of(&config, &key));
             [key, was, is]
         })
         .find(|[_, was, is]| was != is)
+}
+
+/// The value of a key, or a word for none.
+fn value_of(keys: &[(String, String)], wanted: &str) -> String {
+    let found = keys.iter().find(|(key, _)| key == wanted);
+    found.map_or_else(|| "nothing".to_owned(), |(_, value)| value.clone())
 }
 
 /// Keys with their sections, and values, of a file that is written a line a key.
@@ -294,6 +297,61 @@ fn the_same_data<B: Backend>(run: &Run<B>) -> Result<()> {
         )),
     }
 }
+
+/// Whether all processes train the same: one whose machine holds an older copy of the run file or of the data would go its own way, and
+/// nobody would say so. Where the files lie may differ.
+fn the_same_everywhere<B: Backend>(collective: &dyn Collective, run: &Run<B>) -> Result<()> {
+    if collective.world() == 1 {
+        return Ok(());
+    }
+    let [config, preprocess] = [&run.config, &run.preprocess].map(|text| -> Result<String> {
+        let mut bytes = text.clone().into_bytes();
+        broadcast(collective, 0, &mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    });
+    let (config, preprocess) = (config?, preprocess?);
+    let rank = collective.rank();
+    let own = || -> Result<()> {
+        let [first, own, identity] = [&config, &run.config, &run.identity].map(|text| keys(text));
+        let is_in = |keys: &[(String, String)], wanted: &str| keys.iter().any(|(key, _)| key == wanted);
+        // Of a run's own keys some are a process's; of others that this one lacks none is.
+        let counts = |key: &str| {
+            let section = key.split('.').next().unwrap_or(key);
+            let is_shared = match section {
+                "parallel" | "checkpoint" => true,
+                "run" => is_in(&identity, key),
+                _ => is_in(&identity, key) || !is_in(&own, key),
+            };
+            is_shared && !PLACES.contains(&key)
+        };
+        let names = own.iter().chain(&first).map(|(key, _)| key);
+        if let Some(key) = names.filter(|key| counts(key)).find(|key| value_of(&first, key) != value_of(&own, key)) {
+            let (is, expected) = (value_of(&own, key), value_of(&first, key));
+            let found = format!(
+                "found {is} in process {rank}, expected {expected}, as in process 0: give all the same run file"
+            );
+            return Err(Error::config(key, found));
+        }
+        let first = Preprocess::from_json(&preprocess)?;
+        first
+            .changed(&Preprocess::from_json(&run.preprocess)?)
+            .map_or(Ok(()), |change| Err(change.of_process(&run.source)))
+    };
+    agree(collective, own())
+}
+
+/// Keys of where files lie.
+const PLACES: [&str; 9] = [
+    "data.path",
+    "data.images",
+    "data.labels",
+    "data.test_images",
+    "data.test_labels",
+    "data.validation",
+    "data.test",
+    "data.classes",
+    "model.weights",
+];
 
 /// Removes the run that a folder holds.
 fn clear_folder(folder: &Path) -> Result<()> {
