@@ -210,7 +210,7 @@ fn what_no_training_can_be_made_of_is_refused() {
         ("an epsilon above 0", of(Sequential::new().then("0", RmsNorm::new(f64::NAN))), real()),
         ("a momentum from 0 to 1", norm(1e-5, 1.5), real()),
         ("a momentum from 0 to 1", norm(1e-5, f64::NAN), real()),
-        ("expected real values", of(Sequential::new()), Input::Tokens(4)),
+        ("expected real values", Model::new(Box::new(layers()), CROSS_ENTROPY), Input::Tokens(4)),
         ("expected tokens", of(Sequential::new().then("0", Embedding::new(5, 4))), real()),
         ("two branches", of(Sequential::new().then("0", Residual::new("", Linear::new(2)))), real()),
         ("label smoothing from 0", Model::new(Box::new(layers()), smoothing), real()),
