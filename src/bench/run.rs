@@ -102,16 +102,15 @@ impl Pattern {
         self.suite == suite
     }
 
-    /// That it means none, where `lister` would name those of its suite.
-    pub(crate) fn means_none(&self, lister: &str) -> Error {
+    /// That it means none of so many processes.
+    pub(crate) fn means_none(&self, processes: usize) -> Error {
         let Pattern { suite, name } = self;
+        let lister = match processes {
+            1 => format!("`warpstep bench --list {suite}`"),
+            _ => format!("`bench --list {suite}`, started as {processes} processes,"),
+        };
         let found = format!("found {suite}/{name}, which means no figure; {lister} names those of {suite}");
         Error::config("bench", found)
-    }
-
-    /// The suite.
-    pub(crate) fn suite(&self) -> &str {
-        &self.suite
     }
 
     /// Whether it means a figure whose name begins so, or goes on behind it: `step/mlp/bf16` behind `mlp`.
@@ -231,7 +230,7 @@ fn named(request: &Request) -> Result<Vec<(Precision, Vec<String>)>> {
     };
     // The tour names what devices of either kind have.
     if let Some(pattern) = patterns.iter().find(unmet).filter(|_| !request.is_tour()) {
-        return Err(pattern.means_none(&format!("`warpstep bench --list {}`", pattern.suite)));
+        return Err(pattern.means_none(1));
     }
     let meant = |name: &String| {
         let (suite, name) = name.split_once('/').unwrap_or((name, ""));

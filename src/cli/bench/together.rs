@@ -134,8 +134,7 @@ fn asked(options: &Options, processes: usize) -> Result<Asked> {
     let patterns = options.patterns.iter().map(|text| Pattern::among(&SUITES, text)).collect::<Result<Vec<_>>>()?;
     if let Some(pattern) = patterns.iter().find(|pattern| !names.iter().any(|(suite, name)| pattern.means(suite, name)))
     {
-        let lister = format!("`bench --list {}`, started as {processes} processes,", pattern.suite());
-        return Err(pattern.means_none(&lister));
+        return Err(pattern.means_none(processes));
     }
     if !patterns.is_empty() {
         names.retain(|(suite, name)| patterns.iter().any(|pattern| pattern.means(suite, name)));

@@ -248,13 +248,16 @@ fn look_at_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> R
 fn difference(kept: &str, config: &str, identity: &str) -> Option<[String; 3]> {
     let [kept, config, identity] = [kept, config, identity].map(keys);
     let more = kept.iter().filter(|(key, _)| !config.iter().any(|(other, _)| other == key));
-    let names = identity.iter().chain(more).map(|(key, _)| key.clone());
-    names
-        .map(|key| {
-            let (was, is) = (value_of(&kept, &key), value_of(&config, &key));
-            [key, was, is]
-        })
-        .find(|[_, was, is]| was != is)
+    other_value(identity.iter().chain(more), [&kept, &config])
+}
+
+/// The first of some keys that has another value in the second of two lists than in the first, with both.
+fn other_value<'k>(
+    names: impl Iterator<Item = &'k (String, String)>,
+    lists: [&[(String, String)]; 2],
+) -> Option<[String; 3]> {
+    let mut both = names.map(|(key, _)| (key, lists.map(|list| value_of(list, key))));
+    both.find(|(_, [was, is])| was != is).map(|(key, [was, is])| [key.clone(), was, is])
 }
 
 /// The value of a key, or a word for none.
@@ -324,9 +327,8 @@ fn the_same_everywhere<B: Backend>(collective: &dyn Collective, run: &Run<B>) ->
             };
             is_shared && !PLACES.contains(&key)
         };
-        let names = own.iter().chain(&first).map(|(key, _)| key);
-        if let Some(key) = names.filter(|key| counts(key)).find(|key| value_of(&first, key) != value_of(&own, key)) {
-            let (is, expected) = (value_of(&own, key), value_of(&first, key));
+        let names = own.iter().chain(&first).filter(|(key, _)| counts(key));
+        if let Some([key, expected, is]) = other_value(names, [&first, &own]) {
             let found = format!(
                 "found {is} in process {rank}, expected {expected}, as in process 0: give all the same run file"
             );
