@@ -272,6 +272,40 @@ fn a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint() {
     assert!(!common::tensor_hashes(&place.out("told")).is_empty());
 }
 
+/// An evaluation may take longer than the time that a cluster leaves between its signal and the end.
+#[test]
+fn a_signal_to_one_process_ends_an_evaluation_of_all_and_it_is_done_again() {
+    if !has_emulated_device() {
+        return;
+    }
+    let long = [
+        "run.steps=4",
+        "data.split={ validation = 0.6 }",
+        "evaluate.every_steps=2",
+        "evaluate.batches=1000000",
+        "checkpoint.every_steps=100000",
+        "model.hidden=[1000, 1000]",
+    ];
+    for shard in ["none", "parameters"] {
+        let place = Place::new(MLP);
+        let sharded = format!("parallel.shard=\"{shard}\"");
+        let set = [&long[..], &[&sharded]].concat();
+        let processes = place.start("told", 2, &set, &[]);
+        wait_for_steps(&place.out("told"), 2);
+        // SAFETY: a signal to a process that this test started and has not waited for.
+        unsafe { libc::kill(processes[1].id() as i32, libc::SIGTERM) };
+        for process in processes {
+            let ended = process.wait_with_output().unwrap();
+            assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{}", common::stderr(&ended));
+        }
+        let splits = |out: &Path| -> Vec<String> { curve(out).iter().map(|line| line["split"].to_string()).collect() };
+        let told = splits(&place.out("told"));
+        assert!(told.iter().all(|split| split == "\"train\""), "{shard}: {told:?}");
+        place.run("told", 2, &set, &["--resume"]);
+        assert_same(shard, &place.out("told"), &place.together("whole", 2, &set));
+    }
+}
+
 #[test]
 fn gradients_sent_as_bf16_stay_near() {
     if !has_emulated_device() {

@@ -217,6 +217,14 @@ pub fn agree<T>(collective: &dyn Collective, own: Result<T>) -> Result<T> {
     }
 }
 
+/// Whether it is so in any process.
+///
+/// # Errors
+/// A process or a network that failed.
+pub fn any(collective: &dyn Collective, own: bool) -> Result<bool> {
+    Ok(gather(collective, &[u8::from(own)])?.concat().contains(&1))
+}
+
 /// One process, which has nobody to talk to.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Single;

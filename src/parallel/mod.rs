@@ -24,7 +24,7 @@ mod windowed;
 pub mod world;
 
 pub use buckets::{Bucket, buckets};
-pub use collective::{Collective, Single, agree, broadcast, gather, host_slice};
+pub use collective::{Collective, Single, agree, any, broadcast, gather, host_slice};
 pub use footprint::Footprint;
 pub use gradients::{Gradients, GradientsOptions, Wire};
 #[cfg(feature = "mpi")]

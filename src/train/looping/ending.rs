@@ -10,7 +10,7 @@ use crate::backend::ops::Update;
 use crate::data::{Dataset, Loader};
 use crate::error::Result;
 use crate::parallel::watch::Busy;
-use crate::parallel::{Sharding, agree, broadcast, gather};
+use crate::parallel::{Sharding, agree, any, broadcast, gather};
 use crate::train::checkpoint::{self, Which};
 use crate::train::metrics::{Record, SplitName};
 use crate::train::options::{EarlyStopping, Metric};
@@ -53,10 +53,10 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if text.is_empty() { Ok(None) } else { Summary::parse(&self.folder.join("summary.json"), &text).map(Some) }
     }
 
-    /// Whether a signal asked this process to end. Of several, all end after the same step, and none for itself.
+    /// Whether a signal asked this process to end.
     fn signal(&self) -> impl Fn() -> bool + use<B> {
-        let interrupt = (self.collective.world() == 1).then(|| Arc::clone(&self.interrupt));
-        move || interrupt.as_ref().is_some_and(|interrupt| interrupt.load(Ordering::Relaxed) != 0)
+        let interrupt = Arc::clone(&self.interrupt);
+        move || interrupt.load(Ordering::Relaxed) != 0
     }
 
     /// Loss and accuracy of a split, recorded; none where a signal came before the last batch.
@@ -76,31 +76,35 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
     }
 
     /// The sums of a split, of `most` batches at most, of which each process takes its turn of parts: as many samples at a time as it
-    /// trains on. They are added up in the order of parts. None where a signal came before the last one.
+    /// trains on. They are added up in the order of parts. None, in all processes, where a signal came to one before its last one.
     fn sums(&mut self, dataset: &Arc<dyn Dataset>, most: usize) -> Result<Option<LossSums>> {
         let size = (self.options.batch_size / self.parts).min(dataset.len().max(1));
         let most = most.saturating_mul(self.parts);
         let (rank, world) = (self.collective.rank(), self.collective.world());
         let loader = Loader::every(Arc::clone(dataset), size, (rank, world), most, self.prefetch);
+        let signal = self.signal();
         let found = match self.trainer.sharding() {
             Some(Sharding { parameters: Some(_), .. }) => {
                 let mut loader = agree(&*self.collective, loader)?;
                 let turns = dataset.len().div_ceil(size).min(most).div_ceil(world);
                 let collective = Arc::clone(&self.collective);
-                let turns = (0..turns).map(|_| {
-                    let batch = agree(&*collective, loader.next().transpose())?;
-                    Ok(batch.map_or(Evaluation::PassOn { samples: size }, Evaluation::Batch))
-                });
-                self.trainer.evaluate_together(turns)
+                let turn = |_| match (any(&*collective, signal()), loader.next().transpose()) {
+                    (Ok(true), _) => None,
+                    (told, batch) => {
+                        let batch = agree(&*collective, told.and(batch));
+                        Some(batch.map(|batch| batch.map_or(Evaluation::PassOn { samples: size }, Evaluation::Batch)))
+                    }
+                };
+                self.trainer.evaluate_together((0..turns).map_while(turn))
             }
             _ => loader.and_then(|loader| {
-                let (watch, signal) = (self.watch.clone(), self.signal());
+                let watch = self.watch.clone();
                 let loader = loader.take_while(|_| !signal()).inspect(|_| alive(watch.as_deref()));
                 self.trainer.evaluate(loader)
             }),
         };
         let own = agree(&*self.collective, found)?;
-        if self.signal()() {
+        if any(&*self.collective, self.signal()())? {
             return Ok(None);
         }
         let numbers: Vec<f64> = own.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]).collect();
