@@ -1,6 +1,7 @@
 //! Models and loops of one's own, over the library alone: what a program gets wrong is an error that names it, what it gets right has
 //! the numbers that it asked for.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -307,6 +308,20 @@ fn evaluations_are_planned_once() {
         trainer.evaluate([8, 5, 8].into_iter().map(|samples| Ok(batch(1, samples)))).unwrap();
     }
     assert_eq!(planned.load(Ordering::Relaxed), 2);
+}
+
+/// Batches that a program makes of its own may panic, and it may go on.
+#[test]
+fn a_panic_within_an_evaluation_leaves_the_parameters_in_their_place() {
+    let mut trainer = trainer(8, Some(0.5)).unwrap();
+    for step in 0..3 {
+        trainer.step(&[batch(step, 8)], 0.01).unwrap();
+    }
+    let parameters = trainer.arena().parameters.clone();
+    assert_ne!(Some(&parameters), trainer.average());
+    let batches = [batch(9, 8)].into_iter().map(Ok).chain(std::iter::once_with(|| panic!("a program's own")));
+    catch_unwind(AssertUnwindSafe(|| trainer.evaluate(batches))).unwrap_err();
+    assert_eq!(trainer.arena().parameters, parameters);
 }
 
 /// `y = x`, with gradients that are not numbers.

@@ -1,6 +1,8 @@
 //! Evaluation and prediction by a trainer: by the average of weights where there is one; evaluation in turns with others where
 //! parameters pass between processes.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use super::{LossSums, Planned, Trainer, pass};
 use crate::backend::ops::Update;
 use crate::backend::step::Pass;
@@ -136,9 +138,11 @@ impl<B: Backend + Update> Trainer<B> {
     /// Runs `f` with the average of weights, where there is one, in the place of the parameters.
     fn with_average<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.swap_average()?;
-        let result = f(self);
-        self.swap_average()?;
-        result
+        let result = catch_unwind(AssertUnwindSafe(|| f(self)));
+        // After a panic the others of several processes take no part in this: none of them goes on.
+        let back = if result.is_ok() || self.exchange.is_none() { self.swap_average() } else { Ok(()) };
+        let result = result.unwrap_or_else(|panic| resume_unwind(panic));
+        back.and(result)
     }
 
     fn swap_average(&mut self) -> Result<()> {
