@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::parallel::rendezvous::Rendezvous;
 #[cfg(feature = "mpi")]
 use crate::parallel::rendezvous::{Endpoint, Listener};
-use crate::parallel::watch::{Told, Watch, WatchOptions};
+use crate::parallel::watch::{Handler, Told, Watch, WatchOptions};
 use crate::parallel::world::{Launcher, World};
 use crate::parallel::{Collective, ID_BYTES, Nccl, Single, Watched};
 #[cfg(feature = "mpi")]
@@ -52,12 +52,8 @@ impl Team {
             Opened::CudaF16(backend) => over_nccl(world, backend.device(), timeout)?,
         };
         let Some(rendezvous) = rendezvous else { return Ok(Team { collective, watch: None }) };
-        let aborted = Arc::clone(&collective);
-        let options = WatchOptions {
-            log: Some(vigil.log),
-            on_failure: Box::new(move |_| aborted.abort()),
-            ..WatchOptions::new(timeout)
-        };
+        let options =
+            WatchOptions { log: Some(vigil.log), on_failure: aborts(&collective), ..WatchOptions::new(timeout) };
         let watch = Arc::new(Watch::start(rendezvous, &world.host, options)?);
         if let Some(device) = device.gpu() {
             // Sums stand within the device's work: a process that waits for its device waits for others.
@@ -75,10 +71,12 @@ impl Team {
     /// Ends the work of this process well, or after an error that all processes know of.
     pub fn goodbye(self) {
         let Team { collective, watch } = self;
+        let Some(watch) = watch else { return };
+        // Engines leave together: what one process fails at meanwhile, the watch still tells the others.
+        let waits = watch.communicating();
         drop(collective);
-        if let Some(watch) = watch {
-            watch.goodbye();
-        }
+        drop(waits);
+        watch.goodbye();
     }
 
     /// After an exchange that failed: gives the watch time to see whether another process is at fault, which it may hear of later.
@@ -98,6 +96,16 @@ impl Team {
             None => true,
         }
     }
+}
+
+/// Gives up what the engine does, where it is still there: the watch keeps none alive, or its end would come after the watch's.
+fn aborts(collective: &Arc<dyn Collective>) -> Handler {
+    let aborted = Arc::downgrade(collective);
+    Box::new(move |_| {
+        if let Some(aborted) = aborted.upgrade() {
+            aborted.abort();
+        }
+    })
 }
 
 /// An engine, and where its processes met.
@@ -237,4 +245,65 @@ fn over_mpi(world: &World, _: Duration) -> Result<Joined> {
             world.how, world.size
         )),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::backend::Slice;
+    use crate::parallel::watch::{Cause, Failure};
+
+    /// An engine that is asked for nothing but its end.
+    #[derive(Default)]
+    struct Engine(Arc<AtomicBool>);
+
+    impl Collective for Engine {
+        fn name(&self) -> &'static str {
+            "engine"
+        }
+        fn rank(&self) -> usize {
+            0
+        }
+        fn world(&self) -> usize {
+            2
+        }
+        fn all_reduce_sum(&self, _: Slice<'_>) -> Result<()> {
+            Ok(())
+        }
+        fn reduce_scatter_sum(&self, _: Slice<'_>, _: &[Range<usize>]) -> Result<()> {
+            Ok(())
+        }
+        fn all_gather(&self, _: Slice<'_>, _: &[Range<usize>]) -> Result<()> {
+            Ok(())
+        }
+        fn broadcast(&self, _: Slice<'_>, _: usize) -> Result<()> {
+            Ok(())
+        }
+        fn swap(&self, _: usize, _: Slice<'_>, _: Slice<'_>) -> Result<()> {
+            Ok(())
+        }
+        fn barrier(&self) -> Result<()> {
+            Ok(())
+        }
+        fn abort(&self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn what_gives_an_engine_up_does_not_keep_it_until_the_watch_has_ended() {
+        let failure = Failure { ranks: Vec::new(), cause: Cause::Died, step: 1, others: 1 };
+        let aborted = Arc::<AtomicBool>::default();
+        let engine: Arc<dyn Collective> = Arc::new(Engine(Arc::clone(&aborted)));
+        let [first, second] = [aborts(&engine), aborts(&engine)];
+        first(&failure);
+        assert!(aborted.load(Ordering::Relaxed));
+        let held = Arc::downgrade(&engine);
+        drop(engine);
+        assert!(held.upgrade().is_none(), "its end would come with the watch's");
+        second(&failure);
+    }
 }
