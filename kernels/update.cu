@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
         coefficients[t] = static_cast<float>(tensor_coefficient(clip, tensor_squares[t], global));
     }
     for (u32 g = threadIdx.x; g < group_count; g += blockDim.x) {
-        steps[g] = rule_step(groups[g], params->learning_rate, outcome->applied);
+        steps[g] = rule_step(groups[g], *params, outcome->applied);
     }
 }
 
@@ -101,20 +101,22 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-#define DEFINE_RULE(NAME, RULE, SUFFIX, P, G, S)                                                                       \
-    extern "C" __global__ void __launch_bounds__(256)                                                                    \
+#define DEFINE_RULE(BOUNDS, NAME, RULE, SUFFIX, P, G, S)                                                               \
+    extern "C" __global__ void BOUNDS                                                                                    \
         update_##NAME##_##SUFFIX(P* parameters, G* gradients, S* copy, float* first, float* second, Pass pass) {         \
-        update<RULE, P, G, S>(parameters, gradients, copy, first, second, pass, pass.outcome->skipped, pass.outcome->applied); \
+        update<RULE, P, G, S>(parameters, gradients, copy, first, second, pass, Skipped{pass.outcome},                   \
+                              pass.outcome->applied);                                                                    \
     }
-// The types of parameters, gradients and copy.
-#define DEFINE_RULES(SUFFIX, P, G, S)                 \
-    DEFINE_RULE(sgd, SGD, SUFFIX, P, G, S)            \
-    DEFINE_RULE(momentum, MOMENTUM, SUFFIX, P, G, S)  \
-    DEFINE_RULE(nesterov, NESTEROV, SUFFIX, P, G, S)  \
-    DEFINE_RULE(polyak, POLYAK, SUFFIX, P, G, S)      \
-    DEFINE_RULE(adam, ADAM, SUFFIX, P, G, S)          \
-    DEFINE_RULE(lion, LION, SUFFIX, P, G, S)          \
-    DEFINE_RULE(mixed, MIXED, SUFFIX, P, G, S)
+// The types of parameters, gradients and copy. Of the mixed form three blocks at least are asked for: to have five on a
+// multiprocessor, the compiler spills.
+#define DEFINE_RULES(SUFFIX, P, G, S)                                           \
+    DEFINE_RULE(__launch_bounds__(256), sgd, SGD, SUFFIX, P, G, S)              \
+    DEFINE_RULE(__launch_bounds__(256), momentum, MOMENTUM, SUFFIX, P, G, S)    \
+    DEFINE_RULE(__launch_bounds__(256), nesterov, NESTEROV, SUFFIX, P, G, S)    \
+    DEFINE_RULE(__launch_bounds__(256), polyak, POLYAK, SUFFIX, P, G, S)        \
+    DEFINE_RULE(__launch_bounds__(256), adam, ADAM, SUFFIX, P, G, S)            \
+    DEFINE_RULE(__launch_bounds__(256), lion, LION, SUFFIX, P, G, S)            \
+    DEFINE_RULE(__launch_bounds__(256, 3), mixed, MIXED, SUFFIX, P, G, S)
 FOR_EACH_FORM(DEFINE_RULES)
 
 #define DEFINE(SUFFIX, T)                                                                                                \

@@ -21,11 +21,20 @@ struct GroupOptions {
 };
 static_assert(sizeof(GroupOptions) == 72, "as the host's");
 
-// A group's constants for one step, computed in f64, rounded once.
-struct RuleStep {
-    float learning_rate, coupled, shrink, a, b, feed, feed_b, epsilon, corrected_rate, correction, root_correction, gamma;
+// What the host says before each replay.
+struct UpdateParams {
+    double learning_rate;
+    double divisor;
 };
-static_assert(sizeof(RuleStep) == 48, "as the host's");
+static_assert(sizeof(UpdateParams) == 16, "as the host's");
+
+__device__ __forceinline__ float division(const UpdateParams& params) { return static_cast<float>(1.0 / params.divisor); }
+
+// A group's constants for one step, computed in f64, rounded once: f64 is slow on most devices, so that no pass over elements has any.
+struct RuleStep {
+    float learning_rate, coupled, shrink, a, b, feed, feed_b, epsilon, corrected_rate, correction, root_correction, gamma, divide;
+};
+static_assert(sizeof(RuleStep) == 52, "as the host's");
 
 // base^exponent by squaring.
 __device__ __forceinline__ double power(double base, u64 exponent) {
@@ -44,8 +53,8 @@ __device__ __forceinline__ double group_rate(const GroupOptions& group, double l
 }
 
 // The constants of applied update number `step` (1 the first time).
-__device__ __forceinline__ RuleStep rule_step(const GroupOptions& group, double learning_rate, u64 step) {
-    const double rate = group_rate(group, learning_rate);
+__device__ __forceinline__ RuleStep rule_step(const GroupOptions& group, const UpdateParams& params, u64 step) {
+    const double rate = group_rate(group, params.learning_rate);
     double feed = 1.0;
     switch (group.rule) {
         case MOMENTUM:
@@ -71,6 +80,7 @@ __device__ __forceinline__ RuleStep rule_step(const GroupOptions& group, double 
     r.correction = static_cast<float>(correction);
     r.root_correction = static_cast<float>(1.0 / sqrt(1.0 - power(group.b, step)));
     r.gamma = static_cast<float>(group.gamma);
+    r.divide = division(params);
     return r;
 }
 

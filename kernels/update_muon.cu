@@ -10,7 +10,7 @@ __device__ void muon_direction(const P* parameters, G* gradients, float* first, 
     const Tensor tensor = pass.tensors[index];
     const bool skipped = pass.outcome->skipped;
     const RuleStep r = pass.steps[tensor.group];
-    const float divide = division(pass.params);
+    const float divide = division(*pass.params);
     for (u64 i = thread_index(); i < tensor.len; i += thread_count()) {
         const u64 at = tensor.offset + i;
         float d = 0.0f;

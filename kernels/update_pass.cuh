@@ -79,52 +79,69 @@ __device__ __forceinline__ void four_elements(const RuleStep& r, float rate, con
     }
 }
 
-// One update of the arena, steps 1 to 6; `applied` is its number. parameters: [arena] P; gradients: [arena] G; copy: [arena] S, or
-// null; first, second: [arena] f32, or null where the rule keeps no such slot. A warp takes a block of 128 elements, which all
-// belong to one group, four a lane: 16-byte accesses on f32 arrays. Grid: any, 256 threads.
-template <int RULE, typename P, typename G, typename S>
+// Whether the step is skipped, as the norm's last kernel left it. What was read before is not put off until this is known.
+struct Skipped {
+    const Outcome* outcome;
+    __device__ __forceinline__ bool operator()() const {
+        u32 skipped;
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(skipped) : "l"(&outcome->skipped) : "memory");
+        return skipped != 0;
+    }
+};
+
+// One update of the arena, steps 1 to 6; `applied` is its number, `skipped()` tells whether there is none. parameters: [arena] P;
+// gradients: [arena] G; copy: [arena] S, or null; first, second: [arena] f32, or null where the rule keeps no such slot. A warp takes
+// a block of 128 elements, which all belong to one group, four a lane: 16-byte accesses on f32 arrays. Grid: any, 256 threads.
+template <int RULE, typename P, typename G, typename S, typename Skip>
 __device__ __forceinline__ void update(P* parameters, G* gradients, S* copy, float* first, float* second, const Pass& pass,
-                                       bool skipped, u64 applied) {
-    if (skipped && !pass.zero_gradients) return;
+                                       Skip skipped, u64 applied) {
     const u64 lane = threadIdx.x % 32;
     const u64 blocks = pass.len / 128, stride = thread_count() / 32;
     Pack<G, 4> zeros;
 #pragma unroll
     for (int j = 0; j < 4; ++j) zeros.at[j] = from_f32<G>(0.0f);
-    const float divide = division(pass.params);
     const Home<P, S> home(parameters, copy, pass.seed, applied);
     for (u64 block = thread_index() / 32; block < blocks; block += stride) {
         const u64 at = block * 128 + lane * 4;
-        if (skipped) {
-            store<G, 4>(gradients + at, zeros);
-            continue;
-        }
         const u32 group = pass.block_groups[block], index = pass.block_tensors[block];
-        const RuleStep r = pass.steps[group];
         const int rule = RULE == MIXED ? pass.groups[group].rule : RULE;
-        if (rule == MUON) continue;
+        // Muon's gradients are set to 0 here where the step is skipped, and nothing else of it.
+        if (rule == MUON && !skipped()) continue;
+        // Under way before anything else is waited for: most warps take one block, and would have each wait behind the other.
         const Pack<G, 4> gradient = load<G, 4>(gradients + at);
         Pack<float, 4> theta{}, m, v;
         // LAMB's pass moves the moments alone.
         if (rule != LAMB) theta = home.read_four(at);
         if (keeps_first(rule)) m = load<float, 4>(first + at);
         if (rule == ADAM || rule == LAMB) v = load<float, 4>(second + at);
-        const Scale scale{divide, pass.bound, pass.coefficients[index]};
+        if (skipped()) {
+            if (pass.zero_gradients) store<G, 4>(gradients + at, zeros);
+            continue;
+        }
         float g[4], own[4];
+        const float coefficient = pass.coefficients[index];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             g[j] = to_f32(gradient.at[j]);
-            own[j] = scale.coefficient;
+            own[j] = coefficient;
         }
         if (pass.unit_coefficients != nullptr) {
             const Tensor tensor = pass.tensors[index];
+            const u64 within = at - tensor.offset;
+            u64 unit = within / tensor.unit;
+            u32 of_unit = static_cast<u32>(within - unit * tensor.unit);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const u64 within = at + j - tensor.offset;
                 // Padding has no unit; its gradient is 0.
-                if (within < tensor.len) own[j] = pass.unit_coefficients[tensor.first_unit + within / tensor.unit];
+                if (within + j < tensor.len) own[j] = pass.unit_coefficients[tensor.first_unit + unit];
+                if (++of_unit == tensor.unit) {
+                    of_unit = 0;
+                    ++unit;
+                }
             }
         }
+        const RuleStep r = pass.steps[group];
+        const Scale scale{r.divide, pass.bound, 1.0f};
         const float rate = rule == LARS ? pass.rates[index] : 0.0f;
         if (RULE == MIXED) {
             switch (rule) {

@@ -69,7 +69,7 @@ __device__ __forceinline__ void persistent(P* parameters, G* gradients, S* copy,
     const u32 before = arrive(norm.barrier);
     // The constants of a step that is not skipped; one that is needs none.
     for (u32 g = threadIdx.x; g < norm.group_count; g += blockDim.x) {
-        steps[g] = rule_step(pass.groups[g], pass.params->learning_rate, applied_before + 1);
+        steps[g] = rule_step(pass.groups[g], *pass.params, applied_before + 1);
     }
     wait(norm.barrier, before);
     const double total_norm =
@@ -104,7 +104,7 @@ __device__ __forceinline__ void persistent(P* parameters, G* gradients, S* copy,
     Pass own = pass;
     own.coefficients = coefficients;
     own.steps = steps;
-    update<RULE, P, G, S>(parameters, gradients, copy, first, second, own, skipped, applied);
+    update<RULE, P, G, S>(parameters, gradients, copy, first, second, own, [=] { return skipped; }, applied);
 }
 
 #define DEFINE_RULE(NAME, RULE, SUFFIX, P, G, S)                                                                         \

@@ -23,13 +23,6 @@ struct Tensor {
 };
 static_assert(sizeof(Tensor) == 40, "as the host's");
 
-// What the host says before each replay.
-struct UpdateParams {
-    double learning_rate;
-    double divisor;
-};
-static_assert(sizeof(UpdateParams) == 16, "as the host's");
-
 // How gradients are clipped: constants of a run.
 struct ClipOptions {
     float bound;        // infinity without a value clip
@@ -79,10 +72,8 @@ __device__ __forceinline__ double tensor_coefficient(const ClipOptions& clip, do
     return clip.norm == 2 ? fmin(clip.max_norm / (sqrt(square) + 1e-6), 1.0) : global;
 }
 
-__device__ __forceinline__ float division(const UpdateParams* params) { return static_cast<float>(1.0 / params->divisor); }
-
 __device__ __forceinline__ Scale plain_scale(const UpdateParams* params, const ClipOptions& clip) {
-    return Scale{division(params), clip.bound, 1.0f};
+    return Scale{division(*params), clip.bound, 1.0f};
 }
 
 // Values whose squares a warp adds up in 128 sums: sum a takes values a, a + 128, ...

@@ -158,8 +158,8 @@ pub struct Outcome {
     pub least: u32,
 }
 
-/// `struct RuleStep`: twelve constants.
-pub(super) const RULE_STEP_WORDS: usize = 12;
+/// `struct RuleStep`: thirteen constants.
+pub(super) const RULE_STEP_WORDS: usize = 13;
 
 /// `struct Pass`.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
