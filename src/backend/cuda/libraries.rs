@@ -91,7 +91,7 @@ impl Library {
     fn names(self) -> Vec<String> {
         let mut names = cudarc::get_lib_name_candidates(self.stem());
         if self == Library::Nccl {
-            names.push(NCCL_INSTALLED.to_owned());
+            names.push(NCCL.installed.to_owned());
         }
         names
     }
@@ -212,34 +212,79 @@ pub fn python_folders() -> Vec<PathBuf> {
     found
 }
 
-/// What NCCL's packages install. cudarc looks for `libnccl.so`, which only a toolkit's developer files bring.
-const NCCL_INSTALLED: &str = "libnccl.so.2";
-/// What cudarc looks for.
-const NCCL_LINKED: &str = "libnccl.so";
+/// A library that is installed under another name than cudarc looks for.
+struct Renamed {
+    title: &'static str,
+    /// What it is installed as.
+    installed: &'static str,
+    /// What cudarc looks for.
+    linked: &'static str,
+    /// Whether cudarc finds it.
+    ///
+    /// # Safety
+    /// Asks whether a library loads; nothing of it is called.
+    present: unsafe fn() -> bool,
+}
 
-/// Makes NCCL loadable by the name that cudarc looks for, where only the name is there that packages install. To be called
-/// before anything of cudarc's `nccl`. Does nothing where cudarc finds it by itself, or where there is no NCCL.
+/// Packages install its library; the name without a number only comes with a toolkit's developer files.
+const NCCL: Renamed = Renamed {
+    title: "NCCL",
+    installed: "libnccl.so.2",
+    linked: "libnccl.so",
+    present: cudarc::nccl::sys::is_culib_present,
+};
+
+/// CUDA 12.9 was the last toolkit that had it under the older name; version 3 has the same functions.
+#[cfg(feature = "nvtx")]
+const NVTX: Renamed = Renamed {
+    title: "NVTX",
+    installed: "libnvtx3interop.so.1",
+    linked: "libnvToolsExt.so",
+    present: cudarc::nvtx::sys::is_culib_present,
+};
+
+impl Renamed {
+    /// Makes it loadable by the name that cudarc looks for, where only the other is there. Does nothing where cudarc finds it by
+    /// itself, or where it is not there at all. To be called before anything else of cudarc's part for it.
+    fn provide(&self) -> Result<()> {
+        // SAFETY: as `present` tells.
+        if unsafe { (self.present)() } {
+            return Ok(());
+        }
+        // SAFETY: as in `Library::find`.
+        let Ok(library) = (unsafe { Loaded::new(self.installed) }) else { return Ok(()) };
+        // The alias below needs it for as long as the process lives.
+        std::mem::forget(library);
+        alias::provide(self.linked, self.installed)?;
+        // SAFETY: as above.
+        if unsafe { (self.present)() } {
+            return Ok(());
+        }
+        let Renamed { title, installed, linked, .. } = self;
+        Err(Error::Device(format!(
+            "{title} is here as {installed}, but could not be given the name {linked}: make a link of that name to it in a folder \
+             that LD_LIBRARY_PATH names"
+        )))
+    }
+}
+
+/// Makes NCCL loadable by cudarc, where it is there. To be called before anything of cudarc's `nccl`.
 ///
 /// # Errors
 /// A temporary file that cannot be written or loaded.
 pub fn provide_nccl() -> Result<()> {
-    // SAFETY: asks whether a library of this name loads; nothing of it is called.
-    if unsafe { cudarc::nccl::sys::is_culib_present() } {
-        return Ok(());
-    }
-    // SAFETY: as in `Library::find`.
-    let Ok(library) = (unsafe { Loaded::new(NCCL_INSTALLED) }) else { return Ok(()) };
-    // The alias below needs it for as long as the process lives.
-    std::mem::forget(library);
-    alias::provide(NCCL_LINKED, NCCL_INSTALLED)?;
-    // SAFETY: as above.
-    if unsafe { cudarc::nccl::sys::is_culib_present() } {
-        return Ok(());
-    }
-    Err(Error::Device(format!(
-        "NCCL is here as {NCCL_INSTALLED}, but could not be given the name {NCCL_LINKED}: make a link of that name to it in a \
-         folder that LD_LIBRARY_PATH names"
-    )))
+    NCCL.provide()
+}
+
+/// Makes NVIDIA's library of ranges loadable by cudarc, where it is there. Whether it is.
+///
+/// # Errors
+/// A temporary file that cannot be written or loaded.
+#[cfg(feature = "nvtx")]
+pub(super) fn provide_nvtx() -> Result<bool> {
+    NVTX.provide()?;
+    // SAFETY: as `present` tells.
+    Ok(unsafe { (NVTX.present)() })
 }
 
 #[cfg(test)]
@@ -256,11 +301,18 @@ mod tests {
     #[test]
     fn nccl_is_found_by_cudarc_under_the_name_that_packages_install() {
         // A stand-in that calls itself as NCCL's packages call it; the math library is what it holds.
-        alias::provide(NCCL_INSTALLED, "libm.so.6").unwrap();
+        alias::provide(NCCL.installed, "libm.so.6").unwrap();
         provide_nccl().unwrap();
         // SAFETY: asks whether a library of this name loads; nothing of it is called.
         assert!(unsafe { cudarc::nccl::sys::is_culib_present() });
         assert!(Library::Nccl.is_present());
+    }
+
+    #[cfg(feature = "nvtx")]
+    #[test]
+    fn the_library_of_ranges_is_found_by_cudarc_under_its_present_name() {
+        alias::provide(NVTX.installed, "libm.so.6").unwrap();
+        assert!(provide_nvtx().unwrap());
     }
 
     #[test]

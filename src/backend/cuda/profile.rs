@@ -84,13 +84,15 @@ fn between([start, end]: &[CudaEvent; 2]) -> Result<f64> {
     start.elapsed_ms(end).map(f64::from).map_err(|error| driver_error("time a kernel", error))
 }
 
-/// Runs an operation within a range of its name, where Warpstep was built with the feature `nvtx` and NVIDIA's library for it
-/// (`libnvToolsExt.so`) is there.
+/// Runs an operation within a range of its name, where Warpstep was built with the feature `nvtx` and NVIDIA's library for it is there
+/// (`libnvtx3interop.so.1`, or `libnvToolsExt.so` of older toolkits).
 #[cfg(feature = "nvtx")]
 pub(super) fn ranged(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     static PRESENT: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
-        // SAFETY: asks whether a library of this name loads; nothing of it is called.
-        unsafe { cudarc::nvtx::sys::is_culib_present() }
+        super::libraries::provide_nvtx().unwrap_or_else(|error| {
+            crate::tell::tell(error);
+            false
+        })
     });
     let _range = PRESENT.then(|| cudarc::nvtx::scoped_range(name));
     work()
