@@ -58,9 +58,7 @@ fn main() -> Result<()> {
     };
     let text = |path: &Path| format!("include_str!({:?})", path);
     let fatbins = match nvcc {
-        Some(_) => {
-            table(&sources, &|path| format!("include_bytes!({:?})", out.join(stem(path)).with_extension("fatbin")))
-        }
+        Some(_) => table(&sources, &|path| format!("aligned!({:?})", out.join(stem(path)).with_extension("fatbin"))),
         None => String::new(),
     };
     let release = nvcc.as_deref().and_then(release);

@@ -9,6 +9,8 @@ mod emulator;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::{bf16, f16};
+use warpstep::backend::Backend;
+use warpstep::backend::cuda::cudarc::driver::CudaContext;
 use warpstep::backend::cuda::{Cuda, Device, DeviceOptions, SmallProducts, Storage};
 use warpstep::backend::ops::Update;
 use warpstep::backend::step::LossScale;
@@ -97,6 +99,44 @@ fn a_step_is_one_graph_launch_without_waiting_or_allocating() {
             assert_eq!(host.copies_in, 3 * launches, "{host:?}");
         }
     }
+}
+
+/// A driver's copy into ordinary memory waits for all that is queued, which may wait for other processes.
+#[test]
+fn no_copy_to_the_host_waits_for_the_device_where_something_watches_it() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(device) = device::device() else { return };
+    let Some(emulator) = Emulator::find() else { return };
+    let mut trainer = trainer::<bf16>(&device, 1, Some(0.9), 0.01);
+    let mut counted = || {
+        emulator.reset();
+        pipelined(&mut trainer, 3, 1);
+        trainer.evaluate((0..2).map(|number| Ok(batch(number)))).unwrap();
+        trainer.step(&[batch(3)], 0.01).unwrap();
+        let mut parameters = vec![0.0; trainer.arena().layout.padded_len()];
+        trainer.backend().download(&trainer.arena().parameters, 0, &mut parameters).unwrap();
+        emulator.host()
+    };
+    // Where nothing does, the driver may as well wait.
+    assert!(counted().waiting_copies > 0);
+    device.watch(|| Ok(()));
+    let host = counted();
+    assert!(host.copies_out > 0 && host.waiting_copies == 0, "{host:?}");
+}
+
+/// CUDA records nothing there.
+#[test]
+fn on_a_contexts_default_stream_steps_are_launches_that_find_the_same() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let options = DeviceOptions { small_products: SmallProducts::Never, measure: false, ..DeviceOptions::default() };
+    let Some(own) = device::device_with(options) else { return };
+    let stream = CudaContext::new(0).unwrap().default_stream();
+    let device = Device::on_stream(&stream, options).unwrap();
+    let found = pipelined(&mut trainer::<f32>(&device, 2, None, 0.01), 3, 2);
+    assert_eq!(found, pipelined(&mut trainer::<f32>(&own, 2, None, 0.01), 3, 2));
+    // Where small products are to be measured, none can be.
+    let device = Device::on_stream(&stream, DeviceOptions::default()).unwrap();
+    assert_eq!(pipelined(&mut trainer::<f32>(&device, 1, None, 0.01), 3, 1).len(), 3);
 }
 
 #[test]

@@ -132,7 +132,9 @@ fn outside_capture() -> Call<()> {
 fn wait() -> Call<()> {
     current()?;
     outside_capture()?;
-    state().host.synchronizations += 1;
+    let mut state = state();
+    state.host.synchronizations += 1;
+    state.unwaited = false;
     Ok(())
 }
 
@@ -383,7 +385,13 @@ pub extern "C" fn cuMemcpyDtoH_v2(to: usize, from: u64, bytes: usize) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyDtoHAsync_v2(to: usize, from: u64, bytes: usize, stream: usize) -> c_int {
-    call(|| queue_here(stream, Work::CopyOut { to, from, bytes }))
+    call(|| {
+        if Memory::global().range(to as u64).is_none() {
+            let mut state = state();
+            state.host.waiting_copies += u64::from(state.unwaited);
+        }
+        queue_here(stream, Work::CopyOut { to, from, bytes })
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -553,6 +561,10 @@ pub unsafe extern "C" fn cuStreamIsCapturing(stream: usize, to: *mut c_int) -> c
 pub extern "C" fn cuStreamBeginCapture_v2(stream: usize, _mode: c_uint) -> c_int {
     call(|| {
         current()?;
+        // The default stream records nothing.
+        if stream == 0 {
+            return Err(status::STREAM_CAPTURE_UNSUPPORTED);
+        }
         let stream = state().streams.get(stream)?;
         let mut stream = lock(&stream);
         if stream.capture.is_some() {
@@ -671,7 +683,11 @@ pub extern "C" fn cuEventRecord(event: usize, stream: usize) -> c_int {
 pub extern "C" fn cuEventQuery(event: usize) -> c_int {
     call(|| {
         current()?;
-        state().events.get(event).map(drop)
+        let mut state = state();
+        state.events.get(event)?;
+        // All of it is done, and now the host knows.
+        state.unwaited = false;
+        Ok(())
     })
 }
 

@@ -147,6 +147,8 @@ pub struct HostCounts {
     pub library_calls: u64,
     /// Times that cuDNN was asked which algorithms there are for a convolution.
     pub heuristics: u64,
+    /// Copies to memory that is not page-locked while there was work that nobody had waited for: a driver's call waits for it.
+    pub waiting_copies: u64,
 }
 
 #[derive(Default)]
@@ -161,6 +163,8 @@ pub(crate) struct State {
     pub last_fault: Option<Fault>,
     /// By device, the error that every call returns after a fault, as a broken context does.
     pub broken: HashMap<u32, i32>,
+    /// Whether there is work that nobody has waited for.
+    pub unwaited: bool,
 }
 
 impl State {
@@ -244,6 +248,7 @@ pub(crate) fn count(what: impl FnOnce(&mut HostCounts)) {
 /// Does work now.
 pub(crate) fn perform(work: &Work) -> Call<()> {
     let memory = Memory::global();
+    state().unwaited = true;
     let done = match work {
         Work::Kernel(kernel) => run_kernel(kernel),
         Work::CopyIn { to, from, bytes } => {

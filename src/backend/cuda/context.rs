@@ -114,6 +114,8 @@ pub struct Device {
     name: String,
     capability: (i32, i32),
     multiprocessors: usize,
+    /// Whether the device reads pageable memory itself, by the host's page tables, so that no copy from it need be staged.
+    reads_pageable: bool,
     loaded: Mutex<Loaded>,
     timings: Mutex<Option<Vec<super::profile::Timing>>>,
     /// The operation that kernels belong to, while they are timed.
@@ -257,7 +259,8 @@ impl Device {
     }
 
     /// The device of a stream that somebody else made, in a context of their own: all work is queued on that stream, in its
-    /// order. `options.ordinal` is not looked at.
+    /// order. `options.ordinal` is not looked at. On a context's default stream CUDA records nothing, so that steps are launches of
+    /// their kernels there, and of two ways to do an operation none is measured: `new_stream` has the faster ones.
     ///
     /// # Errors
     /// A device that is too old, or that failed.
@@ -282,12 +285,16 @@ impl Device {
                 capability.1
             )));
         }
-        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let attribute = |attribute| context.attribute(attribute).map_err(fail);
+        let multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let host_page_tables =
+            attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES)?;
         let mut device = Device {
             stream: stream.clone(),
             copy_stream: context.new_stream().map_err(fail)?,
             name: context.name().map_err(fail)?,
-            multiprocessors: usize::try_from(context.attribute(count).map_err(fail)?).unwrap_or(1),
+            multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
+            reads_pageable: host_page_tables != 0,
             capability,
             context,
             options,
@@ -347,6 +354,11 @@ impl Device {
 
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// Whether what is queued can be recorded.
+    pub(super) fn can_record(&self) -> bool {
+        !self.stream.cu_stream().is_null()
     }
 
     /// The stream that batches are copied on.
@@ -524,26 +536,33 @@ impl Device {
 
     /// Copies host memory to the device, in the order of the stream; the host memory may change afterwards.
     pub(super) fn write(&self, address: u64, from: &[u8]) -> Result<()> {
+        const ACTION: &str = "copy to the device";
         if from.is_empty() {
             return Ok(());
         }
         self.bind()?;
         let _claim = self.claim();
-        // SAFETY: the caller owns as many bytes at the address; from pageable memory, the driver returns once it has read it.
+        // SAFETY: the caller owns as many bytes at the address; from pageable memory, the driver returns once it has read it, or
+        // the copy is waited for below.
         unsafe { result::memcpy_htod_async(address, from, self.stream.cu_stream()) }
-            .map_err(|error| driver_error("copy to the device", error))
+            .map_err(|error| driver_error(ACTION, error))?;
+        if self.reads_pageable && !self.is_recording()? { self.finish(ACTION) } else { Ok(()) }
     }
 
     /// Copies device memory to the host, after all queued work is done.
     pub(super) fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
+        const ACTION: &str = "copy from the device";
         if to.is_empty() {
             return Ok(());
         }
         self.bind()?;
+        // Into pageable memory the driver's call comes back with the copy: it would wait for other processes with nobody to ask
+        // after them.
+        self.watch_queued(ACTION)?;
         let _claim = self.claim();
         // SAFETY: the caller owns as many bytes at the address; the host memory outlives the synchronization below.
         unsafe { result::memcpy_dtoh_async(to, address, self.stream.cu_stream()) }
-            .map_err(|error| driver_error("copy from the device", error))?;
+            .map_err(|error| driver_error(ACTION, error))?;
         self.synchronize()
     }
 
@@ -609,6 +628,18 @@ impl Device {
         Ok(())
     }
 
+    /// Waits for all queued work where something watches the device, so that nothing that comes next does unwatched.
+    fn watch_queued(&self, what: &str) -> Result<()> {
+        if self.watched().is_none() {
+            return Ok(());
+        }
+        let event = {
+            let _claim = self.claim();
+            self.stream.record_event(None).map_err(|error| driver_error(what, error))?
+        };
+        self.wait_for(&event, what)
+    }
+
     /// Waits for all queued work.
     ///
     /// # Errors
@@ -620,13 +651,7 @@ impl Device {
     /// The same, where `what` is what the queued work does.
     pub(super) fn finish(&self, what: &str) -> Result<()> {
         self.bind()?;
-        if self.watched().is_some() {
-            let event = {
-                let _claim = self.claim();
-                self.stream.record_event(None).map_err(|error| driver_error(what, error))?
-            };
-            self.wait_for(&event, what)?;
-        }
+        self.watch_queued(what)?;
         // No stream is waited for while another thread records.
         let _claim = self.claim();
         self.stream.synchronize().map_err(|error| driver_error(what, error))?;

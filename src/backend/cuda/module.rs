@@ -9,6 +9,18 @@ use super::compiler::{Compiled, Source, release};
 use crate::error::{Error, Result};
 use crate::tell::tell;
 
+/// Bytes where a fatbin lies in a program that nvcc makes: on a multiple of 8, and of a line of the cache.
+#[repr(C, align(64))]
+struct Aligned<B: ?Sized>(B);
+
+/// The bytes of a file, in an image that is aligned.
+macro_rules! aligned {
+    ($path:literal) => {{
+        const BYTES: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
+        &BYTES.0
+    }};
+}
+
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// Set to 1: kernels that were embedded are passed over, as if Warpstep had been built without nvcc.

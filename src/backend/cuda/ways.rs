@@ -30,7 +30,7 @@ impl Device {
             return Ok(second);
         }
         // Asked again where it can be measured.
-        if !self.options().measure || self.is_recording()? {
+        if !self.options().measure || !self.can_record() || self.is_recording()? {
             return Ok(false);
         }
         let entry = Entry::new(self, "ways", HEAD, question);
