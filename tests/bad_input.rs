@@ -87,7 +87,7 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("steps = 4", "length = 4"), &["run.steps", "missing", "found the unknown key length"]),
         (format!("{GOOD}[parallel]\ntimeout = 1e20\n"), &["parallel.timeout", "0.1 to 1e9"]),
         (format!("{GOOD}[parallel]\ntimeout = 0.01\n"), &["parallel.timeout", "found 0.01"]),
-        (with("steps = 4", "steps = 4 oops"), &["run.toml:3", "not valid TOML"]),
+        (with("steps = 4", "steps = 4 oops"), &["run.toml:3: not valid TOML", ", in `steps = 4 oops`"]),
         (with("[run]", "[run"), &["run.toml:2", "not valid TOML"]),
         (with("[run]", "[rum]"), &["rum", "unknown key", "did you mean run?"]),
         (with("[model]", "[model]\n[model]"), &["not valid TOML"]),
@@ -100,7 +100,7 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("batch_size = 8", "split = { validation = 1.5 }"), &["data.split", "1.5"]),
         (with("batch_size = 8", "split = { validation = true }"), &["data.split.validation", "true"]),
         (with("batch_size = 8", "split = { validaton = 0.1 }"), &["data.split.validaton", "did you mean validation?"]),
-        (with("batch_size = 8", "split = 3"), &["data.split", "expected a table"]),
+        (with("batch_size = 8", "split = 3"), &["data.split = { validation = 0.1 })"]),
         (with("batch_size = 8", "normalize = \"datset\""), &["data.normalize", "did you mean dataset?"]),
         (with("batch_size = 8", "augment = { flop = true }"), &["data.augment.flop", "did you mean flip?"]),
         (
@@ -145,8 +145,27 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("preset = \"mlp\"", "preset = \"gpt\""), &["model"]),
         (with("preset = \"mlp\"\nhidden = [8]", "preset = \"text_cnn\""), &["text_cnn", "tokens"]),
         (with("hidden = [8]", "hidden = [8, 0]"), &["run.toml:9", "model.hidden", "found 0"]),
-        (with("hidden = [8]", "hidden = 8"), &["model.hidden", "found 8", "array"]),
-        (with("hidden = [8]", "hidden = [\"a\"]"), &["model.hidden", "array"]),
+        (with("hidden = [8]", "hidden = 8"), &["model.hidden", "found 8, expected an array, as in [8]"]),
+        (
+            with("hidden = [8]", "hidden = [8, \"a\"]"),
+            &["model.hidden: item 1: found \"a\" (a string), expected a whole number of 0 or more"],
+        ),
+        (
+            with("preset = \"mlp\"", "preset = \"resnet\""),
+            &["run.toml:9: model.hidden: unknown key with preset = \"resnet\"; expected one of blocks, channels"],
+        ),
+        (
+            with("batch_size = 8", "path = \"x.csv\""),
+            &["data.path: unknown key with format = \"digits\"; expected one of"],
+        ),
+        (
+            with("preset = \"mlp\"\nhidden = [8]", "layers = [{ kind = \"linear\", units = 8 }]"),
+            &["model.layers[0].units: unknown key with kind = \"linear\"; expected one of bias, kind, outputs"],
+        ),
+        (
+            with("batch_size = 8", "normalize = true"),
+            &["data.normalize: found true, expected one of \"none\", \"unit\", \"dataset\""],
+        ),
         (with("hidden = [8]", "hiden = [8]"), &["model.hiden", "did you mean hidden?"]),
         (with("hidden = [8]", "dropout = 1.0"), &["model.dropout", "found 1"]),
         (with("hidden = [8]", "activation = \"rellu\""), &["model.activation", "did you mean relu?"]),
@@ -172,7 +191,7 @@ fn wrong_run_files_are_refused_with_line_and_key() {
         (with("learning_rate = 0.1", "lr = 0.1\nwd = 0.1"), &["the unknown keys lr, wd"]),
         (
             with("learning_rate = 0.1", "learning_rate = 0.1\nbetas = [0.9, 0.9]"),
-            &["run.toml:13", "does not go with rule = \"momentum\""],
+            &["run.toml:13", "does not go with rule = \"momentum\", form = \"pytorch\", which takes"],
         ),
         (
             with("learning_rate = 0.1", "learning_rate = 0.1\ngamma = 2"),
@@ -232,13 +251,17 @@ fn wrong_run_files_are_refused_with_line_and_key() {
             with("learning_rate = 0.1", "learning_rate = 0.1\nclip = { global_norm = 1, tensor_norm = 1 }"),
             &["optimizer.clip", "more than one"],
         ),
-        (with("learning_rate = 0.1", "learning_rate = 0.1\nclip = 1.0"), &["optimizer.clip", "expected a table"]),
+        (with("learning_rate = 0.1", "learning_rate = 0.1\nclip = 1.0"), &["optimizer.clip = { global_norm = 1.0 })"]),
         (with("learning_rate = 0.1", "learning_rate = 0.1\naccumulate = 0"), &["optimizer.accumulate", "found 0"]),
         (with("learning_rate = 0.1", "learning_rate = 0.1\nema = 1.0"), &["optimizer.ema", "found 1"]),
         (with("learning_rate = 0.1", "learning_rate = 0.1\nweight_decay = -1"), &["optimizer.weight_decay", "-1"]),
         (
             with("learning_rate = 0.1", "learning_rate = 0.1\ngroups = [{ pattern = \"(\" }]"),
             &["optimizer.groups[0].pattern", "regular expression"],
+        ),
+        (
+            with("learning_rate = 0.1", "learning_rate = 0.1\ngroups = { pattern = \"nothing\" }"),
+            &["expected an array of tables ([[optimizer.groups]], or optimizer.groups = [{ .. }])"],
         ),
         (
             with("learning_rate = 0.1", "learning_rate = 0.1\ngroups = [{ pattern = \"nothing\" }]"),

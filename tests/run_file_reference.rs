@@ -107,7 +107,8 @@ impl Place {
         let (mut filled, mut required) = (given.to_vec(), BTreeSet::new());
         let names: Vec<String> = loop {
             let error = self.read(&with(&filled, UNKNOWN, "1")).expect_err("a key that nobody knows was taken");
-            if let Some((_, names)) = error.split_once(&format!("{UNKNOWN}: unknown key; expected one of ")) {
+            let unknown = error.split_once(&format!("{UNKNOWN}: unknown key"));
+            if let Some((_, names)) = unknown.and_then(|(_, told)| told.split_once("; expected one of ")) {
                 break names.split(", ").map(str::to_owned).collect();
             }
             let found = missing.captures(&error).unwrap_or_else(|| panic!("{}: {error}", self.path));
@@ -164,7 +165,9 @@ impl Place {
     /// What the program says that it expects of a key; nothing where a date leads it elsewhere, as to `preset` for `layers`.
     fn expected(self, given: &[Given], name: &str) -> String {
         let error = self.read(&with(given, name, DATE)).expect_err("a key takes a date");
-        error.split_once("(a date), expected ").map_or_else(String::new, |(_, expected)| expected.to_owned())
+        let expected =
+            error.split_once("(a date), expected ").map_or_else(String::new, |(_, expected)| expected.to_owned());
+        if expected.starts_with("one of \"") { "a string".to_owned() } else { expected }
     }
 
     /// What a string can be; nothing where it can be any.

@@ -27,11 +27,12 @@ const FORMATS: [(&str, &str); 9] = [
 /// # Errors
 /// A key that is unknown, of another type, or missing.
 pub fn data(section: &mut Section) -> Result<DataOptions> {
-    let Some(format) = section.choice("format", &FORMATS)? else {
+    let Some(name) = section.choice("format", &FORMATS)? else {
         let names: Vec<&str> = FORMATS.iter().map(|(name, _)| *name).collect();
         return Err(section.missing("format", &format!("one of {}", names.join(", "))));
     };
-    let format = match format {
+    section.decides("format", name);
+    let format = match name {
         "digits" => FormatOptions::Digits,
         "idx" => FormatOptions::Idx(IdxOptions {
             path: section.optional("path")?,
@@ -179,7 +180,7 @@ fn audio(section: &mut Section) -> Result<AudioOptions> {
         return Ok(options);
     }
     let d = LogMelOptions::default();
-    let mut mel = section.section("mel")?;
+    let mut mel = section.section_such_as("mel", "mels = 40")?;
     let log_mel = LogMelOptions {
         n_fft: mel.optional("n_fft")?,
         hop: mel.optional("hop")?,
@@ -249,7 +250,7 @@ fn normalize(section: &mut Section) -> Result<Option<Normalize>> {
 
 fn augment(section: &mut Section) -> Result<AugmentOptions> {
     let d = AugmentOptions::default();
-    let mut table = section.section("augment")?;
+    let mut table = section.section_such_as("augment", "flip = true")?;
     let options = AugmentOptions {
         crop: table.or("crop", d.crop)?,
         flip: table.or("flip", d.flip)?,
@@ -264,7 +265,7 @@ fn augment(section: &mut Section) -> Result<AugmentOptions> {
 }
 
 fn split(section: &mut Section) -> Result<SplitOptions> {
-    let mut table = section.section("split")?;
+    let mut table = section.section_such_as("split", "validation = 0.1")?;
     let options = SplitOptions {
         validation: part(&mut table, "validation")?,
         test: part(&mut table, "test")?,

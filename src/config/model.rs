@@ -96,6 +96,9 @@ fn preset(section: &mut Section) -> Result<Preset> {
         let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
         return Err(section.missing("preset", &format!("one of {}, or [[model.layers]]", names.join(", "))));
     };
+    if let Some(Node::String(name)) = section.node("preset").cloned() {
+        section.decides("preset", &name);
+    }
     let linear = |section: &mut Section| -> Result<LinearOptions> {
         let LinearOptions { bias, zero_init } = LinearOptions::default();
         Ok(LinearOptions { bias: section.or("bias", bias)?, zero_init: section.or("zero_init", zero_init)? })
@@ -250,6 +253,7 @@ fn layer(section: &mut Section) -> Result<LayerOptions> {
     let Some(kind) = section.choice("kind", &names)? else {
         return Err(section.missing("kind", "the layer's name, as in kind = \"linear\""));
     };
+    section.decides("kind", kind);
     Ok(match kind {
         "linear" => LayerOptions::Linear { outputs: section.optional("outputs")?, bias: section.or("bias", true)? },
         "conv2d" => LayerOptions::Conv2d {

@@ -147,7 +147,7 @@ const RULE_KEYS: [&str; 10] =
     ["form", "momentum", "dampening", "nesterov", "gamma", "betas", "epsilon", "trust", "iterations", "scale"];
 
 fn clip(section: &mut Section) -> Result<Clip> {
-    let mut table = section.section("clip")?;
+    let mut table = section.section_such_as("clip", "global_norm = 1.0")?;
     let value = table.optional("value")?;
     let global = table.optional::<f64>("global_norm")?;
     let tensor = table.optional::<f64>("tensor_norm")?;

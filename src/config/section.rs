@@ -16,6 +16,10 @@ pub trait Read: Sized {
     fn read(node: &Node) -> Option<Self>;
     /// The value as TOML.
     fn write(&self) -> Value;
+    /// What is wrong with a node that [`Read::read`] does not take.
+    fn refusal(node: &Node) -> String {
+        format!("found {}, expected {}", node.describe(), Self::expected())
+    }
 }
 
 impl Read for String {
@@ -144,6 +148,22 @@ impl<T: Read> Read for Vec<T> {
     fn write(&self) -> Value {
         Value::Array(self.iter().map(Read::write).collect::<Array>())
     }
+    fn refusal(node: &Node) -> String {
+        let mut items = match node {
+            Node::Array(items) => items.iter().enumerate(),
+            // One item alone: all that is missing are the brackets.
+            single => {
+                return match T::read(single) {
+                    Some(item) => format!("found {}, expected an array, as in [{}]", single.describe(), item.write()),
+                    None => format!("found {}, expected {}", single.describe(), Self::expected()),
+                };
+            }
+        };
+        match items.find(|(_, item)| T::read(&item.node).is_none()) {
+            Some((i, item)) => format!("item {i}: {}", T::refusal(&item.node)),
+            None => format!("found {}, expected {}", node.describe(), Self::expected()),
+        }
+    }
 }
 
 impl<T: Read, const N: usize> Read for [T; N] {
@@ -156,6 +176,12 @@ impl<T: Read, const N: usize> Read for [T; N] {
     fn write(&self) -> Value {
         Value::Array(self.iter().map(Read::write).collect::<Array>())
     }
+    fn refusal(node: &Node) -> String {
+        match node {
+            Node::Array(items) if items.len() == N => Vec::<T>::refusal(node),
+            other => format!("found {}, expected {}", other.describe(), Self::expected()),
+        }
+    }
 }
 
 /// A table that is read key by key.
@@ -165,6 +191,8 @@ pub struct Section {
     entries: BTreeMap<String, Entry>,
     asked: Vec<String>,
     resolved: Vec<(String, Item)>,
+    /// What decides which keys there are, where something does: `preset = "mlp"`.
+    chosen: Option<String>,
 }
 
 impl Section {
@@ -173,16 +201,19 @@ impl Section {
     /// # Errors
     /// The root is no table.
     pub fn root(entry: Entry) -> Result<Self> {
-        Section::new(String::new(), entry)
+        Section::new(String::new(), entry, "..")
     }
 
-    fn new(path: String, entry: Entry) -> Result<Self> {
+    /// `example`: keys and values of such a table, for the error about something else.
+    fn new(path: String, entry: Entry, example: &str) -> Result<Self> {
         let Entry { node, place } = entry;
         match node {
-            Node::Table(entries) => Ok(Section { path, place, entries, asked: Vec::new(), resolved: Vec::new() }),
+            Node::Table(entries) => {
+                Ok(Section { path, place, entries, asked: Vec::new(), resolved: Vec::new(), chosen: None })
+            }
             other => Err(Error::config(
                 format!("{place}: {path}"),
-                format!("found {}, expected a table ([{path}], or {path} = {{ .. }})", other.describe()),
+                format!("found {}, expected a table ([{path}], or {path} = {{ {example} }})", other.describe()),
             )),
         }
     }
@@ -220,12 +251,17 @@ impl Section {
     /// Checks that none of these keys is given, which belong to other choices than those that were made; `why` says so of them.
     ///
     /// # Errors
-    /// One that is given, and that nothing asked for.
+    /// One that is given, and that nothing asked for: those of them that the choice has are named.
     pub fn reject(&self, keys: &[&str], why: &str) -> Result<()> {
-        match keys.iter().find(|key| self.has(key) && !self.knows(key)) {
-            Some(key) => Err(self.error(key, why)),
-            None => Ok(()),
-        }
+        let Some(key) = keys.iter().find(|key| self.has(key) && !self.knows(key)) else { return Ok(()) };
+        let known: Vec<&str> = keys.iter().copied().filter(|key| self.knows(key)).collect();
+        let known = if known.is_empty() { String::new() } else { format!(", which takes {}", known.join(", ")) };
+        Err(self.error(key, format!("{why}{known}")))
+    }
+
+    /// Says that the value of `key`, `name`, decides which other keys there are: errors about unknown ones tell it.
+    pub fn decides(&mut self, key: &str, name: &str) {
+        self.chosen = Some(format!("{key} = \"{name}\""));
     }
 
     /// The names of all keys that the document gives.
@@ -265,8 +301,7 @@ impl Section {
     pub fn optional<T: Read>(&mut self, key: &str) -> Result<Option<T>> {
         self.ask(key);
         let Some(entry) = self.entries.get(key) else { return Ok(None) };
-        let value = T::read(&entry.node)
-            .ok_or_else(|| self.error(key, format!("found {}, expected {}", entry.node.describe(), T::expected())))?;
+        let value = T::read(&entry.node).ok_or_else(|| self.error(key, T::refusal(&entry.node)))?;
         let written = value.write();
         self.record(key, written);
         Ok(Some(value))
@@ -320,15 +355,18 @@ impl Section {
     /// The value of `key` by its name in `names`.
     ///
     /// # Errors
-    /// Another name: the nearest is suggested.
+    /// Another name: the nearest is suggested. What is no name.
     pub fn choice<T: Clone>(&mut self, key: &str, names: &[(&str, T)]) -> Result<Option<T>> {
+        let all = || names.iter().map(|(name, _)| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+        if let Some(node) = self.node(key).filter(|node| !matches!(node, Node::String(_))) {
+            return Err(self.error(key, format!("found {}, expected one of {}", node.describe(), all())));
+        }
         let Some(found) = self.optional::<String>(key)? else { return Ok(None) };
         match names.iter().find(|(name, _)| *name == found) {
             Some((_, value)) => Ok(Some(value.clone())),
             None => {
-                let all: Vec<String> = names.iter().map(|(name, _)| format!("\"{name}\"")).collect();
                 let hint = suggestion(&found, names.iter().map(|(name, _)| *name));
-                Err(self.error(key, format!("found {found:?}, expected one of {}{hint}", all.join(", "))))
+                Err(self.error(key, format!("found {found:?}, expected one of {}{hint}", all())))
             }
         }
     }
@@ -353,11 +391,19 @@ impl Section {
     /// # Errors
     /// The key is no table.
     pub fn section(&mut self, key: &str) -> Result<Section> {
+        self.section_such_as(key, "..")
+    }
+
+    /// As [`Section::section`], where the error shows what could stand in the table.
+    ///
+    /// # Errors
+    /// As [`Section::section`].
+    pub fn section_such_as(&mut self, key: &str, example: &str) -> Result<Section> {
         self.ask(key);
         let place = self.place.clone();
         let entry =
             self.entries.get(key).cloned().unwrap_or_else(|| Entry { node: Node::Table(BTreeMap::new()), place });
-        Section::new(self.dotted(key), entry)
+        Section::new(self.dotted(key), entry, example)
     }
 
     /// The tables of an array of tables; none where the key is not given.
@@ -371,10 +417,14 @@ impl Section {
             Node::Array(items) => items
                 .into_iter()
                 .enumerate()
-                .map(|(i, item)| Section::new(format!("{}[{i}]", self.dotted(key)), item))
+                .map(|(i, item)| Section::new(format!("{}[{i}]", self.dotted(key)), item, ".."))
                 .collect::<Result<Vec<_>>>()
                 .map(Some),
-            other => Err(self.error(key, format!("found {}, expected an array of tables", other.describe()))),
+            other => {
+                let path = self.dotted(key);
+                let expected = format!("an array of tables ([[{path}]], or {path} = [{{ .. }}])");
+                Err(self.error(key, format!("found {}, expected {expected}", other.describe())))
+            }
         }
     }
 
@@ -425,7 +475,8 @@ impl Section {
             } else {
                 hint
             };
-            return Err(self.error(key, format!("unknown key{hint}")));
+            let with = self.chosen.as_ref().map_or_else(String::new, |chosen| format!(" with {chosen}"));
+            return Err(self.error(key, format!("unknown key{with}{hint}")));
         }
         Ok(self.resolved)
     }

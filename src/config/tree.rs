@@ -75,13 +75,23 @@ pub fn parse(text: &str, name: &str) -> Result<Entry> {
     let document = Document::parse(text).map_err(|e| {
         let line = e.span().map_or(1, |span| line_of(text, span.start));
         let what = e.message().lines().collect::<Vec<_>>().join("; ");
-        Error::config(format!("{name}:{line}"), format!("not valid TOML: {what}"))
+        let found = text.lines().nth(line - 1).unwrap_or_default().trim();
+        let found = if found.is_empty() { String::new() } else { format!(", in `{}`", shortened(found)) };
+        Error::config(format!("{name}:{line}"), format!("not valid TOML: {what}{found}"))
     })?;
     let locate = |span: Option<Range<usize>>, outer: &str| match span {
         Some(span) => format!("{name}:{}", line_of(text, span.start)),
         None => outer.to_owned(),
     };
     Ok(from_item(document.as_item(), &format!("{name}:1"), &locate))
+}
+
+/// The beginning of a line that is too long for an error.
+fn shortened(line: &str) -> String {
+    match line.char_indices().nth(60) {
+        Some((end, _)) => format!("{}..", &line[..end]),
+        None => line.to_owned(),
+    }
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
