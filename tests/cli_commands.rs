@@ -211,6 +211,30 @@ fn more_processes_than_there_can_be_are_refused() {
 }
 
 #[test]
+fn weights_that_do_not_fit_name_the_key_and_what_to_write() {
+    let place = trained(RUN);
+    let weights = "model.weights=out/checkpoints/step-00000004/model.safetensors";
+    let train = ["train", "run.toml", "--quiet", "--out", "on", "--set"];
+    let with = |set: &[&'static str]| [&train[..], set].concat();
+    let advice = "give [model] the keys that the model in model.weights has";
+    place.refused(
+        &with(&[weights, "--set", "model.hidden=[9]"]),
+        &["expected `2.weight` of shape [10, 9], found [10, 8]", advice],
+    );
+    // The nearest name is one that this model has: nothing is there in the place of what is missing.
+    let missing = ["expected tensor `4.", ", found none", advice];
+    place.refused(&with(&[weights, "--set", "model.hidden=[8, 10]"]), &missing);
+    place.refused(&with(&["model.weights=out"]), &["is a folder, expected a file; let model.weights name one"]);
+    fs::write(place.path("theirs.bin"), b"PK\x03\x04 and so on").unwrap();
+    place.refused(&with(&["model.weights=theirs.bin"]), &["theirs.bin: is a file of torch.save", "save_file"]);
+    place.refused(&with(&["model.weights=run.toml"]), &["run.toml: expected a whole safetensors file", "another kind"]);
+    // Of a checkpoint it is the run file that has to be the right one.
+    let config = fs::read_to_string(place.path("out/config.toml")).unwrap();
+    place.write("out/config.toml", &config.replace("hidden = [8]", "hidden = [9]"));
+    place.refused(&["eval", "out", "--split", "train"], &["use the run file it was made with"]);
+}
+
+#[test]
 fn a_resume_needs_no_file_of_initial_weights() {
     let place = trained(RUN);
     fs::copy(place.path("out/checkpoints/step-00000004/model.safetensors"), place.path("w.safetensors")).unwrap();

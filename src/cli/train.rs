@@ -320,7 +320,7 @@ pub(crate) fn make_run<B: Backend>(
         identity: run.identity.clone(),
         preprocess: data.preprocess.to_json()?,
         source: data.source.clone(),
-        weights: weights.map(|path| Lookup::new(Some(&run.base)).find_for("model.weights", path)).transpose()?,
+        weights: weights.map(|path| Lookup::new(Some(&run.base)).file_for("model.weights", path)).transpose()?,
         start,
         interrupt: Arc::default(),
         abandon_at: None,

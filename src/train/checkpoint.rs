@@ -420,7 +420,7 @@ pub fn load_weights<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) 
         );
         return Err(Error::checkpoint(file, problem));
     }
-    load_tensors(model, file, backend, arena)
+    load_tensors(model, file, backend, arena).map_err(tensors::of_weights)
 }
 
 fn load_tensors<B: Backend>(mut model: TensorMap, file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {

@@ -17,6 +17,20 @@ use crate::real::Element;
 
 pub use crate::model::interop::{HostTensor, TensorMap};
 
+/// How an error about a file of another model begins, and what it says to do.
+const ANOTHER: &str = "is of another model";
+const ITS_RUN_FILE: &str = "use the run file it was made with";
+
+/// How the files begin that `torch.save` writes.
+const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
+
+/// The error about weights that a run is to begin with: what has to change is the model that its file describes.
+pub fn of_weights(error: Error) -> Error {
+    let Error::Checkpoint { path, problem } = error else { return error };
+    let advice = "give [model] the keys that the model in model.weights has, or leave model.weights out";
+    Error::checkpoint(path, problem.replace(ITS_RUN_FILE, advice))
+}
+
 /// Copies the tensors of an arena to the host; `prefix` goes before each name.
 ///
 /// # Errors
@@ -80,24 +94,19 @@ pub fn upload_part<B: Backend, T: Element>(
     for entry in layout.entries() {
         let name = format!("{prefix}{}", entry.name);
         let Some(tensor) = tensors.remove(&name) else {
-            let near = tensors.keys().min_by_key(|k| strsim::levenshtein(k, &name));
-            let has = near.map_or_else(|| "nothing more".to_owned(), |n| format!("`{n}`"));
-            return Err(Error::checkpoint(
-                path,
-                format!(
-                    "is of another model: expected tensor `{name}` {:?}, found {has}; use the run file it was made with",
-                    entry.shape
-                ),
-            ));
+            // What has a place of its own is none that was misnamed.
+            let placed = |key: &str| key.strip_prefix(prefix).is_some_and(|key| layout.get(key).is_some());
+            let near = tensors.keys().filter(|key| !placed(key)).min_by_key(|key| strsim::levenshtein(key, &name));
+            let has = near.map_or_else(|| "none".to_owned(), |n| format!("`{n}`"));
+            let problem = format!("{ANOTHER}: expected tensor `{name}` {:?}, found {has}; {ITS_RUN_FILE}", entry.shape);
+            return Err(Error::checkpoint(path, problem));
         };
         if tensor.shape != entry.shape {
-            return Err(Error::checkpoint(
-                path,
-                format!(
-                    "is of another model: expected `{name}` of shape {:?}, found {:?}; use the run file it was made with",
-                    entry.shape, tensor.shape
-                ),
-            ));
+            let problem = format!(
+                "{ANOTHER}: expected `{name}` of shape {:?}, found {:?}; {ITS_RUN_FILE}",
+                entry.shape, tensor.shape
+            );
+            return Err(Error::checkpoint(path, problem));
         }
         let part = overlap(&entry.range(), elements);
         if part.is_empty() {
@@ -117,12 +126,10 @@ pub fn upload_part<B: Backend, T: Element>(
 pub fn nothing_left(tensors: &TensorMap, path: &Path) -> Result<()> {
     match tensors.keys().find(|name| !name.ends_with("num_batches_tracked")) {
         None => Ok(()),
-        Some(name) => Err(Error::checkpoint(
-            path,
-            format!(
-                "is of another model: found tensor `{name}`, which this one has not; use the run file it was made with"
-            ),
-        )),
+        Some(name) => {
+            let problem = format!("{ANOTHER}: found tensor `{name}`, which this one has not; {ITS_RUN_FILE}");
+            Err(Error::checkpoint(path, problem))
+        }
     }
 }
 
@@ -193,8 +200,15 @@ pub fn read(path: &Path) -> Result<TensorMap> {
 /// As [`read`].
 pub fn read_file(path: &Path) -> Result<(TensorMap, HashMap<String, String>)> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    if bytes.starts_with(ZIP_MAGIC) {
+        let problem = "is a file of torch.save, expected safetensors; write it anew by safetensors.torch.save_file";
+        return Err(Error::checkpoint(path, problem));
+    }
     let file = SafeTensors::deserialize(&bytes).map_err(|e| {
-        Error::checkpoint(path, format!("expected a whole safetensors file, found one cut short or damaged ({e})"))
+        let problem = format!(
+            "expected a whole safetensors file, found one that is cut short or damaged, or another kind of file ({e})"
+        );
+        Error::checkpoint(path, problem)
     })?;
     let mut tensors = TensorMap::new();
     for (name, view) in file.iter() {
