@@ -235,6 +235,18 @@ fn weights_that_do_not_fit_name_the_key_and_what_to_write() {
 }
 
 #[test]
+fn folders_for_files_and_files_for_folders_are_told_what_to_name() {
+    let place = trained(RUN);
+    let own = format!("that of this run is {}", Path::new("out").join("config.toml").display());
+    for command in [&["train"][..], &["data", "inspect"], &["plot", "schedule"], &["verify-resume"], &["plan"]] {
+        place.refused(&[command, &["out"]].concat(), &["out: is a folder, expected a run file", &own]);
+    }
+    place.refused(&["train", "."], &["is a folder, expected a run file; name one within it"]);
+    let expected = ["run.toml: holds no metrics.jsonl; expected a run folder"];
+    place.refused(&["plot", "runs", "run.toml"], &expected);
+}
+
+#[test]
 fn a_resume_needs_no_file_of_initial_weights() {
     let place = trained(RUN);
     fs::copy(place.path("out/checkpoints/step-00000004/model.safetensors"), place.path("w.safetensors")).unwrap();

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::assemble::{open_data, steps};
 use super::{RunFileArgs, say};
+use crate::error::Error;
 use crate::train::metrics::read_metrics;
 use crate::train::options::Length;
 use crate::train::plot::{charts, schedule_chart, write};
@@ -73,7 +74,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         Options::Runs(options) => {
             let mut records = Vec::new();
             for (folder, name) in options.runs.iter().zip(names(&options.runs)) {
-                records.push((name, read_metrics(&folder.join("metrics.jsonl"))?));
+                let file = folder.join("metrics.jsonl");
+                if !file.is_file() {
+                    let problem = "holds no metrics.jsonl; expected a run folder, as `warpstep train` leaves one";
+                    return Err(Error::data(folder, problem).into());
+                }
+                records.push((name, read_metrics(&file)?));
             }
             let named: Vec<(&str, &[_])> = records.iter().map(|(n, r)| (n.as_str(), r.as_slice())).collect();
             write(&charts(&named, None), &options.output)?;

@@ -120,6 +120,17 @@ impl RunFile {
     /// # Errors
     /// A file that cannot be read, is no TOML, or holds something that is not expected.
     pub fn read(path: &Path, assignments: &[String]) -> Result<Self> {
+        if path.is_dir() {
+            let kept = path.join("config.toml");
+            let advice = match kept.is_file() {
+                true => format!("that of this run is {}", kept.display()),
+                false => "name one within it".to_owned(),
+            };
+            return Err(Error::config(
+                path.display().to_string(),
+                format!("is a folder, expected a run file; {advice}"),
+            ));
+        }
         let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
         let name = path.display().to_string();
         let text = String::from_utf8(bytes).map_err(|e| {
