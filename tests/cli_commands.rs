@@ -247,6 +247,45 @@ fn folders_for_files_and_files_for_folders_are_told_what_to_name() {
 }
 
 #[test]
+fn numbers_on_the_command_line_are_refused_in_words() {
+    let place = Place::new(RUN);
+    for (arguments, expected) in [
+        (&["train", "run.toml", "--threads", "two"][..], "a whole number of 0 or more"),
+        (&["train", "run.toml", "--threads", "-2"], "a whole number of 0 or more"),
+        (&["generate", "out", "--tokens", "ten"], "a whole number of 0 or more"),
+        (&["generate", "out", "--tokens", "-1"], "a whole number of 0 or more"),
+        (&["generate", "out", "--seed", "x"], "a whole number of 0 or more"),
+        (&["generate", "out", "--temperature", "hot"], "a number, as in 0.5"),
+        (&["verify-resume", "run.toml", "--steps", "1.5"], "a whole number of 0 or more"),
+        (&["plan", "run.toml", "--gpus", "-1"], "a whole number of 0 or more"),
+        (&["plan", "run.toml", "--network", "fast"], "a number, as in 0.5"),
+    ] {
+        let (value, name) = (arguments[arguments.len() - 1], arguments[arguments.len() - 2]);
+        place.refused(arguments, &[&format!("invalid value '{value}' for '{name}"), &format!("expected {expected}")]);
+    }
+}
+
+#[test]
+fn tables_of_the_help_keep_a_line_a_row() {
+    let place = Place::new(RUN);
+    let rows = |arguments: &[&str], first: &str| {
+        let told = place.good(arguments).0;
+        let table = told.split_once(first).unwrap_or_else(|| panic!("no {first:?} in {told}")).1;
+        let lines: Vec<String> = table.lines().skip(1).take_while(|line| !line.is_empty()).map(str::to_owned).collect();
+        lines
+    };
+    for (arguments, first, count) in [
+        (&["bench", "--help"][..], "Suites:", 5),
+        (&["bench", "--help"], "other suites:", 2),
+        (&["plan", "--help"], "Examples:", 3),
+    ] {
+        let found = rows(arguments, first);
+        assert_eq!(found.len(), count, "{found:#?}");
+        assert!(found.iter().all(|line| line.starts_with("  ") && line.chars().count() <= 85), "{found:#?}");
+    }
+}
+
+#[test]
 fn a_resume_needs_no_file_of_initial_weights() {
     let place = trained(RUN);
     fs::copy(place.path("out/checkpoints/step-00000004/model.safetensors"), place.path("w.safetensors")).unwrap();

@@ -36,17 +36,18 @@ enum Command {
 #[command(
     args_conflicts_with_subcommands = true,
     after_help = "Without a suite, a tour of all of them in under two minutes. Suites:
-  device  copies, reads and writes by size; products of matrices; latencies; copies from and to the host
-  update  every rule, clip and precision by number of parameters, against the bytes that have to move
+  device  copies, reads, writes by size; products; latencies; copies to the host
+  update  every rule, clip and precision by number of parameters
   kernel  each operation against its floor
   step    whole training steps: mlp, cnn, gpt_cpu, audio_cnn, resnet18, gpt2
   data    decoding files, feeding batches
 
-Started as several processes (warpstep launch --gpus 8 -- bench, mpirun -n 2 warpstep bench), other suites:
+Started as several processes (launch --gpus 8 -- bench), other suites:
   all_reduce  sums over all processes by size
-  step        whole training steps of all processes, each with a batch of its own, and what of them is communication
+  step        whole training steps of all of them, and their communication
 
-A pattern is the beginning of figures' names, with * for anything: step/mlp, update/adamw*124M, kernel/*backward."
+A pattern is the beginning of figures' names, with * for anything: step/mlp,
+update/adamw*124M, kernel/*backward."
 )]
 pub(crate) struct Options {
     #[command(subcommand)]

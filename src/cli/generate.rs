@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::assemble::Trained;
 use super::eval::WhichArg;
+use super::{number, whole};
 use crate::data::{InputSpec, Recipe, no_tokenizer};
 use crate::error::Error;
 use crate::train::checkpoint::Which;
@@ -26,16 +27,16 @@ pub(crate) struct Options {
     #[arg(long, default_value = "\n")]
     prompt: String,
     /// Tokens to add
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = whole::<usize>, allow_negative_numbers = true)]
     tokens: usize,
     /// Spread of the draws; 0 takes the most probable token
-    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = number, allow_negative_numbers = true)]
     temperature: f64,
     /// Draw from the K most probable tokens only
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole::<usize>, allow_negative_numbers = true)]
     top_k: Option<usize>,
     /// Key of the draws
-    #[arg(long, default_value_t = 1337)]
+    #[arg(long, default_value_t = 1337, value_parser = whole::<u64>, allow_negative_numbers = true)]
     seed: u64,
     /// The checkpoint; best where there is one, else latest
     #[arg(long)]

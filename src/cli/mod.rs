@@ -20,6 +20,7 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -77,7 +78,7 @@ pub(crate) struct RunFileArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     /// Threads of the CPU backend
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub threads: Option<usize>,
 }
 
@@ -94,6 +95,16 @@ pub(crate) struct RunArgs {
 /// A number of things that are needed.
 fn count(text: &str) -> std::result::Result<NonZeroUsize, String> {
     text.parse().map_err(|_| "expected a whole number of 1 or more".to_owned())
+}
+
+/// A whole number on the command line.
+fn whole<T: FromStr>(text: &str) -> std::result::Result<T, String> {
+    text.parse().map_err(|_| "expected a whole number of 0 or more".to_owned())
+}
+
+/// A number on the command line.
+fn number(text: &str) -> std::result::Result<f64, String> {
+    text.parse().map_err(|_| "expected a number, as in 0.5".to_owned())
 }
 
 /// Prints, now: a reader that has gone, or a full disk, is an error like any other ([`report`]).

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use serde::Serialize;
 
 use super::assemble::{build_model, open_data};
-use super::{RunFileArgs, say};
+use super::{RunFileArgs, number, say, whole};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::ops::Update;
@@ -37,32 +37,32 @@ use crate::train::step::can_be_shared_out;
 #[command(after_help = "Examples:
   warpstep plan run.toml --gpus 8 --nodes 16 --gpu h100
   warpstep plan run.toml --gpus 8 --gpu a100 --set data.batch_size=512
-  warpstep plan run.toml --gpu here --gpus 2          processes on this machine's CPU, whose speed is measured first
+  warpstep plan run.toml --gpu here --gpus 2     (this machine's CPU, measured first)
 
 The model behind it: docs/scaling.md.")]
 pub(crate) struct Options {
     #[command(flatten)]
     run: RunFileArgs,
     /// GPUs of a node, a process each
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>, allow_negative_numbers = true)]
     gpus: usize,
     /// Nodes
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole::<usize>, allow_negative_numbers = true)]
     nodes: usize,
     /// What they are: h100, h200, b200, a100, a100-40gb, l40s, rtx4090; here: this machine's CPU
     #[arg(long, value_name = "NAME", default_value = "h100")]
     gpu: String,
     /// GB/s that a process's collectives move within its node (their bus bandwidth); the GPU's usual one where not given
-    #[arg(long, value_name = "GB/S", allow_negative_numbers = true)]
+    #[arg(long, value_name = "GB/S", value_parser = number, allow_negative_numbers = true)]
     node_bandwidth: Option<f64>,
     /// GB/s that a process's collectives move between nodes
-    #[arg(long, value_name = "GB/S", default_value_t = 50.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "GB/S", value_parser = number, default_value_t = 50.0, allow_negative_numbers = true)]
     network: f64,
     /// Microseconds of each step of the way within a node, and between nodes
-    #[arg(long, value_name = "US", num_args = 2, default_values_t = [6.0, 15.0], allow_negative_numbers = true)]
+    #[arg(long, value_name = "US", value_parser = number, num_args = 2, default_values_t = [6.0, 15.0], allow_negative_numbers = true)]
     latency: Vec<f64>,
     /// Share of the data sheet's arithmetic that products reach
-    #[arg(long, value_name = "SHARE", default_value_t = 0.65, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", value_parser = number, default_value_t = 0.65, allow_negative_numbers = true)]
     efficiency: f64,
     /// Take speeds from what `warpstep bench --json` wrote on such a device: the copy, the products, and the sums over processes
     /// (may be given several times)

@@ -10,7 +10,7 @@ use signal_hook::iterator::Signals;
 
 use super::assemble::{Opened, open_data, open_device, steps};
 use super::train::make_run;
-use super::{RunArgs, say};
+use super::{RunArgs, say, whole};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
 use crate::config::RunFile;
@@ -28,7 +28,7 @@ pub(crate) struct Options {
     #[command(flatten)]
     run: RunArgs,
     /// Steps of each run, of which the run file's own schedule begins; rounded up to a multiple of 3
-    #[arg(long, value_name = "N", default_value_t = 30)]
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = whole::<u64>, allow_negative_numbers = true)]
     steps: u64,
     /// Folder for the two runs; a temporary one, removed afterwards, where not given
     #[arg(long, value_name = "DIR")]

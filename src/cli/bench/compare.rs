@@ -12,8 +12,8 @@ use crate::tell::tell;
 /// Options of `bench compare`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A figure got faster or slower where the quartiles of the two results do not overlap and their medians are
-more than 1 % apart."
+    after_help = "A figure got faster or slower where the quartiles of the two results do not overlap and their medians are \
+                        more than 1 % apart."
 )]
 pub(crate) struct Options {
     /// The earlier results, as `bench --json` printed them
