@@ -286,6 +286,29 @@ fn tables_of_the_help_keep_a_line_a_row() {
 }
 
 #[test]
+fn predict_reads_a_table_from_standard_input_and_names_the_features_it_expects() {
+    let csv = RUN.replace(
+        "format = \"digits\"",
+        "format = \"csv\"\npath = \"rows.csv\"\ntarget = \"y\"\nfeatures = [\"a\", \"b\"]",
+    );
+    let place = Place::new(&csv);
+    let rows: String = (0..40).map(|i| format!("{i},no number,{},{}\n", i % 5, i % 2)).collect();
+    place.write("rows.csv", &format!("a,other,b,y\n{rows}"));
+    place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
+    place.write("new.csv", "1,2\n3,4\n");
+    let from_file = place.good(&["predict", "out", "new.csv", "--json"]).0;
+    assert_eq!(from_file.lines().count(), 2);
+    let mut command = warpstep();
+    command.args(["predict", "out", "-", "--json"]).current_dir(place.0.path());
+    let piped = command.stdin(fs::File::open(place.path("new.csv")).unwrap()).output().unwrap();
+    assert!(piped.status.success(), "{}", stderr(&piped));
+    assert_eq!(stdout(&piped), from_file.replace("new.csv:", "-:"));
+    place.write("new.csv", "1,2,3\n");
+    let expected = "line 1: found 3 cells, expected the 2 features (a, b), or all 4 columns of the training table";
+    place.refused(&["predict", "out", "new.csv"], &[expected]);
+}
+
+#[test]
 fn a_resume_needs_no_file_of_initial_weights() {
     let place = trained(RUN);
     fs::copy(place.path("out/checkpoints/step-00000004/model.safetensors"), place.path("w.safetensors")).unwrap();

@@ -20,12 +20,13 @@ use crate::train::looping::model_input;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   warpstep predict runs/digits seven.png
-  warpstep predict runs/sentiment --text 'a joy from start to end'")]
+  warpstep predict runs/sentiment --text 'a joy from start to end'
+  cut -d, -f1-4 new.csv | warpstep predict runs/wine - --json")]
 pub(crate) struct Options {
     /// A run folder, or a checkpoint folder within one
     #[arg(value_name = "RUN")]
     run: PathBuf,
-    /// Pictures, recordings, tables or texts, as the model was trained on
+    /// Pictures, recordings, tables or texts, as the model was trained on; - for a table or texts from standard input
     #[arg(value_name = "FILE", required_unless_present = "text")]
     files: Vec<PathBuf>,
     /// A line of text, or a row of a table, in place of files
@@ -64,7 +65,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         add(Path::new("--text"), trained.preprocess.text(text, Path::new("--text"))?)?;
     }
     for file in &options.files {
-        add(file, trained.preprocess.file(file)?)?;
+        if file == Path::new("-") {
+            let text = std::io::read_to_string(std::io::stdin()).map_err(|e| Error::io("read", file, e))?;
+            add(file, trained.preprocess.text(&text, file)?)?;
+        } else {
+            add(file, trained.preprocess.file(file)?)?;
+        }
     }
     let mut predictor = trained.predictor()?;
     let input = model_input(&trained.preprocess.input);

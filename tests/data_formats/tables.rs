@@ -57,6 +57,11 @@ fn csv_cells_that_are_no_numbers_are_told_with_line_and_column() -> TestResult {
     with(b"a,b,y\n1,2,3\n4,5\n", last(), &["line 3", "found 2 cells, expected 3"])?;
     with(b"a,b,y\n1,2,3\n4,\xff,6\n", last(), &["line 3", "UTF-8"])?;
     with(b"a,b,y\n1,2,\n", last(), &["line 2", "column 3"])?;
+    with(
+        b"a,b,y\n1,2,red\n3,4,\n5,6,blue\n",
+        last(),
+        &["line 3, column 3 (\"y\"): found no target", "a class or a number"],
+    )?;
     with(b"a,b,y\n", last(), &["holds no row"])?;
     with(b"", last(), &["holds no row"])?;
     with(b"a;b;y\n1;2;3\n", last(), &["delimiter"])?;

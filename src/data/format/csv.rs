@@ -24,6 +24,14 @@ struct Columns {
     guessed: Option<u64>,
 }
 
+impl Columns {
+    /// The name of a column, where it has one, as errors tell it.
+    fn told(&self, column: usize) -> String {
+        let name = self.names.as_ref().and_then(|names| names.get(column));
+        name.map_or_else(String::new, |name| format!(" ({name:?})"))
+    }
+}
+
 /// What one file holds.
 struct Table {
     columns: Columns,
@@ -191,11 +199,11 @@ fn number(path: &Path, line: u64, column: usize, columns: &Columns, cell: &str) 
             } else {
                 format!("correct the cell, or leave the column out by data.features, where it is number {column}")
             };
-            let name = name.map_or(String::new(), |n| format!(" ({n:?})"));
+            let told = columns.told(column);
             Err(Error::data(
                 path,
                 format!(
-                    "line {line}, column {}{name}: found {cell:?}, expected {}; {advice}",
+                    "line {line}, column {}{told}: found {cell:?}, expected {}; {advice}",
                     column + 1,
                     instead_of_cell(cell)
                 ),
@@ -301,7 +309,12 @@ fn read(options: &CsvOptions, path: &Path, delimiter: char, training: Option<Tra
         for column in &columns.targets {
             let text = cell(*column)?;
             if text.is_empty() {
-                number(path, line, *column, columns, text)?;
+                let problem = format!(
+                    "line {line}, column {}{}: found no target, expected a class or a number; fill the cell or leave the row out",
+                    column + 1,
+                    columns.told(*column)
+                );
+                return Err(Error::data(path, problem));
             }
             table.1.push(text.to_string());
         }
@@ -401,6 +414,25 @@ pub(crate) struct Known<'a> {
     pub width: usize,
 }
 
+impl Known<'_> {
+    /// What a row may be, for the error about one of another length.
+    fn told(&self) -> String {
+        /// Names that an error has room for.
+        const MOST: usize = 8;
+        let features = self.numbers.len();
+        let names = self.names.map_or_else(String::new, |names| {
+            let more = if names.len() > MOST { ", .." } else { "" };
+            format!(" ({}{more})", names.iter().take(MOST).map(String::as_str).collect::<Vec<_>>().join(", "))
+        });
+        let what = if features == 1 { "the 1 feature" } else { &format!("the {features} features") };
+        let whole = match self.width > features {
+            true => format!(", or all {} columns of the training table", self.width),
+            false => String::new(),
+        };
+        format!("{what}{names}{whole}")
+    }
+}
+
 /// The features of a user's rows, with their lines: by name under a header with all the names; else every cell of a row
 /// that has the features alone, or those with their numbers in the training table.
 pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'_>) -> Result<Vec<(u64, Vec<f64>)>> {
@@ -430,10 +462,8 @@ pub(crate) fn user_rows(text: &str, path: &Path, delimiter: char, known: Known<'
             None if record.len() == numbers.len() => (0..numbers.len()).collect(),
             None if record.len() == width => numbers.to_vec(),
             None => {
-                return Err(Error::data(
-                    path,
-                    format!("line {line}: found {} cells, expected the {} features", record.len(), numbers.len()),
-                ));
+                let problem = format!("line {line}: found {} cells, expected {}", record.len(), known.told());
+                return Err(Error::data(path, problem));
             }
         };
         let number = |column: &usize| {
