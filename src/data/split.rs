@@ -107,9 +107,7 @@ fn count(key: &str, part: &Part, total: usize, left: usize) -> Result<Option<usi
     if count >= left {
         return Err(Error::config(
             key,
-            format!(
-                "found {count} samples, expected fewer than the {left} that there are, so that some are trained on"
-            ),
+            format!("found {count} samples, expected fewer than the {left} that are left, so that some are trained on"),
         ));
     }
     Ok(Some(count))

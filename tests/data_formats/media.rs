@@ -290,6 +290,11 @@ fn files_in_folders_within_a_class_folder_are_of_that_class_in_one_order() -> Te
         &options(&root.join("splits")),
         &["Test: found class folders in it", "no folder beside it that is called train"],
     );
+    std::fs::rename(root.join("splits/Train"), root.join("splits/train"))?;
+    std::fs::rename(root.join("splits/Test"), root.join("splits/test"))?;
+    picture("splits/test/wolf/1.png", 4)?;
+    let advice = "which the training split does not have; give it samples there, or remove the folder";
+    refused(&options(&root.join("splits")), &["wolf: found the class \"wolf\"", advice]);
     Ok(())
 }
 
@@ -459,5 +464,9 @@ fn a_name_that_the_pattern_does_not_match_is_told() -> TestResult {
     with(r"(?P<class>[a-z]+)_\d", &["3_theo_0.wav", "does not match"]);
     with(r"(\d)_.*", &["group named class"]);
     with(r"(?P<class>\d", &["data.pattern", "no regular expression"]);
+    // Where folders tell the classes, a pattern finds nothing.
+    std::fs::create_dir(folder.path().join("three"))?;
+    std::fs::rename(folder.path().join("3_theo_0.wav"), folder.path().join("three/3_theo_0.wav"))?;
+    with(r"(?P<class>\d)_.*", &["holds no WAV file", "with data.pattern none is looked for in folders within it"]);
     Ok(())
 }

@@ -17,6 +17,11 @@ fn options_that_do_not_fit_the_data_are_refused() -> TestResult {
         &["3 values of mean"],
     );
     refused(&digits(&|o| o.split.test = Some(Part::Count(1797))), &["data.split.test", "fewer than the 1797"]);
+    let both = |o: &mut DataOptions| o.split = split(Some(Part::Fraction(0.6)), Some(Part::Fraction(0.6)));
+    refused(
+        &digits(&both),
+        &["data.split.validation", "found 1078 samples, expected fewer than the 719 that are left"],
+    );
     refused(&digits(&|o| o.split.test = Some(Part::Pattern("x".into()))), &["data.split.test", "no files"]);
     refused(&digits(&|o| o.split.test = Some(Part::Every(0))), &["data.split.test"]);
     for (part, told) in [

@@ -130,7 +130,8 @@ fn by_pattern(folder: &Path, pattern: &regex::Regex) -> Result<(Vec<String>, Vec
         ));
     }
     let paths: Vec<PathBuf> = files_with(folder, &ENDINGS)?;
-    not_empty(folder, "WAV file", paths.len())?;
+    // With a pattern, classes are no folders.
+    not_empty(folder, "WAV file of its own (with data.pattern none is looked for in folders within it)", paths.len())?;
     let mut classes = Vec::with_capacity(paths.len());
     let mut names = Vec::with_capacity(paths.len());
     for path in &paths {

@@ -169,7 +169,9 @@ pub(crate) fn by_class(root: &Path, endings: &[&str]) -> Result<(Vec<String>, Ve
             let Some(class) = names.iter().position(|n| *n == name) else {
                 return Err(Error::data(
                     class_folder,
-                    format!("found the class {name:?}, which the training split does not have"),
+                    format!(
+                        "found the class {name:?}, which the training split does not have; give it samples there, or remove the folder"
+                    ),
                 ));
             };
             let mut found = Vec::new();
