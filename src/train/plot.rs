@@ -292,6 +292,22 @@ mod tests {
     }
 
     #[test]
+    fn a_figure_without_neighbours_is_as_thin_as_its_curve_and_one_alone_is_seen() {
+        let dots = |points: &[f64], stroke| {
+            let points = points.iter().enumerate().map(|(i, y)| (i as f64, *y)).collect();
+            let curve = Curve { name: "a".into(), points, color: 0, stroke };
+            let text = svg(&[Chart::over_steps("loss", vec![curve])], false).unwrap();
+            let radius = |part: &str| part.split_once('"').unwrap().0.parse::<i32>().unwrap();
+            text.split(" r=\"").skip(1).map(radius).collect::<Vec<_>>()
+        };
+        let gaps = [1.0, 2.0, f64::NAN, 3.0, f64::NAN, 2.0];
+        let (thin, strong) = (dots(&gaps, Stroke::Thin), dots(&gaps, Stroke::Strong));
+        assert_eq!((thin.len(), strong.len()), (2, 2));
+        assert!(thin.iter().zip(&strong).all(|(thin, strong)| 4 * thin == *strong), "{thin:?} {strong:?}");
+        assert_eq!(dots(&[1.0], Stroke::Thin), strong[..1]);
+    }
+
+    #[test]
     fn another_ending_is_refused() {
         let wrong = write(&[chart(vec![(0.0, 1.0)])], Path::new("x.gif")).unwrap_err().to_string();
         assert!(wrong.contains(".svg or .png"), "{wrong}");

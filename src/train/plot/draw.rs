@@ -163,10 +163,13 @@ fn draw_chart<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart) ->
     for curve in faint.into_iter().chain(strong) {
         let color = COLORS[curve.color % COLORS.len()];
         let style = stroke(curve.stroke, color);
-        for stretch in stretches(&curve.points) {
+        let stretches = stretches(&curve.points);
+        // A figure that was taken once must be seen; one without neighbours in a thin curve that goes on elsewhere is as thin as that is.
+        let dot = if curve.stroke == Stroke::Strong || stretches.len() == 1 { 4 * scale } else { scale };
+        for stretch in stretches {
             let points: Vec<(i32, i32)> = stretch.iter().map(|p| (at_x(p.0), at_y(p.1))).collect();
             match points.as_slice() {
-                [point] => area.draw(&Circle::new(*point, 4 * scale, color.filled())).map_err(failed)?,
+                [point] => area.draw(&Circle::new(*point, dot, color.filled())).map_err(failed)?,
                 _ => path(points, style)?,
             }
         }
