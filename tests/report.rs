@@ -1,8 +1,9 @@
 //! What a run leaves behind to be looked at: metrics, summary, TensorBoard files, the report page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use warpstep::train::forensics::NormShare;
 use warpstep::train::metrics::{MetricsWriter, Record, SplitName};
 use warpstep::train::run::{Event, Observer, Started};
 use warpstep::train::summary::{Scores, SplitScores, Summary, peak_memory_bytes};
@@ -47,6 +48,31 @@ fn summary() -> Summary {
         peak_memory_bytes: peak_memory_bytes(),
         version: "0".into(),
     }
+}
+
+/// The keys that the tables of a section of docs/run-folder.md have in their first column.
+fn told_keys(section: &str) -> BTreeSet<String> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/run-folder.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let part = page.split("\n## ").find(|part| part.starts_with(section)).unwrap();
+    let rows = part.lines().filter_map(|line| line.strip_prefix("| `"));
+    rows.filter_map(|row| row.split_once('`')).map(|(key, _)| key.to_owned()).collect()
+}
+
+#[test]
+fn the_page_of_the_run_folder_has_every_key_of_its_files() {
+    let keys = |value: serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+    let whole = Record {
+        clipped: Some(0.5),
+        clamped: Some(0.5),
+        norm_share: Some(NormShare(vec![("a".into(), 1.0)])),
+        shadow_ulp: Some(1.0),
+        tokens_per_s: Some(1.0),
+        ..record(1, SplitName::Train, 1.0)
+    };
+    assert_eq!(told_keys("metrics.jsonl"), keys(serde_json::to_value(&whole).unwrap()));
+    let whole = Summary { not_finite_from: Some(1), ..summary() };
+    assert_eq!(told_keys("summary.json"), keys(serde_json::to_value(&whole).unwrap()));
 }
 
 /// A run folder with these records, and a config that tries to break out of the page.
