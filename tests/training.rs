@@ -205,3 +205,23 @@ fn hugging_face_weights_are_trained_on() {
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("nowhere.safetensors"), "{}", stderr(&output));
 }
+
+#[test]
+fn a_text_takes_about_twice_its_size_of_memory() {
+    let folder = TempDir::new().unwrap();
+    let bytes = 96 << 20;
+    let line = "First Citizen: before we proceed any further, hear me speak.\n";
+    fs::write(folder.path().join("text.txt"), line.repeat(bytes / line.len())).unwrap();
+    for tokenizer in ["bytes", "characters"] {
+        let (file, out) = (folder.path().join("run.toml"), folder.path().join(tokenizer));
+        let run_file = format!(
+            "[run]\nsteps = 1\n[data]\nformat = \"text\"\npath = \"text.txt\"\ntokenizer = \"{tokenizer}\"\ncontext = 8\n\
+             batch_size = 2\n[model]\npreset = \"gpt\"\nlayers = 1\nheads = 1\nwidth = 8\n[optimizer]\nlearning_rate = 0.1\n"
+        );
+        fs::write(&file, run_file).unwrap();
+        let output = run(&["train", &file.display().to_string(), "--quiet", "--out", &out.display().to_string()]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let peak = Summary::read(&out.join("summary.json")).unwrap().peak_memory_bytes.unwrap();
+        assert!(peak < 3 * bytes as u64, "{tokenizer}: {} MiB of a text of {}", peak >> 20, bytes >> 20);
+    }
+}

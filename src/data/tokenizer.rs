@@ -74,6 +74,14 @@ impl Tokenizer {
     /// # Errors
     /// A character that the tokenizer does not know, with its line.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
+        self.encode_as(text, |token| token as i32)
+    }
+
+    /// The tokens of `text` as `of` gives their numbers: those of a text that takes much of the memory are no wider than they must be.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub(crate) fn encode_as<T: Copy + Send>(&self, text: &str, of: impl Fn(u32) -> T + Sync) -> Result<Vec<T>> {
         match self {
             Tokenizer::Characters { characters } => {
                 let mut ascii = [-1i32; 128];
@@ -99,16 +107,14 @@ impl Tokenizer {
                             ),
                         ));
                     };
-                    tokens.push(token as i32);
+                    tokens.push(of(token as u32));
                 }
                 Ok(tokens)
             }
-            Tokenizer::Bytes => Ok(text.bytes().map(i32::from).collect()),
+            Tokenizer::Bytes => Ok(text.bytes().map(|byte| of(u32::from(byte))).collect()),
             Tokenizer::Gpt2 => {
                 let encoder = r50k_base_singleton();
-                let encode = |piece: &&str| -> Vec<i32> {
-                    encoder.encode_ordinary(piece).into_iter().map(|t| t as i32).collect()
-                };
+                let encode = |piece: &&str| -> Vec<T> { encoder.encode_ordinary(piece).into_iter().map(&of).collect() };
                 Ok(pieces(text).par_iter().map(encode).collect::<Vec<_>>().concat())
             }
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use super::super::tokenizer::Tokenizer;
 use super::super::{Dataset, Draw, InputMut, InputSpec, Pick, TargetMut, TargetSpec};
 use crate::error::{Error, Result};
 
@@ -32,13 +33,16 @@ pub(crate) enum TokenStore {
 }
 
 impl TokenStore {
-    /// Tokens below `vocabulary`, as small as they can be kept.
-    pub fn new(tokens: Vec<i32>, vocabulary: usize) -> Self {
-        match vocabulary {
-            0..=0x100 => TokenStore::Bytes(tokens.into_iter().map(|t| t as u8).collect()),
-            0x101..=0x1_0000 => TokenStore::Short(tokens.into_iter().map(|t| t as u16).collect()),
-            _ => TokenStore::Long(tokens.into_iter().map(|t| t as u32).collect()),
-        }
+    /// The tokens of a text, as small as those of the tokenizer can be kept.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn of_text(tokenizer: &Tokenizer, text: &str) -> Result<Self> {
+        Ok(match tokenizer.vocabulary() {
+            0..=0x100 => TokenStore::Bytes(tokenizer.encode_as(text, |token| token as u8)?),
+            0x101..=0x1_0000 => TokenStore::Short(tokenizer.encode_as(text, |token| token as u16)?),
+            _ => TokenStore::Long(tokenizer.encode_as(text, |token| token)?),
+        })
     }
 
     /// Number of tokens.

@@ -28,7 +28,7 @@ pub(crate) fn open(options: &TextOptions, splits: &SplitOptions, lookup: &Lookup
     all.extend([&validation, &test].into_iter().flatten().map(|(_, text)| text.as_str()));
     let tokenizer = Tokenizer::new(options.tokenizer, &all);
     let vocabulary = tokenizer.vocabulary();
-    let store = |text: &str| Ok::<_, Error>(Arc::new(TokenStore::new(tokenizer.encode(text)?, vocabulary)));
+    let store = |text: &str| TokenStore::of_text(&tokenizer, text).map(Arc::new);
     let own = |file: &Option<(PathBuf, String)>| -> Result<Option<(PathBuf, Arc<TokenStore>)>> {
         file.as_ref().map(|(path, text)| Ok((path.clone(), store(text)?))).transpose()
     };
@@ -46,12 +46,12 @@ pub(crate) fn own_split(
     what: &str,
 ) -> Result<Arc<dyn Dataset>> {
     let path = lookup.file_for(key, file)?;
-    let tokens = tokenizer.encode(&read_text(&path)?).map_err(|e| match e {
+    let store = TokenStore::of_text(tokenizer, &read_text(&path)?).map_err(|e| match e {
         Error::Data { problem, .. } => Error::data(&path, problem),
         other => other,
     })?;
     let vocabulary = tokenizer.vocabulary();
-    let store = Arc::new(TokenStore::new(tokens, vocabulary));
+    let store = Arc::new(store);
     let all = 0..store.len();
     Windows { context, vocabulary }.windows(&path, store, all, what)
 }
