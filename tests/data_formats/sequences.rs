@@ -108,6 +108,27 @@ fn token_files_of_nanogpt_and_llm_c_are_read_and_shards_are_joined() -> TestResu
 }
 
 #[test]
+fn a_token_file_that_is_cut_or_replaced_during_a_run_ends_no_process() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let (path, other) = (folder.path().join("a.bin"), folder.path().join("b.bin"));
+    std::fs::write(&path, little_endian((0..40_000).map(|i| i % 100)))?;
+    let data = open(&tokens_options(&path, 100), None, 1)?;
+    std::fs::OpenOptions::new().write(true).open(&path)?.set_len(1000)?;
+    assert_eq!(tokens(&read(&*data.splits.train, &[Pick::Window(3)])?.inputs), [3, 4, 5, 6]);
+    let error = read(&*data.splits.train, &[Pick::Window(30_000)]).unwrap_err().to_string();
+    for part in ["a.bin", "ends before byte 60010", "the 80000 bytes that it had when it was opened"] {
+        assert!(error.contains(part), "{error}");
+    }
+    // Another file in its place, or none, is nothing to one that is open.
+    std::fs::write(&path, little_endian((0..40_000).map(|i| i % 100)))?;
+    let data = open(&tokens_options(&path, 100), None, 1)?;
+    std::fs::write(&other, [7; 2])?;
+    std::fs::rename(&other, &path)?;
+    assert_eq!(tokens(&read(&*data.splits.train, &[Pick::Window(30_000)])?.inputs), [0, 1, 2, 3]);
+    Ok(())
+}
+
+#[test]
 fn damaged_token_files_are_refused_with_the_place() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.bin");

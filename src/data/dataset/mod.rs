@@ -1,4 +1,4 @@
-//! Samples in memory or in mapped files, as [`Dataset`](super::Dataset)s.
+//! Samples in memory or in files, as [`Dataset`](super::Dataset)s.
 
 mod labelled;
 mod real;

@@ -1,19 +1,16 @@
 //! Windows over one long stream of tokens.
 
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use memmap2::Mmap;
-
+use super::super::source::PlacedFile;
 use super::super::tokenizer::Tokenizer;
 use super::super::{Dataset, Draw, InputMut, InputSpec, Pick, TargetMut, TargetSpec};
 use crate::error::{Error, Result};
 
-/// A mapped file of little-endian tokens, two or four bytes each.
+/// A file of little-endian tokens, two or four bytes each.
 pub(crate) struct TokenFile {
-    pub path: PathBuf,
-    pub map: Mmap,
+    pub file: PlacedFile,
     /// Byte at which the tokens start.
     pub offset: usize,
     /// Bytes a token: 2 or 4.
@@ -58,7 +55,7 @@ impl TokenStore {
     /// Tokens `start ..` (`=`), as many as `out` holds.
     ///
     /// # Errors
-    /// A token of a file that is not below `vocabulary`, with its place.
+    /// A file that cannot be read; a token of it that is not below `vocabulary`, with its place.
     pub fn read(&self, start: usize, out: &mut [i32], vocabulary: usize) -> Result<()> {
         let range = start..start + out.len();
         match self {
@@ -79,11 +76,35 @@ impl TokenStore {
         }
         Ok(())
     }
+
+    /// Tokens `start ..` (`=`), and for each the one after it (`=`); `input` and `target` are of one length, 1 at least.
+    ///
+    /// # Errors
+    /// As [`TokenStore::read`].
+    fn window(&self, start: usize, input: &mut [i32], target: &mut [i32], vocabulary: usize) -> Result<()> {
+        let last = input.len() - 1;
+        match self {
+            // One read, not two: each may be a way to a server and back.
+            TokenStore::Files(_) => {
+                let mut tokens = vec![0; input.len() + 1];
+                self.read(start, &mut tokens, vocabulary)?;
+                input.copy_from_slice(&tokens[..=last]);
+                target.copy_from_slice(&tokens[1..]);
+                Ok(())
+            }
+            TokenStore::Bytes(_) | TokenStore::Short(_) | TokenStore::Long(_) => {
+                self.read(start, input, vocabulary)?;
+                target[..last].copy_from_slice(&input[1..]);
+                self.read(start + input.len(), &mut target[last..], vocabulary)
+            }
+        }
+    }
 }
 
 impl TokenFile {
     fn read(&self, start: usize, out: &mut [i32], vocabulary: usize) -> Result<()> {
-        let bytes = &self.map[self.offset + start * self.width..][..out.len() * self.width];
+        let mut bytes = vec![0; out.len() * self.width];
+        self.file.read_at((self.offset + start * self.width) as u64, &mut bytes)?;
         let mut largest = 0u32;
         if self.width == 2 {
             for (out, pair) in out.iter_mut().zip(bytes.chunks_exact(2)) {
@@ -101,7 +122,7 @@ impl TokenFile {
         if largest as usize >= vocabulary {
             let place = out.iter().position(|t| *t as u32 as usize >= vocabulary).unwrap_or(0);
             return Err(Error::data(
-                &self.path,
+                self.file.path(),
                 format!(
                     "token {} of the file is {}, expected a number below the vocabulary's {vocabulary}; \
                      correct data.vocabulary or the file",
@@ -170,7 +191,7 @@ impl Dataset for TokenWindows {
         TargetSpec::NextToken
     }
 
-    /// Tokens in mapped files are checked as they are read, and may be more than any memory holds.
+    /// Tokens in files are checked as they are read, and may be more than any memory holds.
     fn is_plain(&self) -> bool {
         !matches!(&*self.store, TokenStore::Files(_))
     }
@@ -185,9 +206,7 @@ impl Dataset for TokenWindows {
             }
         };
         let (input, target) = (input.tokens()?, target.index()?);
-        let context = self.context;
-        self.store.read(self.range.start + start, &mut input[..context], self.vocabulary)?;
-        target[..context - 1].copy_from_slice(&input[1..context]);
-        self.store.read(self.range.start + start + context, &mut target[context - 1..context], self.vocabulary)
+        let (context, first) = (self.context, self.range.start + start);
+        self.store.window(first, &mut input[..context], &mut target[..context], self.vocabulary)
     }
 }

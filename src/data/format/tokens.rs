@@ -8,10 +8,11 @@ use super::super::Splits;
 use super::super::dataset::{TokenFile, TokenStore};
 use super::super::options::{SplitOptions, TokensOptions};
 use super::super::preprocess::Recipe;
-use super::super::source::{self, Lookup};
+use super::super::source::{self, Ahead, Lookup, PlacedFile};
 use super::super::tokenizer::{GPT2_VOCABULARY, Tokenizer};
 use super::text::Windows;
 use crate::error::{Error, Result};
+use crate::host;
 
 const HEADER_BYTES: usize = 1024;
 const MAGIC_U16: u32 = 20_240_520;
@@ -68,6 +69,9 @@ fn by_name(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     Ok((train, validation))
 }
 
+/// The share of the free memory that files of tokens are read into ahead.
+const AHEAD: usize = 4;
+
 fn store(paths: &[PathBuf]) -> Result<Arc<TokenStore>> {
     let mut files = Vec::with_capacity(paths.len());
     let mut first = 0;
@@ -76,34 +80,51 @@ fn store(paths: &[PathBuf]) -> Result<Arc<TokenStore>> {
         first += file.len;
         files.push(file);
     }
+    read_ahead(&files);
     Ok(Arc::new(TokenStore::Files(files)))
 }
 
+/// Has files that fit into memory well read beside what is done meanwhile: their windows are then in memory long before each has been
+/// drawn.
+fn read_ahead(files: &[TokenFile]) {
+    let bytes = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.file.len()));
+    if host::free_bytes().is_some_and(|free| bytes <= (free / AHEAD) as u64) {
+        let files: Vec<Ahead> = files.iter().map(|file| file.file.ahead()).collect();
+        let ahead = move || files.iter().for_each(Ahead::read);
+        // Where no thread can be started, they are read when they are needed.
+        let _ = std::thread::Builder::new().name("data-ahead".to_owned()).spawn(ahead);
+    }
+}
+
 fn open_file(path: &Path, first: usize) -> Result<TokenFile> {
-    let map = source::map(path)?;
-    let word = |i: usize| map.get(4 * i..4 * i + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let file = PlacedFile::open(path)?;
+    let bytes = usize::try_from(file.len()).unwrap_or(usize::MAX);
+    let mut header = [0; 12];
+    let head = bytes.min(header.len());
+    file.read_at(0, &mut header[..head])?;
+    let word = |i: usize| u32::from_le_bytes([header[4 * i], header[4 * i + 1], header[4 * i + 2], header[4 * i + 3]]);
     let magic = word(0);
     let wrong = |problem: String| Err(Error::data(path, problem));
     let (offset, width, len) = match magic {
         MAGIC_U16 | MAGIC_U32 => {
-            if map.len() < HEADER_BYTES {
-                return wrong(format!("holds {} bytes, expected a header of {HEADER_BYTES}", map.len()));
+            if bytes < HEADER_BYTES {
+                return wrong(format!("holds {bytes} bytes, expected a header of {HEADER_BYTES}"));
             }
             let (width, versions): (usize, &[u32]) = if magic == MAGIC_U16 { (2, &[1]) } else { (4, &[1, 7]) };
             if !versions.contains(&word(1)) {
                 return wrong(format!("has version {} of llm.c's token format, expected {versions:?}", word(1)));
             }
-            let (told, held) = (word(2) as usize, (map.len() - HEADER_BYTES) / width);
-            if map.len() - HEADER_BYTES != told * width {
+            let (told, held) = (word(2) as usize, (bytes - HEADER_BYTES) / width);
+            if bytes - HEADER_BYTES != told * width {
                 return wrong(format!("holds {held} tokens, but its header tells of {told}; fetch the file again"));
             }
             (HEADER_BYTES, width, told)
         }
-        _ if map.len() % 2 == 1 => {
-            return wrong(format!("holds {} bytes, expected an even number: two bytes a token", map.len()));
+        _ if bytes % 2 == 1 => {
+            return wrong(format!("holds {bytes} bytes, expected an even number: two bytes a token"));
         }
-        _ => (0, 2, map.len() / 2),
+        _ => (0, 2, bytes / 2),
     };
     super::not_empty(path, "token", len)?;
-    Ok(TokenFile { path: path.to_path_buf(), map, offset, width, first, len })
+    Ok(TokenFile { file, offset, width, first, len })
 }

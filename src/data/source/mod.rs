@@ -1,4 +1,4 @@
-//! Where bytes live: the places in which a path is looked for, whole files (gzip or not), mapped files, class folders.
+//! Where bytes live: the places in which a path is looked for, whole files (gzip or not), places within files, class folders.
 
 mod bytes;
 mod folder;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 
 pub(crate) use bytes::must_be_file;
-pub use bytes::{map, read, read_text};
+pub use bytes::{Ahead, PlacedFile, read, read_text};
 pub(crate) use folder::{ClassFile, Held, by_class, files_that, files_with};
 
 /// The places in which a relative path is looked for, first to last.
