@@ -10,7 +10,7 @@ use super::super::dataset::{RealTable, TargetTable, Values};
 use super::super::options::{AudioFeatures, AudioOptions, Normalize};
 use super::super::pictures::Asked;
 use super::super::preprocess::Recipe;
-use super::super::source::{ClassFile, Held, Lookup, by_class, files_with, must_be_file};
+use super::super::source::{ClassFile, Held, Lookup, by_class, files_with, read_raw};
 use super::super::split;
 use super::{Pool, held, not_empty, numbered, read_all, room};
 use crate::error::{Error, Result};
@@ -215,8 +215,7 @@ impl<'a> Chunks<'a> {
 
 /// Reads a WAV file of 8, 16, 24 or 32 bit integers or of 32 bit floats.
 pub(crate) fn read_wave(path: &Path) -> Result<Wave> {
-    must_be_file(path)?;
-    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let bytes = read_raw(path)?;
     let wrong = |problem: String| Error::data(path, problem);
     let damaged = |e: hound::Error| wrong(format!("is not a WAV file that can be read ({e}); fetch the file again"));
     let chunks = Chunks::find(&bytes);

@@ -9,7 +9,7 @@ use super::super::augment::Subject;
 use super::super::dataset::{Decode, RealTable, TargetTable, Values};
 use super::super::options::{Color, ImagesOptions, Normalize};
 use super::super::preprocess::Recipe;
-use super::super::source::{ClassFile, Held, Lookup, by_class, must_be_file};
+use super::super::source::{ClassFile, Held, Lookup, by_class, read_raw};
 use super::{Pool, held, read_all, room};
 use crate::error::{Error, Result};
 
@@ -109,8 +109,7 @@ impl Form {
 }
 
 fn decode(path: &Path) -> Result<DynamicImage> {
-    must_be_file(path)?;
-    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let bytes = read_raw(path)?;
     let wrong = |e: String| {
         let reason = e.split_whitespace().collect::<Vec<_>>().join(" ");
         Error::data(path, format!("is not a picture that can be read ({reason}); expected PNG or JPEG"))

@@ -1,5 +1,6 @@
 //! One labelled text a line: a file a class, or `label<TAB>text`.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -117,8 +118,9 @@ pub(crate) fn own_split(
     let path = lookup.file_for(key, file)?;
     let mut lines = Lines::default();
     lines.add_labelled(&path)?;
+    let numbers: HashMap<&str, i32> = names.iter().map(String::as_str).zip(0..).collect();
     let label = |(label, number): (&String, &usize)| {
-        names.iter().position(|name| name == label).map(|class| class as i32).ok_or_else(|| {
+        numbers.get(&**label).copied().ok_or_else(|| {
             Error::data(&path, format!("line {number}: found the class {label:?}, which the model was not trained on"))
         })
     };

@@ -69,7 +69,8 @@ fn held(files: &[ClassFile], what: Held) -> Range<usize> {
     files.partition_point(|f| f.held < what)..files.partition_point(|f| f.held <= what)
 }
 
-/// Fills `out` by reading every file into its own chunk, on all cores; the error is that of the first file that has one.
+/// Fills `out` by reading every file into its own chunk, on all cores; the error is that of the first file that has one, and those
+/// after it are no longer read then.
 fn read_all<T: Send, F: Sync>(
     files: &[F],
     out: &mut [T],
@@ -77,9 +78,8 @@ fn read_all<T: Send, F: Sync>(
     read: impl Fn(&F, &mut [T]) -> Result<()> + Sync,
 ) -> Result<()> {
     use rayon::prelude::*;
-    let results: Vec<Result<()>> =
-        files.par_iter().zip(out.par_chunks_mut(each)).map(|(file, out)| read(file, out)).collect();
-    results.into_iter().collect()
+    let one = |(file, out)| read(file, out);
+    files.par_iter().zip(out.par_chunks_mut(each)).map(one).find_first(Result::is_err).unwrap_or(Ok(()))
 }
 
 /// Zeros for `count` samples of `each` values.
@@ -110,4 +110,28 @@ fn not_empty(place: &Path, what: &str, count: usize) -> Result<()> {
         return Err(Error::data(place, format!("holds no {what}, expected at least one")));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn after_a_file_that_cannot_be_read_the_others_are_left() {
+        let files: Vec<usize> = (0..4000).collect();
+        let read = AtomicUsize::new(0);
+        let error = read_all(&files, &mut [0u8; 4000], 1, |number, _| {
+            read.fetch_add(1, Ordering::Relaxed);
+            if *number < 3 {
+                return Err(Error::data(format!("{number}.png"), "is damaged"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            Ok(())
+        });
+        assert_eq!(error.unwrap_err().to_string(), "0.png: is damaged");
+        assert!(read.load(Ordering::Relaxed) < 1000, "{read:?} of 4000 were read");
+    }
 }

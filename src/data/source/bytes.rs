@@ -11,7 +11,7 @@ use flate2::read::MultiGzDecoder;
 use crate::error::{Error, Result};
 
 /// A folder is no file: the system's own words tell neither what was expected nor what to do.
-pub(crate) fn must_be_file(path: &Path) -> Result<()> {
+fn must_be_file(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Err(Error::data(path, "is a folder, expected a file; name one within it"));
     }
@@ -20,13 +20,18 @@ pub(crate) fn must_be_file(path: &Path) -> Result<()> {
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
+/// All bytes of a file as they are. What is no file is told of when it could not be read: to look before is a way more to the server
+/// of each of many small files.
+pub(crate) fn read_raw(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|e| must_be_file(path).err().unwrap_or_else(|| Error::io("read", path, e)))
+}
+
 /// All bytes of a file; unpacked where it is gzip, whatever its name.
 ///
 /// # Errors
 /// A file that cannot be read, or whose gzip stream is damaged or cut short.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
-    must_be_file(path)?;
-    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let bytes = read_raw(path)?;
     if !bytes.starts_with(&GZIP_MAGIC) {
         return Ok(bytes);
     }

@@ -1,6 +1,7 @@
 //! Folders of files, one folder a class.
 
-use std::fs::Metadata;
+use std::collections::HashMap;
+use std::fs::{FileType, Metadata};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -25,16 +26,48 @@ pub(crate) struct ClassFile {
     pub held: Held,
 }
 
+/// What a folder has.
+struct Child {
+    path: PathBuf,
+    /// What the list of the folder tells that it is: nothing has to be looked at one by one, which is a way to the server for each.
+    kind: FileType,
+}
+
+impl Child {
+    /// Whether it is a folder, or a link to one.
+    ///
+    /// # Errors
+    /// A link that leads nowhere.
+    fn is_folder(&self) -> Result<bool> {
+        if self.kind.is_symlink() { is_folder(&self.path) } else { Ok(self.kind.is_dir()) }
+    }
+
+    /// Whether it is a file, or a link to one.
+    ///
+    /// # Errors
+    /// A link that leads nowhere.
+    fn is_file(&self) -> Result<bool> {
+        if self.kind.is_symlink() { is_file(&self.path) } else { Ok(self.kind.is_file()) }
+    }
+}
+
 /// What a folder holds, in the order of the names, hidden entries left out.
-fn children(folder: &Path) -> Result<Vec<PathBuf>> {
+fn children(folder: &Path) -> Result<Vec<Child>> {
+    let refused = |e| Error::io("list", folder, e);
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))? {
-        let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
-        if !path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.')) {
-            found.push(path);
+    for entry in std::fs::read_dir(folder).map_err(refused)? {
+        let entry = entry.map_err(refused)?;
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        match entry.file_type() {
+            Ok(kind) => found.push(Child { path: entry.path(), kind }),
+            // Where the list does not tell, each is looked at, and may be gone by then.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io("look at", entry.path(), e)),
         }
     }
-    found.sort();
+    found.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(found)
 }
 
@@ -72,7 +105,7 @@ fn is_folder(path: &Path) -> Result<bool> {
 ///
 /// # Errors
 /// A link that leads nowhere.
-pub(crate) fn is_file(path: &Path) -> Result<bool> {
+fn is_file(path: &Path) -> Result<bool> {
     Ok(followed(path)?.is_some_and(|found| found.is_file()))
 }
 
@@ -86,9 +119,9 @@ fn ends_with(path: &Path, endings: &[&str]) -> bool {
 /// A link that fits and leads nowhere.
 pub(crate) fn files_that(folder: &Path, fits: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    for path in children(folder)? {
-        if fits(&path) && is_file(&path)? {
-            found.push(path);
+    for child in children(folder)? {
+        if fits(&child.path) && child.is_file()? {
+            found.push(child.path);
         }
     }
     Ok(found)
@@ -114,11 +147,11 @@ fn files_within(folder: &Path, endings: &[&str], around: &mut Vec<PathBuf>, foun
     }
     around.push(place);
     let mut folders = Vec::new();
-    for path in children(folder)? {
-        if is_folder(&path)? {
-            folders.push(path);
-        } else if ends_with(&path, endings) && is_file(&path)? {
-            found.push(path);
+    for child in children(folder)? {
+        if child.is_folder()? {
+            folders.push(child.path);
+        } else if ends_with(&child.path, endings) && child.is_file()? {
+            found.push(child.path);
         }
     }
     folders.iter().try_for_each(|inner| files_within(inner, endings, around, found))?;
@@ -162,11 +195,19 @@ pub(crate) fn by_class(root: &Path, endings: &[&str]) -> Result<(Vec<String>, Ve
         parts.extend(sub(&["test"])?.map(|p| (p, Held::Test)));
     }
     let names = class_names(&parts[0].0, endings)?;
+    let numbers: HashMap<&str, i32> = names.iter().map(String::as_str).zip(0..).collect();
+    if numbers.len() < names.len() {
+        let twice = names.windows(2).find(|pair| pair[0] == pair[1]).map_or("", |pair| &pair[0]);
+        return Err(Error::data(
+            &parts[0].0,
+            format!("found two class folders that are called {twice:?} once read as UTF-8; rename one of them"),
+        ));
+    }
     let mut files = Vec::new();
     for (folder, held) in parts {
         for class_folder in folders_of(&folder)? {
             let name = file_name(&class_folder);
-            let Some(class) = names.iter().position(|n| *n == name) else {
+            let Some(&class) = numbers.get(&*name) else {
                 return Err(Error::data(
                     class_folder,
                     format!(
@@ -191,7 +232,7 @@ pub(crate) fn by_class(root: &Path, endings: &[&str]) -> Result<(Vec<String>, Ve
             files.extend(found.into_iter().map(|path| ClassFile {
                 name: path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned(),
                 path,
-                class: class as i32,
+                class,
                 held,
             }));
         }
@@ -205,9 +246,9 @@ pub(crate) fn by_class(root: &Path, endings: &[&str]) -> Result<(Vec<String>, Ve
 /// A link that leads nowhere: it may stand for one.
 fn folders_of(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    for path in children(folder)? {
-        if is_folder(&path)? {
-            found.push(path);
+    for child in children(folder)? {
+        if child.is_folder()? {
+            found.push(child.path);
         }
     }
     Ok(found)
@@ -231,4 +272,50 @@ fn file_name(path: &Path) -> String {
 
 fn told(endings: &[&str]) -> String {
     endings.iter().map(|e| format!(".{e}")).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_of_a_folder_tells_its_files_and_none_is_looked_at() -> Result<(), Box<dyn std::error::Error>> {
+        let folder = tempfile::tempdir()?;
+        for name in ["b.png", "a.png", ".hidden.png"] {
+            std::fs::write(folder.path().join(name), "")?;
+        }
+        std::fs::create_dir(folder.path().join("c"))?;
+        std::os::unix::fs::symlink("a.png", folder.path().join("d.png"))?;
+        let found = children(folder.path())?;
+        // What would be looked at now is not there any more.
+        for name in ["a.png", "b.png"] {
+            std::fs::remove_file(folder.path().join(name))?;
+        }
+        std::fs::remove_dir(folder.path().join("c"))?;
+        let names: Vec<String> = found.iter().map(|child| file_name(&child.path)).collect();
+        assert_eq!(names, ["a.png", "b.png", "c", "d.png"]);
+        let kinds = found[..3].iter().map(|child| Ok((child.is_file()?, child.is_folder()?)));
+        assert_eq!(kinds.collect::<Result<Vec<_>>>()?, [(true, false), (true, false), (false, true)]);
+        assert!(found[3].is_file().is_err(), "a link is followed");
+        Ok(())
+    }
+
+    #[test]
+    fn class_folders_that_differ_in_what_is_no_utf8_alone_are_not_taken_for_one()
+    -> Result<(), Box<dyn std::error::Error>> {
+        use std::os::unix::ffi::OsStrExt;
+        let folder = tempfile::tempdir()?;
+        for name in [&b"a"[..], b"b\xff", b"b\xfe"] {
+            let class = folder.path().join(std::ffi::OsStr::from_bytes(name));
+            // A file system may have no such names.
+            let made = std::fs::create_dir(&class).and_then(|()| std::fs::write(class.join("1.png"), ""));
+            if made.is_err() {
+                println!("skipped: a name that is no UTF-8 cannot be given here");
+                return Ok(());
+            }
+        }
+        let error = by_class(folder.path(), &["png"]).unwrap_err().to_string();
+        assert!(error.contains("two class folders") && error.contains("b\u{fffd}"), "{error}");
+        Ok(())
+    }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-pub(crate) use bytes::must_be_file;
+pub(crate) use bytes::read_raw;
 pub use bytes::{Ahead, PlacedFile, read, read_text};
 pub(crate) use folder::{ClassFile, Held, by_class, files_that, files_with};
 
