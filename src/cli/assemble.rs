@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use half::{bf16, f16};
 
@@ -12,13 +14,14 @@ use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::doctor::check;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count, emulated, is_embedded};
 use crate::config::{DeviceChoice, Precision, RunFile};
-use crate::data::{InputSpec, OpenedData, Preprocess, Recipe, TargetSpec};
+use crate::data::{InputSpec, OpenedData, Preprocess, Reading, Recipe, TargetSpec, open_watched};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::layers::LogMel;
 use crate::model::presets::{Fit, Goal, LossKind, Preset};
 use crate::parallel::world::World;
 use crate::tell::tell;
+use crate::text::grouped;
 use crate::train::checkpoint::{self, Which};
 use crate::train::infer::Predictor;
 use crate::train::looping::model_input;
@@ -195,14 +198,40 @@ pub fn choose_auto() -> Option<usize> {
     }
 }
 
-/// Opens the data of a run file.
-pub fn open_data(run: &RunFile) -> Result<OpenedData> {
-    let data = crate::data::open(&run.data, Some(&run.base), run.train.seed).map_err(|e| run.locate(e))?;
+/// Time after which whoever waits for data is told how far they are, again and again.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Opens the data of a run file; where `told`, lines on standard error say how far that is while it takes long.
+pub fn open_data(run: &RunFile, told: bool) -> Result<OpenedData> {
+    let reading = Reading::default();
+    let data = std::thread::scope(|scope| {
+        let (opened, waits) = channel::<()>();
+        if told {
+            let reading = &reading;
+            scope.spawn(move || {
+                while waits.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    tell(waiting(reading));
+                }
+            });
+        }
+        let data = open_watched(&run.data, Some(&run.base), run.train.seed, &reading);
+        drop(opened);
+        data
+    });
+    let data = data.map_err(|e| run.locate(e))?;
     if run.model.loss == Some(LossKind::BinaryCrossEntropy) {
         let advice = "correct it, or set model.loss = \"mean_squared_error\"";
         data.check_targets(0.0..=1.0, advice).map_err(|e| run.locate(e))?;
     }
     Ok(data)
+}
+
+/// How far data are.
+fn waiting(reading: &Reading) -> String {
+    match reading.files() {
+        Some((done, all)) => format!("reading data: {} of {} files", grouped(done as u64), grouped(all as u64)),
+        None => "reading data".to_owned(),
+    }
 }
 
 /// The steps of a run on one process.

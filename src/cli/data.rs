@@ -18,7 +18,7 @@ pub(crate) enum Options {
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     match options {
         Options::Inspect(run) => {
-            let data = open_data(&run.read()?)?;
+            let data = open_data(&run.read()?, true)?;
             let text = crate::data::inspect(&data)?;
             say(&text)?;
         }

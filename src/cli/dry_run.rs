@@ -35,7 +35,7 @@ pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>) -> Result<S
         Err(_) if absent.is_some() => None,
         Err(error) => return Err(error),
     };
-    let data = open_data(run)?;
+    let data = open_data(run, world.rank == 0)?;
     let mut text = match (&device, run.precision) {
         (Some(Opened::Cpu(_)), _) => plan::<Cpu<f32>>(run, &data, world, None)?,
         (Some(Opened::Cuda(backend)), _) => plan(run, &data, world, Some((backend, backend.device())))?,

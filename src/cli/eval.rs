@@ -69,7 +69,7 @@ pub(crate) struct Options {
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let trained = Trained::open(&options.run, options.checkpoint.map(Which::from))?;
-    let data = open_data(&trained.run)?;
+    let data = open_data(&trained.run, true)?;
     let (name, which) = match options.split {
         Some(Split::Train) => ("train", Held::No),
         Some(Split::Validation) => ("validation", Held::Validation),

@@ -111,7 +111,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         let problem = format!("found {}, expected a share of the peak, above 0 and at most 1", options.efficiency);
         return Err(Error::config("--efficiency", problem).into());
     }
-    let data = open_data(&run_file)?;
+    let data = open_data(&run_file, true)?;
     let mut device = device(&options, run_file.precision)?;
     for path in &options.measured {
         measured::apply(path, run_file.precision, &mut device)?;

@@ -55,7 +55,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             let steps = match run.train.length {
                 Length::Steps(steps) => steps,
                 // Data are needed for it.
-                Length::Epochs(_) => steps(&run, &open_data(&run)?)?,
+                Length::Epochs(_) => steps(&run, &open_data(&run, true)?)?,
             };
             let peak = run.optimizer.learning_rate;
             run.schedule.validate(steps, peak).map_err(|e| run.locate(e))?;

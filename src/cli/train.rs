@@ -149,7 +149,7 @@ fn train_in_team(
     started: &Arc<AtomicBool>,
 ) -> anyhow::Result<ExitCode> {
     let collective = Arc::clone(&team.collective);
-    let data = agree(&*collective, open_data(run_file))?;
+    let data = agree(&*collective, open_data(run_file, collective.rank() == 0 && !options.quiet))?;
     let start = match (options.resume, options.overwrite) {
         (true, _) => Start::Resume,
         (false, true) => Start::Overwrite,

@@ -48,7 +48,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     }
     // Before anything is read: an emulated device starts the program again.
     let device = open_device(&run_file, &world, true)?;
-    let data = open_data(&run_file)?;
+    let data = open_data(&run_file, true)?;
     let whole = steps(&run_file, &data)?;
     if whole < 2 {
         return Err(run_file.locate(Error::config("run.steps", "the run has 1 step, expected 2 or more")).into());

@@ -11,6 +11,7 @@ use super::loader::{Loader, Prefetch};
 use super::normalize;
 use super::options::{DataOptions, FormatOptions, Normalize, Part, Resident, Sampling, SplitOptions};
 use super::preprocess::{Preprocess, Recipe};
+use super::reading::Reading;
 use super::sampler::{Sampler, SamplerOptions};
 use super::source::Lookup;
 use super::{Dataset, InputSpec, Sizes, Splits, TargetSpec, split};
@@ -100,6 +101,14 @@ impl OpenedData {
 /// # Errors
 /// Options that do not fit the data; files that are missing or damaged, with the place.
 pub fn open(options: &DataOptions, base: Option<&Path>, seed: u64) -> Result<OpenedData> {
+    open_watched(options, base, seed, &Reading::default())
+}
+
+/// As [`open`]; `reading` tells another thread how far it is, where data are many files.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_watched(options: &DataOptions, base: Option<&Path>, seed: u64, reading: &Reading) -> Result<OpenedData> {
     for (key, found, most) in [("data.prefetch", options.prefetch, 1 << 16), ("data.threads", options.threads, 1024)] {
         if found > most {
             return Err(Error::config(key, format!("found {found}, expected {most} at most")));
@@ -116,8 +125,8 @@ pub fn open(options: &DataOptions, base: Option<&Path>, seed: u64) -> Result<Ope
         }
         FormatOptions::Idx(o) => of_pool(format::idx::open(o, &lookup)?, options, &options.split, seed)?,
         FormatOptions::Csv(o) => of_pool(format::csv::open(o, &lookup)?, options, &options.split, seed)?,
-        FormatOptions::Images(o) => of_pool(format::images::open(o, &lookup)?, options, &options.split, seed)?,
-        FormatOptions::Audio(o) => of_pool(format::audio::open(o, &lookup)?, options, &options.split, seed)?,
+        FormatOptions::Images(o) => of_pool(format::images::open(o, &lookup, reading)?, options, &options.split, seed)?,
+        FormatOptions::Audio(o) => of_pool(format::audio::open(o, &lookup, reading)?, options, &options.split, seed)?,
         FormatOptions::Inline(o) => of_pool(format::inline::open(o)?, options, &options.split, seed)?,
         FormatOptions::Text(o) => of_tokens(format::text::open(o, &options.split, &lookup)?, options)?,
         FormatOptions::Tokens(o) => of_tokens(format::tokens::open(o, &options.split, &lookup)?, options)?,

@@ -7,6 +7,7 @@ use super::dataset::{RealView, TargetTable};
 use super::format::{self, Pool};
 use super::options::{DataOptions, FormatOptions};
 use super::preprocess::{Preprocess, Recipe};
+use super::reading::Reading;
 use super::source::{Held, Lookup};
 use super::{Affine, Dataset, InputSpec, OpenedData, TargetSpec};
 use crate::error::{Error, Result};
@@ -74,8 +75,8 @@ fn own_split(
         FormatOptions::Tokens(_) | FormatOptions::Digits => return Err(refused()),
         FormatOptions::Idx(o) => format::idx::open(o, lookup)?,
         FormatOptions::Csv(o) => format::csv::open(o, lookup)?,
-        FormatOptions::Images(o) => format::images::open(o, lookup)?,
-        FormatOptions::Audio(o) => format::audio::open(o, lookup)?,
+        FormatOptions::Images(o) => format::images::open(o, lookup, &Reading::default())?,
+        FormatOptions::Audio(o) => format::audio::open(o, lookup, &Reading::default())?,
         FormatOptions::Inline(o) => format::inline::open(o)?,
     };
     let input = InputSpec::Real { shape: pool.table.shape.clone() };

@@ -10,6 +10,7 @@ use super::super::dataset::{RealTable, TargetTable, Values};
 use super::super::options::{AudioFeatures, AudioOptions, Normalize};
 use super::super::pictures::Asked;
 use super::super::preprocess::Recipe;
+use super::super::reading::Reading;
 use super::super::source::{ClassFile, Held, Lookup, by_class, files_with, read_raw};
 use super::super::split;
 use super::{Pool, held, not_empty, numbered, read_all, room};
@@ -27,7 +28,7 @@ pub(crate) struct Wave {
 }
 
 /// Opens a folder of recordings.
-pub(crate) fn open(options: &AudioOptions, lookup: &Lookup) -> Result<Pool> {
+pub(crate) fn open(options: &AudioOptions, lookup: &Lookup, reading: &Reading) -> Result<Pool> {
     let place = lookup.folder_for("data.path", &options.path)?;
     let pattern = options.pattern.as_deref().map(|p| split::regex("data.pattern", p)).transpose()?;
     let (names, mut files) = match &pattern {
@@ -53,7 +54,7 @@ pub(crate) fn open(options: &AudioOptions, lookup: &Lookup) -> Result<Pool> {
     let each: usize = shape.iter().product();
     let mut values = room::<f32>(&place, files.len(), each)?;
     let first_path = files[0].path.clone();
-    read_all(&files, &mut values, each, |file, out| {
+    read_all(reading, &files, &mut values, each, |file, out| {
         let wave = read_wave(&file.path)?;
         if wave.sample_rate != sample_rate {
             return Err(Error::data(

@@ -9,6 +9,7 @@ use super::super::augment::Subject;
 use super::super::dataset::{Decode, RealTable, TargetTable, Values};
 use super::super::options::{Color, ImagesOptions, Normalize};
 use super::super::preprocess::Recipe;
+use super::super::reading::Reading;
 use super::super::source::{ClassFile, Held, Lookup, by_class, read_raw};
 use super::{Pool, held, read_all, room};
 use crate::error::{Error, Result};
@@ -19,7 +20,7 @@ const CACHE_BYTES: usize = 1 << 30;
 const ENDINGS: [&str; 3] = ["png", "jpg", "jpeg"];
 
 /// Opens a folder.
-pub(crate) fn open(options: &ImagesOptions, lookup: &Lookup) -> Result<Pool> {
+pub(crate) fn open(options: &ImagesOptions, lookup: &Lookup, reading: &Reading) -> Result<Pool> {
     let place = lookup.folder_for("data.path", &options.path)?;
     let (names, mut files) = by_class(&place, &ENDINGS)?;
     files.sort_by_key(|f| f.held);
@@ -41,7 +42,7 @@ pub(crate) fn open(options: &ImagesOptions, lookup: &Lookup) -> Result<Pool> {
     let bytes = form.elements().saturating_mul(files.len());
     let values = if options.cache.unwrap_or(bytes <= CACHE_BYTES) {
         let mut values = room::<u8>(&place, files.len(), form.elements())?;
-        read_all(&files, &mut values, form.elements(), |file, out| form.read(&file.path, out))?;
+        read_all(reading, &files, &mut values, form.elements(), |file, out| form.read(&file.path, out))?;
         Values::Bytes(values)
     } else {
         Values::Files(Box::new(Pictures { form, files: files.clone() }))

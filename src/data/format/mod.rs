@@ -21,6 +21,7 @@ use super::dataset::{RealTable, TargetTable};
 use super::options::Normalize;
 use super::pictures::Asked;
 use super::preprocess::Recipe;
+use super::reading::Reading;
 use super::source::{ClassFile, Held};
 use crate::error::{Error, Result};
 
@@ -72,13 +73,19 @@ fn held(files: &[ClassFile], what: Held) -> Range<usize> {
 /// Fills `out` by reading every file into its own chunk, on all cores; the error is that of the first file that has one, and those
 /// after it are no longer read then.
 fn read_all<T: Send, F: Sync>(
+    reading: &Reading,
     files: &[F],
     out: &mut [T],
     each: usize,
     read: impl Fn(&F, &mut [T]) -> Result<()> + Sync,
 ) -> Result<()> {
     use rayon::prelude::*;
-    let one = |(file, out)| read(file, out);
+    reading.begin(files.len());
+    let one = |(file, out)| {
+        let found = read(file, out);
+        reading.count();
+        found
+    };
     files.par_iter().zip(out.par_chunks_mut(each)).map(one).find_first(Result::is_err).unwrap_or(Ok(()))
 }
 
@@ -122,8 +129,9 @@ mod tests {
     #[test]
     fn after_a_file_that_cannot_be_read_the_others_are_left() {
         let files: Vec<usize> = (0..4000).collect();
-        let read = AtomicUsize::new(0);
-        let error = read_all(&files, &mut [0u8; 4000], 1, |number, _| {
+        let (read, reading) = (AtomicUsize::new(0), Reading::default());
+        assert_eq!(reading.files(), None);
+        let error = read_all(&reading, &files, &mut [0u8; 4000], 1, |number, _| {
             read.fetch_add(1, Ordering::Relaxed);
             if *number < 3 {
                 return Err(Error::data(format!("{number}.png"), "is damaged"));
@@ -133,5 +141,6 @@ mod tests {
         });
         assert_eq!(error.unwrap_err().to_string(), "0.png: is damaged");
         assert!(read.load(Ordering::Relaxed) < 1000, "{read:?} of 4000 were read");
+        assert_eq!(reading.files(), Some((read.into_inner(), 4000)));
     }
 }
