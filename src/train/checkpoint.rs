@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::files;
 use super::step::{Counters, Trainer};
+use super::streamed::{self, Streamed};
 use super::summary::SplitScores;
 use super::tensors::{self, HostTensor, TensorMap};
 use crate::backend::ops::Update;
@@ -160,13 +161,15 @@ pub(super) fn at<B: Backend + Update>(trainer: &Trainer<B>, state: &RunState) ->
 
 fn write_tensors<B: Backend + Update>(aside: &Path, trainer: &Trainer<B>, state: &RunState) -> Result<()> {
     let metadata = metadata(state);
-    let (model, optimizer, average) = snapshot(trainer)?;
-    tensors::write(&aside.join("model.safetensors"), &model, metadata.clone())?;
-    tensors::write(&aside.join("optimizer.safetensors"), &optimizer, metadata.clone())?;
-    match average {
-        Some(average) => tensors::write(&aside.join("ema.safetensors"), &average, metadata),
-        None => Ok(()),
-    }
+    let (arena, backend) = (trainer.arena(), trainer.backend());
+    streamed::write(&aside.join("model.safetensors"), model_tensors(trainer), metadata.clone())?;
+    let slots = arena.slots.iter().zip(trainer.update_plan().slots);
+    let of_slot = |(slot, name)| streamed::of_layout(backend, slot, &arena.layout, &format!("{name}."));
+    streamed::write(&aside.join("optimizer.safetensors"), slots.flat_map(of_slot).collect(), metadata.clone())?;
+    let Some(average) = trainer.average() else { return Ok(()) };
+    let mut tensors = streamed::of_layout(backend, average, &arena.layout, "");
+    tensors.extend(streamed::of_layout(backend, &arena.state, &arena.state_layout, ""));
+    streamed::write(&aside.join("ema.safetensors"), tensors, metadata)
 }
 
 /// Makes the folder that a checkpoint is written into before it gets its name, `path`; none where it is there already: the same step
@@ -211,36 +214,12 @@ pub(super) fn metadata(state: &RunState) -> HashMap<String, String> {
     ])
 }
 
-/// The tensors of a trainer: the model's with what it keeps, the optimizer's, the average of weights.
-///
-/// # Errors
-/// A device that failed.
-pub fn snapshot<B: Backend + Update>(trainer: &Trainer<B>) -> Result<(TensorMap, TensorMap, Option<TensorMap>)> {
-    let (arena, backend) = (trainer.arena(), trainer.backend());
-    let model = model_tensors(trainer)?;
-    let mut optimizer = TensorMap::new();
-    for (slot, name) in arena.slots.iter().zip(trainer.update_plan().slots) {
-        tensors::download(backend, slot, &arena.layout, &format!("{name}."), &mut optimizer)?;
-    }
-    let average = match trainer.average() {
-        Some(average) => {
-            let mut map = TensorMap::new();
-            tensors::download(backend, average, &arena.layout, "", &mut map)?;
-            tensors::download(backend, &arena.state, &arena.state_layout, "", &mut map)?;
-            Some(map)
-        }
-        None => None,
-    };
-    Ok((model, optimizer, average))
-}
-
 /// The tensors of the model, and what it keeps.
-pub(super) fn model_tensors<B: Backend + Update>(trainer: &Trainer<B>) -> Result<TensorMap> {
+pub(super) fn model_tensors<B: Backend + Update>(trainer: &Trainer<B>) -> Vec<Streamed<'_>> {
     let (arena, backend) = (trainer.arena(), trainer.backend());
-    let mut model = TensorMap::new();
-    tensors::download_parameters(backend, arena, &mut model)?;
-    tensors::download(backend, &arena.state, &arena.state_layout, "", &mut model)?;
-    Ok(model)
+    let mut model = streamed::parameters(backend, arena);
+    model.extend(streamed::of_layout(backend, &arena.state, &arena.state_layout, ""));
+    model
 }
 
 /// Writes which checkpoint is the latest or the best.

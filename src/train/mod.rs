@@ -20,6 +20,7 @@ pub mod shadow;
 pub(crate) mod sharing;
 pub mod signals;
 pub mod step;
+pub mod streamed;
 pub mod summary;
 pub mod tensorboard;
 pub mod tensors;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use super::checkpoint::{self, RunState, Which};
 use super::step::Trainer;
+use super::streamed::{self, Streamed};
 use super::tensors::{self, HostTensor, TensorMap};
 use crate::backend::ops::Update;
 use crate::backend::{Arena, Backend};
@@ -25,41 +26,38 @@ const SHAPES: &str = "shapes";
 
 /// Pieces of tensors, and the shapes of the whole.
 #[derive(Default)]
-struct Pieces {
-    values: TensorMap,
+struct Pieces<'a> {
+    values: Vec<Streamed<'a>>,
     shapes: BTreeMap<String, Vec<usize>>,
 }
 
-impl Pieces {
-    /// Copies the tensors' elements within `elements` to the host; `buffer` holds them from its element `start` on.
-    fn download<B: Backend, T: Element>(
+impl<'a> Pieces<'a> {
+    /// Adds the tensors' elements within `elements`; `buffer` holds them from its element `start` on.
+    fn add<B: Backend, T: Element>(
         &mut self,
-        backend: &B,
-        (buffer, start): (&B::Buffer<T>, usize),
+        backend: &'a B,
+        (buffer, start): (&'a B::Buffer<T>, usize),
         layout: &ParamLayout,
         elements: &Range<usize>,
         prefix: &str,
-    ) -> Result<()> {
+    ) {
         for entry in layout.entries() {
             let (of, part) = (entry.range(), overlap(&entry.range(), elements));
             if part.is_empty() {
                 continue;
             }
-            let mut values = vec![T::default(); part.len()];
-            backend.download(buffer, start + (part.start - elements.start), &mut values)?;
-            let values = values.into_iter().map(Element::f32).collect();
             let name = format!("{prefix}{}", entry.name);
-            let piece = HostTensor { shape: vec![part.len()], values };
-            self.values.insert(format!("{name}:{}", part.start - of.start), piece);
+            let piece = format!("{name}:{}", part.start - of.start);
+            let place = (buffer, start + (part.start - elements.start));
+            self.values.push(Streamed::of_buffer(piece, vec![part.len()], backend, place));
             self.shapes.insert(name, entry.shape.clone());
         }
-        Ok(())
     }
 
-    fn write(&self, path: &Path, mut metadata: HashMap<String, String>) -> Result<()> {
+    fn write(self, path: &Path, mut metadata: HashMap<String, String>) -> Result<()> {
         let shapes = serde_json::to_string(&self.shapes).map_err(|e| Error::io("write", path, e.into()))?;
         metadata.insert(SHAPES.to_owned(), shapes);
-        tensors::write(path, &self.values, metadata)
+        streamed::write(path, self.values, metadata)
     }
 }
 
@@ -124,33 +122,32 @@ fn write_part<B: Backend<Real = f32> + Update>(
     let (parameters, of) = arena.own_parameters();
     if arena.held.as_ref().is_some_and(|held| held.parameters.is_some()) {
         let mut model = Pieces::default();
-        model.download(backend, (parameters, of.start), &arena.layout, &elements, "")?;
-        kept(backend, arena, rank, &mut model)?;
+        model.add(backend, (parameters, of.start), &arena.layout, &elements, "");
+        kept(backend, arena, rank, &mut model);
         model.write(&file("model"), metadata.clone())?;
     } else if rank == 0 {
-        tensors::write(&aside.join("model.safetensors"), &checkpoint::model_tensors(trainer)?, metadata.clone())?;
+        streamed::write(&aside.join("model.safetensors"), checkpoint::model_tensors(trainer), metadata.clone())?;
     }
     let mut optimizer = Pieces::default();
     for (slot, name) in arena.slots.iter().zip(trainer.update_plan().slots) {
-        optimizer.download(backend, (slot, 0), &arena.layout, &elements, &format!("{name}."))?;
+        optimizer.add(backend, (slot, 0), &arena.layout, &elements, &format!("{name}."));
     }
     optimizer.write(&file("optimizer"), metadata.clone())?;
     if let Some(average) = trainer.average() {
         let mut ema = Pieces::default();
-        ema.download(backend, (average, 0), &arena.layout, &elements, "")?;
-        kept(backend, arena, rank, &mut ema)?;
+        ema.add(backend, (average, 0), &arena.layout, &elements, "");
+        kept(backend, arena, rank, &mut ema);
         ema.write(&file("ema"), metadata)?;
     }
     Ok(())
 }
 
 /// What is kept but not trained, which all processes have alike, goes into the first one's part.
-fn kept<B: Backend<Real = f32>>(backend: &B, arena: &Arena<B>, rank: usize, into: &mut Pieces) -> Result<()> {
-    if rank > 0 {
-        return Ok(());
+fn kept<'a, B: Backend<Real = f32>>(backend: &'a B, arena: &'a Arena<B>, rank: usize, into: &mut Pieces<'a>) {
+    if rank == 0 {
+        let all = 0..arena.state_layout.padded_len();
+        into.add(backend, (&arena.state, 0), &arena.state_layout, &all, "");
     }
-    let all = 0..arena.state_layout.padded_len();
-    into.download(backend, (&arena.state, 0), &arena.state_layout, &all, "")
 }
 
 /// The parts of a file that is there in parts: `path` is its whole's name, or that of any part. None where it is there whole, or
@@ -244,10 +241,9 @@ pub fn read(parts: &[PathBuf]) -> Result<TensorMap> {
 mod tests {
     use super::*;
 
-    fn piece(name: &str, first: usize, values: &[f32], shape: &[usize]) -> Pieces {
-        let tensor = HostTensor { shape: vec![values.len()], values: values.to_vec() };
+    fn piece<'a>(name: &str, first: usize, values: &'a [f32], shape: &[usize]) -> Pieces<'a> {
         Pieces {
-            values: TensorMap::from([(format!("{name}:{first}"), tensor)]),
+            values: vec![Streamed::of_values(format!("{name}:{first}"), vec![values.len()], values)],
             shapes: BTreeMap::from([(name.to_owned(), shape.to_vec())]),
         }
     }

@@ -1,6 +1,6 @@
 //! The proof, every so many steps, that all processes hold the same parameters.
 
-use super::tensors::{self, TensorMap};
+use super::streamed::{self, Streamed};
 use crate::backend::{Arena, Backend};
 use crate::error::{Error, Result};
 use crate::parallel::{Collective, gather};
@@ -15,11 +15,13 @@ pub fn same_parameters<B: Backend>(
     arena: &Arena<B>,
     step: u64,
 ) -> Result<()> {
-    let mut map = TensorMap::new();
-    tensors::download_parameters(backend, arena, &mut map)?;
-    let hashes: Vec<u8> = map.values().flat_map(|tensor| *tensors::hash(tensor).as_bytes()).collect();
+    let parameters = streamed::parameters(backend, arena);
+    let mut hashes = Vec::with_capacity(32 * parameters.len());
+    for tensor in &parameters {
+        hashes.extend(tensor.hash()?.as_bytes());
+    }
     let all = gather(collective, &hashes)?;
-    for (number, name) in map.keys().enumerate() {
+    for (number, name) in parameters.iter().map(Streamed::name).enumerate() {
         let of: Vec<&[u8]> =
             all.iter().map(|rank| rank.get(32 * number..32 * (number + 1)).unwrap_or_default()).collect();
         if let Some(ranks) = others(&of) {

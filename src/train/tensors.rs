@@ -1,15 +1,17 @@
 //! Named tensors in safetensors files, under the names that their PyTorch twins have.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use bytemuck::Pod;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
-use super::{files, parts};
-use crate::backend::{Arena, Backend};
+use super::parts;
+use super::streamed::{self, Streamed};
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::plan::{ParamLayout, overlap};
@@ -29,38 +31,6 @@ pub fn of_weights(error: Error) -> Error {
     let Error::Checkpoint { path, problem } = error else { return error };
     let advice = "give [model] the keys that the model in model.weights has, or leave model.weights out";
     Error::checkpoint(path, problem.replace(ITS_RUN_FILE, advice))
-}
-
-/// Copies the tensors of an arena to the host; `prefix` goes before each name.
-///
-/// # Errors
-/// A device that failed.
-pub fn download<B: Backend, T: Element>(
-    backend: &B,
-    buffer: &B::Buffer<T>,
-    layout: &ParamLayout,
-    prefix: &str,
-    into: &mut TensorMap,
-) -> Result<()> {
-    for entry in layout.entries() {
-        let mut values: Vec<T> = host::zeros(entry.len)?;
-        backend.download(buffer, entry.offset, &mut values)?;
-        let values = values.into_iter().map(Element::f32).collect();
-        into.insert(format!("{prefix}{}", entry.name), HostTensor { shape: entry.shape.clone(), values });
-    }
-    Ok(())
-}
-
-/// Copies an arena's parameters to the host, from where the device keeps all of them.
-///
-/// # Errors
-/// A device that failed.
-pub fn download_parameters<B: Backend>(backend: &B, arena: &Arena<B>, into: &mut TensorMap) -> Result<()> {
-    if backend.stores_alone(arena) || arena.shares_out_masters() {
-        download(backend, &arena.stored, &arena.layout, "", into)
-    } else {
-        download(backend, &arena.parameters, &arena.layout, "", into)
-    }
 }
 
 /// Copies tensors into an arena; `prefix` goes before each name. Taken tensors are removed from `tensors`.
@@ -138,44 +108,10 @@ pub fn nothing_left(tensors: &TensorMap, path: &Path) -> Result<()> {
 /// # Errors
 /// What the operating system refuses.
 pub fn write(path: &Path, tensors: &TensorMap, metadata: HashMap<String, String>) -> Result<()> {
-    let refused = |e: safetensors::SafeTensorError| Error::io("write", path, std::io::Error::other(e.to_string()));
-    let views: Vec<(&str, TensorView<'_>)> = tensors
-        .iter()
-        .map(|(name, tensor)| {
-            let bytes: &[u8] = bytemuck::cast_slice(&tensor.values);
-            TensorView::new(Dtype::F32, tensor.shape.clone(), bytes).map(|view| (name.as_str(), view))
-        })
-        .collect::<std::result::Result<_, _>>()
-        .map_err(refused)?;
-    // The library's file is for its owner alone, whatever a file of this process is for.
-    let made = File::create(path).and_then(|file| file.metadata()).map_err(|e| Error::io("create", path, e))?;
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(refused)?;
-    std::fs::set_permissions(path, made.permissions()).map_err(|e| Error::io("give permissions to", path, e))?;
-    sort_metadata(path).map_err(|e| Error::io("write", path, e))?;
-    files::sync(path)
+    let all = tensors.iter();
+    let all = all.map(|(name, tensor)| Streamed::of_values(name.clone(), tensor.shape.clone(), &tensor.values));
+    streamed::write(path, all.collect(), metadata)
 }
-
-/// Puts the metadata of a file that the library wrote, which has them first and in any order, in order of their keys, so that the same
-/// tensors make the same file.
-fn sort_metadata(path: &Path) -> std::io::Result<()> {
-    let mut file = File::options().read(true).write(true).open(path)?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length)?;
-    let mut header = vec![0; usize::try_from(u64::from_le_bytes(length)).map_err(std::io::Error::other)?];
-    file.read_exact(&mut header)?;
-    let Some(rest) = header.strip_prefix(METADATA) else { return Ok(()) };
-    let mut sorted = serde_json::Deserializer::from_slice(rest).into_iter::<BTreeMap<String, String>>();
-    let Some(Ok(metadata)) = sorted.next() else { return Ok(()) };
-    let text = serde_json::to_vec(&metadata)?;
-    if text.len() == sorted.byte_offset() {
-        file.seek(SeekFrom::Start((length.len() + METADATA.len()) as u64))?;
-        file.write_all(&text)?;
-    }
-    Ok(())
-}
-
-/// How a header begins.
-const METADATA: &[u8] = br#"{"__metadata__":"#;
 
 /// Whether a safetensors file is there, whole or in [parts].
 pub fn exists(path: &Path) -> bool {
@@ -194,47 +130,94 @@ pub fn read(path: &Path) -> Result<TensorMap> {
     }
 }
 
-/// Reads all tensors of one file as [`read`] does, and its metadata.
+/// Reads all tensors of one file as [`read`] does, and its metadata: one after the other, each into its place.
 ///
 /// # Errors
 /// As [`read`].
 pub fn read_file(path: &Path) -> Result<(TensorMap, HashMap<String, String>)> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    if bytes.starts_with(ZIP_MAGIC) {
+    let refused = |e| Error::io("read", path, e);
+    let file = File::open(path).map_err(refused)?;
+    let (first, header) = read_header(&file, path)?;
+    let mut tensors = TensorMap::new();
+    for name in header.offset_keys() {
+        let Some(info) = header.info(&name) else { continue };
+        let elements = info.shape.iter().product();
+        let at = first + info.data_offsets.0 as u64;
+        let values = match info.dtype {
+            Dtype::F32 => {
+                let mut values: Vec<f32> = host::zeros(elements)?;
+                file.read_exact_at(bytemuck::cast_slice_mut(&mut values), at).map_err(refused)?;
+                values
+            }
+            Dtype::F16 => read_as(&file, at, elements, half::f16::to_f32).map_err(refused)?,
+            Dtype::BF16 => read_as(&file, at, elements, half::bf16::to_f32).map_err(refused)?,
+            Dtype::F64 => read_as(&file, at, elements, |value: f64| value as f32).map_err(refused)?,
+            _ => continue,
+        };
+        tensors.insert(name, HostTensor { shape: info.shape.clone(), values });
+    }
+    Ok((tensors, header.metadata().clone().unwrap_or_default()))
+}
+
+/// Values of another type, from byte `at` of a file on.
+fn read_as<T: Pod>(file: &File, at: u64, elements: usize, f32_of: impl Fn(T) -> f32) -> std::io::Result<Vec<f32>> {
+    let mut stored = vec![T::zeroed(); elements];
+    file.read_exact_at(bytemuck::cast_slice_mut(&mut stored), at)?;
+    Ok(stored.into_iter().map(f32_of).collect())
+}
+
+/// What a safetensors file says of its tensors, which are all there, and the byte from which on their places count.
+fn read_header(file: &File, path: &Path) -> Result<(u64, Metadata)> {
+    /// That of the library: no file has more.
+    const LONGEST: u64 = 100_000_000;
+    let refused = |e| Error::io("read", path, e);
+    let damaged = |problem: String| {
+        let found = format!("found one that is cut short or damaged, or another kind of file ({problem})");
+        Error::checkpoint(path, format!("expected a whole safetensors file, {found}"))
+    };
+    let bytes = file.metadata().map_err(refused)?.len();
+    let mut length = [0; 8];
+    let behind = bytes.checked_sub(length.len() as u64).ok_or_else(|| damaged(format!("it has {bytes} bytes")))?;
+    file.read_exact_at(&mut length, 0).map_err(refused)?;
+    if length.starts_with(ZIP_MAGIC) {
         let problem = "is a file of torch.save, expected safetensors; write it anew by safetensors.torch.save_file";
         return Err(Error::checkpoint(path, problem));
     }
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
-        let problem = format!(
-            "expected a whole safetensors file, found one that is cut short or damaged, or another kind of file ({e})"
-        );
-        Error::checkpoint(path, problem)
-    })?;
-    let mut tensors = TensorMap::new();
-    for (name, view) in file.iter() {
-        let data = view.data();
-        let values: Vec<f32> = match view.dtype() {
-            Dtype::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            Dtype::F16 => data.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Dtype::BF16 => data.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Dtype::F64 => data
-                .chunks_exact(8)
-                .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32)
-                .collect(),
-            _ => continue,
-        };
-        tensors.insert(name.to_owned(), HostTensor { shape: view.shape().to_vec(), values });
+    let told = u64::from_le_bytes(length);
+    if told > behind.min(LONGEST) {
+        return Err(damaged(format!("its header is said to have {told} bytes")));
     }
-    let metadata = SafeTensors::read_metadata(&bytes).ok().and_then(|(_, header)| header.metadata().clone());
-    Ok((tensors, metadata.unwrap_or_default()))
+    let mut header = vec![0; told as usize];
+    file.read_exact_at(&mut header, length.len() as u64).map_err(refused)?;
+    let header: Metadata = serde_json::from_slice(&header).map_err(|e| damaged(format!("its header: {e}")))?;
+    let mut end = 0usize;
+    for name in header.offset_keys() {
+        let Some(TensorInfo { dtype, shape, data_offsets }) = header.info(&name) else { continue };
+        let bits = shape.iter().try_fold(dtype.bitsize(), |bits, &dimension| bits.checked_mul(dimension));
+        let here = bits.filter(|bits| bits % 8 == 0).and_then(|bits| end.checked_add(bits / 8));
+        if *data_offsets != (end, here.unwrap_or_default()) {
+            return Err(damaged(format!("`{name}` {shape:?} is said to be at bytes {data_offsets:?}")));
+        }
+        end = data_offsets.1;
+    }
+    if end as u64 != behind - told {
+        return Err(damaged(format!("its tensors have {} bytes, and it tells of {end}", behind - told)));
+    }
+    Ok((bytes - (behind - told), header))
 }
 
 /// The blake3 hash of a tensor's shape and bytes.
 pub fn hash(tensor: &HostTensor) -> blake3::Hash {
-    let mut hasher = blake3::Hasher::new();
-    for &dimension in &tensor.shape {
-        hasher.update(&(dimension as u64).to_le_bytes());
-    }
+    let mut hasher = hash_of_shape(&tensor.shape);
     hasher.update(bytemuck::cast_slice(&tensor.values));
     hasher.finalize()
+}
+
+/// What the hash of a tensor of this shape begins with.
+pub(super) fn hash_of_shape(shape: &[usize]) -> blake3::Hasher {
+    let mut hasher = blake3::Hasher::new();
+    for &dimension in shape {
+        hasher.update(&(dimension as u64).to_le_bytes());
+    }
+    hasher
 }
