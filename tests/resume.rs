@@ -264,6 +264,14 @@ fn a_run_goes_back_to_an_older_checkpoint() {
     let expected = tensor_hashes(&out);
     let best = std::fs::read_to_string(out.join("checkpoints/best")).unwrap();
     assert!(best.as_str() > "step-00000007", "{best}");
+    // What to do is said by the run that cannot go on.
+    let checkpoints = out.join("checkpoints");
+    let newest = checkpoints.join(std::fs::read_to_string(checkpoints.join("latest")).unwrap().trim());
+    std::fs::File::options().write(true).open(newest.join("optimizer.safetensors")).unwrap().set_len(100).unwrap();
+    std::fs::remove_file(out.join("summary.json")).unwrap();
+    let error = stderr(&short.try_train("run", &["--resume", "--set", "checkpoint.keep=9"]));
+    let advice = format!("write step-00000021 into {}", checkpoints.join("latest").display());
+    assert!(error.contains("optimizer.safetensors") && error.contains(&advice), "{error}");
     std::fs::write(out.join("checkpoints/latest"), "step-00000007\n").unwrap();
     let out = short.train("run", &["--resume", "--set", "checkpoint.keep=9"]);
     assert_eq!(tensor_hashes(&out), expected);

@@ -279,25 +279,45 @@ fn all(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found.into_iter().map(|(_, name)| folder.join(name)).collect())
 }
 
+/// The error of a newest checkpoint that cannot be used, with what to do about it where there is one before it.
+pub(super) fn or_before(error: Error, folder: &Path, newest: &Path) -> Error {
+    let older = all(folder).unwrap_or_default().into_iter().take_while(|path| path != newest);
+    let before = older.filter(|path| path.join("state.json").is_file()).last();
+    match (error, before.as_deref().and_then(Path::file_name)) {
+        (Error::Checkpoint { path, problem }, Some(name)) => {
+            let (name, latest) = (name.to_string_lossy(), folder.join(Which::Latest.file()));
+            let advice = format!("to go on from the one before it, write {name} into {}", latest.display());
+            Error::checkpoint(path, format!("{problem}; {advice}"))
+        }
+        (error, _) => error,
+    }
+}
+
 /// The step that a checkpoint's name tells.
 fn step_of(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("step-")?;
     if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 
-/// Removes all but the newest `keep` checkpoints; the best stays besides, and so do folders of other names.
+/// Removes all but the newest `keep` checkpoints; the one that `best` names stays besides, and so do folders of other names.
 ///
 /// # Errors
-/// What the operating system refuses.
+/// What the operating system refuses: nothing that a run needs has been touched, and the next time it is tried again.
 pub fn prune(folder: &Path, keep: usize) -> Result<()> {
     let found = all(folder)?;
-    let best = find(folder, Which::Best)?;
-    for path in &found[..found.len().saturating_sub(keep)] {
-        if best.as_ref() != Some(path) {
-            remove(path)?;
-        }
+    let file = folder.join(Which::Best.file());
+    let best = match fs::read_to_string(&file) {
+        Ok(name) => Some(folder.join(name.trim())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) => return Err(Error::io("read", file, e)),
+    };
+    let old = found[..found.len().saturating_sub(keep)].iter().filter(|path| best.as_ref() != Some(path));
+    let mut first = Ok(());
+    for path in old {
+        // One that stays does not keep others.
+        first = first.and(remove(path));
     }
-    Ok(())
+    first
 }
 
 fn remove(path: &Path) -> Result<()> {
@@ -449,5 +469,19 @@ mod tests {
         assert_eq!(all(folder.path()).unwrap(), [newest]);
         assert!(folder.path().join("step-copy").exists());
         assert!(is_there(folder.path(), 100_000_000) && !is_there(folder.path(), 7));
+    }
+
+    #[test]
+    fn what_cannot_be_removed_keeps_no_other_and_a_best_that_is_gone_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        for step in [2, 3, 4] {
+            fs::create_dir(folder.path().join(folder_name(step))).unwrap();
+        }
+        // No folder, which is what removing asks for.
+        fs::write(folder.path().join(folder_name(1)), "").unwrap();
+        fs::write(folder.path().join("best"), folder_name(0)).unwrap();
+        let error = prune(folder.path(), 1).unwrap_err().to_string();
+        assert!(error.contains("step-00000001"), "{error}");
+        assert_eq!(all(folder.path()).unwrap(), [1, 4].map(|step| folder.path().join(folder_name(step))));
     }
 }

@@ -11,6 +11,7 @@ use crate::data::{Dataset, Loader};
 use crate::error::Result;
 use crate::parallel::watch::Busy;
 use crate::parallel::{Sharding, agree, any, broadcast, gather};
+use crate::tell::tell as tell_user;
 use crate::train::checkpoint::{self, Which};
 use crate::train::metrics::{Record, SplitName};
 use crate::train::options::{EarlyStopping, Metric};
@@ -171,7 +172,10 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if best {
             checkpoint::point(&self.checkpoints, Which::Best, &checkpoint::folder_name(self.state.step))?;
         }
-        checkpoint::prune(&self.checkpoints, self.options.keep)?;
+        // A server may hold on to what another process still reads: that is room, not the training.
+        if let Err(error) = checkpoint::prune(&self.checkpoints, self.options.keep) {
+            tell_user(format_args!("an old checkpoint stays: {error}"));
+        }
         Ok(path)
     }
 

@@ -89,7 +89,10 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
                 trainer.restart_average()?;
             }
             let mut state = match &latest {
-                Some(path) => checkpoint::load(path, &mut trainer)?,
+                Some(path) => {
+                    let read = checkpoint::load(path, &mut trainer);
+                    read.map_err(|error| checkpoint::or_before(error, &checkpoints, path))?
+                }
                 None => RunState::new(run.options.seed, hash, format!("{:?}", run.schedule)),
             };
             // Another was better later on, and this one removed, before the run went back to this step.
@@ -225,7 +228,8 @@ fn look_at_folder<B: Backend>(run: &Run<B>, checkpoints: &Path, hash: &str) -> R
         }
         return Ok((lock, None));
     };
-    let state = checkpoint::read_state(&latest)?;
+    let read = checkpoint::read_state(&latest);
+    let state = read.map_err(|error| checkpoint::or_before(error, checkpoints, &latest))?;
     if state.config_hash != hash {
         let other = other.map_or_else(
             || "was made by another configuration than this run file's".to_owned(),
