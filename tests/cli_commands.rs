@@ -432,6 +432,11 @@ fn nothing_to_judge_by_and_a_prompt_out_of_the_vocabulary_are_refused() {
     place.refused(&["eval", "out"], &["no test and no validation split", "--split train"]);
     place.refused(&["predict", "out", "--text", ""], &["--text: "]);
     place.refused(&["predict", "out", "empty.csv"], &["empty.csv: "]);
+    // Files are read and told of one after the other, so that many of them need no more memory than one.
+    place.write("one.csv", "a,b\n1,2\n");
+    let output = place.run(&["predict", "out", "one.csv", "empty.csv"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stdout(&output).starts_with("one.csv") && stdout(&output).lines().count() == 1, "{}", stdout(&output));
 
     let gpt = RUN
         .replace(

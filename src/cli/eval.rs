@@ -11,7 +11,7 @@ use super::say;
 use crate::backend::cpu::Cpu;
 use crate::data::{Held, TargetSpec, as_trained};
 use crate::error::Error;
-use crate::optim::OptimizerOptions;
+use crate::optim::{OptimizerOptions, Rule};
 use crate::text;
 use crate::train::checkpoint::{self, Which};
 use crate::train::looping::model_input;
@@ -86,8 +86,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         };
         Error::config(if options.split.is_some() { "--split" } else { "eval" }, problem)
     })?;
-    // Nothing is updated, and the CPU keeps its parameters in f32, whatever the run did.
-    let optimizer = OptimizerOptions { master: true, ..trained.run.optimizer.clone() };
+    // Nothing is updated: of all rules this one keeps nothing beside the parameters, which the CPU has in f32, whatever the run did.
+    let optimizer = OptimizerOptions::new(Rule::Sgd, trained.run.optimizer.learning_rate);
     let mut trainer = Trainer::new(TrainerParts {
         backend: Cpu::<f32>::new(),
         model: build_model(&trained.run, &trained.preprocess)?,

@@ -9,11 +9,12 @@ use clap::Args;
 use super::assemble::Trained;
 use super::eval::WhichArg;
 use super::{count, say};
+use crate::backend::cpu::Cpu;
 use crate::data::UserSample;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::model::presets::LossKind;
 use crate::train::checkpoint::Which;
-use crate::train::infer::softmax;
+use crate::train::infer::{Predictor, softmax};
 use crate::train::looping::model_input;
 
 /// Options of `predict`.
@@ -53,30 +54,45 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         )
         .into());
     }
-    let mut samples: Vec<UserSample> = Vec::new();
-    let mut add = |from: &Path, found: Vec<UserSample>| {
-        if found.is_empty() {
+    let mut predictor = Predicting { predictor: trained.predictor()?, trained: &trained, options };
+    if let Some(text) = &options.text {
+        let place = Path::new("--text");
+        predictor.all(place, trained.preprocess.text(text, place)?)?;
+    }
+    // One after the other: many files need no more memory than the largest of them.
+    for file in &options.files {
+        let found = if file == Path::new("-") {
+            let text = std::io::read_to_string(std::io::stdin()).map_err(|e| Error::io("read", file, e))?;
+            trained.preprocess.text(&text, file)?
+        } else {
+            trained.preprocess.file(file)?
+        };
+        predictor.all(file, found)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A model, and how its outputs are said.
+struct Predicting<'a> {
+    predictor: Predictor<Cpu<f32>>,
+    trained: &'a Trained,
+    options: &'a Options,
+}
+
+impl Predicting<'_> {
+    /// Says what the model gives for what was found at a place.
+    fn all(&mut self, from: &Path, samples: Vec<UserSample>) -> Result<()> {
+        if samples.is_empty() {
             return Err(Error::data(from, "found nothing in it, expected one sample or more"));
         }
-        samples.extend(found);
-        Ok(())
-    };
-    if let Some(text) = &options.text {
-        add(Path::new("--text"), trained.preprocess.text(text, Path::new("--text"))?)?;
+        samples.iter().try_for_each(|sample| self.one(sample))
     }
-    for file in &options.files {
-        if file == Path::new("-") {
-            let text = std::io::read_to_string(std::io::stdin()).map_err(|e| Error::io("read", file, e))?;
-            add(file, trained.preprocess.text(&text, file)?)?;
-        } else {
-            add(file, trained.preprocess.file(file)?)?;
-        }
-    }
-    let mut predictor = trained.predictor()?;
-    let input = model_input(&trained.preprocess.input);
-    // The loss of these values takes logits, of which they are the logistic function.
-    let logits = trained.run.model.loss == Some(LossKind::BinaryCrossEntropy);
-    for sample in &samples {
+
+    fn one(&mut self, sample: &UserSample) -> Result<()> {
+        let Predicting { predictor, trained, options } = self;
+        let input = model_input(&trained.preprocess.input);
+        // The loss of these values takes logits, of which they are the logistic function.
+        let logits = trained.run.model.loss == Some(LossKind::BinaryCrossEntropy);
         let (output, _) = predictor.run(&input, &sample.input, 1)?;
         if output.iter().any(|value| !value.is_finite()) {
             let problem = format!(
@@ -84,7 +100,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                  on; name a checkpoint from before that, or correct the values",
                 sample.name
             );
-            return Err(Error::Training(problem).into());
+            return Err(Error::Training(problem));
         }
         let Some(names) = trained.preprocess.class_names() else {
             let value = |value: f32| if logits { 1.0 / (1.0 + (-value).exp()) } else { value };
@@ -95,8 +111,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                 let values: Vec<String> = output.iter().map(f32::to_string).collect();
                 format!("{}  {}", sample.name, values.join(" "))
             };
-            say(&(line + "\n"))?;
-            continue;
+            return say(&(line + "\n"));
         };
         // One logit for two classes: logistic regression.
         let probabilities = match output.as_slice() {
@@ -117,7 +132,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                 order.iter().map(|&i| format!("{} {:.2} %", names[i], 100.0 * probabilities[i])).collect();
             format!("{}  {}", sample.name, classes.join("  "))
         };
-        say(&(line + "\n"))?;
+        say(&(line + "\n"))
     }
-    Ok(ExitCode::SUCCESS)
 }
