@@ -402,6 +402,101 @@ fn a_run_that_stopped_early_does_not_go_on() {
     assert_eq!(records(&out), lines);
 }
 
+/// The lines of metrics.jsonl, without the time that they took.
+fn curve(out: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let of = |line: &str| {
+        let mut record: Value = serde_json::from_str(line).unwrap();
+        let figures = record.as_object_mut().unwrap();
+        figures.retain(|name, _| name != "time_s" && name != "samples_per_s");
+        record
+    };
+    text.lines().map(of).collect()
+}
+
+/// What a run that is killed leaves: a run's folder at one of its checkpoints, and records of later steps.
+fn killed_after(whole: &Path, step: u64, out: &Path) {
+    let copied = std::process::Command::new("cp").arg("-r").args([whole, out]).status().unwrap();
+    assert!(copied.success());
+    std::fs::remove_file(out.join("summary.json")).unwrap();
+    std::fs::write(out.join("checkpoints/latest"), format!("step-{step:08}")).unwrap();
+}
+
+/// Checkpoints come between two records, which tell means over the steps since the last one.
+#[test]
+fn the_curves_do_not_depend_on_where_a_run_was_stopped() {
+    let short = Short::new();
+    let more = ["--set", "checkpoint.keep=9", "--set", "optimizer.clip.value=1e-3"];
+    let whole = short.train("whole", &more);
+    let same = |out: &Path| {
+        assert_eq!(curve(out), curve(&whole), "{}", out.display());
+        for scores in ["final", "best"] {
+            assert_eq!(summary(out)[scores], summary(&whole)[scores], "{}", out.display());
+        }
+    };
+    for step in [7, 14, 21] {
+        let name = format!("killed-{step}");
+        killed_after(&whole, step, &short.out(&name));
+        same(&short.train(&name, &[&more[..], &["--resume"]].concat()));
+    }
+    // A signal may end it anywhere; the record of what came until then is a part of the next one.
+    let out = short.out("signal").display().to_string();
+    let signal = ["--set", "run.steps=300", "--set", "evaluate.every_steps=10", "--quiet", "--out", &out];
+    let arguments = [&["train", &short.file][..], &signal, &more].concat();
+    let child = warpstep().args(&arguments).stderr(Stdio::null()).spawn().unwrap();
+    while !short.out("signal").join("checkpoints/latest").exists() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    let stopped = records(&short.out("signal"));
+    assert!(stopped.iter().any(|(split, _)| split == "train"), "nothing of it is recorded: {stopped:?}");
+    let output = run(&[&arguments[..], &["--resume"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let steps: Vec<u64> =
+        records(&short.out("signal")).into_iter().filter(|(split, _)| split == "train").map(|(_, step)| step).collect();
+    assert_eq!(steps, (5..=300).step_by(5).collect::<Vec<u64>>());
+}
+
+/// Steps whose gradients are not finite end a run where it would have ended without a stop between them.
+#[test]
+fn skipped_steps_before_a_stop_count_after_it() {
+    let short = Short::new();
+    // The losses are finite, and the gradients too large for f32.
+    let text = r#"
+        run = { steps = 40, max_skipped_steps = 10 }
+        data = { format = "inline", inputs = [[3e19], [3e19]], targets = [1e19, 1e19], batch_size = 2 }
+        model = { preset = "linear" }
+        optimizer = { learning_rate = 0.1 }
+        checkpoint = { every_steps = 4 }
+    "#;
+    std::fs::write(&short.file, text).unwrap();
+    let out = short.out("run").display().to_string();
+    let arguments = ["train", &short.file, "--quiet", "--device", "cpu", "--out", &out];
+    let ended = run(&arguments);
+    assert_eq!(ended.status.code(), Some(1), "{}", stderr(&ended));
+    assert!(stderr(&ended).contains("for 10 steps in a row, up to step 10:"), "{}", stderr(&ended));
+    assert!(short.out("run").join("checkpoints/step-00000008").is_dir());
+    let again = run(&[&arguments[..], &["--resume"]].concat());
+    assert_eq!(stderr(&again), stderr(&ended));
+}
+
+/// A run that a signal ended before an evaluation was resumed, made it, and was killed before its next checkpoint.
+#[test]
+fn an_evaluation_that_is_made_again_is_recorded_once() {
+    let short = Short::new();
+    let more = ["--set", "checkpoint.keep=9", "--set", "evaluate.every_steps=7"];
+    let whole = short.train("whole", &more);
+    let out = short.out("run");
+    killed_after(&whole, 14, &out);
+    let file = out.join("checkpoints/step-00000014/state.json");
+    let mut state: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    state["evaluation_due"] = true.into();
+    std::fs::write(&file, state.to_string()).unwrap();
+    short.train("run", &[&more[..], &["--resume"]].concat());
+    assert_eq!(records(&out), records(&whole));
+}
+
 /// A signal may come where a step is to be evaluated: it ends the run at once, and the resume evaluates first.
 #[test]
 fn no_evaluation_is_lost_or_done_twice() {

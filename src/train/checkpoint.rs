@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::files;
+use super::metrics::{Interval, Record, SplitName};
 use super::step::{Counters, Trainer};
 use super::streamed::{self, Streamed};
-use super::summary::SplitScores;
+use super::summary::{Scores, SplitScores};
 use super::tensors::{self, HostTensor, TensorMap};
 use crate::backend::ops::Update;
 use crate::backend::step::LossScale;
@@ -52,6 +53,15 @@ pub struct RunState {
     /// First of the steps up to this one whose training losses were all not finite; none where this one's was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_finite_from: Option<u64>,
+    /// Steps in a row that were skipped, up to this one.
+    #[serde(default)]
+    pub skipped_in_a_row: u64,
+    /// What the last record of the training split told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_train: Option<Scores>,
+    /// What the steps since then gave, which the next record tells with those to come.
+    #[serde(default, skip_serializing_if = "Interval::is_empty")]
+    pub interval: Interval,
     /// blake3 of the part of the configuration that decides the numbers.
     pub config_hash: String,
     /// The schedule, in words.
@@ -79,6 +89,9 @@ impl RunState {
             evaluations_without_improvement: 0,
             evaluation_due: false,
             not_finite_from: None,
+            skipped_in_a_row: 0,
+            last_train: None,
+            interval: Interval::default(),
             config_hash,
             schedule,
             loss_scale: None,
@@ -94,6 +107,15 @@ impl RunState {
             applied: self.applied_steps,
             skipped: self.skipped_steps,
         }
+    }
+
+    /// Whether a record of metrics.jsonl is kept where a run goes on from here: not one of a later step, nor one that is made again.
+    pub fn keeps(&self, record: &Record) -> bool {
+        let again = match record.split {
+            SplitName::Train => !self.interval.is_empty(),
+            SplitName::Validation | SplitName::Test => self.evaluation_due,
+        };
+        record.step < self.step || (record.step == self.step && !again)
     }
 
     /// Takes over the trainer's counts.

@@ -11,13 +11,13 @@ use std::time::Instant;
 
 use super::checkpoint::RunState;
 use super::forensics::{LAYERS, NormShare};
-use super::metrics::{MetricsWriter, Record, SplitName};
+use super::metrics::{Interval, MetricsWriter, Record, SplitName};
 use super::options::TrainOptions;
 use super::resident::Source;
 use super::run::{End, Event, Observer, Outcome, Run, Started};
 use super::same::same_parameters;
 use super::shadow::Shadow;
-use super::step::{LossSums, StepReport, Trainer};
+use super::step::{StepReport, Trainer};
 use super::summary::{Scores, Summary};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
@@ -48,28 +48,6 @@ pub fn train<B: Backend<Real = f32> + Update>(run: Run<B>, observers: &mut [&mut
         device += &format!(", {} processes over {}", collective.world(), collective.name());
     }
     prepared.run(&device, observers)
-}
-
-/// Sums since the last record of the training split.
-#[derive(Default)]
-struct Interval {
-    losses: f64,
-    sums: LossSums,
-    steps: u64,
-    clipped: u64,
-    clamped: u64,
-    shadow_ulp: Option<f64>,
-    samples: u64,
-    seconds: f64,
-}
-
-/// Figures of the last step.
-#[derive(Default)]
-struct LastStep {
-    rate: f64,
-    norm: f64,
-    /// Of each tensor's gradients.
-    squares: Vec<f64>,
 }
 
 struct Loop<B: Backend + Update> {
@@ -108,10 +86,6 @@ struct Loop<B: Backend + Update> {
     seconds_before: f64,
     /// Since when steps take time that was not counted yet.
     stopwatch: Option<Instant>,
-    interval: Interval,
-    skipped_in_a_row: u64,
-    last_step: LastStep,
-    last_train: Option<Scores>,
     last_validation: Option<(u64, Scores)>,
     /// The step after which the run ends because a process was told to.
     ends_after: Option<u64>,
@@ -161,7 +135,11 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if over.is_none() && std::mem::take(&mut self.state.evaluation_due) {
             match self.validate(self.options.evaluate_batches, observers)? {
                 None => return self.end_by_signal(true, observers),
-                Some(stops) => over = stops.then_some(End::StoppedEarly),
+                Some(false) => {}
+                Some(true) => {
+                    over = Some(End::StoppedEarly);
+                    self.record_training(observers)?;
+                }
             }
         }
         self.stopwatch = Some(Instant::now());
@@ -234,9 +212,12 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         })
     }
 
-    /// Writes a checkpoint, since a signal asked to end; `evaluation_due`: whether its step has still to be evaluated.
+    /// Writes a checkpoint, since a signal asked to end; `evaluation_due`: whether its step has still to be evaluated. What the last
+    /// steps gave is recorded, and kept for the record of which it would have become a part.
     fn end_by_signal(&mut self, evaluation_due: bool, observers: &mut [&mut dyn Observer]) -> Result<Outcome> {
-        self.record_training(observers)?;
+        if let Some(record) = self.training_record() {
+            self.append(&record, observers)?;
+        }
         self.state.evaluation_due = evaluation_due && self.splits.validation.is_some();
         self.save(observers)?;
         Ok(self.ended_by_signal())
@@ -293,8 +274,8 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         };
         let (backend, arena, plan) = (self.trainer.backend(), self.trainer.arena(), self.trainer.update_plan());
         let found = watched.after(backend, arena, plan, &params, &report.outcome)?;
-        let worst = self.interval.shadow_ulp.map_or(found.ulp, |ulp| ulp.max(found.ulp));
-        self.interval.shadow_ulp = Some(worst);
+        let worst = &mut self.state.interval.shadow_ulp;
+        *worst = Some(worst.map_or(found.ulp, |ulp| ulp.max(found.ulp)));
         self.take_report(report, observers)?;
         Ok(true)
     }
@@ -320,32 +301,34 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if let Some(watch) = &self.watch {
             watch.step(self.state.step);
         }
-        let interval = &mut self.interval;
+        let interval = &mut self.state.interval;
         interval.losses += loss;
         interval.sums.add(sums);
         interval.samples += samples;
         interval.steps += 1;
         interval.clipped += u64::from(outcome.clip_coefficient < 1.0);
         interval.clamped += outcome.clamped;
+        interval.rate = rate;
+        interval.norm = Some(outcome.grad_norm).filter(|norm| norm.is_finite());
+        interval.squares = if norm_squares.iter().all(|square| square.is_finite()) { norm_squares } else { Vec::new() };
         if let Some(since) = self.stopwatch.replace(Instant::now()) {
             let seconds = since.elapsed().as_secs_f64();
             interval.seconds += seconds;
             self.state.step_seconds += seconds;
         }
         self.state.seconds = self.seconds_before + self.began.elapsed().as_secs_f64();
-        self.last_step = LastStep { rate, norm: outcome.grad_norm, squares: norm_squares };
         let step = self.state.step;
         if sums.loss.is_finite() {
             self.state.not_finite_from = None;
         } else {
             self.state.not_finite_from.get_or_insert(step);
         }
-        self.skipped_in_a_row = if outcome.skipped { self.skipped_in_a_row + 1 } else { 0 };
-        if outcome.skipped && self.skipped_in_a_row >= self.options.max_skipped_steps {
+        let in_a_row = if outcome.skipped { self.state.skipped_in_a_row + 1 } else { 0 };
+        self.state.skipped_in_a_row = in_a_row;
+        if outcome.skipped && in_a_row >= self.options.max_skipped_steps {
             return Err(Error::Training(format!(
-                "the gradients were not finite for {} steps in a row, up to step {step}: lower \
-                 optimizer.learning_rate, or set optimizer.clip = {{ global_norm = 1.0 }}",
-                self.skipped_in_a_row
+                "the gradients were not finite for {in_a_row} steps in a row, up to step {step}: lower \
+                 optimizer.learning_rate, or set optimizer.clip = {{ global_norm = 1.0 }}"
             )));
         }
         if step.is_multiple_of(self.options.log_every_steps) || step == self.steps {
@@ -375,11 +358,12 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
     }
 
-    fn record_training(&mut self, observers: &mut [&mut dyn Observer]) -> Result<()> {
-        let Interval { losses, sums, steps, clipped, clamped, shadow_ulp, samples, seconds } =
-            std::mem::take(&mut self.interval);
+    /// A record of the steps since the last one of the training split; none where there were none.
+    fn training_record(&self) -> Option<Record> {
+        let Interval { losses, sums, steps, clipped, clamped, shadow_ulp, samples, seconds, rate, norm, ref squares } =
+            self.state.interval;
         if steps == 0 {
-            return Ok(());
+            return None;
         }
         let loss = losses / steps as f64;
         let accuracy = has_accuracy(&*self.splits.train).then(|| sums.accuracy());
@@ -387,21 +371,27 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let of_each = speed / self.collective.world() as f64;
         let layout = &self.trainer.arena().layout;
         let values = (steps * layout.parameters() as u64) as f64;
-        let record = Record {
+        Some(Record {
             loss,
             accuracy,
-            lr: Some(self.last_step.rate),
-            grad_norm: self.last_step.norm.is_finite().then_some(self.last_step.norm),
+            lr: Some(rate),
+            grad_norm: norm,
             clipped: self.clips.then(|| clipped as f64 / steps as f64),
             clamped: self.clamps.then(|| clamped as f64 / values),
-            norm_share: NormShare::largest(layout, &self.last_step.squares, LAYERS),
+            norm_share: NormShare::largest(layout, squares, LAYERS),
             shadow_ulp,
             samples_per_s: self.tokens_per_sample.is_none().then_some(speed),
             tokens_per_s: self.tokens_per_sample.map(|tokens| speed * tokens as f64),
             mfu: self.utilization_of_sample.map(|of_sample| of_sample * of_each),
             ..self.blank_record(SplitName::Train)
-        };
-        self.last_train = Some(Scores::new(loss, accuracy));
+        })
+    }
+
+    /// Records the steps since the last record of the training split, and begins anew to add up.
+    fn record_training(&mut self, observers: &mut [&mut dyn Observer]) -> Result<()> {
+        let Some(record) = self.training_record() else { return Ok(()) };
+        self.state.interval = Interval::default();
+        self.state.last_train = Some(Scores::new(record.loss, record.accuracy));
         self.append(&record, observers)
     }
 

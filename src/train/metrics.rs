@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::files::write_whole;
 use super::forensics::NormShare;
+use super::step::LossSums;
 use crate::error::{Error, Result};
 
 /// Which part of the data a figure is of.
@@ -73,7 +74,44 @@ pub struct Record {
     pub time_s: f64,
 }
 
-fn number_or_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+/// What steps gave since the last record of the training split, of which the next one is made.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
+    /// Mean losses of the steps, added up.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub losses: f64,
+    /// Of all samples.
+    pub sums: LossSums,
+    /// Steps.
+    pub steps: u64,
+    /// Steps that the norm clip changed.
+    pub clipped: u64,
+    /// Values of gradients that the value clip changed.
+    pub clamped: u64,
+    /// The largest error of an update that was replayed, in units in the last place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow_ulp: Option<f64>,
+    /// Samples.
+    pub samples: u64,
+    /// Seconds that the steps took.
+    pub seconds: f64,
+    /// Learning rate of the last step.
+    pub rate: f64,
+    /// Its gradient norm, before the norm clip; none where it is no finite number.
+    pub norm: Option<f64>,
+    /// The sum of squares of each tensor of its gradient; empty where one is no finite number.
+    pub squares: Vec<f64>,
+}
+
+impl Interval {
+    /// Whether no step came since the record.
+    pub fn is_empty(&self) -> bool {
+        self.steps == 0
+    }
+}
+
+/// A number that was written as null where it was not finite.
+pub(super) fn number_or_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
     Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
@@ -94,16 +132,13 @@ impl MetricsWriter {
         Ok(MetricsWriter { file, path: path.to_owned() })
     }
 
-    /// Goes on with a file after a resume at `step`: records of later steps, and a last line cut short, are dropped.
+    /// Goes on with a file after a resume: records that are not to be kept, and a last line cut short, are dropped.
     ///
     /// # Errors
     /// A file that cannot be read or written.
-    pub fn resume(path: &Path, step: u64) -> Result<Self> {
-        let kept: Vec<Record> = if path.exists() {
-            read_lines(path, true)?.into_iter().filter(|record| record.step <= step).collect()
-        } else {
-            Vec::new()
-        };
+    pub fn resume(path: &Path, keep: impl Fn(&Record) -> bool) -> Result<Self> {
+        let kept: Vec<Record> =
+            if path.exists() { read_lines(path, true)?.into_iter().filter(keep).collect() } else { Vec::new() };
         Self::over(path, &kept)
     }
 
@@ -118,15 +153,15 @@ impl MetricsWriter {
         Ok(MetricsWriter { file, path: path.to_owned() })
     }
 
-    /// Drops the evaluations of a step, which are made again. Gives the last record of training.
+    /// Drops the evaluations of a step, which are made again.
     ///
     /// # Errors
     /// A file that cannot be read or written.
-    pub fn forget_evaluations_of(&mut self, step: u64) -> Result<Option<Record>> {
+    pub fn forget_evaluations_of(&mut self, step: u64) -> Result<()> {
         let mut records = read_lines(&self.path, true)?;
         records.retain(|record| record.split == SplitName::Train || record.step != step);
         *self = Self::over(&self.path, &records)?;
-        Ok(records.into_iter().rfind(|record| record.split == SplitName::Train))
+        Ok(())
     }
 
     /// Appends a record and hands it to the operating system.
@@ -216,7 +251,7 @@ mod tests {
         }
         writer.file.write_all(b"{\"step\": 6, \"ep").unwrap();
         assert_eq!(read_metrics(&path).unwrap().len(), 5);
-        let mut writer = MetricsWriter::resume(&path, 3).unwrap();
+        let mut writer = MetricsWriter::resume(&path, |record| record.step <= 3).unwrap();
         writer.append(&record(4, f64::NAN)).unwrap();
         let records = read_metrics(&path).unwrap();
         assert_eq!(records[..3], [record(1, 1.0), record(2, 0.5), record(3, 1.0 / 3.0)]);

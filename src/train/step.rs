@@ -5,7 +5,10 @@ mod evaluate;
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 pub use self::evaluate::Evaluation;
+use super::metrics::number_or_nan;
 use crate::backend::ops::{METRICS, Update};
 use crate::backend::step::{Feed, Fill, Finished, Found, Gather, LossScale, Pass, Room, Turn, UpdateWork, Work};
 use crate::backend::{Activations, Arena, Backend, Exchange, PassOfStep, StepContext};
@@ -17,9 +20,10 @@ use crate::parallel::{Sharding, ShardingOptions};
 use crate::plan::{Share, Window};
 
 /// Sums of a loss and of right predictions.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LossSums {
     /// Sum of losses.
+    #[serde(deserialize_with = "number_or_nan")]
     pub loss: f64,
     /// What the sum is over: targets that count, or values.
     pub counted: f64,

@@ -36,8 +36,8 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         }
     }
 
-    /// Of a run that has no step left, the summary that it wrote. Where it did not come to that, what its end needs of what it
-    /// wrote: its last figures, and no evaluation of its last step, since they are done again.
+    /// Of a run that has no step left, the summary that it wrote. Where it did not come to that, the evaluations of its last step are
+    /// dropped, since they are done again.
     pub(super) fn go_on_at_the_end(&mut self) -> Result<Option<Summary>> {
         let mut text = Vec::new();
         if self.collective.rank() == 0 {
@@ -46,8 +46,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             if let Some(summary) = written {
                 text = summary.text();
             } else if let Some(metrics) = &mut self.metrics {
-                let last = metrics.forget_evaluations_of(step)?;
-                self.last_train = last.map(|record| Scores::new(record.loss, record.accuracy));
+                metrics.forget_evaluations_of(step)?;
             }
         }
         broadcast(&*self.collective, 0, &mut text)?;
@@ -134,7 +133,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if improves(self.options.best, before, found, min_delta) {
             self.state.best = Some(SplitScores {
                 step: self.state.step,
-                train: self.last_train,
+                train: self.state.last_train,
                 validation: Some(found),
                 test: None,
             });
@@ -206,7 +205,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if self.collective.rank() == 0 {
             checkpoint::save(&self.checkpoints, &self.trainer, &self.state)?;
         }
-        let last = SplitScores { step: self.state.step, train: self.last_train, validation, test };
+        let last = SplitScores { step: self.state.step, train: self.state.last_train, validation, test };
         let mut best = self.state.best.unwrap_or(last);
         if best.step == last.step {
             (best.validation, best.test) = (validation, test);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Interval, LastStep, Loop, model_input};
+use super::{Loop, model_input};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
 use crate::data::{InputSpec, Preprocess, Sampler, SamplerOptions, TargetSpec};
@@ -127,8 +127,8 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let program = trainer.program();
         let flops_of_sample = program.model_flops() as f64 / (run.options.batch_size / share.of) as f64;
         let utilization_of_sample = trainer.backend().peak_arithmetic().map(|peak| flops_of_sample / peak);
-        let metrics =
-            (rank == 0).then(|| MetricsWriter::resume(&run.folder.join("metrics.jsonl"), state.step)).transpose()?;
+        let metrics = run.folder.join("metrics.jsonl");
+        let metrics = (rank == 0).then(|| MetricsWriter::resume(&metrics, |record| state.keeps(record))).transpose()?;
         let seconds_before = state.seconds;
         Ok(Loop {
             collective,
@@ -158,10 +158,6 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             began: Instant::now(),
             seconds_before,
             stopwatch: None,
-            interval: Interval::default(),
-            skipped_in_a_row: 0,
-            last_step: LastStep::default(),
-            last_train: None,
             last_validation: None,
             ends_after: None,
         })
