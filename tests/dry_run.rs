@@ -329,6 +329,24 @@ fn without_a_gpu_a_run_on_one_is_planned_all_the_same() {
     }
 }
 
+/// What is asked of the data's size: a training split of 1258 samples.
+#[test]
+fn what_training_refuses_a_dry_run_refuses_in_the_same_words() {
+    let place = Place::new();
+    for more in [
+        ["data.batch_size=4000", "run.steps=3"],
+        ["run.epochs=1", "schedule.warmup_steps=39"],
+        ["run.epochs=0.5", "schedule={ kind = \"wsd\", decay_steps = 21 }"],
+        ["data.drop_last=false", "data.batch_size=1257"],
+    ] {
+        let more = ["--set", "run.precision=f32", "--set", more[0], "--set", more[1]];
+        let [dry, ran] = [&["--dry-run"][..], &[]].map(|dry| place.train("cpu", 0, &[&more[..], dry].concat()));
+        assert_eq!((dry.status.code(), ran.status.code()), (Some(2), Some(2)), "{more:?}: {}", stdout(&dry));
+        assert_eq!(stderr(&dry), stderr(&ran));
+        assert!(!place.out.exists());
+    }
+}
+
 #[test]
 fn where_the_device_is_there_what_is_free_is_told_and_whether_it_fits() {
     if !has_emulated_device() {

@@ -14,18 +14,20 @@ use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::doctor::check;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count, emulated, is_embedded};
 use crate::config::{DeviceChoice, Precision, RunFile};
-use crate::data::{InputSpec, OpenedData, Preprocess, Reading, Recipe, TargetSpec, open_watched};
+use crate::data::{
+    InputSpec, OpenedData, Preprocess, Reading, Recipe, Sampler, SamplerOptions, TargetSpec, open_watched,
+};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::layers::LogMel;
 use crate::model::presets::{Fit, Goal, LossKind, Preset};
 use crate::parallel::world::World;
+use crate::plan::Share;
 use crate::tell::tell;
 use crate::text::grouped;
 use crate::train::checkpoint::{self, Which};
 use crate::train::infer::Predictor;
 use crate::train::looping::model_input;
-use crate::train::options::Length;
 
 /// The token that fills a line of words up.
 const PADDING: i32 = 0;
@@ -234,15 +236,24 @@ fn waiting(reading: &Reading) -> String {
     }
 }
 
+/// How a process of this share puts batches together.
+pub fn sampler_options(run: &RunFile, data: &OpenedData, share: Share) -> SamplerOptions {
+    let options = data.sampler_options(run.train.batch_size, run.train.seed);
+    SamplerOptions { accumulate: run.train.accumulate, share, ..options }
+}
+
+/// The steps of a run, for which its schedule is checked.
+pub fn steps(run: &RunFile, data: &OpenedData, sampler: SamplerOptions) -> Result<u64> {
+    let batches = Sampler::new(&*data.splits.train, sampler).map_err(|e| run.locate(e))?.batches_per_epoch();
+    let steps = run.train.length.in_steps(batches as f64 / f64::from(run.train.accumulate));
+    run.schedule.validate(steps, run.optimizer.learning_rate).map_err(|e| run.locate(e))?;
+    Ok(steps)
+}
+
 /// The steps of a run on one process.
-pub fn steps(run: &RunFile, data: &OpenedData) -> Result<u64> {
-    Ok(match run.train.length {
-        Length::Steps(steps) => steps,
-        Length::Epochs(epochs) => {
-            let batches = data.batches_per_epoch(run.train.batch_size)?;
-            ((epochs * batches as f64 / f64::from(run.train.accumulate)).round() as u64).max(1)
-        }
-    })
+pub fn steps_alone(run: &RunFile, data: &OpenedData) -> Result<u64> {
+    let share = run.parallel.share(0, 1, run.train.batch_size).map_err(|e| run.locate(e))?;
+    steps(run, data, sampler_options(run, data, share))
 }
 
 /// The model of a run file for data that was opened, or remembered.

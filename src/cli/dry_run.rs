@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::assemble::{Opened, build_model, open_data};
+use super::assemble::{Opened, build_model, open_data, sampler_options, steps};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Device, LESS_MEMORY};
 use crate::backend::ops::Update;
 use crate::config::{DeviceChoice, Precision, RunFile};
+use crate::data::OpenedData;
 use crate::data::options::Resident;
-use crate::data::{OpenedData, SamplerOptions};
 use crate::error::Result;
 use crate::model::{Model, Program};
 use crate::parallel::Shard;
@@ -66,12 +66,14 @@ fn plan<B: Update>(
     if sharding.shard != Shard::None {
         can_be_shared_out(&run.optimizer).map_err(|e| run.locate(e))?;
     }
+    let sampler = sampler_options(run, data, share);
+    let left = sampler.left(data.splits.train.len());
+    steps(run, data, sampler)?;
     let wanted = Wanted {
         input: model_input(data.input()),
         batch_size: run.train.batch_size / share.of,
         share: (share.of > 1).then_some((share, sharding)),
-        left: SamplerOptions { share, ..data.sampler_options(run.train.batch_size, run.train.seed) }
-            .left(data.splits.train.len()),
+        left,
         evaluations: evaluated(&data.splits, run.train.batch_size / share.of),
         optimizer: &run.optimizer,
         average: run.train.ema.is_some(),

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use super::assemble::{open_data, steps};
+use super::assemble::{open_data, steps_alone};
 use super::{RunFileArgs, say};
 use crate::error::Error;
 use crate::train::metrics::read_metrics;
@@ -55,7 +55,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             let steps = match run.train.length {
                 Length::Steps(steps) => steps,
                 // Data are needed for it.
-                Length::Epochs(_) => steps(&run, &open_data(&run, true)?)?,
+                Length::Epochs(_) => steps_alone(&run, &open_data(&run, true)?)?,
             };
             let peak = run.optimizer.learning_rate;
             run.schedule.validate(steps, peak).map_err(|e| run.locate(e))?;

@@ -8,7 +8,7 @@ use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::assemble::{Opened, open_data, open_device, steps};
+use super::assemble::{Opened, open_data, open_device, steps_alone};
 use super::train::make_run;
 use super::{RunArgs, say, whole};
 use crate::backend::Backend;
@@ -49,7 +49,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     // Before anything is read: an emulated device starts the program again.
     let device = open_device(&run_file, &world, true)?;
     let data = open_data(&run_file, true)?;
-    let whole = steps(&run_file, &data)?;
+    let whole = steps_alone(&run_file, &data)?;
     if whole < 2 {
         return Err(run_file.locate(Error::config("run.steps", "the run has 1 step, expected 2 or more")).into());
     }

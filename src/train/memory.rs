@@ -6,7 +6,7 @@
 use crate::backend::ops::Update;
 use crate::backend::{Backend, Op, Param, Use, stores_what_it_computes_in};
 use crate::data::{Splits, Table};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{ActivationBytes, Input, Mode, Model, ParamTable, Program};
 use crate::optim::{OptimizerOptions, UpdatePlan};
 use crate::parallel::{Footprint, Shard, Sharding, ShardingOptions, buckets};
@@ -42,6 +42,11 @@ pub fn evaluated(splits: &Splits, batch_size: usize) -> Vec<usize> {
     found.sort_unstable();
     found.dedup();
     found
+}
+
+/// A problem with the batch that ends a pass over the data, of `left` samples, by the key that asks for it.
+pub(super) fn of_the_last_batch(left: usize, problem: &Error) -> Error {
+    Error::config("data.drop_last", format!("with false, what is left for the last batch is {left}: {problem}"))
 }
 
 /// A part of the memory.
@@ -134,7 +139,8 @@ impl RunMemory {
         let slots = plan.slots.len();
         let ActivationBytes { mut inputs, mut others } = program.activation_parts(B::INPUT_SLOTS);
         if let Some(left) = wanted.left {
-            let smaller = model.plan(&wanted.input, left, Mode::Training)?;
+            let smaller = model.plan(&wanted.input, left, Mode::Training);
+            let smaller = smaller.map_err(|e| of_the_last_batch(left, &e))?;
             workspace = workspace.or(smaller.workspace(device)?);
             let smaller = smaller.activation_parts(B::INPUT_SLOTS);
             inputs += smaller.inputs;

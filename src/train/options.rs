@@ -11,6 +11,16 @@ pub enum Length {
     Epochs(f64),
 }
 
+impl Length {
+    /// Updates, where a pass over the training split takes so many; one at least.
+    pub fn in_steps(self, steps_per_epoch: f64) -> u64 {
+        match self {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
+        }
+    }
+}
+
 /// When something happens again.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Cadence {

@@ -14,9 +14,8 @@ use crate::optim::NormClip;
 use crate::parallel::{Collective, GradientsOptions, Shard, agree, broadcast};
 use crate::train::checkpoint::{self, RunState, Which};
 use crate::train::files;
-use crate::train::memory::evaluated;
+use crate::train::memory::{evaluated, of_the_last_batch};
 use crate::train::metrics::MetricsWriter;
-use crate::train::options::Length;
 use crate::train::resident::{self, Source};
 use crate::train::run::{Run, Start};
 use crate::train::sharing::{check_sharding, exchange};
@@ -50,10 +49,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let make = || {
             let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
             let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
-            let steps = match run.options.length {
-                Length::Steps(steps) => steps,
-                Length::Epochs(epochs) => ((epochs * steps_per_epoch).round() as u64).max(1),
-            };
+            let steps = run.options.length.in_steps(steps_per_epoch);
             run.schedule.validate(steps, run.optimizer.learning_rate)?;
             let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
             let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
@@ -69,13 +65,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             };
             let mut trainer = Trainer::sharded(parts, sharding)?;
             if let Some(left) = sampler_options.left(run.splits.train.len()) {
-                let told = |e| {
-                    Error::config(
-                        "data.drop_last",
-                        format!("with false, what is left for the last batch is {left}: {e}"),
-                    )
-                };
-                trainer.plan_smaller(left).map_err(told)?;
+                trainer.plan_smaller(left).map_err(|e| of_the_last_batch(left, &e))?;
             }
             trainer.plan_evaluations(&evaluated(&run.splits, run.options.batch_size / share.of))?;
             if share.of > 1 || collective.is_queued() {
