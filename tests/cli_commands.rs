@@ -430,6 +430,8 @@ fn nothing_to_judge_by_and_a_prompt_out_of_the_vocabulary_are_refused() {
     place.write("empty.csv", "a,b\n");
     place.good(&["train", "run.toml", "--quiet", "--out", "out"]);
     place.refused(&["eval", "out"], &["no test and no validation split", "--split train"]);
+    let best = ["eval", "out", "--split", "train", "--checkpoint", "best"];
+    place.refused(&best, &["holds no best checkpoint", "a validation split", "--checkpoint latest"]);
     place.refused(&["predict", "out", "--text", ""], &["--text: "]);
     place.refused(&["predict", "out", "empty.csv"], &["empty.csv: "]);
     // Files are read and told of one after the other, so that many of them need no more memory than one.

@@ -314,7 +314,14 @@ impl Trained {
                 },
             };
             let found = wanted.ok_or_else(|| {
-                Error::checkpoint(path, "holds no checkpoint; expected a run folder, as `warpstep train` leaves one")
+                let others =
+                    which == Some(Which::Best) && matches!(checkpoint::find(&checkpoints, Which::Latest), Ok(Some(_)));
+                let problem = if others {
+                    "holds no best checkpoint, for which a validation split is evaluated; give --checkpoint latest"
+                } else {
+                    "holds no checkpoint; expected a run folder, as `warpstep train` leaves one"
+                };
+                Error::checkpoint(path, problem)
             })?;
             (path.to_owned(), found)
         };
