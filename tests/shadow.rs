@@ -16,7 +16,7 @@ use warpstep::backend::ops::Update;
 use warpstep::backend::{Arena, Backend};
 use warpstep::optim::{Clip, NormClip, Rule, StepOutcome, StepParams, UpdatePlan};
 use warpstep::train::metrics::{Record, SplitName, read_metrics};
-use warpstep::train::shadow::{MUON_ULP, Replayed, Shadow};
+use warpstep::train::shadow::{Replayed, Shadow, muon_ulp};
 
 use bed::{ADAM, Case, LAMB, LARS, LION, MOMENTUM, MUON, NESTEROV, POLYAK, clips, fresh_seed, options};
 
@@ -47,7 +47,7 @@ fn every_rule_under_every_clip_replays_to_the_bit() {
             // An even seed sets gradients to 0 in the pass, an odd one leaves them.
             let own = seed + (at + number) as u64;
             let case = Case::new(&options(rule, clip), own, &[(at + number) % 4]);
-            let allowed = if matches!(rule, Rule::Muon { .. }) { MUON_ULP } else { 0.0 };
+            let allowed = if let Rule::Muon { steps, .. } = rule { muon_ulp(steps) } else { 0.0 };
             let found = watched(&Cpu::<f32>::new(), &case, own);
             assert!(found <= allowed, "CPU, {rule:?}, {clip:?}: {found} ulp");
             // The device's rules have the CPU's bits in tests of their own; here, that a replay knows it.
@@ -224,6 +224,32 @@ fn a_copy_in_sixteen_bits_that_is_not_the_rounded_parameter_is_found() {
     assert!(told.unwrap_err().to_string().contains("copy of `one`[0] is 1000"));
 }
 
+/// Gradients of a few samples are of a low rank, outside of which iterations make much of what rounding leaves: the more the more of them.
+#[test]
+fn muon_is_within_its_bound_whatever_the_rank_and_however_many_iterations() {
+    let seed = fresh_seed();
+    let tensors: [(&str, &[usize]); 2] = [("classes.weight", &[3, 210]), ("layer.weight", &[40, 30])];
+    for iterations in [0, 1, 3, 5, 9] {
+        let Rule::Muon { momentum, nesterov, scale, .. } = MUON else { unreachable!("Muon's own options") };
+        let rule = Rule::Muon { momentum, nesterov, steps: iterations, scale };
+        let mut case = Case::of(&tensors, &options(rule, clips()[2]), seed, &[]);
+        for gradients in &mut case.gradients {
+            for (name, shape) in tensors {
+                let of = &mut gradients[case.layout.get(name).unwrap().range()];
+                let (columns, two) = (shape[1], of[..2 * shape[1]].to_vec());
+                for (row, of) in of.chunks_mut(columns).enumerate() {
+                    let [first, second] = [(row as f32).sin(), (2.0 + row as f32).cos()];
+                    of.iter_mut().enumerate().for_each(|(i, g)| *g = first * two[i] + second * two[columns + i]);
+                }
+            }
+        }
+        let mut found = vec![watched(&Cpu::<f32>::new(), &case, seed)];
+        found.extend(device::device().map(|device| watched(&Cuda::<f32>::new(device), &case, seed)));
+        println!("{iterations} iterations: {found:?} of {} ulp", muon_ulp(iterations));
+        assert!(found.iter().all(|&ulp| ulp <= muon_ulp(iterations)), "{iterations}: {found:?}");
+    }
+}
+
 /// A matrix as large as tests can afford, a Muon bound that a wrong iteration cannot keep.
 #[test]
 fn muon_is_within_its_bound_and_one_iteration_less_is_not() {
@@ -241,7 +267,7 @@ fn muon_is_within_its_bound_and_one_iteration_less_is_not() {
     let mut found = vec![watched(&Cpu::<f32>::new(), &case, seed)];
     found.extend(device::device().map(|device| watched(&Cuda::<f32>::new(device), &case, seed)));
     println!("{found:?} ulp");
-    assert!(found.iter().all(|&ulp| ulp <= MUON_ULP), "{found:?}");
+    assert!(found.iter().all(|&ulp| ulp <= muon_ulp(5)), "{found:?}");
     let told = second(&Cpu::<f32>::new(), &case, &|b, a, plan, step| {
         let mut wrong = plan.clone();
         for group in &mut wrong.groups {

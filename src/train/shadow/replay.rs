@@ -149,11 +149,12 @@ pub(super) fn replay<R: Real>(
             }
         }
         Rule::Muon { nesterov, .. } => {
+            let mut directions = vec![R::zero(); g.len()];
             for (i, &g) in g.iter().enumerate() {
                 let (g, _) = r.decay(theta[i], g);
-                after.slots[0][i] = r.muon(g, before.slots[0][i], nesterov).1;
+                (directions[i], after.slots[0][i]) = r.muon(g, before.slots[0][i], nesterov);
             }
-            after.parameters = muon_in_f64(tensor, group, step, before, &g);
+            after.parameters = muon_in_f64(tensor, group, step, theta, &directions);
         }
         _ => {
             for (i, &g) in g.iter().enumerate() {
@@ -207,23 +208,33 @@ fn element<R: Real>(group: &Group, r: &RuleStep<R>, g: R, i: usize, after: &mut 
     }
 }
 
-/// A matrix's parameters under Muon, computed in f64 from its clipped gradients.
-fn muon_in_f64<R: Real>(tensor: &TensorPlan, group: &Group, step: &StepParams, before: &Values<R>, g: &[R]) -> Vec<R> {
+/// A matrix's parameters under Muon, computed in f64 from `theta`, those before, and from the directions that its momentum gives. These
+/// are rounded as the update rounds them: outside a matrix's rank the iteration would make much of another rounding.
+fn muon_in_f64<R: Real>(
+    tensor: &TensorPlan,
+    group: &Group,
+    step: &StepParams,
+    theta: &[R],
+    directions: &[R],
+) -> Vec<R> {
     let len = tensor.len.next_multiple_of(crate::plan::ALIGNMENT);
     let padded = |values: &[R]| {
         let mut wide: Vec<f64> = values.iter().map(|x| x.f64()).collect();
         wide.resize(len, 0.0);
         wide
     };
+    // A decay that is added to the gradient is in the direction.
+    let weight_decay = if group.decoupled { group.weight_decay } else { 0.0 };
     let plan = UpdatePlan {
-        groups: vec![*group],
+        groups: vec![Group { weight_decay, ..*group }],
         block_groups: vec![0; len / crate::plan::ALIGNMENT],
         tensors: vec![TensorPlan { offset: 0, group: 0, ..tensor.clone() }],
         clip: Clip::default(),
         slots: group.rule.slots(),
         rounding: None,
     };
-    let (mut theta, mut gradients, mut momentum) = (padded(&before.parameters), padded(g), padded(&before.slots[0]));
+    // A momentum that is the gradient stays so, and is the direction.
+    let (mut theta, mut gradients, mut momentum) = (padded(theta), padded(directions), padded(directions));
     let step = StepParams { divisor: 1.0, zero_gradients: false, ..*step };
     match cpu::update(&mut theta, &mut gradients, &mut [&mut momentum], &plan, &step) {
         Ok(_) => theta[..tensor.len].iter().map(|&x| R::from_f64(x)).collect(),
