@@ -30,7 +30,7 @@ static_assert(sizeof(UpdateParams) == 16, "as the host's");
 
 __device__ __forceinline__ float division(const UpdateParams& params) { return static_cast<float>(1.0 / params.divisor); }
 
-// A group's constants for one step, computed in f64, rounded once: f64 is slow on most devices, so that no pass over elements has any.
+// A group's constants for one step, computed in f64, which is slow on most devices, once a group, and rounded once.
 struct RuleStep {
     float learning_rate, coupled, shrink, a, b, feed, feed_b, epsilon, corrected_rate, correction, root_correction, gamma, divide;
 };

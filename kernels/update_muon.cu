@@ -10,12 +10,11 @@ __device__ void muon_direction(const P* parameters, G* gradients, float* first, 
     const Tensor tensor = pass.tensors[index];
     const bool skipped = pass.outcome->skipped;
     const RuleStep r = pass.steps[tensor.group];
-    const float divide = division(*pass.params);
     for (u64 i = thread_index(); i < tensor.len; i += thread_count()) {
         const u64 at = tensor.offset + i;
         float d = 0.0f;
         if (!skipped) {
-            Scale scale{divide, pass.bound, pass.coefficients[index]};
+            Scale scale{r.divide, pass.bound, pass.coefficients[index]};
             if (pass.unit_coefficients != nullptr) {
                 scale.coefficient = pass.unit_coefficients[tensor.first_unit + i / tensor.unit];
             }

@@ -14,7 +14,7 @@ __device__ void lars_pieces(const P* parameters, const G* gradients, const Piece
     const Tensor tensor = pass.tensors[piece.tensor];
     double w = 0.0, s = 0.0;
     if (pass.groups[tensor.group].rule == LARS) {
-        const float divide = division(*pass.params);
+        const float divide = pass.steps[tensor.group].divide;
         auto theta = mapped(parameters + piece.offset, Itself{});
         w = block_squares(piece, theta, sums);
         if (pass.unit_coefficients == nullptr) {
