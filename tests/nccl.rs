@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 use std::time::Duration;
 
-use common::has_emulated_device;
+use common::{curve, has_emulated_device};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -133,17 +133,6 @@ impl Place {
     }
 }
 
-/// The lines of metrics.jsonl, without times and speeds.
-fn curve(run: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    for line in &mut lines {
-        let line = line.as_object_mut().unwrap();
-        ["time_s", "samples_per_s", "tokens_per_s", "mfu"].iter().for_each(|key| drop(line.remove(*key)));
-    }
-    lines
-}
-
 /// Losses, accuracies and norms of two curves are as close as sums in another order make them.
 fn assert_near(found: &[Value], expected: &[Value], allowed: f64) {
     assert_eq!(found.len(), expected.len());
@@ -254,6 +243,16 @@ fn a_process_that_is_killed_ends_the_others_with_a_sentence() {
     }
 }
 
+/// Tells the second of some processes to end, and waits for all, which end by that.
+fn all_end_by_a_signal_to_one(processes: Vec<Child>) {
+    // SAFETY: a signal to a process that this test started and has not waited for.
+    unsafe { libc::kill(processes[1].id() as i32, libc::SIGTERM) };
+    for process in processes {
+        let ended = process.wait_with_output().unwrap();
+        assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{}", common::stderr(&ended));
+    }
+}
+
 #[test]
 fn a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint() {
     if !has_emulated_device() {
@@ -263,12 +262,7 @@ fn a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint() {
     let never = ["run.steps=100000", "evaluate.every_steps=100000", "checkpoint.every_steps=100000"];
     let processes = place.start("told", 2, &never, &[]);
     wait_for_steps(&place.out("told"), 5);
-    // SAFETY: a signal to a process that this test started and has not waited for.
-    unsafe { libc::kill(processes[1].id() as i32, libc::SIGTERM) };
-    for process in processes {
-        let ended = process.wait_with_output().unwrap();
-        assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{}", common::stderr(&ended));
-    }
+    all_end_by_a_signal_to_one(processes);
     assert!(!common::tensor_hashes(&place.out("told")).is_empty());
 }
 
@@ -292,12 +286,7 @@ fn a_signal_to_one_process_ends_an_evaluation_of_all_and_it_is_done_again() {
         let set = [&long[..], &[&sharded]].concat();
         let processes = place.start("told", 2, &set, &[]);
         wait_for_steps(&place.out("told"), 2);
-        // SAFETY: a signal to a process that this test started and has not waited for.
-        unsafe { libc::kill(processes[1].id() as i32, libc::SIGTERM) };
-        for process in processes {
-            let ended = process.wait_with_output().unwrap();
-            assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{}", common::stderr(&ended));
-        }
+        all_end_by_a_signal_to_one(processes);
         let splits = |out: &Path| -> Vec<String> { curve(out).iter().map(|line| line["split"].to_string()).collect() };
         let told = splits(&place.out("told"));
         assert!(told.iter().all(|split| split == "\"train\""), "{shard}: {told:?}");

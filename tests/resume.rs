@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{fresh_seed, run, stderr, stdout, tensor_hashes, warpstep};
+use common::{curve, fresh_seed, run, stderr, stdout, tensor_hashes, warpstep};
 use serde_json::Value;
 use warpstep::random::{Philox, Purpose};
 
@@ -400,18 +400,6 @@ fn a_run_that_stopped_early_does_not_go_on() {
     short.train("run", &[&more[..], &["--resume"]].concat());
     assert_eq!((summary(&out)["steps"].as_u64(), tensor_hashes(&out)), (Some(20), expected));
     assert_eq!(records(&out), lines);
-}
-
-/// The lines of metrics.jsonl, without the time that they took.
-fn curve(out: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-    let of = |line: &str| {
-        let mut record: Value = serde_json::from_str(line).unwrap();
-        let figures = record.as_object_mut().unwrap();
-        figures.retain(|name, _| name != "time_s" && name != "samples_per_s");
-        record
-    };
-    text.lines().map(of).collect()
 }
 
 /// What a run that is killed leaves: a run's folder at one of its checkpoints, and records of later steps.

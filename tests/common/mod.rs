@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde_json::Value;
 use warpstep::backend::cuda::{emulated, is_embedded};
 use warpstep::train::checkpoint::{Which, find};
 use warpstep::train::tensors;
@@ -106,4 +107,15 @@ pub fn tensor_hashes(run: &Path) -> Vec<(String, String)> {
         }
     }
     hashes
+}
+
+/// The lines of metrics.jsonl, without times and speeds.
+pub fn curve(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for line in &mut lines {
+        let line = line.as_object_mut().unwrap();
+        ["time_s", "samples_per_s", "tokens_per_s", "mfu"].iter().for_each(|key| drop(line.remove(*key)));
+    }
+    lines
 }
