@@ -72,6 +72,11 @@ impl Team {
     pub fn goodbye(self) {
         let Team { collective, watch } = self;
         let Some(watch) = watch else { return };
+        if collective.is_left_last() {
+            watch.goodbye();
+            drop(collective);
+            return;
+        }
         // Engines leave together: what one process fails at meanwhile, the watch still tells the others.
         let waits = watch.communicating();
         drop(collective);

@@ -27,6 +27,12 @@ pub trait Collective: Send + Sync {
         false
     }
 
+    /// Whether processes leave it as the last of what they do, after the [watch](super::watch::Watch) over them has ended: where what started
+    /// them watches over that itself. Any other is left while the watch goes on, which tells of a process that fails there.
+    fn is_left_last(&self) -> bool {
+        false
+    }
+
     /// `values = sum over ranks of values`: the same bits in every process.
     ///
     /// # Errors

@@ -38,6 +38,10 @@ impl Collective for Watched {
         self.collective.is_queued()
     }
 
+    fn is_left_last(&self) -> bool {
+        self.collective.is_left_last()
+    }
+
     fn all_reduce_sum(&self, values: Slice<'_>) -> Result<()> {
         let _waits = self.watch.communicating();
         self.collective.all_reduce_sum(values)
