@@ -6,7 +6,7 @@ use warpstep::backend::cpu::Cpu;
 use warpstep::backend::{Backend, Memory, StepContext};
 use warpstep::model::interop::{from_hugging_face_gpt2, gpt2_options, is_hugging_face_gpt2, to_hugging_face_gpt2};
 use warpstep::model::{Input, Mode, Value};
-use warpstep::train::tensors;
+use warpstep::train::tensors::{self, Origin};
 
 #[test]
 fn hugging_face_weights_give_hugging_face_s_logits() {
@@ -29,8 +29,8 @@ fn hugging_face_weights_give_hugging_face_s_logits() {
     assert_eq!(program.output_shape, logits.shape);
     let mut arena = model.arena(&backend, 0, 0).unwrap();
     let layout = arena.layout.clone();
-    tensors::upload(&backend, &mut arena.parameters, &layout, "", &mut weights, &path).unwrap();
-    tensors::nothing_left(&weights, &path).unwrap();
+    tensors::upload(&backend, &mut arena.parameters, &layout, "", &mut weights, Origin::of_run(&path)).unwrap();
+    tensors::nothing_left(&weights, Origin::of_run(&path)).unwrap();
     let mut activations = program.activations(&backend).unwrap();
     let Value::Tokens(input) = program.input else { panic!("a GPT takes tokens") };
     let whole: Vec<i32> = tokens.values.iter().map(|&t| t as i32).collect();

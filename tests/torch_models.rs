@@ -8,7 +8,7 @@ use warpstep::model::interop::TensorMap;
 use warpstep::model::layers::{HiddenActivation, NormKind, RotaryOptions};
 use warpstep::model::presets::*;
 use warpstep::model::{Input, Mode, Value};
-use warpstep::train::tensors;
+use warpstep::train::tensors::{self, Origin};
 
 /// Largest difference over the largest value of the tensor.
 fn error(found: &[f32], expected: &[f32]) -> f32 {
@@ -40,8 +40,8 @@ fn check(name: &str, preset: Preset, goal: Goal, vocabulary: Option<usize>) {
         fixture.iter().filter_map(|(key, t)| Some((key.strip_prefix(prefix)?.to_owned(), t.clone()))).collect()
     };
     let mut weights = part("param.");
-    tensors::upload(&backend, &mut arena.parameters, &layout, "", &mut weights, &path).unwrap();
-    tensors::nothing_left(&weights, &path).unwrap();
+    tensors::upload(&backend, &mut arena.parameters, &layout, "", &mut weights, Origin::of_run(&path)).unwrap();
+    tensors::nothing_left(&weights, Origin::of_run(&path)).unwrap();
 
     let mut activations = program.activations(&backend).unwrap();
     for (value, key) in [(program.input, "input"), (program.target.unwrap(), "target")] {

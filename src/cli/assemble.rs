@@ -14,9 +14,7 @@ use crate::backend::cuda::auto::{Choice, Machine, choose};
 use crate::backend::cuda::doctor::check;
 use crate::backend::cuda::{Cuda, Device, DeviceOptions, device_count, emulated, is_embedded};
 use crate::config::{DeviceChoice, Precision, RunFile};
-use crate::data::{
-    InputSpec, OpenedData, Preprocess, Reading, Recipe, Sampler, SamplerOptions, TargetSpec, open_watched,
-};
+use crate::data::{InputSpec, OpenedData, Preprocess, Reading, Recipe, SamplerOptions, TargetSpec, open_watched};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::layers::LogMel;
@@ -28,6 +26,7 @@ use crate::text::grouped;
 use crate::train::checkpoint::{self, Which};
 use crate::train::infer::Predictor;
 use crate::train::looping::model_input;
+use crate::train::run::steps_of;
 
 /// The token that fills a line of words up.
 const PADDING: i32 = 0;
@@ -244,10 +243,9 @@ pub fn sampler_options(run: &RunFile, data: &OpenedData, share: Share) -> Sample
 
 /// The steps of a run, for which its schedule is checked.
 pub fn steps(run: &RunFile, data: &OpenedData, sampler: SamplerOptions) -> Result<u64> {
-    let batches = Sampler::new(&*data.splits.train, sampler).map_err(|e| run.locate(e))?.batches_per_epoch();
-    let steps = run.train.length.in_steps(batches as f64 / f64::from(run.train.accumulate));
-    run.schedule.validate(steps, run.optimizer.learning_rate).map_err(|e| run.locate(e))?;
-    Ok(steps)
+    let peak = run.optimizer.learning_rate;
+    let counted = steps_of(&*data.splits.train, sampler, run.train.length, (&run.schedule, peak));
+    counted.map(|(steps, _)| steps).map_err(|e| run.locate(e))
 }
 
 /// The steps of a run on one process.

@@ -58,7 +58,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                 Length::Epochs(_) => steps_alone(&run, &open_data(&run, true)?)?,
             };
             let peak = run.optimizer.learning_rate;
-            run.schedule.validate(steps, peak).map_err(|e| run.locate(e))?;
             // No more steps than a picture can show.
             let stride = steps.div_ceil(MOST);
             let mut shown: Vec<u64> = (0..steps.div_ceil(stride)).map(|point| point * stride).collect();

@@ -14,7 +14,7 @@ use super::metrics::{Interval, Record, SplitName};
 use super::step::{Counters, Trainer};
 use super::streamed::{self, Streamed};
 use super::summary::{Scores, SplitScores};
-use super::tensors::{self, HostTensor, TensorMap};
+use super::tensors::{self, HostTensor, Origin, TensorMap};
 use crate::backend::ops::Update;
 use crate::backend::step::LossScale;
 use crate::backend::{Arena, Backend, Held};
@@ -276,20 +276,28 @@ pub fn is_there(folder: &Path, step: u64) -> bool {
 /// # Errors
 /// A name that is no checkpoint of this run.
 pub fn find(folder: &Path, which: Which) -> Result<Option<PathBuf>> {
-    let file = folder.join(which.file());
-    if !file.exists() {
+    let Some(name) = pointed(folder, which)? else {
         let newest = || all(folder).ok()?.into_iter().rev().find(|path| path.join("state.json").is_file());
         return Ok(if which == Which::Latest { newest() } else { None });
-    }
-    let name = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
-    let path = folder.join(name.trim());
-    if name.trim().is_empty() || !path.join("state.json").is_file() {
+    };
+    let path = folder.join(&name);
+    if name.is_empty() || !path.join("state.json").is_file() {
         return Err(Error::checkpoint(
-            file,
-            format!("found `{}`, expected the name of a checkpoint folder beside it", name.trim()),
+            folder.join(which.file()),
+            format!("found `{name}`, expected the name of a checkpoint folder beside it"),
         ));
     }
     Ok(Some(path))
+}
+
+/// What `latest` or `best` names, whether it is there or not; none where there is no such file.
+fn pointed(folder: &Path, which: Which) -> Result<Option<String>> {
+    let file = folder.join(which.file());
+    match fs::read_to_string(&file) {
+        Ok(name) => Ok(Some(name.trim().to_owned())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("read", file, e)),
+    }
 }
 
 /// The checkpoints of a run, by their steps.
@@ -327,12 +335,7 @@ fn step_of(name: &str) -> Option<u64> {
 /// What the operating system refuses: nothing that a run needs has been touched, and the next time it is tried again.
 pub fn prune(folder: &Path, keep: usize) -> Result<()> {
     let found = all(folder)?;
-    let file = folder.join(Which::Best.file());
-    let best = match fs::read_to_string(&file) {
-        Ok(name) => Some(folder.join(name.trim())),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-        Err(e) => return Err(Error::io("read", file, e)),
-    };
+    let best = pointed(folder, Which::Best)?.map(|name| folder.join(name));
     let old = found[..found.len().saturating_sub(keep)].iter().filter(|path| best.as_ref() != Some(path));
     let mut first = Ok(());
     for path in old {
@@ -399,14 +402,14 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
     let own = arena.own_elements();
     for (slot, name) in arena.slots.iter_mut().zip(slots) {
         let prefix = format!("{name}.");
-        tensors::upload_part(backend, (slot, 0), &arena.layout, &own, &prefix, &mut optimizer, &file)?;
+        tensors::upload_part(backend, (slot, 0), &arena.layout, &own, &prefix, &mut optimizer, Origin::of_run(&file))?;
     }
-    tensors::nothing_left(&optimizer, &file)?;
+    tensors::nothing_left(&optimizer, Origin::of_run(&file))?;
     let layout = arena.layout.clone();
     if let Some((backend, average)) = trainer.average_mut() {
         let file = path.join("ema.safetensors");
         let mut values = tensors::read(&file)?;
-        tensors::upload_part(backend, (average, 0), &layout, &own, "", &mut values, &file)?;
+        tensors::upload_part(backend, (average, 0), &layout, &own, "", &mut values, Origin::of_run(&file))?;
     }
     trainer.set_counters(state.counters());
     if let Some(scale) = state.loss_scale {
@@ -421,7 +424,7 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
 /// # Errors
 /// A file that is missing or damaged, or is of another model.
 pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-    load_tensors(tensors::read(file)?, file, backend, arena)
+    load_tensors(tensors::read(file)?, Origin::of_run(file), backend, arena)
 }
 
 /// As [`load_model`], for the weights that a run begins with.
@@ -441,27 +444,27 @@ pub fn load_weights<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) 
         );
         return Err(Error::checkpoint(file, problem));
     }
-    load_tensors(model, file, backend, arena).map_err(tensors::of_weights)
+    load_tensors(model, Origin::of_weights(file), backend, arena)
 }
 
-fn load_tensors<B: Backend>(mut model: TensorMap, file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+fn load_tensors<B: Backend>(mut model: TensorMap, from: Origin<'_>, backend: &B, arena: &mut Arena<B>) -> Result<()> {
     if arena.layout.get("transformer.wte.weight").is_some() && is_hugging_face_gpt2(&model) {
-        model = from_hugging_face_gpt2(model, file)?;
+        model = from_hugging_face_gpt2(model, from.path())?;
     }
     let (alone, copied) = (backend.stores_alone(arena), arena.shares_out_masters());
     let Arena { layout, parameters, stored, state_layout, state, held, .. } = arena;
     if alone {
-        tensors::upload(backend, stored, layout, "", &mut model, file)?;
+        tensors::upload(backend, stored, layout, "", &mut model, from)?;
     } else if let Some(Held { elements, parameters: Some(own), .. }) = held {
         if copied {
-            tensors::upload(backend, stored, layout, "", &mut model.clone(), file)?;
+            tensors::upload(backend, stored, layout, "", &mut model.clone(), from)?;
         }
-        tensors::upload_part(backend, (own, 0), layout, elements, "", &mut model, file)?;
+        tensors::upload_part(backend, (own, 0), layout, elements, "", &mut model, from)?;
     } else {
-        tensors::upload(backend, parameters, layout, "", &mut model, file)?;
+        tensors::upload(backend, parameters, layout, "", &mut model, from)?;
     }
-    tensors::upload(backend, state, state_layout, "", &mut model, file)?;
-    tensors::nothing_left(&model, file)?;
+    tensors::upload(backend, state, state_layout, "", &mut model, from)?;
+    tensors::nothing_left(&model, from)?;
     backend.parameters_changed(arena)
 }
 

@@ -158,9 +158,7 @@ impl MetricsWriter {
     /// # Errors
     /// A file that cannot be read or written.
     pub fn forget_evaluations_of(&mut self, step: u64) -> Result<()> {
-        let mut records = read_lines(&self.path, true)?;
-        records.retain(|record| record.split == SplitName::Train || record.step != step);
-        *self = Self::over(&self.path, &records)?;
+        *self = Self::resume(&self.path, |record| record.split == SplitName::Train || record.step != step)?;
         Ok(())
     }
 

@@ -5,16 +5,33 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use super::metrics::Record;
-use super::options::TrainOptions;
+use super::options::{Length, TrainOptions};
 use super::summary::Summary;
 use crate::backend::Backend;
 use crate::data::options::{Resident, Sampling};
-use crate::data::{Prefetch, Splits};
+use crate::data::{Dataset, Prefetch, Sampler, SamplerOptions, Splits};
 use crate::error::Result;
 use crate::model::Model;
 use crate::optim::{OptimizerOptions, Schedule};
 use crate::parallel::watch::Watch;
 use crate::parallel::{Collective, ParallelOptions};
+
+/// The updates of a run over this training split, for which its schedule is checked, and how many of them a pass over it takes.
+///
+/// # Errors
+/// As [`Sampler::new`]; a schedule that is longer than the run.
+pub fn steps_of(
+    train: &dyn Dataset,
+    sampler: SamplerOptions,
+    length: Length,
+    (schedule, peak): (&Schedule, f64),
+) -> Result<(u64, f64)> {
+    let accumulate = f64::from(sampler.accumulate);
+    let steps_per_epoch = Sampler::new(train, sampler)?.batches_per_epoch() as f64 / accumulate;
+    let steps = length.in_steps(steps_per_epoch);
+    schedule.validate(steps, peak)?;
+    Ok((steps, steps_per_epoch))
+}
 
 /// Everything that a run needs, typed and checked.
 pub struct Run<B: Backend> {

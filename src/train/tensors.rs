@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use bytemuck::Pod;
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use safetensors::tensor::{Dtype, Metadata};
 
 use super::parts;
 use super::streamed::{self, Streamed};
@@ -19,33 +19,51 @@ use crate::real::Element;
 
 pub use crate::model::interop::{HostTensor, TensorMap};
 
-/// How an error about a file of another model begins, and what it says to do.
-const ANOTHER: &str = "is of another model";
-const ITS_RUN_FILE: &str = "use the run file it was made with";
-
 /// How the files begin that `torch.save` writes.
 const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
 
-/// The error about weights that a run is to begin with: what has to change is the model that its file describes.
-pub fn of_weights(error: Error) -> Error {
-    let Error::Checkpoint { path, problem } = error else { return error };
-    let advice = "give [model] the keys that the model in model.weights has, or leave model.weights out";
-    Error::checkpoint(path, problem.replace(ITS_RUN_FILE, advice))
+/// Where tensors come from, and what to do where they are of another model.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin<'a> {
+    path: &'a Path,
+    advice: &'static str,
+}
+
+impl<'a> Origin<'a> {
+    /// A file that a run wrote: it is the run file that has to be the right one.
+    pub fn of_run(path: &'a Path) -> Self {
+        Origin { path, advice: "use the run file it was made with" }
+    }
+
+    /// The weights that a run is to begin with: what has to change is the model that its file describes.
+    pub fn of_weights(path: &'a Path) -> Self {
+        let advice = "give [model] the keys that the model in model.weights has, or leave model.weights out";
+        Origin { path, advice }
+    }
+
+    /// The file.
+    pub fn path(&self) -> &'a Path {
+        self.path
+    }
+
+    fn another_model(&self, problem: &str) -> Error {
+        Error::checkpoint(self.path, format!("is of another model: {problem}; {}", self.advice))
+    }
 }
 
 /// Copies tensors into an arena; `prefix` goes before each name. Taken tensors are removed from `tensors`.
 ///
 /// # Errors
-/// A tensor that is missing or has another shape: `path` is said to be of another model.
+/// A tensor that is missing or has another shape: its origin is said to be of another model.
 pub fn upload<B: Backend, T: Element>(
     backend: &B,
     buffer: &mut B::Buffer<T>,
     layout: &ParamLayout,
     prefix: &str,
     tensors: &mut TensorMap,
-    path: &Path,
+    origin: Origin<'_>,
 ) -> Result<()> {
-    upload_part(backend, (buffer, 0), layout, &(0..layout.padded_len()), prefix, tensors, path)
+    upload_part(backend, (buffer, 0), layout, &(0..layout.padded_len()), prefix, tensors, origin)
 }
 
 /// As [`upload`], of the elements of the arena that `buffer` holds from its element `start` on; tensors are taken whole.
@@ -59,7 +77,7 @@ pub fn upload_part<B: Backend, T: Element>(
     elements: &Range<usize>,
     prefix: &str,
     tensors: &mut TensorMap,
-    path: &Path,
+    origin: Origin<'_>,
 ) -> Result<()> {
     for entry in layout.entries() {
         let name = format!("{prefix}{}", entry.name);
@@ -68,15 +86,11 @@ pub fn upload_part<B: Backend, T: Element>(
             let placed = |key: &str| key.strip_prefix(prefix).is_some_and(|key| layout.get(key).is_some());
             let near = tensors.keys().filter(|key| !placed(key)).min_by_key(|key| strsim::levenshtein(key, &name));
             let has = near.map_or_else(|| "none".to_owned(), |n| format!("`{n}`"));
-            let problem = format!("{ANOTHER}: expected tensor `{name}` {:?}, found {has}; {ITS_RUN_FILE}", entry.shape);
-            return Err(Error::checkpoint(path, problem));
+            return Err(origin.another_model(&format!("expected tensor `{name}` {:?}, found {has}", entry.shape)));
         };
         if tensor.shape != entry.shape {
-            let problem = format!(
-                "{ANOTHER}: expected `{name}` of shape {:?}, found {:?}; {ITS_RUN_FILE}",
-                entry.shape, tensor.shape
-            );
-            return Err(Error::checkpoint(path, problem));
+            let problem = format!("expected `{name}` of shape {:?}, found {:?}", entry.shape, tensor.shape);
+            return Err(origin.another_model(&problem));
         }
         let part = overlap(&entry.range(), elements);
         if part.is_empty() {
@@ -93,13 +107,10 @@ pub fn upload_part<B: Backend, T: Element>(
 ///
 /// # Errors
 /// A tensor is left, other than PyTorch's `num_batches_tracked`.
-pub fn nothing_left(tensors: &TensorMap, path: &Path) -> Result<()> {
+pub fn nothing_left(tensors: &TensorMap, origin: Origin<'_>) -> Result<()> {
     match tensors.keys().find(|name| !name.ends_with("num_batches_tracked")) {
         None => Ok(()),
-        Some(name) => {
-            let problem = format!("{ANOTHER}: found tensor `{name}`, which this one has not; {ITS_RUN_FILE}");
-            Err(Error::checkpoint(path, problem))
-        }
+        Some(name) => Err(origin.another_model(&format!("found tensor `{name}`, which this one has not"))),
     }
 }
 
@@ -190,16 +201,8 @@ fn read_header(file: &File, path: &Path) -> Result<(u64, Metadata)> {
     let mut header = vec![0; told as usize];
     file.read_exact_at(&mut header, length.len() as u64).map_err(refused)?;
     let header: Metadata = serde_json::from_slice(&header).map_err(|e| damaged(format!("its header: {e}")))?;
-    let mut end = 0usize;
-    for name in header.offset_keys() {
-        let Some(TensorInfo { dtype, shape, data_offsets }) = header.info(&name) else { continue };
-        let bits = shape.iter().try_fold(dtype.bitsize(), |bits, &dimension| bits.checked_mul(dimension));
-        let here = bits.filter(|bits| bits % 8 == 0).and_then(|bits| end.checked_add(bits / 8));
-        if *data_offsets != (end, here.unwrap_or_default()) {
-            return Err(damaged(format!("`{name}` {shape:?} is said to be at bytes {data_offsets:?}")));
-        }
-        end = data_offsets.1;
-    }
+    // That tensors lie one behind the other, each with the bytes of its shape, the library has seen to.
+    let end = header.data_len();
     if end as u64 != behind - told {
         return Err(damaged(format!("its tensors have {} bytes, and it tells of {end}", behind - told)));
     }

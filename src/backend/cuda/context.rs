@@ -361,6 +361,11 @@ impl Device {
         !self.stream.cu_stream().is_null()
     }
 
+    /// Whether what is run again is recorded and replayed.
+    pub(super) fn replays(&self) -> bool {
+        self.options.graphs && self.can_record() && !self.is_timing()
+    }
+
     /// The stream that batches are copied on.
     pub(super) fn copy_stream(&self) -> &Arc<CudaStream> {
         &self.copy_stream
@@ -563,7 +568,7 @@ impl Device {
         // SAFETY: the caller owns as many bytes at the address; the host memory outlives the synchronization below.
         unsafe { result::memcpy_dtoh_async(to, address, self.stream.cu_stream()) }
             .map_err(|error| driver_error(ACTION, error))?;
-        self.synchronize()
+        self.drain("finish the work queued")
     }
 
     /// Copies within the device, in the order of the stream.
@@ -652,6 +657,11 @@ impl Device {
     pub(super) fn finish(&self, what: &str) -> Result<()> {
         self.bind()?;
         self.watch_queued(what)?;
+        self.drain(what)
+    }
+
+    /// The same, where nothing that is queued waits for other processes any more.
+    fn drain(&self, what: &str) -> Result<()> {
         // No stream is waited for while another thread records.
         let _claim = self.claim();
         self.stream.synchronize().map_err(|error| driver_error(what, error))?;

@@ -128,7 +128,7 @@ pub(super) fn run<S: Storage>(
     let device = backend.device();
     let _claim = device.claim();
     device.write(device.step_state(), bytemuck::bytes_of(&[step.micro_step, step.part]))?;
-    if !device.options().graphs || !device.can_record() || device.is_timing() {
+    if !device.replays() {
         return each(backend, program, memory, step);
     }
     let (arena, activations) = (&*memory.arena, &*memory.activations);

@@ -285,7 +285,7 @@ fn submit_one<S: Storage>(backend: &Cuda<S>, queue: &mut Queue, work: Work<'_, C
         let parts = Parts { pass: &mut pass, turn: &mut turn, update: &mut update };
         device.with_state(slot.state.address_of(0), || parts.queue(backend, slot, team, arena))
     };
-    if !device.options().graphs || !device.can_record() || device.is_timing() {
+    if !device.replays() {
         work()?;
     } else {
         match queue.recorded.iter_mut().find(|recorded| recorded.key == key) {

@@ -53,12 +53,6 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         if text.is_empty() { Ok(None) } else { Summary::parse(&self.folder.join("summary.json"), &text).map(Some) }
     }
 
-    /// Whether a signal asked this process to end.
-    fn signal(&self) -> impl Fn() -> bool + use<B> {
-        let interrupt = Arc::clone(&self.interrupt);
-        move || interrupt.load(Ordering::Relaxed) != 0
-    }
-
     /// Loss and accuracy of a split, recorded; none where a signal came before the last batch.
     fn evaluate(
         &mut self,
@@ -82,7 +76,8 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         let most = most.saturating_mul(self.parts);
         let (rank, world) = (self.collective.rank(), self.collective.world());
         let loader = Loader::every(Arc::clone(dataset), size, (rank, world), most, self.prefetch);
-        let signal = self.signal();
+        let interrupt = Arc::clone(&self.interrupt);
+        let signal = || interrupt.load(Ordering::Relaxed) != 0;
         let found = match self.trainer.sharding() {
             Some(Sharding { parameters: Some(_), .. }) => {
                 let mut loader = agree(&*self.collective, loader)?;
@@ -104,7 +99,7 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
             }),
         };
         let own = agree(&*self.collective, found)?;
-        if any(&*self.collective, self.signal()())? {
+        if any(&*self.collective, signal())? {
             return Ok(None);
         }
         let numbers: Vec<f64> = own.iter().flat_map(|sums| [sums.loss, sums.counted, sums.right]).collect();

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::{Loop, model_input};
 use crate::backend::Backend;
 use crate::backend::ops::Update;
-use crate::data::{InputSpec, Preprocess, Sampler, SamplerOptions, TargetSpec};
+use crate::data::{InputSpec, Preprocess, SamplerOptions, TargetSpec};
 use crate::error::{Error, Result};
 use crate::optim::NormClip;
 use crate::parallel::{Collective, GradientsOptions, Shard, agree, broadcast};
@@ -17,7 +17,7 @@ use crate::train::files;
 use crate::train::memory::{evaluated, of_the_last_batch};
 use crate::train::metrics::MetricsWriter;
 use crate::train::resident::{self, Source};
-use crate::train::run::{Run, Start};
+use crate::train::run::{Run, Start, steps_of};
 use crate::train::sharing::{check_sharding, exchange};
 use crate::train::step::{Trainer, TrainerParts};
 
@@ -47,10 +47,9 @@ impl<B: Backend<Real = f32> + Update> Loop<B> {
         };
         let input = run.splits.train.input();
         let make = || {
-            let batches_per_epoch = Sampler::new(&*run.splits.train, sampler_options.clone())?.batches_per_epoch();
-            let steps_per_epoch = batches_per_epoch as f64 / f64::from(run.options.accumulate);
-            let steps = run.options.length.in_steps(steps_per_epoch);
-            run.schedule.validate(steps, run.optimizer.learning_rate)?;
+            let schedule = (&run.schedule, run.optimizer.learning_rate);
+            let sampler = sampler_options.clone();
+            let (steps, steps_per_epoch) = steps_of(&*run.splits.train, sampler, run.options.length, schedule)?;
             let sharding = run.parallel.sharding((rank, world), &share, run.options.accumulate);
             let sharding = Some(sharding).filter(|options| world > 1 && options.shard != Shard::None);
             let parts = TrainerParts {
