@@ -84,7 +84,7 @@ type Figure = fn(&Record) -> Option<f64>;
 /// The charts of one run or several: loss, accuracy, learning rate, gradient norm (and of one run its shares by layer), speed.
 /// Charts without a figure are left out. `clip` is the bound of the clip by global norm.
 ///
-/// One run has a colour a split. Of several runs each has a colour: strong for validation, thin for training.
+/// One run has a colour a split. Of several runs each has a colour, dashed from the eighth on: strong for validation, thin for training.
 pub fn charts(runs: &[NamedRun<'_>], clip: Option<f64>) -> Vec<Chart> {
     let loss: Figure = |r| Some(r.loss);
     let accuracy: Figure = |r| r.accuracy.map(|a| 100.0 * a);

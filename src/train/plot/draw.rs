@@ -3,13 +3,14 @@
 use std::sync::Once;
 
 use plotters::coord::Shift;
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 
 use super::axis::Axis;
 use super::points::{drawable, range, stretches};
-use super::{Chart, Stroke};
+use super::{Chart, Curve, Stroke};
 use crate::error::{Error, Result};
 
 /// Pixels a unit: an SVG gets positions to half a unit, a PNG twice the resolution.
@@ -24,6 +25,8 @@ pub(crate) const COLORS: [RGBColor; 7] = [
     RGBColor(230, 159, 0),
     RGBColor(120, 120, 120),
 ];
+/// Dashes and gaps, in pixels, of curves whose colours are the palette's a second and a third time.
+const DASHES: [(i32, i32); 2] = [(7 * SCALE as i32, 4 * SCALE as i32), (2 * SCALE as i32, 3 * SCALE as i32)];
 pub(crate) const GREY: RGBColor = RGBColor(128, 128, 128);
 /// Of what marks trouble.
 const MARK: RGBColor = RGBColor(200, 30, 60);
@@ -161,27 +164,52 @@ fn draw_chart<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart) ->
     // Faint curves first: they stay behind the others.
     let (faint, strong): (Vec<_>, Vec<_>) = chart.curves.iter().partition(|c| c.stroke == Stroke::Faint);
     for curve in faint.into_iter().chain(strong) {
-        let color = COLORS[curve.color % COLORS.len()];
-        let style = stroke(curve.stroke, color);
+        let line = Line::of(curve);
         let stretches = stretches(&curve.points);
         // A figure that was taken once must be seen; one without neighbours in a thin curve that goes on elsewhere is as thin as that is.
         let dot = if curve.stroke == Stroke::Strong || stretches.len() == 1 { 4 * scale } else { scale };
         for stretch in stretches {
             let points: Vec<(i32, i32)> = stretch.iter().map(|p| (at_x(p.0), at_y(p.1))).collect();
             match points.as_slice() {
-                [point] => area.draw(&Circle::new(*point, dot, color.filled())).map_err(failed)?,
-                _ => path(points, style)?,
+                [point] => {
+                    let color = COLORS[curve.color % COLORS.len()];
+                    area.draw(&Circle::new(*point, dot, color.filled())).map_err(failed)?;
+                }
+                _ => line.draw(area, points)?,
             }
         }
     }
     Ok(())
 }
 
-fn stroke(stroke: Stroke, color: RGBColor) -> ShapeStyle {
-    match stroke {
-        Stroke::Strong => color.stroke_width(2 * SCALE),
-        Stroke::Thin => color.stroke_width(SCALE),
-        Stroke::Faint => color.mix(0.3).stroke_width(SCALE),
+/// How a line is drawn.
+struct Line {
+    style: ShapeStyle,
+    dashes: Option<(i32, i32)>,
+}
+
+impl Line {
+    fn of(curve: &Curve) -> Self {
+        let color = COLORS[curve.color % COLORS.len()];
+        let style = match curve.stroke {
+            Stroke::Strong => color.stroke_width(2 * SCALE),
+            Stroke::Thin => color.stroke_width(SCALE),
+            Stroke::Faint => color.mix(0.3).stroke_width(SCALE),
+        };
+        let round = curve.color / COLORS.len() % (DASHES.len() + 1);
+        Line { style, dashes: round.checked_sub(1).map(|dashed| DASHES[dashed]) }
+    }
+
+    fn solid(style: ShapeStyle) -> Self {
+        Line { style, dashes: None }
+    }
+
+    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>, points: Vec<(i32, i32)>) -> Result<()> {
+        match self.dashes {
+            None => area.draw(&PathElement::new(points, self.style)),
+            Some((dash, gap)) => area.draw(&DashedPathElement::new(points, dash, gap, self.style)),
+        }
+        .map_err(failed)
     }
 }
 
@@ -223,24 +251,20 @@ fn axes((x0, x1): (f64, f64), (y0, y1): (f64, f64), chart: &Chart, width: i32) -
 }
 
 /// What the legend names, and how each is drawn.
-fn items(chart: &Chart) -> Vec<(String, ShapeStyle)> {
-    let mut items: Vec<(String, ShapeStyle)> = chart
-        .curves
-        .iter()
-        .filter(|curve| !curve.name.is_empty())
-        .map(|curve| (fitting(&curve.name), stroke(curve.stroke, COLORS[curve.color % COLORS.len()])))
-        .collect();
+fn items(chart: &Chart) -> Vec<(String, Line)> {
+    let named = chart.curves.iter().filter(|curve| !curve.name.is_empty());
+    let mut items: Vec<(String, Line)> = named.map(|curve| (fitting(&curve.name), Line::of(curve))).collect();
     if let Some((_, name)) = &chart.line {
-        items.push((fitting(name), GREY.stroke_width(SCALE)));
+        items.push((fitting(name), Line::solid(GREY.stroke_width(SCALE))));
     }
     if !chart.marks.is_empty() {
-        items.push(("skipped".to_owned(), MARK.mix(0.5).stroke_width(SCALE)));
+        items.push(("skipped".to_owned(), Line::solid(MARK.mix(0.5).stroke_width(SCALE))));
     }
     items
 }
 
 /// Where the items of a legend stand in a chart of this width: pixels from the left, and the row.
-fn places(items: &[(String, ShapeStyle)], width: i32) -> Result<Vec<(i32, i32)>> {
+fn places(items: &[(String, Line)], width: i32) -> Result<Vec<(i32, i32)>> {
     fonts();
     let scale = SCALE as i32;
     let start = 14 * scale;
@@ -265,7 +289,7 @@ fn legend<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart, width:
     let places = places(&items, width)?;
     for ((name, swatch), (at, row)) in items.iter().zip(&places) {
         let y = 38 * scale + row * ROW;
-        area.draw(&PathElement::new(vec![(*at, y), (at + SWATCH, y)], *swatch)).map_err(failed)?;
+        swatch.draw(area, vec![(*at, y), (at + SWATCH, y)])?;
         let style = text(12, HPos::Left, VPos::Center);
         area.draw_text(name, &style, (at + SWATCH + 6 * scale, y)).map_err(failed)?;
     }
@@ -275,7 +299,7 @@ fn legend<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart, width:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::plot::{Curve, svg};
+    use crate::train::plot::svg;
 
     fn chart(curves: usize, points: &[(f64, f64)]) -> Chart {
         let curve = |i| Curve {
@@ -321,6 +345,23 @@ mod tests {
                 low < height - BOTTOM + 1 && height - low < 150 * SCALE as i32,
                 "{curves} curves: {low} of {height}"
             );
+        }
+    }
+
+    #[test]
+    fn curves_of_one_colour_differ_in_their_dashes() {
+        // A curve, and its swatch in the legend.
+        let drawn = |curves: usize| {
+            let text = svg(&[chart(curves, &[(0.0, 3.0), (10.0, 1.0)])], false).unwrap();
+            text.split("<polyline ").skip(1).filter(|part| part.contains("#0072B2")).count()
+        };
+        let [first, second, third] = [1, 8, 15].map(drawn);
+        assert_eq!(first, 2);
+        assert!(second - first > 20 && third - second > 2 * (second - first), "{first}, {second}, {third}");
+        let dashed: Vec<_> =
+            (0..21).map(|color| Line::of(&Curve { color, ..chart(1, &[]).curves.remove(0) })).collect();
+        for (i, one) in dashed.iter().enumerate() {
+            assert!(dashed[..i].iter().all(|other| (one.style.color, one.dashes) != (other.style.color, other.dashes)));
         }
     }
 
