@@ -110,7 +110,7 @@ fn processes_over_mpi_tell_of_their_steps_once() {
     let [json, html] = ["found.json", "found.html"].map(|name| folder.path().join(name));
     let files = ["--json", json.to_str().unwrap(), "--html", html.to_str().unwrap()];
     let asked = ["bench", "step/mlp", "all_reduce/4KiB", "--device", "cpu", "--threads", "1", "--seconds", "0.05"];
-    let ran = mpi::mpirun(2, &[&asked[..], &files].concat()).output().unwrap();
+    let ran = mpi::output(&mut mpi::mpirun(2, &[&asked[..], &files].concat()));
     let found = results(&ran, &json);
     let text = stdout(&ran);
     assert_eq!(text.matches("mlp/2_processes").count(), 1, "{text}");

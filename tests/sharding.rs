@@ -147,15 +147,10 @@ fn a_process_that_cannot_write_its_part_ends_all_and_leaves_nothing_half_written
     let program = warpstep().get_program().to_owned();
     let arguments = bed.arguments("out", &["--set", "parallel.shard=\"gradients\""]);
     let limited = "trap '' XFSZ; ulimit -f 6144; exec \"$@\"";
-    let output = mpi::bare()
-        .args(["-n", "1"])
-        .arg(&program)
-        .args(&arguments)
-        .args([":", "-n", "1", "bash", "-c", limited, "bash"])
-        .arg(&program)
-        .args(&arguments)
-        .output()
-        .unwrap();
+    let mut command = mpi::bare();
+    command.args(["-n", "1"]).arg(&program).args(&arguments);
+    command.args([":", "-n", "1", "bash", "-c", limited, "bash"]).arg(&program).args(&arguments);
+    let output = mpi::output(&mut command);
     assert!(!output.status.success());
     let said = stderr(&output);
     assert!(said.contains("optimizer-00002-of-00002.safetensors"), "{said}");
@@ -171,7 +166,7 @@ fn second_with(arguments: &[String], more: &[&str]) -> Output {
     let program = warpstep().get_program().to_owned();
     let mut command = mpi::bare();
     command.args(["-n", "1"]).arg(&program).args(arguments).args([":", "-n", "1"]);
-    command.arg(&program).args(arguments).args(more).output().unwrap()
+    mpi::output(command.arg(&program).args(arguments).args(more))
 }
 
 #[test]

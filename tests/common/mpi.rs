@@ -4,9 +4,14 @@
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
 
-use super::common::warpstep;
+use super::common::{stderr, warpstep};
+
+/// How long the end of an `mpirun` is waited for: it ends its processes after 100 seconds, where it does not hang itself.
+const LONGEST: Duration = Duration::from_secs(120);
 
 /// Whether MPI can be tested here; where not, a line says why.
 pub fn is_there() -> bool {
@@ -50,20 +55,29 @@ pub fn mpirun(processes: usize, arguments: &[&str]) -> Command {
     command
 }
 
-/// Trains `file` into `out` with so many processes, and waits for the end, at most two minutes.
+/// What an `mpirun` and its processes printed, at their end; one that does not end fails the test.
+pub fn output(mpirun: &mut Command) -> Output {
+    let child = mpirun.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("mpirun");
+    let pid = child.id() as i32;
+    let (ended, end) = channel::<()>();
+    let watch = thread::spawn(move || {
+        let late = end.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout);
+        if late {
+            // SAFETY: a signal to a process that this test started, and that nobody has waited for.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        late
+    });
+    let output = child.wait_with_output().expect("what it printed");
+    drop(ended);
+    assert!(!watch.join().unwrap(), "{mpirun:?} did not end within {LONGEST:?}: {}", stderr(&output));
+    output
+}
+
+/// Trains `file` into `out` with so many processes.
 pub fn train(processes: usize, file: &Path, out: &Path, more: &[&str]) -> Output {
     let (file, out) = (file.display().to_string(), out.display().to_string());
     let mut arguments = vec!["train", &file, "--quiet", "--threads", "1", "--out", &out];
     arguments.extend(more);
-    let mut child =
-        mpirun(processes, &arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("mpirun");
-    let began = Instant::now();
-    while child.try_wait().expect("a process to wait for").is_none() {
-        if began.elapsed() > Duration::from_secs(120) {
-            let _ = child.kill();
-            panic!("{processes} processes did not end within two minutes");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    child.wait_with_output().expect("what it printed")
+    output(&mut mpirun(processes, &arguments))
 }

@@ -111,7 +111,7 @@ impl Bed {
         match self.on {
             On::Cpus => {
                 let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-                vec![mpi::mpirun(world, &arguments).output().unwrap()]
+                vec![mpi::output(&mut mpi::mpirun(world, &arguments))]
             }
             On::Devices => devices::run(world, || {
                 let mut command = warpstep();
