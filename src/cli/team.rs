@@ -218,7 +218,7 @@ fn met_by_mpi(world: &World, _: Duration) -> Result<Rendezvous> {
 /// Where only MPI knows the others, it tells them where rank 0 listens.
 #[cfg(feature = "mpi")]
 fn met_over_mpi(world: &World, mpi: &Mpi, timeout: Duration) -> Result<Rendezvous> {
-    let listener = if world.rank == 0 { Some(Listener::open(&Endpoint::new("0.0.0.0", 0))?) } else { None };
+    let listener = if world.rank == 0 { Some(Listener::anywhere()?) } else { None };
     let mut place = match &listener {
         Some(listener) => format!("{}:{}", world.host, listener.port()?).into_bytes(),
         None => Vec::new(),

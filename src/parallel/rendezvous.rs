@@ -78,15 +78,19 @@ impl Listener {
     /// A port that is taken, or an address that is not this machine's.
     pub fn open(at: &Endpoint) -> Result<Self> {
         let literal = at.host == "localhost" || at.host.parse::<std::net::IpAddr>().is_ok();
-        let bound = if literal {
-            TcpListener::bind((at.host.as_str(), at.port))
-        } else {
-            // Without IPv6 the second is what there is.
-            TcpListener::bind(("::", at.port)).or_else(|_| TcpListener::bind(("0.0.0.0", at.port)))
-        };
+        let bound = if literal { TcpListener::bind((at.host.as_str(), at.port)) } else { everywhere(at.port) };
         let socket = bound.map_err(|e| {
             Error::Network(format!("rank 0 cannot listen at {at}: {e}; free the port, or set another by WARPSTEP_PORT"))
         })?;
+        Ok(Listener { socket })
+    }
+
+    /// Opens it at any free port of all addresses of this machine, for others that are told the [port](Listener::port).
+    ///
+    /// # Errors
+    /// The system's own.
+    pub fn anywhere() -> Result<Self> {
+        let socket = everywhere(0).map_err(|e| Error::Network(format!("rank 0 cannot listen: {e}")))?;
         Ok(Listener { socket })
     }
 
@@ -98,6 +102,12 @@ impl Listener {
         let address = self.socket.local_addr();
         Ok(address.map_err(|e| Error::Network(format!("rank 0 cannot tell where it listens: {e}")))?.port())
     }
+}
+
+/// Listens at a port of all addresses of this machine.
+fn everywhere(port: u16) -> std::io::Result<TcpListener> {
+    // Without IPv6 the second is what there is.
+    TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))
 }
 
 /// Connected processes: rank 0 with every other one.
