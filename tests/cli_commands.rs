@@ -214,20 +214,22 @@ fn more_processes_than_there_can_be_are_refused() {
 fn weights_that_do_not_fit_name_the_key_and_what_to_write() {
     let place = trained(RUN);
     let weights = "model.weights=out/checkpoints/step-00000004/model.safetensors";
-    let train = ["train", "run.toml", "--quiet", "--out", "on", "--set"];
-    let with = |set: &[&'static str]| [&train[..], set].concat();
+    let refused = |set: &[&'static str], expected: &[&str]| {
+        for how in ["--quiet", "--dry-run"] {
+            place.refused(&[&["train", "run.toml", how, "--out", "on", "--set"], set].concat(), expected);
+        }
+    };
     let advice = "give [model] the keys that the model in model.weights has";
-    place.refused(
-        &with(&[weights, "--set", "model.hidden=[9]"]),
-        &["expected `2.weight` of shape [10, 9], found [10, 8]", advice],
-    );
+    refused(&[weights, "--set", "model.hidden=[9]"], &["expected `2.weight` of shape [10, 9], found [10, 8]", advice]);
     // The nearest name is one that this model has: nothing is there in the place of what is missing.
-    let missing = ["expected tensor `4.", ", found none", advice];
-    place.refused(&with(&[weights, "--set", "model.hidden=[8, 10]"]), &missing);
-    place.refused(&with(&["model.weights=out"]), &["is a folder, expected a file; let model.weights name one"]);
+    refused(&[weights, "--set", "model.hidden=[8, 10]"], &["expected tensor `4.", ", found none", advice]);
+    refused(&["model.weights=out"], &["is a folder, expected a file; let model.weights name one"]);
     fs::write(place.path("theirs.bin"), b"PK\x03\x04 and so on").unwrap();
-    place.refused(&with(&["model.weights=theirs.bin"]), &["theirs.bin: is a file of torch.save", "save_file"]);
-    place.refused(&with(&["model.weights=run.toml"]), &["run.toml: expected a whole safetensors file", "another kind"]);
+    refused(&["model.weights=theirs.bin"], &["theirs.bin: is a file of torch.save", "save_file"]);
+    refused(&["model.weights=run.toml"], &["run.toml: expected a whole safetensors file", "another kind"]);
+    place.good(&["train", "run.toml", "--dry-run", "--set", weights]);
+    // What goes on has weights of its own.
+    place.good(&["train", "run.toml", "--dry-run", "--out", "out", "--resume", "--set", "model.weights=nowhere"]);
     // Of a checkpoint it is the run file that has to be the right one.
     let config = fs::read_to_string(place.path("out/config.toml")).unwrap();
     place.write("out/config.toml", &config.replace("hidden = [8]", "hidden = [9]"));
@@ -711,8 +713,10 @@ fn a_run_none_of_whose_steps_counted_fails_and_weights_that_are_not_finite_are_r
     let end = bytes.len();
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(place.path("broken.safetensors"), bytes).unwrap();
-    let arguments = ["train", "run.toml", "--quiet", "--out", "again", "--set", "model.weights=broken.safetensors"];
-    place.refused(&arguments, &["broken.safetensors", "of the tensor `", "is NaN, expected finite numbers"]);
+    for how in ["--quiet", "--dry-run"] {
+        let arguments = ["train", "run.toml", how, "--out", "again", "--set", "model.weights=broken.safetensors"];
+        place.refused(&arguments, &["broken.safetensors", "of the tensor `", "is NaN, expected finite numbers"]);
+    }
 }
 
 #[test]

@@ -191,8 +191,10 @@ fn hugging_face_weights_are_trained_on() {
     let file = folder.path().join("run.toml");
     let out = folder.path().join("out");
     fs::write(&file, run_file(&format!("weights = {:?}", weights.display().to_string()))).unwrap();
-    let output = run(&["train", &file.display().to_string(), "--quiet", "--out", &out.display().to_string()]);
-    assert!(output.status.success(), "{}", stderr(&output));
+    for how in ["--dry-run", "--quiet"] {
+        let output = run(&["train", &file.display().to_string(), how, "--out", &out.display().to_string()]);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
     let ours = tensors::read(&out.join("checkpoints/step-00000002/model.safetensors")).unwrap();
     let theirs = tensors::read(&weights).unwrap();
     let table = theirs.iter().find(|(name, _)| name.ends_with("wte.weight")).unwrap().1;

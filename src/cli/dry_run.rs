@@ -1,5 +1,6 @@
 //! `warpstep train --dry-run`: the model's table, its memory and its arithmetic.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -16,16 +17,18 @@ use crate::model::{Model, Program};
 use crate::parallel::Shard;
 use crate::parallel::world::World;
 use crate::text::grouped;
+use crate::train::checkpoint::check_weights;
 use crate::train::looping::model_input;
 use crate::train::memory::{Fullest, RunMemory, Wanted, evaluated};
 use crate::train::resident::{candidate, fits};
 use crate::train::step::can_be_shared_out;
 
-/// What training would take, on the device that was opened; a GPU that could not be opened is planned for all the same.
+/// What training would take, on the device that was opened; a GPU that could not be opened is planned for all the same. `weights`: the
+/// file that the run begins with.
 ///
 /// # Errors
-/// A device that is neither there nor planned for, data that cannot be used, or a model that does not fit it.
-pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>) -> Result<String> {
+/// A device that is neither there nor planned for, data that cannot be used, a model that does not fit them, or weights of another.
+pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>, weights: Option<&Path>) -> Result<String> {
     let absent = match (&device, run.device) {
         (Err(error), DeviceChoice::Cuda(_)) => Some(error.to_string()),
         _ => None,
@@ -36,14 +39,15 @@ pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>) -> Result<S
         Err(error) => return Err(error),
     };
     let data = open_data(run, world.rank == 0)?;
+    let asked = Asked { run, data: &data, world, weights };
     let mut text = match (&device, run.precision) {
-        (Some(Opened::Cpu(_)), _) => plan::<Cpu<f32>>(run, &data, world, None)?,
-        (Some(Opened::Cuda(backend)), _) => plan(run, &data, world, Some((backend, backend.device())))?,
-        (Some(Opened::CudaBf16(backend)), _) => plan(run, &data, world, Some((backend, backend.device())))?,
-        (Some(Opened::CudaF16(backend)), _) => plan(run, &data, world, Some((backend, backend.device())))?,
-        (None, Precision::F32 | Precision::Tf32) => plan::<Cuda<f32>>(run, &data, world, None)?,
-        (None, Precision::Bf16) => plan::<Cuda<bf16>>(run, &data, world, None)?,
-        (None, Precision::F16) => plan::<Cuda<f16>>(run, &data, world, None)?,
+        (Some(Opened::Cpu(_)), _) => plan::<Cpu<f32>>(&asked, None)?,
+        (Some(Opened::Cuda(backend)), _) => plan(&asked, Some((backend, backend.device())))?,
+        (Some(Opened::CudaBf16(backend)), _) => plan(&asked, Some((backend, backend.device())))?,
+        (Some(Opened::CudaF16(backend)), _) => plan(&asked, Some((backend, backend.device())))?,
+        (None, Precision::F32 | Precision::Tf32) => plan::<Cuda<f32>>(&asked, None)?,
+        (None, Precision::Bf16) => plan::<Cuda<bf16>>(&asked, None)?,
+        (None, Precision::F16) => plan::<Cuda<f16>>(&asked, None)?,
     };
     if let Some(reason) = absent {
         text += &format!("planned without a device: {reason}\n");
@@ -51,13 +55,17 @@ pub fn dry_run(run: &RunFile, world: &World, device: Result<Opened>) -> Result<S
     Ok(text)
 }
 
+/// What is planned.
+struct Asked<'a> {
+    run: &'a RunFile,
+    data: &'a OpenedData,
+    world: &'a World,
+    weights: Option<&'a Path>,
+}
+
 /// `opened`: the device, as backend and as what tells its memory.
-fn plan<B: Update>(
-    run: &RunFile,
-    data: &OpenedData,
-    world: &World,
-    opened: Option<(&B, &Arc<Device>)>,
-) -> Result<String> {
+fn plan<B: Update>(asked: &Asked<'_>, opened: Option<(&B, &Arc<Device>)>) -> Result<String> {
+    let &Asked { run, data, world, weights } = asked;
     let (backend, device) = opened.unzip();
     let mut model: Model<B> = build_model(run, &data.preprocess)?;
     let (rank, world) = (world.rank, world.size);
@@ -79,6 +87,9 @@ fn plan<B: Update>(
         average: run.train.ema.is_some(),
     };
     let (program, mut memory) = RunMemory::plan_on(&mut model, &wanted, backend).map_err(|e| run.locate(e))?;
+    if let Some(weights) = weights {
+        check_weights(weights, model.parameters())?;
+    }
     let free = device.map(|device| device.memory()).transpose()?;
     if let Some(table) = candidate(&data.splits.train, data.resident).map_err(|e| run.locate(e))? {
         let left = free.map(|(free, _)| free.saturating_sub(memory.total()));

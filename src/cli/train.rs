@@ -89,6 +89,14 @@ impl Options {
         Ok((run_file, folder))
     }
 
+    fn start(&self) -> Start {
+        match (self.resume, self.overwrite) {
+            (true, _) => Start::Resume,
+            (false, true) => Start::Overwrite,
+            (false, false) => Start::New,
+        }
+    }
+
     /// Whether a run in the folder is to be replaced.
     pub(super) fn overwrites(&self) -> bool {
         self.overwrite
@@ -103,7 +111,8 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     // Before anything is read: an emulated device starts the program again.
     let device = open_device(&run_file, &world, !options.no_graph);
     if options.dry_run {
-        let text = dry_run(&run_file, &world, device)?;
+        let weights = initial_weights(&run_file, &folder, options.start())?;
+        let text = dry_run(&run_file, &world, device, weights.as_deref())?;
         // One process speaks for all.
         if world.rank == 0 {
             say(&text)?;
@@ -150,11 +159,7 @@ fn train_in_team(
 ) -> anyhow::Result<ExitCode> {
     let collective = Arc::clone(&team.collective);
     let data = agree(&*collective, open_data(run_file, collective.rank() == 0 && !options.quiet))?;
-    let start = match (options.resume, options.overwrite) {
-        (true, _) => Start::Resume,
-        (false, true) => Start::Overwrite,
-        (false, false) => Start::New,
-    };
+    let start = options.start();
     if start == Start::Resume && collective.rank() == 0 && matches!(latest(folder), Ok(None)) {
         tell(format_args!("no checkpoint in {}: begins at step 0", folder.display()));
     }
@@ -289,6 +294,13 @@ fn latest(folder: &Path) -> Result<Option<PathBuf>> {
     checkpoint::find(&folder.join("checkpoints"), Which::Latest)
 }
 
+/// The file of weights that a run in this folder begins with; none where it goes on, as a checkpoint has weights of its own.
+fn initial_weights(run: &RunFile, folder: &Path, start: Start) -> Result<Option<PathBuf>> {
+    let begins = start != Start::Resume || latest(folder)?.is_none();
+    let named = run.weights.as_deref().filter(|_| begins);
+    named.map(|path| Lookup::new(Some(&run.base)).file_for("model.weights", path)).transpose()
+}
+
 /// The run of a run file in this folder.
 pub(crate) fn make_run<B: Backend>(
     backend: B,
@@ -298,9 +310,6 @@ pub(crate) fn make_run<B: Backend>(
     folder: &Path,
     start: Start,
 ) -> Result<Run<B>> {
-    // A checkpoint has weights of its own.
-    let begins = start != Start::Resume || latest(folder)?.is_none();
-    let weights = run.weights.as_deref().filter(|_| begins);
     Ok(Run {
         backend,
         model: build_model(run, &data.preprocess)?,
@@ -320,7 +329,7 @@ pub(crate) fn make_run<B: Backend>(
         identity: run.identity.clone(),
         preprocess: data.preprocess.to_json()?,
         source: data.source.clone(),
-        weights: weights.map(|path| Lookup::new(Some(&run.base)).file_for("model.weights", path)).transpose()?,
+        weights: initial_weights(run, folder, start)?,
         start,
         interrupt: Arc::default(),
         abandon_at: None,

@@ -19,7 +19,9 @@ use crate::backend::ops::Update;
 use crate::backend::step::LossScale;
 use crate::backend::{Arena, Backend, Held};
 use crate::error::{Error, Result};
+use crate::model::ParamTable;
 use crate::model::interop::{from_hugging_face_gpt2, is_hugging_face_gpt2};
+use crate::plan::ParamLayout;
 
 /// Version of the format of `state.json`.
 const FORMAT: u32 = 1;
@@ -432,6 +434,24 @@ pub fn load_model<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) ->
 /// # Errors
 /// As [`load_model`]; a value that is not finite, with its tensor.
 pub fn load_weights<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+    load_tensors(initial(file)?, Origin::of_weights(file), backend, arena)
+}
+
+/// Whether a run can begin with these weights: all that [`load_weights`] would refuse, without a device.
+///
+/// # Errors
+/// As [`load_weights`].
+pub fn check_weights(file: &Path, parameters: &ParamTable) -> Result<()> {
+    let from = Origin::of_weights(file);
+    let (layout, _) = parameters.layout()?;
+    let mut model = in_our_names(initial(file)?, &layout, from)?;
+    tensors::take(&layout, &mut model, from)?;
+    tensors::take(&parameters.state_layout()?, &mut model, from)?;
+    tensors::nothing_left(&model, from)
+}
+
+/// Weights that a run begins with, all of them finite.
+fn initial(file: &Path) -> Result<TensorMap> {
     let model = tensors::read(file)?;
     let found = |(name, tensor): (_, &HostTensor)| {
         tensor.values.iter().position(|value| !value.is_finite()).map(|at| (name, at, tensor.values[at]))
@@ -444,13 +464,17 @@ pub fn load_weights<B: Backend>(file: &Path, backend: &B, arena: &mut Arena<B>) 
         );
         return Err(Error::checkpoint(file, problem));
     }
-    load_tensors(model, Origin::of_weights(file), backend, arena)
+    Ok(model)
 }
 
-fn load_tensors<B: Backend>(mut model: TensorMap, from: Origin<'_>, backend: &B, arena: &mut Arena<B>) -> Result<()> {
-    if arena.layout.get("transformer.wte.weight").is_some() && is_hugging_face_gpt2(&model) {
-        model = from_hugging_face_gpt2(model, from.path())?;
-    }
+/// Tensors of Hugging Face's GPT-2 as those of ours, where this is the layout of one; any others as they are.
+fn in_our_names(model: TensorMap, layout: &ParamLayout, from: Origin<'_>) -> Result<TensorMap> {
+    let theirs = layout.get("transformer.wte.weight").is_some() && is_hugging_face_gpt2(&model);
+    if theirs { from_hugging_face_gpt2(model, from.path()) } else { Ok(model) }
+}
+
+fn load_tensors<B: Backend>(model: TensorMap, from: Origin<'_>, backend: &B, arena: &mut Arena<B>) -> Result<()> {
+    let mut model = in_our_names(model, &arena.layout, from)?;
     let (alone, copied) = (backend.stores_alone(arena), arena.shares_out_masters());
     let Arena { layout, parameters, stored, state_layout, state, held, .. } = arena;
     if alone {

@@ -14,7 +14,7 @@ use super::streamed::{self, Streamed};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::host;
-use crate::plan::{ParamLayout, overlap};
+use crate::plan::{ParamEntry, ParamLayout, overlap};
 use crate::real::Element;
 
 pub use crate::model::interop::{HostTensor, TensorMap};
@@ -80,18 +80,7 @@ pub fn upload_part<B: Backend, T: Element>(
     origin: Origin<'_>,
 ) -> Result<()> {
     for entry in layout.entries() {
-        let name = format!("{prefix}{}", entry.name);
-        let Some(tensor) = tensors.remove(&name) else {
-            // What has a place of its own is none that was misnamed.
-            let placed = |key: &str| key.strip_prefix(prefix).is_some_and(|key| layout.get(key).is_some());
-            let near = tensors.keys().filter(|key| !placed(key)).min_by_key(|key| strsim::levenshtein(key, &name));
-            let has = near.map_or_else(|| "none".to_owned(), |n| format!("`{n}`"));
-            return Err(origin.another_model(&format!("expected tensor `{name}` {:?}, found {has}", entry.shape)));
-        };
-        if tensor.shape != entry.shape {
-            let problem = format!("expected `{name}` of shape {:?}, found {:?}", entry.shape, tensor.shape);
-            return Err(origin.another_model(&problem));
-        }
+        let tensor = take_one(entry, layout, prefix, tensors, origin)?;
         let part = overlap(&entry.range(), elements);
         if part.is_empty() {
             continue;
@@ -101,6 +90,36 @@ pub fn upload_part<B: Backend, T: Element>(
         backend.upload(buffer, start + (part.start - elements.start), &values)?;
     }
     Ok(())
+}
+
+/// Takes the tensors of a layout, as [`upload`] does, and copies them nowhere.
+///
+/// # Errors
+/// As [`upload`].
+pub fn take(layout: &ParamLayout, tensors: &mut TensorMap, origin: Origin<'_>) -> Result<()> {
+    layout.entries().iter().try_for_each(|entry| take_one(entry, layout, "", tensors, origin).map(drop))
+}
+
+fn take_one(
+    entry: &ParamEntry,
+    layout: &ParamLayout,
+    prefix: &str,
+    tensors: &mut TensorMap,
+    origin: Origin<'_>,
+) -> Result<HostTensor> {
+    let name = format!("{prefix}{}", entry.name);
+    let Some(tensor) = tensors.remove(&name) else {
+        // What has a place of its own is none that was misnamed.
+        let placed = |key: &str| key.strip_prefix(prefix).is_some_and(|key| layout.get(key).is_some());
+        let near = tensors.keys().filter(|key| !placed(key)).min_by_key(|key| strsim::levenshtein(key, &name));
+        let has = near.map_or_else(|| "none".to_owned(), |n| format!("`{n}`"));
+        return Err(origin.another_model(&format!("expected tensor `{name}` {:?}, found {has}", entry.shape)));
+    };
+    if tensor.shape != entry.shape {
+        let problem = format!("expected `{name}` of shape {:?}, found {:?}", entry.shape, tensor.shape);
+        return Err(origin.another_model(&problem));
+    }
+    Ok(tensor)
 }
 
 /// Says what is wrong when tensors are left that the model has no place for.
