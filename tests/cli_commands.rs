@@ -227,6 +227,11 @@ fn weights_that_do_not_fit_name_the_key_and_what_to_write() {
     fs::write(place.path("theirs.bin"), b"PK\x03\x04 and so on").unwrap();
     refused(&["model.weights=theirs.bin"], &["theirs.bin: is a file of torch.save", "save_file"]);
     refused(&["model.weights=run.toml"], &["run.toml: expected a whole safetensors file", "another kind"]);
+    let mut bytes = fs::read(place.path("out/checkpoints/step-00000004/model.safetensors")).unwrap();
+    let at = bytes.windows(5).position(|bytes| bytes == b"\"F32\"").unwrap();
+    bytes[at + 1] = b'I';
+    fs::write(place.path("whole.safetensors"), bytes).unwrap();
+    refused(&["model.weights=whole.safetensors"], &["in F32, F16, BF16 or F64, found it in I32"]);
     place.good(&["train", "run.toml", "--dry-run", "--set", weights]);
     // What goes on has weights of its own.
     place.good(&["train", "run.toml", "--dry-run", "--out", "out", "--resume", "--set", "model.weights=nowhere"]);

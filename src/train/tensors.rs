@@ -109,6 +109,10 @@ fn take_one(
 ) -> Result<HostTensor> {
     let name = format!("{prefix}{}", entry.name);
     let Some(tensor) = tensors.remove(&name) else {
+        if let Some(dtype) = left_out(origin.path, &name) {
+            let problem = format!("expected tensor `{name}` in F32, F16, BF16 or F64, found it in {dtype}");
+            return Err(Error::checkpoint(origin.path, problem));
+        }
         // What has a place of its own is none that was misnamed.
         let placed = |key: &str| key.strip_prefix(prefix).is_some_and(|key| layout.get(key).is_some());
         let near = tensors.keys().filter(|key| !placed(key)).min_by_key(|key| strsim::levenshtein(key, &name));
@@ -187,6 +191,16 @@ pub fn read_file(path: &Path) -> Result<(TensorMap, HashMap<String, String>)> {
         tensors.insert(name, HostTensor { shape: info.shape.clone(), values });
     }
     Ok((tensors, header.metadata().clone().unwrap_or_default()))
+}
+
+/// The type of a tensor that [`read`] leaves out for its type; none where there is no such tensor.
+fn left_out(path: &Path, name: &str) -> Option<Dtype> {
+    let files = parts::find(path).ok()?.unwrap_or_else(|| vec![path.to_owned()]);
+    files.iter().find_map(|path| {
+        let (_, header) = read_header(&File::open(path).ok()?, path).ok()?;
+        let dtype = header.info(name)?.dtype;
+        (!matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64)).then_some(dtype)
+    })
 }
 
 /// Values of another type, from byte `at` of a file on.
