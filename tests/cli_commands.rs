@@ -251,6 +251,10 @@ fn folders_for_files_and_files_for_folders_are_told_what_to_name() {
     place.refused(&["train", "."], &["is a folder, expected a run file; name one within it"]);
     let expected = ["run.toml: holds no metrics.jsonl; expected a run folder"];
     place.refused(&["plot", "runs", "run.toml"], &expected);
+    let expected = ["run.toml: holds no checkpoint; expected a run folder"];
+    for command in [&["eval", "run.toml"][..], &["generate", "run.toml"], &["predict", "run.toml", "-"]] {
+        place.refused(command, &expected);
+    }
 }
 
 #[test]

@@ -173,7 +173,7 @@ impl Collective for Mpi {
     }
 
     /// Some launchers stumble over processes that have left MPI, live on, and then end with an error one by one: Open MPI 4.1's mpirun
-    /// with PMIx 4.2 crashed, or did not end, in some 10 % of such ends.
+    /// with PMIx 4.2 crashed, or did not end, in an eighth of such ends.
     fn is_left_last(&self) -> bool {
         true
     }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -297,7 +298,8 @@ fn pointed(folder: &Path, which: Which) -> Result<Option<String>> {
     let file = folder.join(which.file());
     match fs::read_to_string(&file) {
         Ok(name) => Ok(Some(name.trim().to_owned())),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        // Where the folder is a file, nothing is there either.
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
         Err(e) => Err(Error::io("read", file, e)),
     }
 }
@@ -350,7 +352,7 @@ pub fn prune(folder: &Path, keep: usize) -> Result<()> {
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Ok(()) => Ok(()),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(Error::io("remove", path, e)),
     }
 }
