@@ -328,7 +328,7 @@ fn lose_one(folder: &Path, file: &Path, turn: usize, lost: Lost) -> (std::proces
     // SAFETY: a signal to a process that this test started.
     assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
     let lost_at = std::time::Instant::now();
-    let output = child.wait_with_output().unwrap();
+    let output = mpi::ended(child);
     (output, lost_at.elapsed())
 }
 

@@ -3,7 +3,7 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
@@ -57,8 +57,12 @@ pub fn mpirun(processes: usize, arguments: &[&str]) -> Command {
 
 /// What an `mpirun` and its processes printed, at their end; one that does not end fails the test.
 pub fn output(mpirun: &mut Command) -> Output {
-    let child = mpirun.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("mpirun");
-    let pid = child.id() as i32;
+    ended(mpirun.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("mpirun"))
+}
+
+/// As [`output`], of one that was started; its outputs are pipes.
+pub fn ended(mpirun: Child) -> Output {
+    let pid = mpirun.id() as i32;
     let (ended, end) = channel::<()>();
     let watch = thread::spawn(move || {
         let late = end.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout);
@@ -68,9 +72,9 @@ pub fn output(mpirun: &mut Command) -> Output {
         }
         late
     });
-    let output = child.wait_with_output().expect("what it printed");
+    let output = mpirun.wait_with_output().expect("what it printed");
     drop(ended);
-    assert!(!watch.join().unwrap(), "{mpirun:?} did not end within {LONGEST:?}: {}", stderr(&output));
+    assert!(!watch.join().unwrap(), "mpirun did not end within {LONGEST:?}: {}", stderr(&output));
     output
 }
 
