@@ -72,15 +72,12 @@ impl Team {
     pub fn goodbye(self) {
         let Team { collective, watch } = self;
         let Some(watch) = watch else { return };
-        if collective.is_left_last() {
-            watch.goodbye();
+        // What is left last goes when this returns.
+        if !collective.is_left_last() {
+            // Engines leave together: what one process fails at meanwhile, the watch still tells the others.
+            let _waits = watch.communicating();
             drop(collective);
-            return;
         }
-        // Engines leave together: what one process fails at meanwhile, the watch still tells the others.
-        let waits = watch.communicating();
-        drop(collective);
-        drop(waits);
         watch.goodbye();
     }
 

@@ -402,13 +402,13 @@ pub fn load<B: Backend + Update>(path: &Path, trainer: &mut Trainer<B>) -> Resul
     let (backend, arena) = trainer.parts_mut();
     load_model(&path.join("model.safetensors"), backend, arena)?;
     let file = path.join("optimizer.safetensors");
-    let mut optimizer = tensors::read(&file)?;
+    let (mut optimizer, from) = (tensors::read(&file)?, Origin::of_run(&file));
     let own = arena.own_elements();
     for (slot, name) in arena.slots.iter_mut().zip(slots) {
         let prefix = format!("{name}.");
-        tensors::upload_part(backend, (slot, 0), &arena.layout, &own, &prefix, &mut optimizer, Origin::of_run(&file))?;
+        tensors::upload_part(backend, (slot, 0), &arena.layout, &own, &prefix, &mut optimizer, from)?;
     }
-    tensors::nothing_left(&optimizer, Origin::of_run(&file))?;
+    tensors::nothing_left(&optimizer, from)?;
     let layout = arena.layout.clone();
     if let Some((backend, average)) = trainer.average_mut() {
         let file = path.join("ema.safetensors");

@@ -139,13 +139,8 @@ impl MetricsWriter {
     pub fn resume(path: &Path, keep: impl Fn(&Record) -> bool) -> Result<Self> {
         let kept: Vec<Record> =
             if path.exists() { read_lines(path, true)?.into_iter().filter(keep).collect() } else { Vec::new() };
-        Self::over(path, &kept)
-    }
-
-    /// A file of these records, over one that is there.
-    fn over(path: &Path, records: &[Record]) -> Result<Self> {
         let mut text = Vec::new();
-        for record in records {
+        for record in &kept {
             text.extend(line(record, path)?);
         }
         write_whole(path, &text)?;

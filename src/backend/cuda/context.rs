@@ -568,7 +568,7 @@ impl Device {
         // SAFETY: the caller owns as many bytes at the address; the host memory outlives the synchronization below.
         unsafe { result::memcpy_dtoh_async(to, address, self.stream.cu_stream()) }
             .map_err(|error| driver_error(ACTION, error))?;
-        self.drain("finish the work queued")
+        self.drain(FINISH)
     }
 
     /// Copies within the device, in the order of the stream.
@@ -650,7 +650,7 @@ impl Device {
     /// # Errors
     /// What failed since the last time.
     pub fn synchronize(&self) -> Result<()> {
-        self.finish("finish the work queued")
+        self.finish(FINISH)
     }
 
     /// The same, where `what` is what the queued work does.
@@ -669,6 +669,8 @@ impl Device {
     }
 }
 
+/// What waiting does, where nothing tells what the queued work does.
+const FINISH: &str = "finish the work queued";
 /// How often an event is asked for before the host sleeps in between.
 const TURNS: u32 = 1000;
 /// How long it sleeps.

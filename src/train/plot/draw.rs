@@ -171,15 +171,16 @@ fn draw_chart<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart) ->
         for stretch in stretches {
             let points: Vec<(i32, i32)> = stretch.iter().map(|p| (at_x(p.0), at_y(p.1))).collect();
             match points.as_slice() {
-                [point] => {
-                    let color = COLORS[curve.color % COLORS.len()];
-                    area.draw(&Circle::new(*point, dot, color.filled())).map_err(failed)?;
-                }
+                [point] => area.draw(&Circle::new(*point, dot, color(curve).filled())).map_err(failed)?,
                 _ => line.draw(area, points)?,
             }
         }
     }
     Ok(())
+}
+
+fn color(curve: &Curve) -> RGBColor {
+    COLORS[curve.color % COLORS.len()]
 }
 
 /// How a line is drawn.
@@ -190,7 +191,7 @@ struct Line {
 
 impl Line {
     fn of(curve: &Curve) -> Self {
-        let color = COLORS[curve.color % COLORS.len()];
+        let color = color(curve);
         let style = match curve.stroke {
             Stroke::Strong => color.stroke_width(2 * SCALE),
             Stroke::Thin => color.stroke_width(SCALE),
